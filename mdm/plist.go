@@ -1,0 +1,18 @@
+package mdm
+
+import (
+	"fmt"
+
+	"github.com/groob/plist"
+)
+
+// EncodePlist encodes v, a struct or a map with string keys, as an XML
+// property list for a reply to a device. A []byte becomes data; fields are
+// named and omitted by tags such as `plist:"TokenData,omitempty"`.
+func EncodePlist(v any) ([]byte, error) {
+	b, err := plist.Marshal(v)
+	if err != nil {
+		return nil, fmt.Errorf("encoding property list: %w", err)
+	}
+	return b, nil
+}
