@@ -1,0 +1,164 @@
+// Package httpapi is the operator's side of the HTTP server.
+//
+// Endpoints answer JSON. Those that NanoMDM has keep its paths, statuses and
+// JSON; an error is {"error": "..."}. One helper decodes, calls, maps errors
+// to statuses and encodes.
+package httpapi
+
+import (
+	"context"
+	"crypto/sha256"
+	"crypto/subtle"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+
+	"github.com/nanomdm/nanomdm/http/requestlog"
+	"github.com/nanomdm/nanomdm/storage"
+)
+
+// User is the Basic authentication user of the API.
+const User = "nanomdm"
+
+// Config holds what is optional.
+type Config struct {
+	// MaxBody bounds a request's body, in bytes; default 16 MiB.
+	MaxBody int64
+	// Logger; default discards.
+	Logger *slog.Logger
+}
+
+// API makes the handlers of the operator's side.
+type API struct {
+	key   [sha256.Size]byte
+	store Store
+	cfg   Config
+}
+
+// Store is what the API needs to have kept.
+type Store interface {
+	storage.Enqueuer
+}
+
+// New makes the API behind one key, which must not be empty.
+func New(key string, store Store, cfg Config) (*API, error) {
+	if key == "" {
+		return nil, errors.New("API key is empty")
+	}
+	if cfg.MaxBody <= 0 {
+		cfg.MaxBody = 16 << 20
+	}
+	if cfg.Logger == nil {
+		cfg.Logger = slog.New(slog.DiscardHandler)
+	}
+	return &API{key: sha256.Sum256([]byte(key)), store: store, cfg: cfg}, nil
+}
+
+// Register adds the API's routes to mux.
+func (a *API) Register(mux *http.ServeMux) {
+	enqueue := a.Authenticated(a.endpoint(a.enqueue))
+	mux.Handle("PUT /v1/enqueue/{ids}", enqueue)
+	mux.Handle("POST /v1/enqueue/{ids}", enqueue)
+}
+
+// Version answers GET /version, without authentication.
+func Version(version string) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		writeJSON(w, http.StatusOK, struct {
+			Version string `json:"version"`
+		}{version})
+	})
+}
+
+// Authenticated wraps next so that it is reached with the API key only.
+// Digests are compared, in constant time, so that neither the key's bytes nor
+// its length show in the time that it takes.
+func (a *API) Authenticated(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		user, key, _ := r.BasicAuth()
+		sum := sha256.Sum256([]byte(key))
+		keyOK := subtle.ConstantTimeCompare(sum[:], a.key[:])
+		userOK := subtle.ConstantTimeCompare([]byte(user), []byte(User))
+		if keyOK&userOK != 1 {
+			w.Header().Set("WWW-Authenticate", `Basic realm="nanomdm"`)
+			writeJSON(w, http.StatusUnauthorized, errorBody{"API user or key is missing or wrong"})
+			return
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
+// problem is an error whose text is for the caller.
+type problem struct {
+	status int
+	text   string
+}
+
+func (p *problem) Error() string { return p.text }
+
+func badRequest(format string, args ...any) error {
+	return &problem{http.StatusBadRequest, fmt.Sprintf(format, args...)}
+}
+
+type errorBody struct {
+	Error string `json:"error"`
+}
+
+// endpoint is the one JSON helper: call gives a status and what to encode.
+func (a *API) endpoint(call func(ctx context.Context, r *http.Request) (int, any, error)) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		r.Body = http.MaxBytesReader(w, r.Body, a.cfg.MaxBody)
+		status, body, err := call(r.Context(), r)
+		if err != nil {
+			a.fail(w, r, err)
+			return
+		}
+		writeJSON(w, status, body)
+	})
+}
+
+// fail is the one place that maps errors to statuses. The text of an error
+// that is not mapped stays in the log; the caller gets the request's id.
+func (a *API) fail(w http.ResponseWriter, r *http.Request, err error) {
+	var (
+		p        *problem
+		tooLarge *http.MaxBytesError
+	)
+	switch {
+	case errors.As(err, &p):
+		writeJSON(w, p.status, errorBody{p.text})
+	case errors.As(err, &tooLarge):
+		writeJSON(w, http.StatusRequestEntityTooLarge, errorBody{fmt.Sprintf("body is larger than %d bytes", tooLarge.Limit)})
+	case errors.Is(err, storage.ErrConflict):
+		writeJSON(w, http.StatusConflict, errorBody{err.Error()})
+	case errors.Is(err, storage.ErrNotFound):
+		writeJSON(w, http.StatusNotFound, errorBody{err.Error()})
+	case errors.Is(err, storage.ErrBusy), errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
+		w.Header().Set("Retry-After", "5")
+		writeJSON(w, http.StatusServiceUnavailable, errorBody{"the server is busy; try again"})
+	default:
+		id := requestlog.ID(r.Context())
+		a.cfg.Logger.ErrorContext(r.Context(), "API request failed", "request_id", id, "path", r.URL.Path, "error", err)
+		writeJSON(w, http.StatusInternalServerError, errorBody{"internal error; see the log for request " + id})
+	}
+}
+
+// writeJSON writes v the way NanoMDM does, indented by tabs.
+func writeJSON(w http.ResponseWriter, status int, v any) {
+	w.Header().Set("Content-Type", "application/json; charset=utf-8")
+	w.WriteHeader(status)
+	enc := json.NewEncoder(w)
+	enc.SetIndent("", "\t")
+	_ = enc.Encode(v) // a caller that is gone gets nothing
+}
+
+func readBody(r *http.Request) ([]byte, error) {
+	body, err := io.ReadAll(r.Body)
+	if tooLarge := (*http.MaxBytesError)(nil); err != nil && !errors.As(err, &tooLarge) {
+		return nil, badRequest("reading the body: %v", err)
+	}
+	return body, err
+}

@@ -1,0 +1,142 @@
+package httpmdm
+
+import (
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/netip"
+
+	"github.com/nanomdm/nanomdm/cryptoutil"
+)
+
+// Verifier checks that a certificate chains to the configured CA.
+type Verifier interface {
+	// Verify may use chain, which the peer sent, to find a way to a root.
+	Verify(cert *x509.Certificate, chain []*x509.Certificate) error
+}
+
+// Identity tells which certificate a request comes with. Its mode is one, so
+// that a request cannot choose how it is believed. Methods may be called
+// concurrently.
+type Identity struct {
+	verifier Verifier
+	mode     mode
+	header   string
+	trusted  []netip.Prefix
+}
+
+type mode int
+
+const (
+	modeSignature mode = iota
+	modeHeader
+	modeTLS
+)
+
+// errIdentity marks every failure to say who sends; it is answered 400.
+var errIdentity = errors.New("no acceptable device identity")
+
+var (
+	errPeer         = errors.New("certificate header from a peer that is not in -trusted-proxies")
+	errNoSignature  = errors.New("no Mdm-Signature header; is SignMessage set in the enrollment profile?")
+	errSignatures   = errors.New("repeated Mdm-Signature header")
+	errNoClientCert = errors.New("no TLS client certificate")
+)
+
+// SignatureIdentity believes Mdm-Signature: the device signs each body.
+func SignatureIdentity(v Verifier) *Identity {
+	return &Identity{verifier: v, mode: modeSignature}
+}
+
+// HeaderIdentity believes the named header if the peer is in one of the
+// trusted networks; with none, every peer is believed.
+func HeaderIdentity(v Verifier, header string, trusted []netip.Prefix) *Identity {
+	return &Identity{verifier: v, mode: modeHeader, header: header, trusted: trusted}
+}
+
+// TLSIdentity believes the client certificate of the connection itself.
+func TLSIdentity(v Verifier) *Identity {
+	return &Identity{verifier: v, mode: modeTLS}
+}
+
+// sender is a certificate that chains to the CA. In signature mode it is
+// proven only once verifyBody has passed.
+type sender struct {
+	certificate *x509.Certificate
+	signature   *cryptoutil.MdmSignature
+}
+
+// fromHeaders finds the sender's certificate and checks its chain, before
+// anything of the body is read.
+func (i *Identity) fromHeaders(r *http.Request) (*sender, error) {
+	s, chain, err := i.extract(r)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", errIdentity, err)
+	}
+	if err := i.verifier.Verify(s.certificate, chain); err != nil {
+		return nil, fmt.Errorf("%w: %w", errIdentity, err)
+	}
+	return s, nil
+}
+
+func (i *Identity) extract(r *http.Request) (*sender, []*x509.Certificate, error) {
+	switch i.mode {
+	case modeHeader:
+		if !i.trusts(r.RemoteAddr) {
+			return nil, nil, errPeer
+		}
+		cert, chain, err := parseCertHeader(r.Header.Values(i.header))
+		if err != nil {
+			return nil, nil, fmt.Errorf("header %s: %w", i.header, err)
+		}
+		return &sender{certificate: cert}, chain, nil
+	case modeTLS:
+		if r.TLS == nil || len(r.TLS.PeerCertificates) == 0 {
+			return nil, nil, errNoClientCert
+		}
+		certs := r.TLS.PeerCertificates
+		return &sender{certificate: certs[0]}, certs[1:], nil
+	}
+	values := r.Header.Values("Mdm-Signature")
+	switch {
+	case len(values) == 0 || values[0] == "":
+		return nil, nil, errNoSignature
+	case len(values) > 1:
+		return nil, nil, errSignatures
+	}
+	sig, err := cryptoutil.ParseMdmSignature(values[0])
+	if err != nil {
+		return nil, nil, err
+	}
+	return &sender{certificate: sig.Certificate(), signature: sig}, sig.Chain(), nil
+}
+
+func (i *Identity) trusts(remoteAddr string) bool {
+	if len(i.trusted) == 0 {
+		return true
+	}
+	peer, err := netip.ParseAddrPort(remoteAddr)
+	if err != nil {
+		return false
+	}
+	addr := peer.Addr().Unmap()
+	for _, p := range i.trusted {
+		if p.Contains(addr) {
+			return true
+		}
+	}
+	return false
+}
+
+// verifyBody proves that the sender signed these bytes, where the mode needs
+// it.
+func (s *sender) verifyBody(body []byte) error {
+	if s.signature == nil {
+		return nil
+	}
+	if err := s.signature.Verify(body); err != nil {
+		return fmt.Errorf("%w: %w", errIdentity, err)
+	}
+	return nil
+}
