@@ -15,7 +15,6 @@ import (
 	"github.com/nanomdm/nanomdm/mdm"
 )
 
-
 // Errors that callers tell apart with errors.Is.
 var (
 	// ErrNotFound: the record asked for does not exist (or not in the Scope).
@@ -27,6 +26,9 @@ var (
 	// pinned to another one, was retired by a re-enrollment, or is not pinned
 	// and may not be.
 	ErrIdentity = errors.New("certificate does not belong to this enrollment")
+	// ErrTokenDead: APNs said that the push token is no longer valid; the
+	// device has to send a new one.
+	ErrTokenDead = errors.New("push token is dead")
 	// ErrConflict: a record of that name exists with other contents.
 	ErrConflict = errors.New("exists with other contents")
 	// ErrBusy: a bounded queue in front of the database is full; the caller

@@ -157,22 +157,22 @@ pick_port() {
 	port[$1]=$candidate
 }
 
-# as USER COMMAND...: replaces this process. The servers refuse to run as root.
-# They get a session of their own, so that Ctrl-C ends COMMAND and leaves the
-# stopping to us, and the kernel stops them should we be killed outright.
+# as USER SIGNAL COMMAND...: replaces this process. The servers refuse to run as
+# root. They get a session of their own, so that Ctrl-C ends COMMAND and leaves
+# the stopping to us; the kernel sends them SIGNAL should we be killed outright.
 as() {
-	local name=$1
-	shift
+	local name=$1 signal=$2
+	shift 2
 	cd / || exit 1
 	if root; then
-		exec setsid setpriv --reuid="$name" --regid="$name" --init-groups --pdeathsig=TERM -- "$@"
+		exec setsid setpriv --reuid="$name" --regid="$name" --init-groups --pdeathsig="$signal" -- "$@"
 	fi
-	exec setsid setpriv --pdeathsig=TERM -- "$@"
+	exec setsid setpriv --pdeathsig="$signal" -- "$@"
 }
 
 in_mysql_tree() {
 	exec setsid chroot "$mysql_tree" \
-		setpriv --reuid=mysql --regid=mysql --init-groups --pdeathsig=TERM -- "$@"
+		setpriv --reuid=mysql --regid=mysql --init-groups --pdeathsig="${stop_signal[mysql]}" -- "$@"
 }
 
 # answers ENGINE: whether the server takes connections. The MySQL family
@@ -320,14 +320,14 @@ init_pgsql() {
 		locale+=(--locale-provider=icu --icu-locale=en-US)
 	fi
 	printf '%s\n' "$password" >"$work/pgsql/password" && chmod 644 "$work/pgsql/password" || exit
-	as postgres "$pgsql_bin/initdb" -D "$work/pgsql/data" -U "$user" --pwfile="$work/pgsql/password" \
+	as postgres "${stop_signal[pgsql]}" "$pgsql_bin/initdb" -D "$work/pgsql/data" -U "$user" --pwfile="$work/pgsql/password" \
 		--auth=scram-sha-256 --encoding=UTF8 --no-sync "${locale[@]}"
 }
 
 start_pgsql() {
 	local relaxed=(-c fsync=off -c synchronous_commit=off -c full_page_writes=off)
 	durable && relaxed=()
-	as postgres "$pgsql_bin/postgres" -D "$work/pgsql/data" -p "${port[pgsql]}" \
+	as postgres "${stop_signal[pgsql]}" "$pgsql_bin/postgres" -D "$work/pgsql/data" -p "${port[pgsql]}" \
 		-c listen_addresses=127.0.0.1 -c unix_socket_directories= -c max_connections=400 \
 		"${relaxed[@]+"${relaxed[@]}"}"
 }
@@ -350,7 +350,7 @@ accounts() {
 
 init_mariadb() {
 	accounts >"$work/mariadb/accounts.sql" && chmod 644 "$work/mariadb/accounts.sql" || exit
-	as mysql "$mariadb_install" --no-defaults --datadir="$work/mariadb/data" \
+	as mysql "${stop_signal[mariadb]}" "$mariadb_install" --no-defaults --datadir="$work/mariadb/data" \
 		--auth-root-authentication-method=normal --skip-test-db --skip-name-resolve
 }
 
@@ -358,7 +358,7 @@ start_mariadb() {
 	local relaxed=(--innodb-flush-log-at-trx-commit=0 --innodb-doublewrite=0 --innodb-flush-method=nosync)
 	durable && relaxed=()
 	# The character set is what Debian's own configuration sets.
-	as mysql "$mariadb_server" --no-defaults --datadir="$work/mariadb/data" \
+	as mysql "${stop_signal[mariadb]}" "$mariadb_server" --no-defaults --datadir="$work/mariadb/data" \
 		--bind-address=127.0.0.1 --port="${port[mariadb]}" --skip-name-resolve \
 		--socket="$work/mariadb/socket" --pid-file="$work/mariadb/data/pid" \
 		--init-file="$work/mariadb/accounts.sql" --max-connections=400 \
