@@ -178,11 +178,10 @@ in_mysql_tree() {
 # answers ENGINE: whether the server takes connections. The MySQL family
 # greets first, and only after its init file ran.
 answers() {
-	local greeting
 	case $1 in
 	pgsql) "$pgsql_bin/pg_isready" -q -h 127.0.0.1 -p "${port[pgsql]}" ;;
 	*) (
-		exec 3<>"/dev/tcp/127.0.0.1/${port[$1]}" && read -r -n 1 -t 5 -u 3 greeting
+		exec 3<>"/dev/tcp/127.0.0.1/${port[$1]}" && read -r -n 1 -t 5 -u 3 _
 	) 2>/dev/null ;;
 	esac
 }

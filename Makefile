@@ -1,0 +1,49 @@
+# `make` alone lists what there is to make.
+
+GO ?= go
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+FUZZTIME ?= 20s
+ENGINES := storage/storagetest/with-engines.sh
+
+.PHONY: help build demo test quick bench fuzz lint clean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+build: ## build the programs into bin/, without cgo
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-X main.version=$(VERSION)' -o bin/ ./cmd/...
+
+demo: build ## a server, three simulated devices and their commands, in seconds
+	./bin/mdmsim demo -nanomdm ./bin/nanomdm
+
+test: ## everything, race detector on, with PostgreSQL, MariaDB and MySQL started for it
+	$(ENGINES) $(GO) test -race -timeout 40m ./...
+
+quick: ## everything that needs no database server
+	env -u NANOMDM_PGSQL_STORAGE_TEST_DSN -u NANOMDM_MARIADB_STORAGE_TEST_DSN \
+		-u NANOMDM_MYSQL_STORAGE_TEST_DSN -u CI $(GO) test ./...
+
+bench: ## the benchmarks, with engines that keep what they confirm
+	ENGINES_DURABLE=1 $(ENGINES) $(GO) test -run '^$$' -bench . ./cmd/nanomdm/...
+
+# go test fuzzes one target at a time, so each is found and run by name. The
+# name also goes to -run, for the seeds.
+fuzz: ## each fuzz target for FUZZTIME (20s)
+	@set -e; \
+	packages=$$($(GO) list ./...); \
+	for package in $$packages; do \
+		listed=$$($(GO) test -list '^Fuzz' $$package); \
+		for target in $$(printf '%s\n' "$$listed" | grep '^Fuzz' || true); do \
+			echo "fuzzing $$package $$target for $(FUZZTIME)"; \
+			$(GO) test -run "^$$target\$$" -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) $$package; \
+		done; \
+	done
+
+lint: ## gofmt, go vet, staticcheck
+	@unformatted=$$(gofmt -l .); \
+	if [ -n "$$unformatted" ]; then echo "not formatted by gofmt:"; echo "$$unformatted"; exit 1; fi
+	$(GO) vet ./...
+	$(GO) tool staticcheck ./...
+
+clean: ## remove what build made
+	rm -rf bin
