@@ -1,145 +1,309 @@
 package mdm
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
-
-	"github.com/groob/plist"
+	"math"
 )
 
-// What the decoding errors wrap. All of them are the sender's fault.
+// What the decoding errors wrap. All of them are the sender's fault. Their
+// texts name keys and offsets but repeat no values.
 var (
 	// ErrMalformed: not an XML property list holding a dict, or a key with
-	// a value of the wrong type.
+	// a value that is not of its type.
 	ErrMalformed = errors.New("malformed property list")
-	// ErrUnknownMessageType: a MessageType that Apple did not define when
-	// this was written.
+	// ErrUnknownMessageType: a MessageType that is none of the kinds.
 	ErrUnknownMessageType = errors.New("unknown MessageType")
-	// ErrMissingKey: a key that the message cannot do without.
+	// ErrMissingKey: a key that the message cannot do without is missing
+	// or empty.
 	ErrMissingKey = errors.New("missing key")
 )
 
-// Command is a command an operator queues for devices.
-type Command struct {
-	CommandUUID string
-	RequestType string
-	// Raw is the property list as the operator sent it, and as the device
-	// gets it.
-	Raw []byte
-}
-
-type wire struct {
-	MessageType, UDID, UserID, UserShortName, UserLongName, EnrollmentID, EnrollmentUserID string
-	Topic, Model, ModelName, DeviceName, OSVersion, BuildVersion, ProductName              string
-	SerialNumber, IMEI, MEID, PushMagic, Endpoint, TokenServiceType                        string
-	Token, UnlockToken, BootstrapToken, Data                                               []byte
-	AwaitingConfiguration, NotOnConsole                                                    bool
-	DigestResponse                                                                         *string
-	TokenParameters                                                                        TokenParameters
-	Status, CommandUUID                                                                    string
-}
-
-func decodeWire(body []byte) (*wire, error) {
-	if bytes.HasPrefix(body, []byte("bplist")) {
-		return nil, fmt.Errorf("%w: binary property list", ErrMalformed)
-	}
-	var w wire
-	if err := plist.Unmarshal(body, &w); err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrMalformed, err)
-	}
-	return &w, nil
-}
-
 // Decode decodes a body whose media type does not tell what it is: a check-in
-// if it has a MessageType, else a report if it has a Status.
+// if it has a MessageType, else a report if it has a Status. It fails as
+// [DecodeCheckin] and [DecodeReport] do.
 func Decode(body []byte) (Message, error) {
-	w, err := decodeWire(body)
-	if err != nil {
+	var d document
+	if err := scan(&d, body, false); err != nil {
 		return nil, err
 	}
-	if w.MessageType == "" && w.Status != "" {
-		return DecodeReport(body)
-	}
-	return DecodeCheckin(body)
-}
-
-// DecodeCheckin decodes the body of a check-in.
-func DecodeCheckin(body []byte) (Message, error) {
-	w, err := decodeWire(body)
-	if err != nil {
-		return nil, err
-	}
-	e := Enrollment{w.UDID, w.UserID, w.UserShortName, w.UserLongName, w.EnrollmentID, w.EnrollmentUserID}
-	switch Kind(w.MessageType) {
-	case "":
-		return nil, fmt.Errorf("%w: MessageType", ErrMissingKey)
-	case KindAuthenticate:
-		return &Authenticate{Enrollment: e, Topic: w.Topic, Model: w.Model, ModelName: w.ModelName, DeviceName: w.DeviceName,
-			OSVersion: w.OSVersion, BuildVersion: w.BuildVersion, ProductName: w.ProductName, SerialNumber: w.SerialNumber,
-			IMEI: w.IMEI, MEID: w.MEID, Raw: body}, nil
-	case KindTokenUpdate:
-		return &TokenUpdate{Enrollment: e, Topic: w.Topic, PushMagic: w.PushMagic, Token: w.Token, UnlockToken: w.UnlockToken,
-			AwaitingConfiguration: w.AwaitingConfiguration, NotOnConsole: w.NotOnConsole, Raw: body}, nil
-	case KindCheckOut:
-		return &CheckOut{Enrollment: e, Topic: w.Topic, Raw: body}, nil
-	case KindSetBootstrapToken:
-		return &SetBootstrapToken{Enrollment: e, BootstrapToken: w.BootstrapToken, AwaitingConfiguration: w.AwaitingConfiguration, Raw: body}, nil
-	case KindGetBootstrapToken:
-		return &GetBootstrapToken{Enrollment: e, AwaitingConfiguration: w.AwaitingConfiguration, Raw: body}, nil
-	case KindUserAuthenticate:
-		m := &UserAuthenticate{Enrollment: e, Raw: body}
-		if w.DigestResponse != nil {
-			m.DigestResponse, m.HasDigestResponse = *w.DigestResponse, true
+	switch {
+	case d.MessageType.kind != kindAbsent:
+		return checkin(&d)
+	case d.Status.kind != kindAbsent:
+		// Not returned directly: a nil *Report is no nil Message.
+		r, err := report(&d)
+		if err != nil {
+			return nil, err
 		}
-		return m, nil
-	case KindDeclarativeManagement:
-		return &DeclarativeManagement{Enrollment: e, Endpoint: w.Endpoint, Data: w.Data, Raw: body}, nil
-	case KindGetToken:
-		return &GetToken{Enrollment: e, TokenServiceType: w.TokenServiceType, TokenParameters: w.TokenParameters, Raw: body}, nil
-	case KindReturnToService:
-		return &ReturnToService{Enrollment: e, Raw: body}, nil
+		return r, nil
 	}
-	return nil, ErrUnknownMessageType
+	return nil, fmt.Errorf("%w: neither MessageType nor Status", ErrMissingKey)
 }
 
-// DecodeReport decodes the body of a command report.
-func DecodeReport(body []byte) (*Report, error) {
-	w, err := decodeWire(body)
-	if err != nil {
+// DecodeCheckin decodes the body of a check-in. The message keeps body as its
+// Raw. The identity is not resolved. Errors wrap [ErrMalformed],
+// [ErrUnknownMessageType] or [ErrMissingKey].
+func DecodeCheckin(body []byte) (Message, error) {
+	var d document
+	if err := scan(&d, body, false); err != nil {
 		return nil, err
 	}
-	if w.Status == "" {
-		return nil, fmt.Errorf("%w: Status", ErrMissingKey)
-	}
-	r := &Report{Status: Status(w.Status), CommandUUID: w.CommandUUID, Raw: body,
-		Enrollment: Enrollment{w.UDID, w.UserID, w.UserShortName, w.UserLongName, w.EnrollmentID, w.EnrollmentUserID}}
-	if badID(r.CommandUUID) != "" {
-		r.CommandUUID, r.BadCommandUUID = "", true
-	}
-	return r, nil
+	return checkin(&d)
 }
 
-// DecodeCommand checks and decodes a command that an operator sends.
-func DecodeCommand(raw []byte) (*Command, error) {
-	if bytes.HasPrefix(raw, []byte("bplist")) {
-		return nil, fmt.Errorf("%w: binary property list", ErrMalformed)
+// DecodeReport decodes the body of a command report. The report keeps body as
+// its Raw. The identity is not resolved. Errors wrap [ErrMalformed] or
+// [ErrMissingKey].
+func DecodeReport(body []byte) (*Report, error) {
+	var d document
+	if err := scan(&d, body, false); err != nil {
+		return nil, err
 	}
-	var c struct {
-		CommandUUID string
-		Command     struct{ RequestType string }
+	return report(&d)
+}
+
+// reader reads typed values from a document and keeps the first error.
+type reader struct {
+	*document
+	err error
+}
+
+func (r *reader) fail(err error) {
+	if r.err == nil {
+		r.err = err
 	}
-	if err := plist.Unmarshal(raw, &c); err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrMalformed, err)
+}
+
+func (r *reader) wrongType(key, want string, v value) {
+	r.fail(malformed(v.start, fmt.Sprintf("%s is %s, not %s", key, v.kind, want)))
+}
+
+// text returns an optional string.
+func (r *reader) text(key string, v value) string {
+	switch v.kind {
+	case kindAbsent:
+		return ""
+	case kindString:
+		return r.str(v)
 	}
-	if c.CommandUUID == "" {
-		return nil, fmt.Errorf("%w: CommandUUID", ErrMissingKey)
+	r.wrongType(key, "string", v)
+	return ""
+}
+
+// need returns a string that must not be empty.
+func (r *reader) need(key string, v value) string {
+	s := r.text(key, v)
+	if s == "" {
+		r.fail(fmt.Errorf("%w: %s", ErrMissingKey, key))
 	}
-	if c.Command.RequestType == "" {
-		return nil, fmt.Errorf("%w: Command.RequestType", ErrMissingKey)
+	return s
+}
+
+// bytes returns optional data.
+func (r *reader) bytes(key string, v value) []byte {
+	switch v.kind {
+	case kindAbsent:
+		return nil
+	case kindData:
+		b, err := r.data(v)
+		if err != nil {
+			r.fail(fmt.Errorf("%s: %w", key, err))
+		}
+		return b
 	}
-	if why := badID(c.CommandUUID); why != "" {
-		return nil, fmt.Errorf("%w: %s in CommandUUID", ErrMalformed, why)
+	r.wrongType(key, "data", v)
+	return nil
+}
+
+// boolean returns an optional boolean, false when missing.
+func (r *reader) boolean(key string, v value) bool {
+	switch v.kind {
+	case kindAbsent, kindFalse:
+		return false
+	case kindTrue:
+		return true
 	}
-	return &Command{CommandUUID: c.CommandUUID, RequestType: c.Command.RequestType, Raw: raw}, nil
+	r.wrongType(key, "boolean", v)
+	return false
+}
+
+func (r *reader) enrollment() Enrollment {
+	return Enrollment{
+		UDID:             r.text("UDID", r.UDID),
+		UserID:           r.text("UserID", r.UserID),
+		UserShortName:    r.text("UserShortName", r.UserShortName),
+		UserLongName:     r.text("UserLongName", r.UserLongName),
+		EnrollmentID:     r.text("EnrollmentID", r.EnrollmentID),
+		EnrollmentUserID: r.text("EnrollmentUserID", r.EnrollmentUserID),
+	}
+}
+
+func checkin(d *document) (Message, error) {
+	r := &reader{document: d}
+	kind := r.need("MessageType", d.MessageType)
+	if r.err != nil {
+		return nil, r.err
+	}
+	m := r.message(Kind(kind))
+	if m == nil {
+		return nil, ErrUnknownMessageType
+	}
+	if r.err != nil {
+		return nil, r.err
+	}
+	return m, nil
+}
+
+// message returns the check-in of the given kind, nil if there is no such.
+func (r *reader) message(kind Kind) Message {
+	switch kind {
+	case KindAuthenticate:
+		return r.authenticate()
+	case KindTokenUpdate:
+		return r.tokenUpdate()
+	case KindCheckOut:
+		return &CheckOut{
+			Enrollment: r.enrollment(),
+			Topic:      r.text("Topic", r.Topic),
+			Raw:        r.body,
+		}
+	case KindSetBootstrapToken:
+		return &SetBootstrapToken{
+			Enrollment:            r.enrollment(),
+			BootstrapToken:        r.bytes("BootstrapToken", r.BootstrapToken),
+			AwaitingConfiguration: r.boolean("AwaitingConfiguration", r.AwaitingConfiguration),
+			Raw:                   r.body,
+		}
+	case KindGetBootstrapToken:
+		return &GetBootstrapToken{
+			Enrollment:            r.enrollment(),
+			AwaitingConfiguration: r.boolean("AwaitingConfiguration", r.AwaitingConfiguration),
+			Raw:                   r.body,
+		}
+	case KindUserAuthenticate:
+		return &UserAuthenticate{
+			Enrollment:        r.enrollment(),
+			DigestResponse:    r.text("DigestResponse", r.DigestResponse),
+			HasDigestResponse: r.DigestResponse.kind != kindAbsent,
+			Raw:               r.body,
+		}
+	case KindDeclarativeManagement:
+		return &DeclarativeManagement{
+			Enrollment: r.enrollment(),
+			Endpoint:   r.need("Endpoint", r.Endpoint),
+			Data:       r.bytes("Data", r.Data),
+			Raw:        r.body,
+		}
+	case KindGetToken:
+		return r.getToken()
+	case KindReturnToService:
+		return &ReturnToService{Enrollment: r.enrollment(), Raw: r.body}
+	}
+	return nil
+}
+
+func (r *reader) authenticate() *Authenticate {
+	return &Authenticate{
+		Enrollment:   r.enrollment(),
+		Topic:        r.need("Topic", r.Topic),
+		Model:        r.text("Model", r.Model),
+		ModelName:    r.text("ModelName", r.ModelName),
+		DeviceName:   r.text("DeviceName", r.DeviceName),
+		OSVersion:    r.text("OSVersion", r.OSVersion),
+		BuildVersion: r.text("BuildVersion", r.BuildVersion),
+		ProductName:  r.text("ProductName", r.ProductName),
+		SerialNumber: r.text("SerialNumber", r.SerialNumber),
+		IMEI:         r.text("IMEI", r.IMEI),
+		MEID:         r.text("MEID", r.MEID),
+		Raw:          r.body,
+	}
+}
+
+func (r *reader) tokenUpdate() *TokenUpdate {
+	m := &TokenUpdate{
+		Enrollment:            r.enrollment(),
+		Topic:                 r.need("Topic", r.Topic),
+		PushMagic:             r.need("PushMagic", r.PushMagic),
+		Token:                 r.bytes("Token", r.Token),
+		UnlockToken:           r.bytes("UnlockToken", r.UnlockToken),
+		AwaitingConfiguration: r.boolean("AwaitingConfiguration", r.AwaitingConfiguration),
+		NotOnConsole:          r.boolean("NotOnConsole", r.NotOnConsole),
+		Raw:                   r.body,
+	}
+	if len(m.Token) == 0 {
+		r.fail(fmt.Errorf("%w: Token", ErrMissingKey))
+	}
+	return m
+}
+
+func (r *reader) getToken() *GetToken {
+	m := &GetToken{
+		Enrollment:       r.enrollment(),
+		TokenServiceType: r.need("TokenServiceType", r.TokenServiceType),
+		Raw:              r.body,
+	}
+	switch r.TokenParameters.kind {
+	case kindAbsent:
+	case kindDict:
+		m.TokenParameters = TokenParameters{
+			SecurityToken: r.text("SecurityToken", r.params.SecurityToken),
+			PhoneUDID:     r.text("PhoneUDID", r.params.PhoneUDID),
+			WatchUDID:     r.text("WatchUDID", r.params.WatchUDID),
+		}
+	default:
+		r.wrongType("TokenParameters", "dict", r.TokenParameters)
+	}
+	return m
+}
+
+func report(d *document) (*Report, error) {
+	r := &reader{document: d}
+	m := &Report{
+		Enrollment: r.enrollment(),
+		Status:     Status(r.need("Status", d.Status)),
+		Raw:        d.body,
+	}
+	if r.err != nil {
+		return nil, r.err
+	}
+	switch d.CommandUUID.kind {
+	case kindAbsent:
+	case kindString:
+		if m.CommandUUID = d.str(d.CommandUUID); badID(m.CommandUUID) != "" {
+			m.CommandUUID, m.BadCommandUUID = "", true
+		}
+	default:
+		m.BadCommandUUID = true
+	}
+	for _, item := range d.chain {
+		m.ErrorChain = append(m.ErrorChain, ErrorChainItem{
+			ErrorCode:            d.number(item.ErrorCode),
+			ErrorDomain:          d.textOrNone(item.ErrorDomain),
+			LocalizedDescription: d.textOrNone(item.LocalizedDescription),
+			USEnglishDescription: d.textOrNone(item.USEnglishDescription),
+		})
+	}
+	return m, nil
+}
+
+// textOrNone returns a string whose type nobody insists on.
+func (d *document) textOrNone(v value) string {
+	if v.kind != kindString {
+		return ""
+	}
+	return d.str(v)
+}
+
+// nearest returns the int64 nearest to f, towards zero; 0 for NaN.
+func nearest(f float64) int64 {
+	switch {
+	case math.IsNaN(f):
+		return 0
+	case f >= math.MaxInt64:
+		return math.MaxInt64
+	case f <= math.MinInt64:
+		return math.MinInt64
+	}
+	return int64(f)
 }

@@ -1,0 +1,47 @@
+package mdm
+
+import "fmt"
+
+// Command is a command an operator queues for devices.
+type Command struct {
+	CommandUUID string
+	RequestType string
+	// Raw is the property list as the operator sent it, and as the device
+	// gets it.
+	Raw []byte
+}
+
+// DecodeCommand checks and decodes a command that an operator sends: an XML
+// property list with CommandUUID and Command.RequestType. What else Command
+// holds is the operator's business and passes unchanged, but must be a sound
+// property list. The command keeps raw as its Raw. Errors wrap [ErrMalformed]
+// or [ErrMissingKey] and say what to mend.
+func DecodeCommand(raw []byte) (*Command, error) {
+	var d document
+	if err := scan(&d, raw, true); err != nil {
+		return nil, err
+	}
+	r := &reader{document: &d}
+	c := &Command{
+		CommandUUID: r.need("CommandUUID", d.CommandUUID),
+		Raw:         raw,
+	}
+	switch d.Command.kind {
+	case kindAbsent:
+		r.fail(fmt.Errorf("%w: Command", ErrMissingKey))
+	case kindDict:
+		c.RequestType = r.need("Command.RequestType", d.requestType)
+	default:
+		r.wrongType("Command", "dict", d.Command)
+	}
+	if why := badID(c.CommandUUID); why != "" {
+		r.fail(fmt.Errorf("%w: %s in CommandUUID", ErrMalformed, why))
+	}
+	if why := badID(c.RequestType); why != "" {
+		r.fail(fmt.Errorf("%w: %s in Command.RequestType", ErrMalformed, why))
+	}
+	if r.err != nil {
+		return nil, r.err
+	}
+	return c, nil
+}
