@@ -398,9 +398,22 @@ make_folders() {
 		id -u mysql >/dev/null 2>&1 && chown mysql:mysql "$work/mariadb"
 	fi
 	if [[ " ${engines[*]} " == *" mysql "* ]]; then
-		mysql_work=$(mktemp -d "$mysql_tree/srv/nanomdm.XXXXXX") &&
-			chroot "$mysql_tree" chown mysql:mysql "${mysql_work#"$mysql_tree"}"
+		make_mysql_folder
 	fi
+}
+
+# MySQL's data lies in the kept tree, where nobody else tidies up: what runs that
+# were killed left there goes first. A folder in use is locked, by its server too.
+make_mysql_folder() {
+	local tidying folder
+	exec {tidying}<"$mysql_tree/srv" && flock "$tidying" || return
+	for folder in "$mysql_tree"/srv/nanomdm.*; do
+		[[ -d $folder ]] && flock --nonblock "$folder" rm -rf "$folder"
+	done
+	mysql_work=$(mktemp -d "$mysql_tree/srv/nanomdm.XXXXXX") || return
+	exec {mysql_work_lock}<"$mysql_work" && flock "$mysql_work_lock" || return
+	exec {tidying}<&-
+	chroot "$mysql_tree" chown mysql:mysql "${mysql_work#"$mysql_tree"}"
 }
 
 start_packages() {
