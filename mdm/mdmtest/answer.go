@@ -13,7 +13,7 @@ func (c *Channel) answer(command *Command) report {
 	if behaviour := c.device.cfg.Behaviour; behaviour != nil {
 		told = behaviour(command)
 	}
-	r := report{status: told.Status, uuid: command.UUID, chain: told.ErrorChain, extra: told.Payload}
+	r := report{status: told.Status, uuid: command.UUID, chain: told.ErrorChain, extra: told.Payload, command: command}
 	if told.Status != "" && told.Status != StatusAcknowledged {
 		return r
 	}

@@ -1,6 +1,7 @@
 package mdmtest
 
 import (
+	"bytes"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -242,6 +243,37 @@ func (id *Identity) PEM() ([]byte, error) {
 		return nil, err
 	}
 	return append(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: id.Cert.Raw}), keyPEM...), nil
+}
+
+// ParseIdentities reads any number of identities, each as PEM writes it.
+func ParseIdentities(data []byte) ([]*Identity, error) {
+	var identities []*Identity
+	for len(bytes.TrimSpace(data)) > 0 {
+		certBlock, rest := pem.Decode(data)
+		if certBlock == nil {
+			return nil, errors.New("reading identities: not PEM")
+		}
+		keyBlock, rest := pem.Decode(rest)
+		if keyBlock == nil {
+			return nil, errors.New("reading identities: a key is missing")
+		}
+		data = rest
+		cert, err := x509.ParseCertificate(certBlock.Bytes)
+		if err != nil {
+			return nil, fmt.Errorf("reading identities: %w", err)
+		}
+		key, err := x509.ParsePKCS8PrivateKey(keyBlock.Bytes)
+		if err != nil {
+			// Not wrapped: the error might quote the key.
+			return nil, errors.New("reading identities: a key cannot be read")
+		}
+		signer, ok := key.(crypto.Signer)
+		if !ok {
+			return nil, errors.New("reading identities: a key cannot sign")
+		}
+		identities = append(identities, &Identity{Cert: cert, Key: signer})
+	}
+	return identities, nil
 }
 
 func newKey(rsaBits int) (crypto.Signer, error) {

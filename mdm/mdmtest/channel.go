@@ -231,8 +231,8 @@ type Exchange struct {
 
 // Visit is what happened on one connection.
 type Visit struct {
-	// Resent counts results of earlier visits that were sent first.
-	Resent int
+	// Resent are results of earlier visits that were sent first, and taken.
+	Resent []Exchange
 	// Exchanges are the commands that were received, in order, each with the
 	// answer that the server took.
 	Exchanges []Exchange
@@ -266,7 +266,7 @@ func (c *Channel) Poll(ctx context.Context) (Visit, error) {
 		if err != nil && !errors.Is(err, errReply) {
 			return visit, err
 		}
-		visit.Exchanges = append(visit.Exchanges, Exchange{Command: command, Status: r.status, Extra: r.extra})
+		visit.Exchanges = append(visit.Exchanges, r.exchange())
 		if err != nil {
 			return visit, err
 		}
@@ -296,7 +296,7 @@ func (c *Channel) begin(ctx context.Context, visit *Visit) (*Command, error) {
 			c.mu.Unlock()
 			return nil, err
 		}
-		visit.Resent++
+		visit.Resent = append(visit.Resent, r.exchange())
 		command = next // what an earlier one offered is offered again
 	}
 	return command, nil
@@ -304,10 +304,15 @@ func (c *Channel) begin(ctx context.Context, visit *Visit) (*Command, error) {
 
 // report is one message of the command protocol.
 type report struct {
-	status Status
-	uuid   string
-	chain  []ErrorItem
-	extra  []byte
+	status  Status
+	uuid    string
+	chain   []ErrorItem
+	extra   []byte
+	command *Command // what it answers; nil for Report
+}
+
+func (r report) exchange() Exchange {
+	return Exchange{Command: r.command, Status: r.status, Extra: r.extra}
 }
 
 // errReply marks a 2xx whose body is no command: the report was taken.

@@ -343,6 +343,15 @@ func TestCA(t *testing.T) {
 	require.NoError(t, err)
 	_, err = tls.X509KeyPair(both, both)
 	require.NoError(t, err)
+	more, err := expired.PEM()
+	require.NoError(t, err)
+	parsed, err := ParseIdentities(append(both, more...))
+	require.NoError(t, err)
+	require.Len(t, parsed, 2)
+	require.Equal(t, push.Cert.Raw, parsed[0].Cert.Raw)
+	require.Equal(t, expired.Key.Public(), parsed[1].Key.Public())
+	_, err = ParseIdentities(both[:len(both)-50])
+	require.Error(t, err, "a torn file")
 
 	inter, err := loaded.Intermediate()
 	require.NoError(t, err)
@@ -607,7 +616,8 @@ func TestResultsAreResentUntilTaken(t *testing.T) {
 	s.setRefuse("Acknowledged", 0)
 	visit, err := d.Poll(t.Context())
 	require.NoError(t, err)
-	require.Equal(t, 1, visit.Resent)
+	require.Len(t, visit.Resent, 1)
+	require.Equal(t, "1", visit.Resent[0].Command.UUID)
 	require.Len(t, visit.Exchanges, 1)
 	got2 := s.take()
 	require.Equal(t, got[1].body, got2[0].body, "the kept result comes instead of Idle")
@@ -616,7 +626,7 @@ func TestResultsAreResentUntilTaken(t *testing.T) {
 	// Nothing is kept any more.
 	visit, err = d.Poll(t.Context())
 	require.NoError(t, err)
-	require.Zero(t, visit.Resent)
+	require.Empty(t, visit.Resent)
 	require.Equal(t, "Idle", s.take()[0].Status)
 }
 
@@ -631,7 +641,7 @@ func TestNotNowIsNotKept(t *testing.T) {
 	s.setRefuse("NotNow", 0)
 	visit, err := d.Poll(t.Context())
 	require.NoError(t, err)
-	require.Zero(t, visit.Resent)
+	require.Empty(t, visit.Resent)
 	got := s.take()
 	require.Equal(t, []string{"Idle", "NotNow", "Idle", "NotNow"},
 		[]string{got[0].Status, got[1].Status, got[2].Status, got[3].Status})
@@ -660,7 +670,7 @@ func TestAuthenticateForgets(t *testing.T) {
 		require.Empty(t, c.Profiles())
 		visit, err := c.Poll(t.Context())
 		require.NoError(t, err)
-		require.Zero(t, visit.Resent)
+		require.Empty(t, visit.Resent)
 	}
 }
 

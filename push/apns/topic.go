@@ -1,0 +1,325 @@
+package apns
+
+import (
+	"container/list"
+	"context"
+	"crypto/tls"
+	"errors"
+	"math/rand/v2"
+	"sync"
+	"time"
+)
+
+const (
+	dialBackoff    = 100 * time.Millisecond // after the first failure, then doubled
+	dialBackoffMax = 30 * time.Second
+	dialPatience   = time.Second            // a push waits out a back-off no longer than this
+	recheck        = 250 * time.Millisecond // for streams that come free without a sign
+	sourceRetry    = time.Second            // pause after the source failed without a certificate in hand
+)
+
+// topic is the certificate and the connection pool of one push topic.
+type topic struct {
+	c    *Client
+	name string
+
+	mu sync.Mutex
+
+	// The certificate in use.
+	cert      *tls.Certificate // nil if there is none
+	version   string
+	nextAsk   time.Time
+	sourceErr error         // why cert is nil, a *sourceError
+	asking    chan struct{} // closed when the call under way ends; nil if none is
+
+	// The connections.
+	conns    []*conn
+	waiters  list.List // of *waiter, first come first served
+	dialing  bool
+	failures int // dials in a row that led to no answer
+	retryAt  time.Time
+	dialErr  error // of the last failure
+}
+
+// waiter is a push that waits for a stream.
+type waiter struct {
+	elem  *list.Element // nil once it was served
+	serve chan grant    // buffered
+}
+
+// grant is a stream, or the reason why there is none.
+type grant struct {
+	cn  *conn
+	err error
+}
+
+// acquire returns a connection with a stream set aside, to be given back
+// with release.
+func (t *topic) acquire(ctx context.Context) (*conn, error) {
+	if err := t.refreshCertificate(ctx); err != nil {
+		return nil, err
+	}
+	t.mu.Lock()
+	if t.waiters.Len() == 0 {
+		if cn := t.reserveLocked(); cn != nil {
+			t.mu.Unlock()
+			return cn, nil
+		}
+	}
+	if len(t.conns) == 0 && !t.dialing && time.Until(t.retryAt) > dialPatience {
+		err := t.dialErr
+		t.mu.Unlock()
+		return nil, &dialError{err}
+	}
+	w := &waiter{serve: make(chan grant, 1)}
+	w.elem = t.waiters.PushBack(w)
+	t.pumpLocked()
+	full := w.elem != nil && len(t.conns) >= t.c.cfg.MaxConnsPerTopic
+	t.mu.Unlock()
+	if full {
+		t.c.workers.giveUp(t)
+	}
+
+	tick := time.NewTicker(recheck)
+	defer tick.Stop()
+	for {
+		select {
+		case g := <-w.serve:
+			return g.cn, g.err
+		case <-tick.C:
+			t.mu.Lock()
+			t.pumpLocked()
+			t.mu.Unlock()
+		case <-ctx.Done():
+			t.mu.Lock()
+			if w.elem != nil {
+				t.waiters.Remove(w.elem)
+			} else if g := <-w.serve; g.cn != nil {
+				t.releaseLocked(g.cn)
+				t.pumpLocked() // to the next in line
+			}
+			t.mu.Unlock()
+			return nil, ctx.Err()
+		}
+	}
+}
+
+// release gives a stream back. answered says that the server answered on it;
+// err is what ended it otherwise, or nil if the push gave it up.
+func (t *topic) release(cn *conn, answered bool, err error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if answered && !cn.answered {
+		cn.answered = true
+		t.failures = 0
+	}
+	if err != nil && !cn.retired && cn.lost() {
+		t.retireLocked(cn)
+		if !cn.answered {
+			// Connections that die unused are as bad as none.
+			t.failedLocked(err)
+		}
+	}
+	t.releaseLocked(cn)
+	t.pumpLocked()
+}
+
+// releaseLocked counts a stream out and closes the connection if it was the
+// last of a retired one.
+func (t *topic) releaseLocked(cn *conn) {
+	cn.inUse--
+	if cn.retired && cn.inUse == 0 {
+		t.c.closeConn(cn)
+	}
+}
+
+// retire takes cn out of use; it is closed when its streams have ended.
+func (t *topic) retire(cn *conn) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.retireLocked(cn)
+}
+
+func (t *topic) retireLocked(cn *conn) {
+	if cn.retired {
+		return
+	}
+	cn.retired = true
+	for i, other := range t.conns {
+		if other == cn {
+			t.conns = append(t.conns[:i], t.conns[i+1:]...)
+			break
+		}
+	}
+	if cn.inUse == 0 {
+		t.c.closeConn(cn)
+	}
+}
+
+// retireAll takes all connections out of use.
+func (t *topic) retireAll() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.retireAllLocked()
+}
+
+func (t *topic) retireAllLocked() {
+	for len(t.conns) > 0 {
+		t.retireLocked(t.conns[len(t.conns)-1])
+	}
+}
+
+// reserveLocked sets a stream aside on the first connection that has one.
+func (t *topic) reserveLocked() *conn {
+	now := time.Now()
+	for i := 0; i < len(t.conns); {
+		cn := t.conns[i]
+		if !cn.usable() {
+			t.retireLocked(cn) // takes it out of t.conns
+			continue
+		}
+		if now.Sub(cn.limitAt) > limitCheck {
+			cn.refreshLimit(now)
+		}
+		if cn.inUse < cn.limit {
+			cn.inUse++
+			return cn
+		}
+		i++
+	}
+	return nil
+}
+
+// pumpLocked serves waiting pushes and dials if some remain.
+func (t *topic) pumpLocked() {
+	for t.waiters.Len() > 0 {
+		cn := t.reserveLocked()
+		if cn == nil {
+			break
+		}
+		t.serveLocked(grant{cn: cn})
+	}
+	if t.waiters.Len() == 0 || t.dialing || t.cert == nil ||
+		len(t.conns) >= t.c.cfg.MaxConnsPerTopic || time.Now().Before(t.retryAt) {
+		return
+	}
+	t.dialing = t.c.goDial(t, t.cert, t.version)
+}
+
+// serveLocked hands g to the first waiter.
+func (t *topic) serveLocked(g grant) {
+	w := t.waiters.Remove(t.waiters.Front()).(*waiter)
+	w.elem = nil
+	w.serve <- g
+}
+
+// dialed takes the result of the dial under way.
+func (t *topic) dialed(cn *conn, err error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.dialing = false
+	switch {
+	case err != nil:
+		t.failedLocked(err)
+		// Pushes that other connections can carry go on waiting.
+		for len(t.conns) == 0 && t.waiters.Len() > 0 {
+			t.serveLocked(grant{err: &dialError{err}})
+		}
+	case cn.version != t.version || t.cert == nil:
+		cn.retired = true
+		t.c.closeConn(cn)
+	default:
+		t.conns = append(t.conns, cn)
+	}
+	t.pumpLocked()
+}
+
+// failedLocked sets the time before which no dial is made.
+func (t *topic) failedLocked(err error) {
+	t.failures++
+	d := min(dialBackoff<<min(t.failures-1, 16), dialBackoffMax)
+	d += time.Duration((rand.Float64() - 0.5) * float64(d) / 2)
+	t.retryAt = time.Now().Add(d)
+	t.dialErr = err
+	t.c.cfg.Logger.Warn("connecting to APNs failed", "topic", t.name, "failures", t.failures, "retry_in", d, "err", err)
+}
+
+// refreshCertificate asks the source for the certificate, if it is time to.
+// While one push asks, the others use the certificate in hand.
+func (t *topic) refreshCertificate(ctx context.Context) error {
+	for {
+		t.mu.Lock()
+		if t.c.cfg.Now().Before(t.nextAsk) {
+			err := t.sourceErr
+			t.mu.Unlock()
+			return err
+		}
+		if t.asking == nil {
+			break // keeps the lock
+		}
+		asking, have := t.asking, t.cert != nil
+		t.mu.Unlock()
+		if have {
+			return nil
+		}
+		select {
+		case <-asking:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	t.asking = make(chan struct{})
+	t.mu.Unlock()
+
+	cert, version, err := t.c.source.PushCertificate(ctx, t.name)
+
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	close(t.asking)
+	t.asking = nil
+	if err != nil && ctx.Err() != nil {
+		return ctx.Err() // this push's own end says nothing of the source
+	}
+	t.nextAsk = t.c.cfg.Now().Add(t.c.cfg.CertificateTTL)
+	switch {
+	case err == nil:
+		t.useLocked(&cert, version)
+	case errors.Is(err, ErrNoCertificate):
+		t.sourceErr = &sourceError{err}
+		t.cert, t.version = nil, ""
+		t.retireAllLocked()
+	case t.cert == nil:
+		t.sourceErr = &sourceError{err}
+		t.nextAsk = t.c.cfg.Now().Add(min(sourceRetry, t.c.cfg.CertificateTTL))
+	default:
+		t.c.cfg.Logger.Warn("asking for the push certificate failed, using the one in hand", "topic", t.name, "err", err)
+	}
+	return t.sourceErr
+}
+
+// useLocked makes cert the certificate of new connections, and drains those
+// of another version.
+func (t *topic) useLocked(cert *tls.Certificate, version string) {
+	t.sourceErr = nil
+	if t.cert != nil && t.version == version {
+		return
+	}
+	if t.cert != nil {
+		t.c.cfg.Logger.Info("push certificate changed, draining connections", "topic", t.name)
+	}
+	t.cert, t.version = cert, version
+	t.retireAllLocked()
+	t.failures, t.retryAt = 0, time.Time{}
+}
+
+// dialError is the failure of a dial, as opposed to that of a stream.
+type dialError struct{ err error }
+
+func (e *dialError) Error() string { return "connecting to APNs: " + e.err.Error() }
+func (e *dialError) Unwrap() error { return e.err }
+
+// sourceError is the failure of the certificate source.
+type sourceError struct{ err error }
+
+func (e *sourceError) Error() string { return "push certificate: " + e.err.Error() }
+func (e *sourceError) Unwrap() error { return e.err }
