@@ -17,22 +17,21 @@ type Command struct {
 // property list. The command keeps raw as its Raw. Errors wrap [ErrMalformed]
 // or [ErrMissingKey] and say what to mend.
 func DecodeCommand(raw []byte) (*Command, error) {
-	var d document
-	if err := scan(&d, raw, true); err != nil {
+	var r reader
+	if err := scan(&r.document, raw, true); err != nil {
 		return nil, err
 	}
-	r := &reader{document: &d}
 	c := &Command{
-		CommandUUID: r.need("CommandUUID", d.CommandUUID),
+		CommandUUID: r.need("CommandUUID", r.CommandUUID),
 		Raw:         raw,
 	}
-	switch d.Command.kind {
+	switch r.Command.kind {
 	case kindAbsent:
 		r.fail(fmt.Errorf("%w: Command", ErrMissingKey))
 	case kindDict:
-		c.RequestType = r.need("Command.RequestType", d.requestType)
+		c.RequestType = r.need("Command.RequestType", r.requestType)
 	default:
-		r.wrongType("Command", "dict", d.Command)
+		r.wrongType("Command", "dict", r.Command)
 	}
 	if why := badID(c.CommandUUID); why != "" {
 		r.fail(fmt.Errorf("%w: %s in CommandUUID", ErrMalformed, why))

@@ -23,20 +23,20 @@ var (
 // if it has a MessageType, else a report if it has a Status. It fails as
 // [DecodeCheckin] and [DecodeReport] do.
 func Decode(body []byte) (Message, error) {
-	var d document
-	if err := scan(&d, body, false); err != nil {
+	var r reader
+	if err := scan(&r.document, body, false); err != nil {
 		return nil, err
 	}
 	switch {
-	case d.MessageType.kind != kindAbsent:
-		return checkin(&d)
-	case d.Status.kind != kindAbsent:
+	case r.MessageType.kind != kindAbsent:
+		return r.checkin()
+	case r.Status.kind != kindAbsent:
 		// Not returned directly: a nil *Report is no nil Message.
-		r, err := report(&d)
+		m, err := r.report()
 		if err != nil {
 			return nil, err
 		}
-		return r, nil
+		return m, nil
 	}
 	return nil, fmt.Errorf("%w: neither MessageType nor Status", ErrMissingKey)
 }
@@ -45,27 +45,27 @@ func Decode(body []byte) (Message, error) {
 // Raw. The identity is not resolved. Errors wrap [ErrMalformed],
 // [ErrUnknownMessageType] or [ErrMissingKey].
 func DecodeCheckin(body []byte) (Message, error) {
-	var d document
-	if err := scan(&d, body, false); err != nil {
+	var r reader
+	if err := scan(&r.document, body, false); err != nil {
 		return nil, err
 	}
-	return checkin(&d)
+	return r.checkin()
 }
 
 // DecodeReport decodes the body of a command report. The report keeps body as
 // its Raw. The identity is not resolved. Errors wrap [ErrMalformed] or
 // [ErrMissingKey].
 func DecodeReport(body []byte) (*Report, error) {
-	var d document
-	if err := scan(&d, body, false); err != nil {
+	var r reader
+	if err := scan(&r.document, body, false); err != nil {
 		return nil, err
 	}
-	return report(&d)
+	return r.report()
 }
 
 // reader reads typed values from a document and keeps the first error.
 type reader struct {
-	*document
+	document
 	err error
 }
 
@@ -139,9 +139,8 @@ func (r *reader) enrollment() Enrollment {
 	}
 }
 
-func checkin(d *document) (Message, error) {
-	r := &reader{document: d}
-	kind := r.need("MessageType", d.MessageType)
+func (r *reader) checkin() (Message, error) {
+	kind := r.need("MessageType", r.MessageType)
 	if r.err != nil {
 		return nil, r.err
 	}
@@ -257,31 +256,30 @@ func (r *reader) getToken() *GetToken {
 	return m
 }
 
-func report(d *document) (*Report, error) {
-	r := &reader{document: d}
+func (r *reader) report() (*Report, error) {
 	m := &Report{
 		Enrollment: r.enrollment(),
-		Status:     Status(r.need("Status", d.Status)),
-		Raw:        d.body,
+		Status:     Status(r.need("Status", r.Status)),
+		Raw:        r.body,
 	}
 	if r.err != nil {
 		return nil, r.err
 	}
-	switch d.CommandUUID.kind {
+	switch r.CommandUUID.kind {
 	case kindAbsent:
 	case kindString:
-		if m.CommandUUID = d.str(d.CommandUUID); badID(m.CommandUUID) != "" {
+		if m.CommandUUID = r.str(r.CommandUUID); badID(m.CommandUUID) != "" {
 			m.CommandUUID, m.BadCommandUUID = "", true
 		}
 	default:
 		m.BadCommandUUID = true
 	}
-	for _, item := range d.chain {
+	for _, item := range r.chain {
 		m.ErrorChain = append(m.ErrorChain, ErrorChainItem{
-			ErrorCode:            d.number(item.ErrorCode),
-			ErrorDomain:          d.textOrNone(item.ErrorDomain),
-			LocalizedDescription: d.textOrNone(item.LocalizedDescription),
-			USEnglishDescription: d.textOrNone(item.USEnglishDescription),
+			ErrorCode:            r.number(item.ErrorCode),
+			ErrorDomain:          r.textOrNone(item.ErrorDomain),
+			LocalizedDescription: r.textOrNone(item.LocalizedDescription),
+			USEnglishDescription: r.textOrNone(item.USEnglishDescription),
 		})
 	}
 	return m, nil

@@ -466,7 +466,7 @@ func (s *scanner) doctype() error {
 func (s *scanner) misc() error {
 	for {
 		s.space()
-		if !bytes.HasPrefix(s.body[s.pos:], []byte("<!--")) {
+		if s.peek(1) != '!' || !bytes.HasPrefix(s.body[s.pos:], []byte("<!--")) {
 			return nil
 		}
 		if err := s.comment(); err != nil {
@@ -560,6 +560,14 @@ func isNameByte(b byte) bool {
 	return isLetter(b) || '0' <= b && b <= '9' || b == '.' || b == '-'
 }
 
+// peek returns the byte at n after the next, 0 behind the end.
+func (s *scanner) peek(n int) byte {
+	if s.pos+n < len(s.body) {
+		return s.body[s.pos+n]
+	}
+	return 0
+}
+
 // take skips b if it is next.
 func (s *scanner) take(b byte) bool {
 	if s.pos < len(s.body) && s.body[s.pos] == b {
@@ -616,7 +624,7 @@ func (s *scanner) startTag() (k valueKind, empty bool, err error) {
 		return 0, false, s.errorf("text where a tag is wanted")
 	}
 	start := s.pos
-	for s.pos < len(s.body) && isLetter(s.body[s.pos]) {
+	for 'a' <= s.peek(0) && s.peek(0) <= 'z' {
 		s.pos++
 	}
 	if k = elementKind(s.body[start:s.pos]); k == kindAbsent {
@@ -685,7 +693,7 @@ func (s *scanner) tree(d *document) error {
 			return err
 		}
 		top := stack[depth-1]
-		if bytes.HasPrefix(s.body[s.pos:], []byte("</")) {
+		if s.peek(0) == '<' && s.peek(1) == '/' {
 			k := kindDict
 			if top.array {
 				k = kindArray
@@ -804,7 +812,7 @@ func (s *scanner) text(v *value) error {
 		v.marked = v.marked || marked
 		rest := s.body[s.pos:]
 		switch {
-		case bytes.HasPrefix(rest, []byte("</")):
+		case s.peek(1) == '/':
 			v.end = s.pos
 			return s.endTag(v.kind)
 		case bytes.HasPrefix(rest, []byte("<!--")):
@@ -866,10 +874,17 @@ func (s *scanner) illegalAt(i int) bool {
 // to be read.
 func (s *scanner) characters(end int) (marked bool, err error) {
 	for ; s.pos < end; s.pos++ {
-		b := s.body[s.pos]
-		if class[b] == 0 {
-			continue
+		for i, b := range s.body[s.pos:end] {
+			if class[b] != 0 {
+				s.pos += i
+				break
+			}
+			if s.pos+i+1 == end {
+				s.pos = end
+				return marked, nil
+			}
 		}
+		b := s.body[s.pos]
 		if s.illegalAt(s.pos) {
 			return false, s.errorf("illegal character")
 		}
