@@ -276,7 +276,8 @@ prepare_mariadb() {
 
 prepare_mysql() {
 	if ! root; then
-		say "MySQL runs from a folder of Debian unstable, under chroot, which takes root"
+		say "MySQL runs from a folder of Debian unstable, under chroot, which takes root:" \
+			"run this as root, start a Docker engine, or set ${variable[mysql]}"
 		return 1
 	fi
 	[[ -d $mysql_tree ]] && return
