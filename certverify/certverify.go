@@ -1,0 +1,243 @@
+// Package certverify decides whether a device's identity certificate was issued
+// by the certificate authority that the operator configured.
+package certverify
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+	"time"
+)
+
+// What can be wrong with a certificate. Every error of [Verifier.Verify] matches
+// exactly one of these.
+var (
+	// ErrExpired: the chain is the configured CA's, but the certificate, or a CA
+	// certificate above it, has expired.
+	ErrExpired = errors.New("certificate has expired")
+	// ErrNotYetValid: the same for a validity that has not begun.
+	ErrNotYetValid = errors.New("certificate is not valid yet")
+	// ErrUntrusted: no chain leads to the configured CA, or the certificate is
+	// not for client authentication.
+	ErrUntrusted = errors.New("certificate is not trusted")
+)
+
+const (
+	defaultCacheSize = 1 << 16
+
+	// maxChain bounds the certificates of a request that path building looks at.
+	maxChain = 8
+)
+
+// Config has what may be left out; the zero value works.
+type Config struct {
+	// ClockSkew is how long before its NotBefore a device's certificate is
+	// already accepted, for a CA whose clock runs ahead of ours and a device
+	// that enrolls at once. Default 0. Expiry gets no such grace.
+	ClockSkew time.Duration
+	// CacheSize is how many verified certificates are remembered, about 100
+	// bytes each. 0 means 65,536, a negative number none.
+	CacheSize int
+	// Now is the clock, time.Now by default.
+	Now func() time.Time
+}
+
+// Verifier verifies certificates against one set of CAs. It remembers outcomes,
+// so a change of CA needs a new Verifier. Safe for concurrent use.
+type Verifier struct {
+	roots         *x509.CertPool
+	intermediates *x509.CertPool
+	configured    []*x509.Certificate // both pools' certificates
+	skew          time.Duration
+	now           func() time.Time
+
+	mu    sync.RWMutex
+	size  int
+	known map[[sha256.Size]byte]validity
+}
+
+// validity is the time in which a whole chain is valid, the leaf's clock skew
+// not counted.
+type validity struct{ from, until time.Time }
+
+func (v validity) holds(now time.Time) bool {
+	return !now.Before(v.from) && !now.After(v.until)
+}
+
+// New returns a Verifier that trusts the certificates in rootsPEM and may build
+// chains through those in intermediatesPEM, which may be empty. Anything in
+// either that is not a certificate, is broken, or a rootsPEM without a
+// certificate is an error.
+func New(rootsPEM, intermediatesPEM []byte, cfg Config) (*Verifier, error) {
+	if cfg.ClockSkew < 0 {
+		return nil, fmt.Errorf("certverify: ClockSkew %s is negative", cfg.ClockSkew)
+	}
+	roots, err := certificates(rootsPEM)
+	if err != nil {
+		return nil, fmt.Errorf("certverify: roots: %w", err)
+	}
+	if len(roots) == 0 {
+		return nil, errors.New("certverify: roots: no certificate in the PEM data")
+	}
+	intermediates, err := certificates(intermediatesPEM)
+	if err != nil {
+		return nil, fmt.Errorf("certverify: intermediates: %w", err)
+	}
+	v := &Verifier{
+		roots:         pool(roots),
+		intermediates: pool(intermediates),
+		configured:    slices.Concat(roots, intermediates),
+		skew:          cfg.ClockSkew,
+		now:           cfg.Now,
+		size:          cfg.CacheSize,
+		known:         make(map[[sha256.Size]byte]validity),
+	}
+	if v.now == nil {
+		v.now = time.Now
+	}
+	if v.size == 0 {
+		v.size = defaultCacheSize
+	}
+	return v, nil
+}
+
+// certificates is strict where CertPool.AppendCertsFromPEM is silent: a CA that
+// was left out would show only as devices locked out.
+func certificates(data []byte) (certs []*x509.Certificate, err error) {
+	begun := bytes.Count(data, []byte("-----BEGIN "))
+	for block, rest := pem.Decode(data); block != nil; block, rest = pem.Decode(rest) {
+		if block.Type != "CERTIFICATE" {
+			return nil, fmt.Errorf("unexpected PEM block %q", block.Type)
+		}
+		cert, err := x509.ParseCertificate(block.Bytes)
+		if err != nil {
+			return nil, fmt.Errorf("parsing certificate %d: %w", len(certs)+1, err)
+		}
+		certs = append(certs, cert)
+	}
+	if len(certs) != begun {
+		return nil, fmt.Errorf("only %d of %d PEM blocks could be read", len(certs), begun)
+	}
+	return certs, nil
+}
+
+func pool(certs []*x509.Certificate) *x509.CertPool {
+	p := x509.NewCertPool()
+	for _, cert := range certs {
+		p.AddCert(cert)
+	}
+	return p
+}
+
+// Verify checks that cert chains to a configured root and may be used for client
+// authentication (an extended key usage that names it or any, or none at all),
+// directly or through the configured intermediates and chain, the certificates
+// that came with the request.
+//
+// A positive outcome is remembered by the certificate's hash, and its time
+// checked again at each call, until the first certificate of its chain expires.
+// Revocation is not checked. The error matches one of the sentinels; expiry is
+// only reported of certificates that are otherwise trusted.
+func (v *Verifier) Verify(cert *x509.Certificate, chain []*x509.Certificate) error {
+	key := sha256.Sum256(cert.Raw)
+	now := v.now()
+	v.mu.RLock()
+	period, ok := v.known[key]
+	v.mu.RUnlock()
+	if ok && period.holds(now) {
+		return nil
+	}
+	period, err := v.verify(cert, chain, now)
+	if err != nil {
+		return err
+	}
+	v.remember(key, period)
+	return nil
+}
+
+func (v *Verifier) remember(key [sha256.Size]byte, period validity) {
+	if v.size < 1 {
+		return
+	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if _, replaced := v.known[key]; !replaced && len(v.known) >= v.size {
+		for old := range v.known { // an arbitrary one: a large fleet loses only its share of hits
+			delete(v.known, old)
+			break
+		}
+	}
+	v.known[key] = period
+}
+
+// verify builds the chain at the moment of the leaf's validity that is nearest
+// to now, so that a leaf out of its time can be told from a stranger.
+func (v *Verifier) verify(cert *x509.Certificate, chain []*x509.Certificate, now time.Time) (validity, error) {
+	at := now
+	switch {
+	case now.Before(cert.NotBefore):
+		at = cert.NotBefore
+	case now.After(cert.NotAfter):
+		at = cert.NotAfter
+	}
+	intermediates := v.intermediates
+	if len(chain) > 0 {
+		intermediates = intermediates.Clone()
+		for _, c := range chain[:min(len(chain), maxChain)] {
+			intermediates.AddCert(c)
+		}
+	}
+	chains, err := cert.Verify(x509.VerifyOptions{
+		Roots:         v.roots,
+		Intermediates: intermediates,
+		CurrentTime:   at,
+		KeyUsages:     []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
+	})
+	switch {
+	case err != nil:
+		return validity{}, fmt.Errorf("%w: %w", v.reason(err, at), err)
+	case now.After(cert.NotAfter):
+		return validity{}, fmt.Errorf("%w on %s", ErrExpired, cert.NotAfter.UTC().Format(time.RFC3339))
+	case now.Before(cert.NotBefore.Add(-v.skew)):
+		return validity{}, fmt.Errorf("%w: it begins on %s", ErrNotYetValid, cert.NotBefore.UTC().Format(time.RFC3339))
+	}
+	return v.lasting(chains), nil
+}
+
+// reason tells a configured CA certificate that is out of its time, which locks
+// a whole fleet out, from a stranger. Of certificates that came with the request
+// the time says nothing: anybody can make an expired one.
+func (v *Verifier) reason(err error, at time.Time) error {
+	var invalid x509.CertificateInvalidError
+	if !errors.As(err, &invalid) || invalid.Reason != x509.Expired || !slices.ContainsFunc(v.configured, invalid.Cert.Equal) {
+		return ErrUntrusted
+	}
+	if at.Before(invalid.Cert.NotBefore) {
+		return ErrNotYetValid
+	}
+	return ErrExpired
+}
+
+// lasting returns the validity of the chain that lasts longest.
+func (v *Verifier) lasting(chains [][]*x509.Certificate) (best validity) {
+	for _, chain := range chains {
+		period := validity{from: chain[0].NotBefore.Add(-v.skew), until: chain[0].NotAfter}
+		for _, issuer := range chain[1:] {
+			if issuer.NotBefore.After(period.from) && issuer.NotBefore.After(chain[0].NotBefore) {
+				period.from = issuer.NotBefore
+			}
+			if issuer.NotAfter.Before(period.until) {
+				period.until = issuer.NotAfter
+			}
+		}
+		if period.until.After(best.until) {
+			best = period
+		}
+	}
+	return best
+}
