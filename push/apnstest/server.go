@@ -1,0 +1,344 @@
+//lint:file-ignore SA1019 x/net/http2 marks its server API deprecated in favour of net/http's, which cannot serve one connection that the caller accepted and wants to break.
+
+// Package apnstest is a fake Apple Push Notification service: real TLS, real
+// HTTP/2, client certificates required, requests checked as Apple checks
+// them. Its moods can be changed while it runs: latency, stream limits,
+// answers, stalls, cut connections, GOAWAY.
+//
+// It is meant for tests and for load generators alike, so it does not depend
+// on package testing.
+package apnstest
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"log"
+	"net"
+	"net/http"
+	"sync"
+	"time"
+
+	"golang.org/x/net/http2"
+)
+
+// Config holds what is optional about a [Server]. The zero value works.
+type Config struct {
+	// Addr is where to listen. Default: 127.0.0.1, a free port.
+	Addr string
+	// Hosts are further names and addresses for the server's certificate,
+	// which is always good for localhost, 127.0.0.1, ::1 and Addr's host.
+	Hosts []string
+	// Latency is how long an answer takes. Default: none.
+	Latency time.Duration
+	// MaxConcurrentStreams is what SETTINGS allow on a connection.
+	// Default: 1000.
+	MaxConcurrentStreams uint32
+	// OnPush is called for each push that is accepted, before its answer is
+	// sent, from many goroutines at once. It should return quickly. The same
+	// push may come again. Default: nothing is called.
+	OnPush func(Push)
+}
+
+// Push is one accepted notification.
+type Push struct {
+	Token []byte
+	Magic string
+	Topic string
+}
+
+// Answer is what the service says to a push.
+type Answer struct {
+	// Status is the HTTP status; 0 is 200.
+	Status int
+	// Reason goes into the body of any status but 200.
+	Reason string
+	// Timestamp goes into the body unless it is zero, in milliseconds; APNs
+	// sends it with 410.
+	Timestamp time.Time
+	// RetryAfter is sent in a Retry-After header, in seconds, unless zero.
+	RetryAfter time.Duration
+	// Reset ends the stream with RST_STREAM and no answer.
+	Reset bool
+	// Stall never answers.
+	Stall bool
+}
+
+// Counts is what a [Server] has seen so far.
+type Counts struct {
+	Requests    int // valid or not, retries included
+	Accepted    int // answered 200
+	Stalled     int // never answered
+	Dials       int // TCP connections accepted
+	Handshakes  int // of these, TLS and client certificate fine
+	Connections int // open now
+}
+
+const (
+	handshakeTimeout = 10 * time.Second
+	// lingerTime is how long a connection that the server ends stays half
+	// open, for the client to read why.
+	lingerTime = 200 * time.Millisecond
+)
+
+// Server is a fake APNs. Its methods may be called from any goroutine.
+type Server struct {
+	url      string
+	ca       *authority
+	listener net.Listener
+	tls      *tls.Config
+	wg       sync.WaitGroup
+	ctx      context.Context // ends with Close
+	cancel   context.CancelFunc
+
+	mu      sync.Mutex
+	closed  bool
+	moods   moods
+	stalled float64 // fraction of a stall that is due
+	counts  Counts
+	tokens  map[string]int
+	conns   map[*serverConn]struct{}
+}
+
+// moods is what can be changed while the server runs.
+type moods struct {
+	latency time.Duration
+	streams uint32
+	stall   float64
+	answer  func(Push) Answer
+	onPush  func(Push)
+}
+
+// NewServer starts a server. Close it after use.
+func NewServer(cfg Config) (*Server, error) {
+	if cfg.Addr == "" {
+		cfg.Addr = "127.0.0.1:0"
+	}
+	if cfg.MaxConcurrentStreams == 0 {
+		cfg.MaxConcurrentStreams = 1000
+	}
+	host, _, err := net.SplitHostPort(cfg.Addr)
+	if err != nil {
+		return nil, fmt.Errorf("apnstest: Config.Addr: %w", err)
+	}
+	hosts := append([]string{"localhost", "127.0.0.1", "::1"}, cfg.Hosts...)
+	if host != "" {
+		hosts = append(hosts, host)
+	}
+	ca, err := newAuthority()
+	if err != nil {
+		return nil, fmt.Errorf("apnstest: making the authority: %w", err)
+	}
+	cert, err := ca.serverCertificate(hosts)
+	if err != nil {
+		return nil, fmt.Errorf("apnstest: making the server certificate: %w", err)
+	}
+	l, err := net.Listen("tcp", cfg.Addr)
+	if err != nil {
+		return nil, fmt.Errorf("apnstest: %w", err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	s := &Server{
+		ctx:      ctx,
+		cancel:   cancel,
+		url:      "https://" + l.Addr().String(),
+		ca:       ca,
+		listener: l,
+		tls: &tls.Config{
+			MinVersion:   tls.VersionTLS12,
+			Certificates: []tls.Certificate{cert},
+			NextProtos:   []string{http2.NextProtoTLS},
+			ClientAuth:   tls.RequireAndVerifyClientCert,
+			ClientCAs:    ca.pool(),
+		},
+		moods:  moods{latency: cfg.Latency, streams: cfg.MaxConcurrentStreams, onPush: cfg.OnPush},
+		tokens: make(map[string]int),
+		conns:  make(map[*serverConn]struct{}),
+	}
+	s.wg.Go(s.accept)
+	return s, nil
+}
+
+// URL returns the root of the service.
+func (s *Server) URL() string { return s.url }
+
+// Close cuts all connections and waits for everything to end.
+func (s *Server) Close() {
+	s.mu.Lock()
+	s.closed = true
+	s.mu.Unlock()
+	s.cancel()
+	s.listener.Close()
+	s.CutConnections(-1)
+	s.wg.Wait()
+}
+
+// SetLatency sets how long an answer takes, from the next request on.
+func (s *Server) SetLatency(d time.Duration) { s.set(func(m *moods) { m.latency = d }) }
+
+// SetMaxConcurrentStreams sets the stream limit of connections yet to come.
+func (s *Server) SetMaxConcurrentStreams(n uint32) { s.set(func(m *moods) { m.streams = n }) }
+
+// SetStall sets the fraction of pushes, 0 to 1, that are never answered. They
+// are spread evenly: 0.01 stalls every hundredth.
+func (s *Server) SetStall(fraction float64) { s.set(func(m *moods) { m.stall = fraction }) }
+
+// SetAnswer has f answer every valid push from now on; nil accepts all.
+func (s *Server) SetAnswer(f func(Push) Answer) { s.set(func(m *moods) { m.answer = f }) }
+
+// SetOnPush replaces Config.OnPush.
+func (s *Server) SetOnPush(f func(Push)) { s.set(func(m *moods) { m.onPush = f }) }
+
+func (s *Server) set(f func(*moods)) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	f(&s.moods)
+}
+
+// Counts returns what the server has seen so far.
+func (s *Server) Counts() Counts {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	c := s.counts
+	c.Connections = len(s.conns)
+	return c
+}
+
+// Accepted returns how often a push to token was answered 200.
+func (s *Server) Accepted(token []byte) int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.tokens[string(token)]
+}
+
+// CutConnections breaks n connections without a word, all if n is negative.
+// It returns how many it broke.
+func (s *Server) CutConnections(n int) int {
+	cut := s.pick(n)
+	for _, c := range cut {
+		c.raw.Close()
+	}
+	return len(cut)
+}
+
+// GoAwayMode is how a connection is ended.
+type GoAwayMode int
+
+const (
+	// Graceful answers what has been received and refuses new streams.
+	Graceful GoAwayMode = iota
+	// Abrupt disowns the streams that have not been answered and closes the
+	// connection.
+	Abrupt
+)
+
+// GoAway sends GOAWAY on all connections and returns on how many. The reason,
+// if not empty, is sent as APNs does, as JSON; with [Abrupt] only.
+func (s *Server) GoAway(mode GoAwayMode, reason string) int {
+	conns := s.pick(-1)
+	for _, c := range conns {
+		if mode == Graceful {
+			// Runs the hook that http2.ConfigureServer registered. The
+			// http.Server itself has no listener and no connection.
+			c.base.Shutdown(context.Background())
+		} else {
+			c.goAway(reason)
+		}
+	}
+	return len(conns)
+}
+
+// pick returns n open connections, all if n is negative.
+func (s *Server) pick(n int) []*serverConn {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var picked []*serverConn
+	for c := range s.conns {
+		if len(picked) == n {
+			break
+		}
+		picked = append(picked, c)
+	}
+	return picked
+}
+
+// enter counts a request in, unless the server is closed.
+func (s *Server) enter() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return false
+	}
+	s.wg.Add(1)
+	return true
+}
+
+func (s *Server) accept() {
+	for {
+		raw, err := s.listener.Accept()
+		if err != nil {
+			if !errors.Is(err, net.ErrClosed) {
+				// Out of descriptors, say; try again unless closed.
+				select {
+				case <-s.ctx.Done():
+					return
+				case <-time.After(50 * time.Millisecond):
+					continue
+				}
+			}
+			return
+		}
+		s.wg.Go(func() { s.serve(raw) })
+	}
+}
+
+// serve runs one connection to its end.
+func (s *Server) serve(raw net.Conn) {
+	defer raw.Close()
+	s.mu.Lock()
+	s.counts.Dials++
+	streams := s.moods.streams
+	s.mu.Unlock()
+
+	tc := tls.Server(raw, s.tls)
+	ctx, cancel := context.WithTimeout(s.ctx, handshakeTimeout)
+	defer cancel()
+	if err := tc.HandshakeContext(ctx); err != nil {
+		// A reset would overtake the alert that says why.
+		raw.SetDeadline(time.Now().Add(lingerTime))
+		io.Copy(io.Discard, raw)
+		return
+	}
+	base := &http.Server{ErrorLog: log.New(io.Discard, "", 0)}
+	h2 := &http2.Server{MaxConcurrentStreams: streams}
+	if err := http2.ConfigureServer(base, h2); err != nil {
+		return
+	}
+	c := &serverConn{Conn: tc, raw: raw, base: base}
+	s.mu.Lock()
+	if s.closed {
+		s.mu.Unlock()
+		return
+	}
+	s.counts.Handshakes++
+	s.conns[c] = struct{}{}
+	s.mu.Unlock()
+	defer func() {
+		s.mu.Lock()
+		delete(s.conns, c)
+		s.mu.Unlock()
+	}()
+	topic := certificateTopic(tc.ConnectionState().PeerCertificates[0])
+	h2.ServeConn(c, &http2.ServeConnOpts{
+		BaseConfig: base,
+		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if !s.enter() {
+				return
+			}
+			defer s.wg.Done()
+			s.handle(w, r, topic)
+		}),
+	})
+}
