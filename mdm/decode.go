@@ -3,7 +3,6 @@ package mdm
 import (
 	"errors"
 	"fmt"
-	"math"
 )
 
 // What the decoding errors wrap. All of them are the sender's fault. Their
@@ -291,17 +290,4 @@ func (d *document) textOrNone(v value) string {
 		return ""
 	}
 	return d.str(v)
-}
-
-// nearest returns the int64 nearest to f, towards zero; 0 for NaN.
-func nearest(f float64) int64 {
-	switch {
-	case math.IsNaN(f):
-		return 0
-	case f >= math.MaxInt64:
-		return math.MaxInt64
-	case f <= math.MinInt64:
-		return math.MinInt64
-	}
-	return int64(f)
 }
