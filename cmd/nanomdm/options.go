@@ -14,7 +14,6 @@ import (
 	"os"
 	"regexp"
 	"slices"
-	"sort"
 	"strconv"
 	"strings"
 	"time"
@@ -49,7 +48,7 @@ type options struct {
 	migration bool
 
 	storage        string // sqlite, pgsql or mysql
-	storageDSN     secret // never empty
+	storageDSN     secret
 	storageOptions storageOptions
 
 	apnsURL        *url.URL
@@ -72,6 +71,10 @@ type options struct {
 	version bool
 	help    bool
 }
+
+// Format implements fmt.Formatter and shows nothing: package fmt does not ask
+// the secrets in fields that are not exported to hide themselves.
+func (options) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, redacted) }
 
 // storageOptions is -storage-options, parsed. A zero field was not given: the
 // engine's own default holds.
@@ -154,17 +157,17 @@ func (o *options) table() []option {
 		{name: "cert-header", arg: "NAME", group: groupIdentity, set: to(&o.certHeader, parseHeaderName),
 			help:   "Take the device certificate from this header of the proxy's.",
 			detail: "A name that begins with a colon (`:Client-Cert`) is read as RFC 9440. Without it, and without `-tls-client-auth`, the device's `Mdm-Signature` header is its identity. The proxy must remove the header from what clients send."},
-		{name: "tls-client-auth", group: groupIdentity, set: to(&o.tlsClientAuth, strconv.ParseBool),
+		{name: "tls-client-auth", group: groupIdentity, set: to(&o.tlsClientAuth, parseSwitch),
 			help:   "Take the device certificate from the TLS connection.",
 			detail: "Needs `-tls-cert` and `-tls-key`, excludes `-cert-header`. The certificate is requested and not required, since the API shares the listener."},
-		{name: "retro", group: groupIdentity, set: to(&o.retro, strconv.ParseBool),
+		{name: "retro", group: groupIdentity, set: to(&o.retro, parseSwitch),
 			help: "Pin a first certificate to enrollments that have none."},
 
-		{name: "checkin", group: groupProtocol, set: to(&o.checkin, strconv.ParseBool),
+		{name: "checkin", group: groupProtocol, set: to(&o.checkin, parseSwitch),
 			help: "Take check-ins at /checkin; /mdm then takes only reports."},
-		{name: "disable-mdm", group: groupProtocol, set: to(&o.disableMDM, strconv.ParseBool),
+		{name: "disable-mdm", group: groupProtocol, set: to(&o.disableMDM, parseSwitch),
 			help: "Serve the API alone. Needs -api."},
-		{name: "ua-zl-dc", group: groupProtocol, set: to(&o.uaZLDC, strconv.ParseBool),
+		{name: "ua-zl-dc", group: groupProtocol, set: to(&o.uaZLDC, parseSwitch),
 			help: "Answer UserAuthenticate with an empty DigestChallenge, not 410."},
 		{name: "return-to-service", arg: "FILE", group: groupProtocol, file: true, set: to(&o.returnToService, parseText),
 			help: "Plist that answers a device's ReturnToService check-in."},
@@ -182,7 +185,7 @@ func (o *options) table() []option {
 		{name: "api", arg: "KEY", group: groupAPI, secret: true, set: to(&o.api, parseSecret),
 			help:   "API key. Without it the API is off.",
 			detail: "Clients send it as the password of the Basic user `nanomdm`."},
-		{name: "migration", group: groupAPI, set: to(&o.migration, strconv.ParseBool),
+		{name: "migration", group: groupAPI, set: to(&o.migration, parseSwitch),
 			help:   "Accept enrollments of another server at /migration. Needs -api.",
 			detail: "`PUT /migration` takes Authenticate and TokenUpdate plists, as NanoMDM's nano2nano sends them. Turn it off again after the move."},
 
@@ -208,7 +211,7 @@ func (o *options) table() []option {
 		{name: "push-expiration", arg: "TIME", def: "168h", group: groupPush, set: to(&o.pushExpiration, parsePositive),
 			help: "How long Apple keeps a push for a device that is off."},
 		{name: "push-retry", arg: "LIST", def: "3m,1h,24h", group: groupPush, set: to(&o.pushRetry, parseDurations),
-			help:   "When to push again to silent devices with commands; 0 is off.",
+			help:   "When to push silent devices with commands again; 0: off.",
 			detail: "The last one repeats."},
 		{name: "push-timeout", arg: "TIME", def: "10s", group: groupPush, set: to(&o.pushTimeout, parsePositive),
 			help:   "When an API call stops waiting for its pushes.",
@@ -227,14 +230,14 @@ func (o *options) table() []option {
 			help:   "How long a stop waits for requests under way.",
 			detail: "SIGINT and SIGTERM begin the stop; a second signal ends the daemon at once with exit code 1."},
 
-		{name: "debug", group: groupOperation, set: to(&o.debug, strconv.ParseBool),
+		{name: "debug", group: groupOperation, set: to(&o.debug, parseSwitch),
 			help: "Log more."},
-		{name: "dump", group: groupOperation, set: to(&o.dump, strconv.ParseBool),
+		{name: "dump", group: groupOperation, set: to(&o.dump, parseSwitch),
 			help:   "Write raw device requests and replies to standard output.",
 			detail: "They hold secrets: tokens, profiles, results."},
-		{name: "version", group: groupOperation, flagOnly: true, set: to(&o.version, strconv.ParseBool),
+		{name: "version", group: groupOperation, flagOnly: true, set: to(&o.version, parseSwitch),
 			help: "Print the version and leave."},
-		{name: "help", group: groupOperation, flagOnly: true, set: to(&o.help, strconv.ParseBool),
+		{name: "help", group: groupOperation, flagOnly: true, set: to(&o.help, parseSwitch),
 			help: "Print this and leave."},
 	}
 }
@@ -373,6 +376,10 @@ func (c *configuration) readFlags(table []option, args []string) {
 			c.mistake("%q is not an option: remove it", args[0])
 			args = args[1:]
 			continue
+		case len(args) > 0 && malformed(args[0]): // Parse stops before it
+			c.mistake("%q is not an option: remove it", args[0])
+			args = args[1:]
+			continue
 		}
 		bad := before[len(before)-len(args)-1]
 		name, _, hasValue := strings.Cut(strings.TrimLeft(bad, "-"), "=")
@@ -385,6 +392,14 @@ func (c *configuration) readFlags(table []option, args []string) {
 			args = args[1:] // most likely its value
 		}
 	}
+}
+
+// malformed says whether package flag takes an argument for a flag without a
+// name.
+func malformed(arg string) bool {
+	name, isFlag := strings.CutPrefix(arg, "-")
+	name = strings.TrimPrefix(name, "-")
+	return isFlag && name != "" && (name[0] == '-' || name[0] == '=')
 }
 
 // notOurs are names under our prefix that others set: the tests' servers, what
@@ -405,7 +420,7 @@ func (c *configuration) readEnviron(table []option, environ []string) {
 			c.warn("%s in the environment is not an option and is ignored: did you mean %s?", name, nearest(name, known))
 		}
 	}
-	sort.Strings(c.warnings)
+	slices.Sort(c.warnings)
 }
 
 // given returns the value of a flag name. An empty variable counts as not
@@ -420,9 +435,10 @@ func (c *configuration) given(name string) (given, bool) {
 	return given{}, false
 }
 
+// isGiven says whether a flag name has a value that is not empty.
 func (c *configuration) isGiven(name string) bool {
-	_, ok := c.given(name)
-	return ok
+	g, _ := c.given(name)
+	return g.text != ""
 }
 
 // resolve finds an option's value and sets it.
@@ -495,9 +511,6 @@ func (c *configuration) checkListening(o *options) {
 	if o.tlsClientAuth && o.certHeader != "" {
 		c.mistake("-tls-client-auth and -cert-header are two ways to identify a device: keep one")
 	}
-	if o.certHeader != "" && len(o.trustedProxies) == 0 && !c.isGiven("trusted-proxies") {
-		c.warn("-cert-header without -trusted-proxies believes every peer: name the proxies' networks")
-	}
 	if o.maxBody > 0 && o.maxInFlight > 0 && o.maxInFlight < o.maxBody {
 		c.mistake("-max-in-flight is smaller than -max-body: make it at least as large")
 	}
@@ -514,7 +527,7 @@ func (c *configuration) checkRoles(o *options) {
 	if o.migration && !apiGiven {
 		c.mistake("-migration needs the API: give -api")
 	}
-	if o.dm == nil && !c.isGiven("dm") && (o.dmSendHMACKey != "" || o.dmRecvHMACKey != "") {
+	if !c.isGiven("dm") && (o.dmSendHMACKey != "" || o.dmRecvHMACKey != "") {
 		c.warn("-dm-send-hmac-key and -dm-recv-hmac-key do nothing without -dm")
 	}
 	if o.webhookHMACKey != "" && !c.isGiven("webhook-url") {
@@ -577,23 +590,23 @@ func to[T any](p *T, parse func(string) (T, error)) func(string) error {
 	return func(text string) error {
 		v, err := parse(text)
 		if err != nil {
-			return hint(err, text)
+			return err
 		}
 		*p = v
 		return nil
 	}
 }
 
-// hint turns the standard library's word on a bad switch into what to write.
-func hint(err error, text string) error {
-	if errors.Is(err, strconv.ErrSyntax) {
-		return fmt.Errorf("%q is neither true nor false", text)
-	}
-	return err
-}
-
 func parseText(s string) (string, error)   { return s, nil }
 func parseSecret(s string) (secret, error) { return secret(s), nil }
+
+func parseSwitch(s string) (bool, error) {
+	v, err := strconv.ParseBool(s)
+	if err != nil {
+		return false, fmt.Errorf("%q is neither true nor false", s)
+	}
+	return v, nil
+}
 
 func parseAddress(s string) (string, error) {
 	if _, _, err := net.SplitHostPort(s); err != nil {
@@ -668,7 +681,7 @@ func parseStorageOptions(s string) (storageOptions, error) {
 		var err error
 		switch key {
 		case "delete":
-			err = to(&o.deleteAcked, strconv.ParseBool)(value)
+			err = to(&o.deleteAcked, parseSwitch)(value)
 		case "conn_max_lifetime":
 			err = to(&o.connMaxLifetime, parsePositive)(value)
 		case "conn_max_idle_time":
@@ -822,12 +835,17 @@ func writeHelp(w io.Writer) {
 			group = op.group
 			fmt.Fprintf(&b, "\n%s\n", group)
 		}
-		text := op.help
+		lines := wrap(op.help, width-column)
 		if op.def != "" {
-			text += " (default " + op.def + ")"
+			def, last := "(default "+op.def+")", &lines[len(lines)-1]
+			if len(*last)+1+len(def) <= width-column {
+				*last += " " + def
+			} else {
+				lines = append(lines, def)
+			}
 		}
 		lead := fmt.Sprintf("  -%s %s", op.name, op.arg)
-		for _, line := range wrap(text, width-column) {
+		for _, line := range lines {
 			fmt.Fprintf(&b, "%-*s%s\n", column, lead, line)
 			lead = ""
 		}
