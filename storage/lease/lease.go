@@ -1,0 +1,168 @@
+// Package lease lets one replica at a time do a piece of periodic work.
+//
+// It loops over the primitive of storage.Leases. No wall clock is compared
+// between machines: a candidate takes over after it has itself watched the
+// lease stand still for a whole time to live. Two replicas can therefore
+// never believe for long that both hold a lease, but a paused process may
+// wake up believing it; writes under a lease check its Fence in their own
+// transaction, and what cannot be fenced must tolerate being done twice.
+package lease
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"sync/atomic"
+	"time"
+
+	"github.com/nanomdm/nanomdm/storage"
+)
+
+// releaseTimeout bounds giving a lease back when the process stops.
+const releaseTimeout = 5 * time.Second
+
+// Work is what a holder does. Its context ends when the lease is lost or the
+// caller of Hold stops; it must return soon after that. current returns the
+// lease as it stands, for the check of its Fence, and may be called by any
+// number of goroutines.
+type Work func(ctx context.Context, current func() storage.Lease) error
+
+// Hold waits until holder has the lease of that name and runs work under it,
+// renewing the lease every third of ttl. When the lease is lost it waits for
+// work to return and then for the lease again. When work returns without
+// that, or ctx ends, the lease is released and Hold returns work's error, or
+// else that of ctx.
+//
+// holder must differ between all replicas and starts; every holder of a name
+// must use the same ttl. Errors of the store are logged and survived, for as
+// long as the lease stands. Hold may be called for several names at once.
+func Hold(ctx context.Context, store storage.Leases, name, holder string, ttl time.Duration, logger *slog.Logger, work Work) error {
+	k := &keeper{store: store, name: name, holder: holder, ttl: ttl, log: logger.With("lease", name)}
+	for {
+		since, err := k.acquire(ctx)
+		if err != nil {
+			return err
+		}
+		lost, err := k.keep(ctx, since, work)
+		if !lost {
+			k.release(ctx)
+			if err == nil {
+				err = ctx.Err()
+			}
+			return err
+		}
+		k.log.WarnContext(ctx, "lost the lease")
+	}
+}
+
+// keeper is one call of Hold.
+type keeper struct {
+	store   storage.Leases
+	name    string
+	holder  string
+	ttl     time.Duration
+	log     *slog.Logger
+	current atomic.Pointer[storage.Lease]
+}
+
+// acquire watches the lease until it can be taken. It returns the time that
+// the holder's right counts from, and fails only when ctx ends.
+func (k *keeper) acquire(ctx context.Context) (since time.Time, err error) {
+	var seen storage.Lease
+	var seenAt time.Time // zero: nothing seen yet
+	complained := false
+	for {
+		now, err := k.store.PeekLease(ctx, k.name)
+		at := time.Now()
+		switch {
+		case err != nil:
+			// Unchanged would have to mean watched; begin again.
+			seenAt = time.Time{}
+			if ctx.Err() == nil && !complained {
+				complained = true
+				k.log.WarnContext(ctx, "cannot read the lease", "error", err)
+			}
+		case now.Holder != "" && (seenAt.IsZero() || now.Fence != seen.Fence || now.Beat != seen.Beat):
+			complained = false
+			seen, seenAt = now, at
+		case now.Holder == "" || at.Sub(seenAt) >= k.ttl:
+			taken, err := k.store.TakeLease(ctx, now, k.holder)
+			if err == nil {
+				k.current.Store(&taken)
+				k.log.InfoContext(ctx, "took the lease", "fence", taken.Fence)
+				return at, nil
+			}
+			if !errors.Is(err, storage.ErrLeaseLost) && ctx.Err() == nil {
+				k.log.WarnContext(ctx, "cannot take the lease", "error", err)
+			}
+			seenAt = time.Time{}
+		}
+		wait := k.ttl / 3
+		if !seenAt.IsZero() {
+			wait = min(wait, max(k.ttl-time.Since(seenAt), time.Millisecond))
+		}
+		if err := pause(ctx, wait); err != nil {
+			return time.Time{}, err
+		}
+	}
+}
+
+// keep runs work and renews the lease until work returns. A lease counts as
+// lost a little before somebody else may take it.
+func (k *keeper) keep(ctx context.Context, since time.Time, work Work) (lost bool, err error) {
+	workCtx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	done := make(chan error, 1)
+	go func() {
+		done <- work(workCtx, func() storage.Lease { return *k.current.Load() })
+	}()
+	// The lease is kept while work winds down after ctx has ended.
+	store := context.WithoutCancel(ctx)
+	safe := k.ttl - k.ttl/6
+	wait := k.ttl / 3
+	for {
+		timer := time.NewTimer(wait)
+		select {
+		case err := <-done:
+			timer.Stop()
+			return false, err
+		case <-timer.C:
+		}
+		at := time.Now()
+		renewCtx, stop := context.WithDeadline(store, since.Add(safe))
+		renewed, err := k.store.RenewLease(renewCtx, *k.current.Load())
+		stop()
+		switch {
+		case err == nil:
+			k.current.Store(&renewed)
+			since, wait = at, k.ttl/3
+		case errors.Is(err, storage.ErrLeaseLost) || time.Since(since) >= safe:
+			cancel(storage.ErrLeaseLost)
+			<-done
+			return true, nil
+		default:
+			k.log.WarnContext(ctx, "cannot renew the lease", "error", err)
+			wait = min(k.ttl/10, max(safe-time.Since(since), time.Millisecond))
+		}
+	}
+}
+
+func (k *keeper) release(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), releaseTimeout)
+	defer cancel()
+	if err := k.store.ReleaseLease(ctx, *k.current.Load()); err != nil {
+		k.log.WarnContext(ctx, "cannot release the lease; others wait for its time to live", "error", err)
+	}
+}
+
+// pause waits for d or the end of ctx.
+func pause(ctx context.Context, d time.Duration) error {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}

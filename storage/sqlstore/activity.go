@@ -1,0 +1,227 @@
+package sqlstore
+
+import (
+	"cmp"
+	"context"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/nanomdm/nanomdm/storage"
+)
+
+const (
+	// activityRows is how many enrollments one statement and one transaction
+	// of a flush take.
+	activityRows = 500
+	// activityLimit bounds the enrollments that are remembered while the
+	// database is away. What is dropped costs a late last-seen time or one
+	// push too many.
+	activityLimit = 100_000
+)
+
+// activity is what a poll or an accepted push leaves behind besides its
+// answer. Nothing waits for it to be stored, and a crash may lose it.
+type activity struct {
+	id   string
+	seen int64 // microseconds; 0 is not seen
+	// paid is the owed_seq that was read when the debt was paid; 0 is none.
+	paid int64
+	// setPushAt sets push_at to pushAt (0 is NULL), provided that paid covers
+	// what is owed when it is written: a newer debt keeps its own time.
+	setPushAt bool
+	pushAt    int64
+}
+
+// merge adds what b knows. Numbers only grow; the push time belongs to the
+// greatest payment.
+func (a activity) merge(b activity) activity {
+	a.seen = max(a.seen, b.seen)
+	if b.paid > a.paid || b.paid == a.paid && b.setPushAt {
+		a.paid, a.setPushAt, a.pushAt = b.paid, b.setPushAt, b.pushAt
+	}
+	return a
+}
+
+// activityLog gathers activities and writes them in batches.
+type activityLog struct {
+	s       *Store
+	limit   int
+	dropped atomic.Int64
+
+	mu      sync.Mutex
+	pending map[string]activity
+
+	flushing sync.Mutex // one flush at a time
+	quit     chan struct{}
+	done     chan struct{}
+}
+
+// startActivity begins to write every interval; a negative one leaves the
+// writing to flush and stop.
+func startActivity(s *Store, every time.Duration) *activityLog {
+	a := &activityLog{
+		s: s, limit: activityLimit, pending: make(map[string]activity),
+		quit: make(chan struct{}), done: make(chan struct{}),
+	}
+	go a.run(every)
+	return a
+}
+
+func (a *activityLog) run(every time.Duration) {
+	defer close(a.done)
+	if every < 0 {
+		<-a.quit
+		return
+	}
+	ticker := time.NewTicker(every)
+	defer ticker.Stop()
+	failing := false
+	for {
+		select {
+		case <-a.quit:
+			return
+		case <-ticker.C:
+		}
+		err := a.flush(context.Background())
+		if err != nil && !failing { // once for each outage
+			a.s.log.Warn("cannot record activity", "error", err)
+		}
+		failing = err != nil
+	}
+}
+
+// stop ends the goroutine and writes what is left.
+func (a *activityLog) stop() error {
+	close(a.quit)
+	<-a.done
+	return a.flush(context.Background())
+}
+
+// noteActivity remembers an activity for the next batch. It never waits for
+// the database.
+func (s *Store) noteActivity(n activity) {
+	s.act.note(n)
+}
+
+func (a *activityLog) note(n activity) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.add(n)
+}
+
+// add merges n; the caller holds mu.
+func (a *activityLog) add(n activity) {
+	was, ok := a.pending[n.id]
+	if !ok {
+		if len(a.pending) >= a.limit {
+			a.dropped.Add(1)
+			return
+		}
+		a.pending[n.id] = n
+		return
+	}
+	a.pending[n.id] = was.merge(n)
+}
+
+// Flush writes last-seen times and paid pushes that are still gathered.
+func (s *Store) Flush(ctx context.Context) error {
+	if s.closed.Load() {
+		return storage.ErrClosed
+	}
+	return s.act.flush(ctx)
+}
+
+// flush writes what is pending, in key order. What could not be written is
+// kept for the next time.
+func (a *activityLog) flush(ctx context.Context) error {
+	a.flushing.Lock()
+	defer a.flushing.Unlock()
+	a.mu.Lock()
+	taken := a.pending
+	a.pending = make(map[string]activity, len(taken))
+	a.mu.Unlock()
+	if len(taken) == 0 {
+		return nil
+	}
+	rows := make([]activity, 0, len(taken))
+	for _, n := range taken {
+		rows = append(rows, n)
+	}
+	slices.SortFunc(rows, func(x, y activity) int { return cmp.Compare(x.id, y.id) })
+	var errs error
+	for chunk := range slices.Chunk(rows, activityRows) {
+		if errs == nil {
+			errs = a.store(ctx, chunk)
+			if errs == nil {
+				continue
+			}
+		}
+		a.mu.Lock()
+		for _, n := range chunk {
+			a.add(n)
+		}
+		a.mu.Unlock()
+	}
+	return errs
+}
+
+// store writes one chunk in one transaction.
+func (a *activityLog) store(ctx context.Context, chunk []activity) error {
+	return a.s.write(ctx, func(ctx context.Context, t *tx) error {
+		if err := storeSeen(ctx, t, chunk); err != nil {
+			return err
+		}
+		if err := storePaid(ctx, t, chunk, false); err != nil {
+			return err
+		}
+		return storePaid(ctx, t, chunk, true)
+	})
+}
+
+func storeSeen(ctx context.Context, t *tx, chunk []activity) error {
+	var args []any
+	for _, n := range chunk {
+		if n.seen > 0 {
+			args = append(args, n.id, n.seen)
+		}
+	}
+	if len(args) == 0 {
+		return nil
+	}
+	const table = "nano_enrollment_activity"
+	_, err := t.exec(ctx, t.d.upsertRows(table, []string{"id", "last_seen_at"}, []string{"id"},
+		[]string{"last_seen_at = " + t.d.greatest + "(" + table + ".last_seen_at, new.last_seen_at)"},
+		len(args)/2), args...)
+	return err
+}
+
+// storePaid writes the payments that do, or do not, also set the time of the
+// next push.
+func storePaid(ctx context.Context, t *tx, chunk []activity, setPushAt bool) error {
+	const table = "nano_enrollment_push"
+	cols := []string{"id", "paid_seq"}
+	var set []string
+	if setPushAt {
+		cols = append(cols, "push_at")
+		// Before paid_seq, and without reading it: MySQL assigns in order.
+		set = append(set, "push_at = CASE WHEN new.paid_seq >= "+table+".owed_seq THEN new.push_at ELSE "+table+".push_at END")
+	}
+	set = append(set, "paid_seq = "+t.d.greatest+"("+table+".paid_seq, new.paid_seq)")
+	var args []any
+	for _, n := range chunk {
+		if n.paid == 0 || n.setPushAt != setPushAt {
+			continue
+		}
+		args = append(args, n.id, n.paid)
+		if setPushAt {
+			args = append(args, null(n.pushAt))
+		}
+	}
+	if len(args) == 0 {
+		return nil
+	}
+	_, err := t.exec(ctx, t.d.upsertRows(table, cols, []string{"id"}, set, len(args)/len(cols)), args...)
+	return err
+}

@@ -1,0 +1,103 @@
+package sqlstore
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+
+	"github.com/nanomdm/nanomdm/storage"
+)
+
+var _ storage.Leases = (*Store)(nil)
+
+// PeekLease implements storage.Leases.
+func (s *Store) PeekLease(ctx context.Context, name string) (storage.Lease, error) {
+	var l storage.Lease
+	err := s.read(ctx, func(ctx context.Context, t *tx) error {
+		l = storage.Lease{Name: name}
+		err := t.queryRow(ctx, `SELECT holder, fence, beat FROM nano_leases WHERE name = ?`, name).
+			Scan(&l.Holder, &l.Fence, &l.Beat)
+		if errors.Is(err, sql.ErrNoRows) {
+			return nil
+		}
+		return err
+	})
+	if err != nil {
+		return storage.Lease{}, fmt.Errorf("reading lease %s: %w", name, err)
+	}
+	return l, nil
+}
+
+// TakeLease implements storage.Leases.
+func (s *Store) TakeLease(ctx context.Context, seen storage.Lease, holder string) (storage.Lease, error) {
+	next := storage.Lease{Name: seen.Name, Holder: holder, Fence: seen.Fence + 1, Beat: seen.Beat + 1}
+	err := s.write(ctx, func(ctx context.Context, t *tx) error {
+		if seen.Fence == 0 && seen.Beat == 0 { // there was no row
+			_, err := t.exec(ctx, `INSERT INTO nano_leases (name, holder, fence, beat) VALUES (?, ?, ?, ?)`,
+				next.Name, next.Holder, next.Fence, next.Beat)
+			if t.d.unique(err) {
+				return storage.ErrLeaseLost
+			}
+			return err
+		}
+		return changeLease(ctx, t, `UPDATE nano_leases SET holder = ?, fence = ?, beat = ?
+			WHERE name = ? AND holder = ? AND fence = ? AND beat = ?`,
+			next.Holder, next.Fence, next.Beat, seen.Name, seen.Holder, seen.Fence, seen.Beat)
+	})
+	if err != nil {
+		return storage.Lease{}, fmt.Errorf("taking lease %s: %w", seen.Name, err)
+	}
+	return next, nil
+}
+
+// RenewLease implements storage.Leases.
+func (s *Store) RenewLease(ctx context.Context, l storage.Lease) (storage.Lease, error) {
+	next := l
+	next.Beat++
+	err := s.write(ctx, func(ctx context.Context, t *tx) error {
+		return changeLease(ctx, t, `UPDATE nano_leases SET beat = ? WHERE name = ? AND holder = ? AND fence = ?`,
+			next.Beat, l.Name, l.Holder, l.Fence)
+	})
+	if err != nil {
+		return storage.Lease{}, fmt.Errorf("renewing lease %s: %w", l.Name, err)
+	}
+	return next, nil
+}
+
+// ReleaseLease implements storage.Leases.
+func (s *Store) ReleaseLease(ctx context.Context, l storage.Lease) error {
+	err := s.write(ctx, func(ctx context.Context, t *tx) error {
+		_, err := t.exec(ctx, `UPDATE nano_leases SET holder = '', beat = beat + 1
+			WHERE name = ? AND holder = ? AND fence = ?`, l.Name, l.Holder, l.Fence)
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("releasing lease %s: %w", l.Name, err)
+	}
+	return nil
+}
+
+func changeLease(ctx context.Context, t *tx, q string, args ...any) error {
+	n, err := t.exec(ctx, q, args...)
+	if err != nil {
+		return err
+	}
+	if n == 0 {
+		return storage.ErrLeaseLost
+	}
+	return nil
+}
+
+// checkLease fails with storage.ErrLeaseLost unless l still stands, and keeps
+// it standing until the transaction ends. Every write under a lease begins
+// with it.
+func (t *tx) checkLease(ctx context.Context, l storage.Lease) error {
+	var one int
+	err := t.queryRow(ctx, `SELECT 1 FROM nano_leases WHERE name = ? AND holder = ? AND fence = ?`+t.d.forShare,
+		l.Name, l.Holder, l.Fence).Scan(&one)
+	if errors.Is(err, sql.ErrNoRows) {
+		return storage.ErrLeaseLost
+	}
+	return err
+}

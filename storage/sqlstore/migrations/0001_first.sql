@@ -1,0 +1,202 @@
+-- Each statement is one recorded step and can be repeated. {words} are the
+-- dialect's. Times are UTC microseconds, booleans SMALLINT 0 or 1. There are
+-- no foreign keys: a check of the parent locks it, and nothing cascades.
+
+CREATE TABLE IF NOT EXISTS nano_devices (
+    id                 {id} NOT NULL PRIMARY KEY,
+    serial_number      {id} NOT NULL DEFAULT '',
+    model              {id} NOT NULL DEFAULT '',
+    model_name         {id} NOT NULL DEFAULT '',
+    device_name        {id} NOT NULL DEFAULT '',
+    os_version         {id} NOT NULL DEFAULT '',
+    build_version      {id} NOT NULL DEFAULT '',
+    product_name       {id} NOT NULL DEFAULT '',
+    imei               {id} NOT NULL DEFAULT '',
+    meid               {id} NOT NULL DEFAULT '',
+    authenticate       {blob} NOT NULL,
+    authenticate_at    BIGINT NOT NULL,
+    token_update       {blob} NULL,
+    token_update_at    BIGINT NULL,
+    unlock_token       {blob} NULL,
+    unlock_token_at    BIGINT NULL,
+    bootstrap_token    {blob} NULL,
+    bootstrap_token_at BIGINT NULL,
+    created_at         BIGINT NOT NULL,
+    updated_at         BIGINT NOT NULL
+) {table};
+CREATE INDEX {if_not_exists} nano_devices_serial_number ON nano_devices (serial_number);
+
+-- A user channel; id is the enrollment's.
+CREATE TABLE IF NOT EXISTS nano_users (
+    id                   {id} NOT NULL PRIMARY KEY,
+    device_id            {id} NOT NULL,
+    user_id              {id} NOT NULL DEFAULT '',
+    user_short_name      {id} NOT NULL DEFAULT '',
+    user_long_name       {id} NOT NULL DEFAULT '',
+    token_update         {blob} NULL,
+    token_update_at      BIGINT NULL,
+    user_authenticate    {blob} NULL,
+    user_authenticate_at BIGINT NULL,
+    created_at           BIGINT NOT NULL,
+    updated_at           BIGINT NOT NULL
+) {table};
+CREATE INDEX {if_not_exists} nano_users_device_id ON nano_users (device_id);
+
+CREATE TABLE IF NOT EXISTS nano_enrollments (
+    id                     {id} NOT NULL PRIMARY KEY,
+    device_id              {id} NOT NULL,
+    type                   {id} NOT NULL,
+    topic                  {id} NOT NULL DEFAULT '',
+    push_magic             {id} NOT NULL DEFAULT '',
+    token                  {blob} NULL,
+    token_at               BIGINT NULL,
+    enabled                SMALLINT NOT NULL DEFAULT 0,
+    operator_disabled      SMALLINT NOT NULL DEFAULT 0,
+    token_update_tally     BIGINT NOT NULL DEFAULT 0,
+    awaiting_configuration SMALLINT NOT NULL DEFAULT 0,
+    event_seq              BIGINT NOT NULL DEFAULT 0,
+    renewal_until          BIGINT NULL,
+    enrolled_at            BIGINT NULL,
+    created_at             BIGINT NOT NULL,
+    updated_at             BIGINT NOT NULL
+) {table};
+CREATE INDEX {if_not_exists} nano_enrollments_device_id ON nano_enrollments (device_id);
+CREATE INDEX {if_not_exists} nano_enrollments_topic ON nano_enrollments (topic, id);
+
+-- Queue order and pushes owed: last_seq numbers queue rows, a push is owed
+-- while paid_seq < owed_seq. push_at is when the sweep looks next, NULL never.
+CREATE TABLE IF NOT EXISTS nano_enrollment_push (
+    id               {id} NOT NULL PRIMARY KEY,
+    last_seq         BIGINT NOT NULL DEFAULT 0,
+    owed_seq         BIGINT NOT NULL DEFAULT 0,
+    paid_seq         BIGINT NOT NULL DEFAULT 0,
+    push_at          BIGINT NULL,
+    attempts         BIGINT NOT NULL DEFAULT 0,
+    last_push_at     BIGINT NULL,
+    last_push_class  {id} NULL,
+    last_push_status BIGINT NULL,
+    last_push_reason {id} NULL,
+    last_apns_id     {id} NULL,
+    token_dead_at    BIGINT NULL
+) {table};
+CREATE INDEX {if_not_exists} nano_enrollment_push_push_at ON nano_enrollment_push (push_at);
+
+-- Written in batches; narrow, so that polls lock nothing else.
+CREATE TABLE IF NOT EXISTS nano_enrollment_activity (
+    id           {id} NOT NULL PRIMARY KEY,
+    last_seen_at BIGINT NOT NULL
+) {table};
+CREATE INDEX {if_not_exists} nano_enrollment_activity_last_seen_at ON nano_enrollment_activity (last_seen_at);
+
+CREATE TABLE IF NOT EXISTS nano_commands (
+    command_uuid {id} NOT NULL PRIMARY KEY,
+    request_type {id} NOT NULL,
+    command      {blob} NOT NULL,
+    created_at   BIGINT NOT NULL
+) {table};
+CREATE INDEX {if_not_exists} nano_commands_created_at ON nano_commands (created_at);
+
+-- state holds the numbers of storage.State.
+CREATE TABLE IF NOT EXISTS nano_enrollment_queue (
+    id            {id} NOT NULL,
+    command_uuid  {id} NOT NULL,
+    seq           BIGINT NOT NULL,
+    priority      BIGINT NOT NULL DEFAULT 0,
+    state         SMALLINT NOT NULL,
+    supersede_key {id} NULL,
+    created_at    BIGINT NOT NULL,
+    not_before    BIGINT NULL,
+    expires_at    BIGINT NULL,
+    finished_at   BIGINT NULL,
+    attempts      BIGINT NOT NULL DEFAULT 0,
+    notnow_count  BIGINT NOT NULL DEFAULT 0,
+    notnow_at     BIGINT NULL,
+    PRIMARY KEY (id, command_uuid)
+) {table};
+CREATE INDEX {if_not_exists} nano_enrollment_queue_next ON nano_enrollment_queue (id, state, priority DESC, seq);
+CREATE INDEX {if_not_exists} nano_enrollment_queue_command_uuid ON nano_enrollment_queue (command_uuid);
+CREATE INDEX {if_not_exists} nano_enrollment_queue_finished_at ON nano_enrollment_queue (state, finished_at, id);
+CREATE INDEX {if_not_exists} nano_enrollment_queue_not_before ON nano_enrollment_queue (state, not_before);
+CREATE INDEX {if_not_exists} nano_enrollment_queue_expires_at ON nano_enrollment_queue (state, expires_at);
+
+-- late: the result of a row that had been cancelled, expired or superseded.
+CREATE TABLE IF NOT EXISTS nano_command_results (
+    id           {id} NOT NULL,
+    command_uuid {id} NOT NULL,
+    status       {id} NOT NULL,
+    result       {blob} NOT NULL,
+    late         SMALLINT NOT NULL DEFAULT 0,
+    created_at   BIGINT NOT NULL,
+    PRIMARY KEY (id, command_uuid)
+) {table};
+CREATE INDEX {if_not_exists} nano_command_results_created_at ON nano_command_results (created_at);
+
+CREATE TABLE IF NOT EXISTS nano_push_certs (
+    topic      {id} NOT NULL PRIMARY KEY,
+    cert_pem   {blob} NOT NULL,
+    key_pem    {blob} NOT NULL,
+    not_after  BIGINT NOT NULL,
+    version    BIGINT NOT NULL DEFAULT 1,
+    last_class {id} NULL,
+    last_at    BIGINT NULL,
+    created_at BIGINT NOT NULL,
+    updated_at BIGINT NOT NULL
+) {table};
+
+-- A certificate acts for the device until retired_at; it is never reused.
+CREATE TABLE IF NOT EXISTS nano_cert_auth_associations (
+    sha256      {id} NOT NULL PRIMARY KEY,
+    id          {id} NOT NULL,
+    certificate {blob} NULL,
+    not_after   BIGINT NULL,
+    created_at  BIGINT NOT NULL,
+    retired_at  BIGINT NULL
+) {table};
+CREATE INDEX {if_not_exists} nano_cert_auth_associations_id ON nano_cert_auth_associations (id, retired_at);
+CREATE INDEX {if_not_exists} nano_cert_auth_associations_not_after ON nano_cert_auth_associations (not_after);
+
+-- The outbox. seq is NULL until the holder of the events lease numbers the
+-- row; event_seq is the order inside the enrollment.
+CREATE TABLE IF NOT EXISTS nano_events (
+    event_id           {id} NOT NULL PRIMARY KEY,
+    seq                BIGINT NULL,
+    enrollment_id      {id} NOT NULL,
+    enrollment_type    {id} NOT NULL,
+    parent_id          {id} NOT NULL DEFAULT '',
+    topic              {id} NOT NULL,
+    event_seq          BIGINT NOT NULL,
+    udid               {id} NOT NULL DEFAULT '',
+    user_enrollment_id {id} NOT NULL DEFAULT '',
+    apns_topic         {id} NOT NULL DEFAULT '',
+    request_type       {id} NOT NULL DEFAULT '',
+    status             {id} NOT NULL DEFAULT '',
+    command_uuid       {id} NOT NULL DEFAULT '',
+    tally              BIGINT NOT NULL DEFAULT 0,
+    params             {blob} NULL,
+    payload            {blob} NULL,
+    created_at         BIGINT NOT NULL
+) {table};
+CREATE UNIQUE INDEX {if_not_exists} nano_events_seq ON nano_events (seq);
+CREATE INDEX {if_not_exists} nano_events_enrollment ON nano_events (enrollment_id, event_seq);
+
+CREATE TABLE IF NOT EXISTS nano_event_sinks (
+    name       {id} NOT NULL PRIMARY KEY,
+    config     {blob} NOT NULL,
+    enabled    SMALLINT NOT NULL DEFAULT 1,
+    cursor_seq BIGINT NOT NULL DEFAULT 0,
+    created_at BIGINT NOT NULL,
+    updated_at BIGINT NOT NULL
+) {table};
+
+CREATE TABLE IF NOT EXISTS nano_event_deliveries (
+    sink          {id} NOT NULL,
+    seq           BIGINT NOT NULL,
+    enrollment_id {id} NOT NULL,
+    state         SMALLINT NOT NULL,
+    attempts      BIGINT NOT NULL DEFAULT 0,
+    next_at       BIGINT NULL,
+    last_error    {text} NULL,
+    updated_at    BIGINT NOT NULL,
+    PRIMARY KEY (sink, seq)
+) {table};
+CREATE INDEX {if_not_exists} nano_event_deliveries_due ON nano_event_deliveries (sink, state, next_at);

@@ -1,0 +1,133 @@
+package sqlstore
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/stdlib"
+)
+
+// pgsqlOldest is the oldest server_version_num that is served.
+const pgsqlOldest = 130000
+
+const dialTimeout = 10 * time.Second
+
+func openPgSQL(ctx context.Context, cfg Config) (*pools, error) {
+	pc, err := pgx.ParseConfig(cfg.DSN)
+	if err != nil {
+		// pgx's message repeats the DSN, with the password only partly
+		// masked for keyword strings.
+		return nil, errors.New("the data source name is not a PostgreSQL URL or keyword string")
+	}
+	if pc.ConnectTimeout == 0 {
+		pc.ConnectTimeout = dialTimeout
+	}
+	db := stdlib.OpenDB(*pc)
+	sizePool(db, cfg)
+	if err := checkPgSQL(ctx, cfg, db); err != nil {
+		db.Close()
+		return nil, err
+	}
+	return &pools{dialect: pgsqlDialect(), write: db, read: db}, nil
+}
+
+// sizePool applies the configured bounds to the pool of a server's
+// connections.
+func sizePool(db *sql.DB, cfg Config) {
+	db.SetMaxOpenConns(cfg.MaxOpenConns)
+	db.SetMaxIdleConns(cfg.MaxOpenConns)
+	db.SetConnMaxLifetime(cfg.ConnMaxLifetime)
+	db.SetConnMaxIdleTime(cfg.ConnMaxIdleTime)
+}
+
+func checkPgSQL(ctx context.Context, cfg Config, db *sql.DB) error {
+	var version int
+	var encoding, durable string
+	err := db.QueryRowContext(ctx, `SELECT current_setting('server_version_num')::int,
+		current_setting('server_encoding'), current_setting('synchronous_commit')`).Scan(&version, &encoding, &durable)
+	if err != nil {
+		return fmt.Errorf("connecting: %w", err)
+	}
+	if version < pgsqlOldest {
+		return fmt.Errorf("PostgreSQL %d is too old, %d is the oldest that is served", version/10000, pgsqlOldest/10000)
+	}
+	if encoding != "UTF8" {
+		return fmt.Errorf("the database's encoding is %s, it must be UTF8", encoding)
+	}
+	if durable == "off" {
+		cfg.Logger.WarnContext(ctx, "PostgreSQL's synchronous_commit is off: what was acknowledged to devices can be lost in a crash")
+	}
+	return nil
+}
+
+func pgsqlDialect() *dialect {
+	return &dialect{
+		name:     "pgsql",
+		numbered: true,
+		// A server's default may be stricter, at the price of retries.
+		txOptions: &sql.TxOptions{Isolation: sql.LevelReadCommitted},
+		forUpdate: " FOR UPDATE",
+		forShare:  " FOR SHARE",
+		greatest:  "GREATEST",
+		maxArgs:   60000, // the protocol's limit is 65535
+
+		conflict: onConflict,
+		proposed: excluded,
+
+		unique: func(err error) bool { return pgCode(err) == "23505" },
+		retryable: func(err error) bool {
+			switch pgCode(err) {
+			case "40001", // serialization_failure
+				"40P01", // deadlock_detected
+				"55P03", // lock_not_available
+				"25006": // read_only_sql_transaction: a former primary
+				return true
+			}
+			return pgconn.SafeToRetry(err)
+		},
+		unavailable: func(err error) bool {
+			code := pgCode(err)
+			switch {
+			case code == "":
+				var connect *pgconn.ConnectError
+				return errors.As(err, &connect) || lostConnection(err)
+			case code[:2] == "08": // connection exceptions
+				return true
+			}
+			switch code {
+			case "57P01", "57P02", "57P03", // shutting down, crashed, starting
+				"53300": // too_many_connections
+				return true
+			}
+			return false
+		},
+
+		words: map[string]string{
+			"id":            `VARCHAR(255) COLLATE "C"`,
+			"text":          "TEXT",
+			"blob":          "BYTEA",
+			"table":         "",
+			"if_not_exists": "IF NOT EXISTS",
+		},
+		// Two replicas may still create the same thing at once, before there
+		// is a lease to take: 42P07 duplicate_table, 23505 in the catalog.
+		repeated: func(err error) bool {
+			code := pgCode(err)
+			return code == "42P07" || code == "42701" || code == "23505"
+		},
+		tables: "SELECT table_name FROM information_schema.tables WHERE table_schema = current_schema()",
+	}
+}
+
+func pgCode(err error) string {
+	var e *pgconn.PgError
+	if errors.As(err, &e) && len(e.Code) == 5 {
+		return e.Code
+	}
+	return ""
+}

@@ -1,0 +1,497 @@
+// Package sqlstore keeps what package storage promises in SQLite, PostgreSQL,
+// MySQL or MariaDB.
+//
+// All SQL of the daemon is here, written once with ? for arguments. What an
+// engine does its own way is a field of its dialect value; nothing else asks
+// which engine it talks to. Files go by topic: store.go has transactions,
+// dialect.go and one file for each engine what differs, migrate.go and
+// migrations the schema, and the rest one role of package storage each.
+//
+// Times are integers in UTC microseconds, booleans SMALLINT, and identifiers
+// are compared byte for byte on every engine.
+package sqlstore
+
+import (
+	"context"
+	"database/sql"
+	"database/sql/driver"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/nanomdm/nanomdm/storage"
+)
+
+// Config says where the database is. Driver and DSN are required; the zero
+// value of everything else works.
+type Config struct {
+	// Driver is sqlite, pgsql or mysql (MySQL and MariaDB alike).
+	Driver string
+	// DSN is, for sqlite, the path of a file or ":memory:", optionally
+	// followed by ? and modernc.org/sqlite parameters; for pgsql a URL or a
+	// keyword string; for mysql a go-sql-driver data source name. It may hold
+	// a password, so it never appears in errors.
+	DSN string
+	// Now is the clock of everything that is stored; time.Now if nil.
+	Now func() time.Time
+	// Logger takes what no caller can be told; nothing is logged if nil.
+	Logger *slog.Logger
+	// ConnMaxLifetime and ConnMaxIdleTime bound the age of a connection to a
+	// database server: 30 and 5 minutes if zero. SQLite's are kept.
+	ConnMaxLifetime time.Duration
+	ConnMaxIdleTime time.Duration
+	// MaxOpenConns bounds the connections to a database server, 24 if zero,
+	// and with SQLite the readers.
+	MaxOpenConns int
+	// DeleteAcknowledged drops a command's queue row and result, and the
+	// command when nobody else waits for it, once it was acknowledged.
+	DeleteAcknowledged bool
+	// RecordActivityEvery is how long last-seen times and paid pushes are
+	// gathered before they are written: 500 ms if zero. If negative they are
+	// only written by Flush and Close.
+	RecordActivityEvery time.Duration
+}
+
+const (
+	defaultMaxOpenConns    = 24
+	defaultConnMaxLifetime = 30 * time.Minute
+	defaultConnMaxIdleTime = 5 * time.Minute
+	defaultRecordActivity  = 500 * time.Millisecond
+
+	// opTimeout bounds one transaction with all its retries, so that a dead
+	// database fails a request instead of holding it.
+	opTimeout = 30 * time.Second
+
+	// Retries of one transaction: pauses of up to 5 ms, 10 ms, ... 640 ms,
+	// about two seconds in all.
+	maxAttempts = 9
+	firstPause  = 5 * time.Millisecond
+)
+
+// Store is an open database. Every method may be called concurrently, and any
+// number of Stores, in any number of processes, may share one database.
+type Store struct {
+	cfg     Config
+	d       *dialect
+	db      *sql.DB // transactions; with SQLite its single writer
+	rdb     *sql.DB // reads outside transactions; db itself but for SQLite
+	stmts   *stmtCache
+	rstmts  *stmtCache
+	now     func() time.Time
+	log     *slog.Logger
+	act     *activityLog
+	retries atomic.Int64
+
+	closed    atomic.Bool
+	closeOnce sync.Once
+	closeErr  error
+}
+
+// Stats counts what happened since the store was opened.
+type Stats struct {
+	// Retries of whole transactions: deadlocks, lost connections, failovers.
+	Retries int64
+	// ActivityDropped counts last-seen notes that were dropped because the
+	// database could not take them for long.
+	ActivityDropped int64
+}
+
+// Open connects to the database, checks that it is one that this package can
+// work with, sets what correctness needs for its connections, and brings the
+// schema up to date. Another replica may do the same at the same time; one
+// migrates, the others wait. The context bounds opening only.
+//
+// Close must be called to release the store.
+func Open(ctx context.Context, cfg Config) (*Store, error) {
+	if cfg.Now == nil {
+		cfg.Now = time.Now
+	}
+	if cfg.Logger == nil {
+		cfg.Logger = slog.New(slog.DiscardHandler)
+	}
+	if cfg.MaxOpenConns <= 0 {
+		cfg.MaxOpenConns = defaultMaxOpenConns
+	}
+	if cfg.ConnMaxLifetime <= 0 {
+		cfg.ConnMaxLifetime = defaultConnMaxLifetime
+	}
+	if cfg.ConnMaxIdleTime <= 0 {
+		cfg.ConnMaxIdleTime = defaultConnMaxIdleTime
+	}
+	if cfg.RecordActivityEvery == 0 {
+		cfg.RecordActivityEvery = defaultRecordActivity
+	}
+	if cfg.DSN == "" {
+		return nil, errors.New("opening the store: Config.DSN is empty")
+	}
+
+	var p *pools
+	var err error
+	switch cfg.Driver {
+	case "sqlite":
+		p, err = openSQLite(ctx, cfg)
+	case "pgsql":
+		p, err = openPgSQL(ctx, cfg)
+	case "mysql":
+		p, err = openMySQL(ctx, cfg)
+	default:
+		return nil, fmt.Errorf("opening the store: Config.Driver %q is not sqlite, pgsql or mysql", cfg.Driver)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("opening the %s database: %w", cfg.Driver, err)
+	}
+	s := &Store{
+		cfg: cfg, d: p.dialect, db: p.write, rdb: p.read,
+		now: cfg.Now, log: cfg.Logger,
+	}
+	if s.d.prepare {
+		s.stmts = newStmtCache(p.write)
+		s.rstmts = newStmtCache(p.read)
+	}
+	if err := s.migrate(ctx); err != nil {
+		s.closePools()
+		return nil, fmt.Errorf("preparing the %s database: %w", cfg.Driver, err)
+	}
+	s.act = startActivity(s, cfg.RecordActivityEvery)
+	return s, nil
+}
+
+// Close writes what is gathered, waits for the store's goroutines and for
+// statements that are under way, and releases the connections. Calls after it
+// fail with storage.ErrClosed.
+func (s *Store) Close() error {
+	s.closeOnce.Do(func() {
+		err := s.act.stop()
+		s.closed.Store(true)
+		s.closeErr = errors.Join(err, s.closePools())
+	})
+	return s.closeErr
+}
+
+func (s *Store) closePools() error {
+	s.stmts.close()
+	s.rstmts.close()
+	err := s.db.Close()
+	if s.rdb != s.db {
+		err = errors.Join(err, s.rdb.Close())
+	}
+	if s.d.release != nil {
+		err = errors.Join(err, s.d.release())
+	}
+	return err
+}
+
+// Stats returns the counters.
+func (s *Store) Stats() Stats {
+	return Stats{Retries: s.retries.Load(), ActivityDropped: s.act.dropped.Load()}
+}
+
+// Ping implements storage.Health.
+func (s *Store) Ping(ctx context.Context) error {
+	var version int64
+	err := s.read(ctx, func(ctx context.Context, t *tx) error {
+		var err error
+		version, err = schemaVersion(ctx, t)
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("reaching the database: %w", err)
+	}
+	if known := newestMigration(); version != known {
+		return fmt.Errorf("the database has schema %d, this binary knows %d", version, known)
+	}
+	return nil
+}
+
+// micros is how every time is stored. The zero time is 0, which columns that
+// may be empty store as NULL (see null).
+func micros(t time.Time) int64 {
+	if t.IsZero() {
+		return 0
+	}
+	return t.UnixMicro()
+}
+
+// fromMicros is the inverse of micros.
+func fromMicros(us int64) time.Time {
+	if us == 0 {
+		return time.Time{}
+	}
+	return time.UnixMicro(us).UTC()
+}
+
+// null turns 0 into NULL, for columns where it means never.
+func null(us int64) any {
+	if us == 0 {
+		return nil
+	}
+	return us
+}
+
+// in returns "(?, ?, ...)" with n places.
+func in(n int) string {
+	if n < 1 {
+		return "(NULL)" // matches nothing
+	}
+	return "(?" + strings.Repeat(", ?", n-1) + ")"
+}
+
+// querier is what *sql.DB and *sql.Tx have in common.
+type querier interface {
+	ExecContext(ctx context.Context, q string, args ...any) (sql.Result, error)
+	QueryContext(ctx context.Context, q string, args ...any) (*sql.Rows, error)
+	QueryRowContext(ctx context.Context, q string, args ...any) *sql.Row
+}
+
+// tx runs statements, all in one transaction (Store.write) or each by itself
+// (Store.read). It belongs to one goroutine, and rows must be closed before
+// its next call. Arguments: bool is stored as 0 or 1, a nil []byte as NULL.
+type tx struct {
+	d *dialect
+	// now is the store's clock in microseconds, the same for everything in
+	// one transaction.
+	now int64
+
+	q      querier
+	sqltx  *sql.Tx // nil in Store.read
+	stmts  *stmtCache
+	missed []string // texts to prepare once the connection is free
+}
+
+// exec runs a statement and returns how many rows it matched (on every
+// engine, changed or not). For an upsert the number differs between engines.
+func (t *tx) exec(ctx context.Context, q string, args ...any) (int64, error) {
+	q, args = t.d.rebind(q), values(args)
+	var res sql.Result
+	var err error
+	if stmt := t.stmt(ctx, q); stmt != nil {
+		res, err = stmt.ExecContext(ctx, args...)
+	} else {
+		res, err = t.q.ExecContext(ctx, q, args...)
+	}
+	if err != nil {
+		return 0, err
+	}
+	return res.RowsAffected()
+}
+
+// query runs a statement that returns rows. The caller closes them and looks
+// at Err.
+func (t *tx) query(ctx context.Context, q string, args ...any) (*sql.Rows, error) {
+	q, args = t.d.rebind(q), values(args)
+	if stmt := t.stmt(ctx, q); stmt != nil {
+		return stmt.QueryContext(ctx, args...)
+	}
+	return t.q.QueryContext(ctx, q, args...)
+}
+
+// queryRow runs a statement that returns at most one row; Scan reports
+// sql.ErrNoRows if none.
+func (t *tx) queryRow(ctx context.Context, q string, args ...any) *sql.Row {
+	q, args = t.d.rebind(q), values(args)
+	if stmt := t.stmt(ctx, q); stmt != nil {
+		return stmt.QueryRowContext(ctx, args...)
+	}
+	return t.q.QueryRowContext(ctx, q, args...)
+}
+
+// stmt returns q prepared, or nil if it is to be run as text.
+func (t *tx) stmt(ctx context.Context, q string) *sql.Stmt {
+	if t.stmts == nil {
+		return nil
+	}
+	if t.sqltx == nil {
+		return t.stmts.prepare(ctx, q)
+	}
+	// The transaction holds the only connection, so preparing waits for its
+	// end.
+	stmt := t.stmts.get(q)
+	if stmt == nil {
+		t.missed = append(t.missed, q)
+		return nil
+	}
+	return t.sqltx.StmtContext(ctx, stmt)
+}
+
+// values makes arguments mean the same to each driver.
+func values(args []any) []any {
+	for i, a := range args {
+		switch v := a.(type) {
+		case bool:
+			if v {
+				args[i] = int64(1)
+			} else {
+				args[i] = int64(0)
+			}
+		case []byte:
+			if v == nil {
+				args[i] = nil
+			}
+		}
+	}
+	return args
+}
+
+// write runs fn in one transaction and commits it. What the engine calls
+// retryable is retried from the beginning, with a bound and with jitter, so
+// fn must set what it computes, not add to it. Rows are to be locked in key
+// order. A commit that fails is an error; it is repeated only if the engine
+// said that it rolled back.
+func (s *Store) write(ctx context.Context, fn func(ctx context.Context, t *tx) error) error {
+	ctx, cancel := context.WithTimeout(ctx, opTimeout)
+	defer cancel()
+	return s.retry(ctx, func() (bool, error) { return s.attempt(ctx, fn) })
+}
+
+// read runs fn outside a transaction: each statement sees what was committed
+// when it began, so reads that must agree belong in one statement. It retries
+// as write does.
+func (s *Store) read(ctx context.Context, fn func(ctx context.Context, t *tx) error) error {
+	ctx, cancel := context.WithTimeout(ctx, opTimeout)
+	defer cancel()
+	return s.retry(ctx, func() (bool, error) {
+		t := &tx{d: s.d, now: micros(s.now()), q: s.rdb, stmts: s.rstmts}
+		err := fn(ctx, t)
+		return s.d.retryable(err) || s.d.unavailable(err), err
+	})
+}
+
+// retry repeats try while it says that this is worth it.
+func (s *Store) retry(ctx context.Context, try func() (again bool, err error)) error {
+	pause := firstPause
+	for attempt := 1; ; attempt++ {
+		again, err := try()
+		if err == nil {
+			return nil
+		}
+		if s.closed.Load() {
+			return storage.ErrClosed
+		}
+		if !again || attempt == maxAttempts || ctx.Err() != nil {
+			return err
+		}
+		s.retries.Add(1)
+		s.log.DebugContext(ctx, "repeating a transaction", "attempt", attempt, "error", err)
+		timer := time.NewTimer(rand.N(pause) + pause/8)
+		select {
+		case <-timer.C:
+		case <-ctx.Done():
+			timer.Stop()
+			return err
+		}
+		pause *= 2
+	}
+}
+
+// attempt runs fn in a transaction once. It works on a connection of its own,
+// which is thrown away if the transaction's end failed: a connection that is
+// still inside a transaction must not go back to the pool.
+func (s *Store) attempt(ctx context.Context, fn func(ctx context.Context, t *tx) error) (again bool, err error) {
+	conn, err := s.db.Conn(ctx)
+	if err != nil {
+		return s.d.retryable(err) || s.d.unavailable(err), err
+	}
+	defer conn.Close()
+	sqltx, err := conn.BeginTx(ctx, s.d.txOptions)
+	if err != nil {
+		discard(conn)
+		return s.d.retryable(err) || s.d.unavailable(err), err
+	}
+	t := &tx{d: s.d, now: micros(s.now()), q: sqltx, sqltx: sqltx, stmts: s.stmts}
+	finished := false
+	defer func() {
+		if !finished { // fn panicked
+			_ = sqltx.Rollback()
+			discard(conn)
+		}
+	}()
+	err = fn(ctx, t)
+	finished = true
+	if err != nil {
+		if rerr := sqltx.Rollback(); rerr != nil {
+			discard(conn)
+		}
+		return s.d.retryable(err) || s.d.unavailable(err), err
+	}
+	if err := sqltx.Commit(); err != nil {
+		discard(conn)
+		// A connection that was lost during COMMIT leaves open whether it
+		// took effect; only an engine's word that it rolled back does not.
+		return s.d.retryable(err), fmt.Errorf("committing: %w", err)
+	}
+	conn.Close()
+	for _, q := range t.missed {
+		s.stmts.prepare(ctx, q)
+	}
+	return false, nil
+}
+
+// discard takes a connection out of its pool.
+func discard(conn *sql.Conn) {
+	_ = conn.Raw(func(any) error { return driver.ErrBadConn })
+}
+
+// stmtCache keeps statements of one pool prepared, by text. A nil cache
+// prepares nothing.
+type stmtCache struct {
+	db *sql.DB
+
+	mu     sync.RWMutex
+	byText map[string]*sql.Stmt
+}
+
+// maxStmts bounds the cache; texts differ by the number of their arguments.
+const maxStmts = 512
+
+func newStmtCache(db *sql.DB) *stmtCache {
+	return &stmtCache{db: db, byText: make(map[string]*sql.Stmt)}
+}
+
+func (c *stmtCache) get(q string) *sql.Stmt {
+	c.mu.RLock()
+	defer c.mu.RUnlock()
+	return c.byText[q]
+}
+
+// prepare returns q prepared, or nil if it cannot be or the cache is full;
+// running the text then shows the error.
+func (c *stmtCache) prepare(ctx context.Context, q string) *sql.Stmt {
+	if stmt := c.get(q); stmt != nil {
+		return stmt
+	}
+	c.mu.RLock()
+	full := len(c.byText) >= maxStmts
+	c.mu.RUnlock()
+	if full {
+		return nil
+	}
+	stmt, err := c.db.PrepareContext(ctx, q)
+	if err != nil {
+		return nil
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if was := c.byText[q]; was != nil {
+		stmt.Close()
+		return was
+	}
+	c.byText[q] = stmt
+	return stmt
+}
+
+func (c *stmtCache) close() {
+	if c == nil {
+		return
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, stmt := range c.byText {
+		stmt.Close()
+	}
+	clear(c.byText)
+}
