@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -51,19 +52,21 @@ func (a *api) enqueue(ctx context.Context, ids []string, command []byte, push bo
 	}
 	var reply struct {
 		CommandError string `json:"command_error"`
+		PushError    string `json:"push_error"`
 		Status       map[string]struct {
 			CommandError string `json:"command_error"`
+			PushError    string `json:"push_error"`
 		} `json:"status"`
 	}
 	if err := json.Unmarshal(body, &reply); err != nil {
 		return fmt.Errorf("queueing a command: reading the reply: %w", err)
 	}
-	if reply.CommandError != "" {
-		return fmt.Errorf("queueing a command: %s", reply.CommandError)
+	if what := cmp.Or(reply.CommandError, reply.PushError); what != "" {
+		return fmt.Errorf("queueing a command: %s", what)
 	}
 	for id, status := range reply.Status {
-		if status.CommandError != "" {
-			return fmt.Errorf("queueing a command for %s: %s", id, status.CommandError)
+		if what := cmp.Or(status.CommandError, status.PushError); what != "" {
+			return fmt.Errorf("queueing a command for %s: %s", id, what)
 		}
 	}
 	return nil

@@ -161,7 +161,7 @@ func newLoadChannel(channel *mdmtest.Channel) *loadChannel {
 
 // observe leaves out what failed because the run was ended.
 func (l *load) observe(kind string, took time.Duration, err error) {
-	if !errors.Is(err, context.Canceled) {
+	if !isCanceled(err) {
 		l.measure.observe(kind, took, err)
 	}
 }

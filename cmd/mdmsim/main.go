@@ -39,6 +39,7 @@ func subcommands() []subcommand {
 	return []subcommand{
 		{"demo", "start a server, enroll three devices, send them commands, show what they did", runDemo},
 		{"load", "enroll and poll with many devices, and measure", runLoad},
+		{"apns", "run a fake APNs whose pushes wake simulated devices, and time it", runAPNs},
 		{"ca", "make a certificate authority for simulated devices", runCA},
 	}
 }

@@ -9,6 +9,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -82,7 +83,14 @@ type fakeServer struct {
 	enrolled map[string]bool
 	queues   map[string][]*fakeCommand
 	reports  int
-	onQueue  func(id string) // stands for the push
+	tokens   map[string]pushToken
+	push     *pusher // nil without APNs
+	pushCert []byte
+}
+
+type pushToken struct {
+	token        []byte
+	magic, topic string
 }
 
 type fakeCommand struct {
@@ -94,11 +102,16 @@ type fakeCommand struct {
 func newFakeServer(pool *x509.CertPool, key string) *fakeServer {
 	f := &fakeServer{
 		mux: http.NewServeMux(), pool: pool, key: key,
-		enrolled: make(map[string]bool), queues: make(map[string][]*fakeCommand),
+		enrolled: make(map[string]bool), tokens: make(map[string]pushToken), queues: make(map[string][]*fakeCommand),
 	}
 	f.mux.HandleFunc("GET /version", func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, `{"version":"fake"}`) })
 	f.mux.HandleFunc("PUT /v1/enqueue/{ids}", f.enqueue)
 	f.mux.HandleFunc("PUT /mdm", f.device)
+	f.mux.HandleFunc("PUT /v1/pushcert", func(w http.ResponseWriter, r *http.Request) {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		f.pushCert, _ = io.ReadAll(r.Body)
+	})
 	return f
 }
 
@@ -129,11 +142,13 @@ func (f *fakeServer) enqueue(w http.ResponseWriter, r *http.Request) {
 			f.queues[id] = append(f.queues[id], &fakeCommand{uuid: command.UUID, raw: raw})
 		}
 	}
-	onQueue := f.onQueue
+	tokens, push, pushCert := maps.Clone(f.tokens), f.push, f.pushCert
 	f.mu.Unlock()
-	if onQueue != nil {
+	if push != nil {
 		for id := range status {
-			onQueue(id)
+			if err := push.send(r.Context(), pushCert, tokens[id]); err != nil {
+				status[id]["push_error"] = err.Error()
+			}
 		}
 	}
 	w.WriteHeader(http.StatusMultiStatus)
@@ -146,7 +161,11 @@ func (f *fakeServer) device(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, err.Error(), http.StatusBadRequest)
 		return
 	}
-	var m struct{ MessageType, UDID, UserID, Status, CommandUUID string }
+	var m struct {
+		MessageType, UDID, UserID, Status, CommandUUID string
+		Topic, PushMagic                               string
+		Token                                          []byte
+	}
 	if err := plist.Unmarshal(body, &m); err != nil {
 		http.Error(w, err.Error(), http.StatusBadRequest)
 		return
@@ -160,6 +179,7 @@ func (f *fakeServer) device(w http.ResponseWriter, r *http.Request) {
 	switch {
 	case m.MessageType == "TokenUpdate":
 		f.enrolled[id] = true
+		f.tokens[id] = pushToken{m.Token, m.PushMagic, m.Topic}
 	case m.MessageType == "":
 		w.Write(f.report(id, m.Status, m.CommandUUID))
 	}
@@ -237,6 +257,10 @@ func TestUsage(t *testing.T) {
 		{[]string{"demo", "-help"}, 0, "-nanomdm"},
 		{[]string{"demo", "-nanomdm", "/does/not/exist"}, 1, "starting the server"},
 		{[]string{"ca", "-help"}, 0, "-dir"},
+		{[]string{"apns", "-help"}, 0, "-latency"},
+		{[]string{"apns"}, 2, "NANOMDM_API"},
+		{[]string{"apns", "-api", "x", "-time", "-1"}, 2, "not negative"},
+		{[]string{"apns", "-api", "x", "-connections", "0"}, 2, "at least 1"},
 	} {
 		t.Run(strings.Join(test.args, " "), func(t *testing.T) {
 			got := mdmsim(t.Context(), nil, test.args...)

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -109,6 +110,9 @@ func (m *measure) totals() (total, failed int) {
 	defer m.mu.Unlock()
 	return m.total, m.failed
 }
+
+// isCanceled tells what the end of a run broke off, which is no error.
+func isCanceled(err error) bool { return errors.Is(err, context.Canceled) }
 
 // cause is the part of an error that repeats: without local ports and URLs.
 func cause(err error) string {
