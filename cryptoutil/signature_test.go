@@ -487,6 +487,118 @@ func FuzzMdmSignature(f *testing.F) {
 	f.Fuzz(func(t *testing.T, raw []byte) { requireNoLaxer(t, raw, body) })
 }
 
+// node is one ASN.1 element; a primitive one has bytes, another one children.
+type node struct {
+	tag      byte
+	bytes    []byte
+	children []*node
+}
+
+func parseNode(t testing.TB, s *cryptobyte.String) *node {
+	t.Helper()
+	var contents cryptobyte.String
+	var tag asn1.Tag
+	require.True(t, s.ReadAnyASN1(&contents, &tag))
+	n := &node{tag: byte(tag), bytes: contents}
+	for tag&0x20 != 0 && !contents.Empty() {
+		n.children = append(n.children, parseNode(t, &contents))
+	}
+	return n
+}
+
+// all returns the node and everything below it.
+func (n *node) all() []*node {
+	nodes := []*node{n}
+	for _, child := range n.children {
+		nodes = append(nodes, child.all()...)
+	}
+	return nodes
+}
+
+func (n *node) clone() *node {
+	c := &node{tag: n.tag, bytes: n.bytes}
+	for _, child := range n.children {
+		c.children = append(c.children, child.clone())
+	}
+	return c
+}
+
+func (n *node) encode() []byte {
+	contents := n.bytes
+	if len(n.children) > 0 {
+		contents = nil
+		for _, child := range n.children {
+			contents = append(contents, child.encode()...)
+		}
+	}
+	return append(appendLength([]byte{n.tag}, len(contents)), contents...)
+}
+
+// mutate changes one element: lengths around it are put right, so that the
+// result is well-formed and gets far into a parser.
+func (n *node) mutate(at uint16, op, value byte, other *node) {
+	nodes := n.all()
+	target := nodes[int(at)%len(nodes)]
+	count := len(target.children)
+	child := 0
+	if count > 0 {
+		child = int(value) % count
+	}
+	switch op % 8 {
+	case 0:
+		target.tag = value
+	case 1:
+		target.bytes, target.children = append([]byte{value}, target.bytes...), nil
+	case 2:
+		target.bytes, target.children = append(append([]byte{}, target.bytes...), value), nil
+	case 3: // drop a child
+		if count > 0 {
+			target.children = append(append([]*node{}, target.children[:child]...), target.children[child+1:]...)
+			target.bytes = nil
+		}
+	case 4: // repeat a child
+		if count > 0 {
+			target.children = append(target.children, target.children[child])
+		}
+	case 5: // swap two children
+		if count > 1 {
+			next := (child + 1) % count
+			target.children[child], target.children[next] = target.children[next], target.children[child]
+		}
+	case 6: // transplant
+		*target = *other.clone() // a clone, for other may hold target by now
+	case 7:
+		if len(target.bytes) > 0 && count == 0 {
+			target.bytes = append([]byte{}, target.bytes...)
+			target.bytes[int(value)%len(target.bytes)] ^= 1 << (at % 8)
+		}
+	}
+}
+
+// FuzzMdmSignatureTree is FuzzMdmSignature for signatures changed element by
+// element, twice each.
+func FuzzMdmSignatureTree(f *testing.F) {
+	body := vectorBody(f)
+	var ders [][]byte
+	eachVector(f, func(_ string, der []byte) {
+		if normal, err := normalizeBER(der); err == nil {
+			ders = append(ders, normal)
+		}
+	})
+	for vector := range ders {
+		for at := range uint16(60) {
+			f.Add(byte(vector), byte(vector+1), at, byte(at), byte(1), at, byte(8), byte(0))
+		}
+	}
+	f.Fuzz(func(t *testing.T, vector, donor byte, at uint16, op, value byte, at2 uint16, op2, value2 byte) {
+		one, two := cryptobyte.String(ders[int(vector)%len(ders)]), cryptobyte.String(ders[int(donor)%len(ders)])
+		tree, other := parseNode(t, &one), parseNode(t, &two).all()
+		tree.mutate(at, op, value, other[int(at2)%len(other)])
+		tree.mutate(at2, op2, value2, other[int(at)%len(other)])
+		requireNoLaxer(t, tree.encode(), body)
+	})
+}
+
 func BenchmarkVerify(b *testing.B) {
 	body := []byte(strings.Repeat("<plist/>", 90))
 	for name, key := range map[string]crypto.Signer{"RSA": rsaKey(b), "ECDSA": ecKey(b)} {
