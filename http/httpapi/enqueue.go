@@ -90,7 +90,7 @@ func (a *API) enqueue(ctx context.Context, r *http.Request) (int, any, error) {
 		CommandUUID: cmd.CommandUUID,
 		RequestType: cmd.RequestType,
 	}
-	failed, err := a.store.Enqueue(ctx, storage.Scope{}, &storage.Enqueue{Command: cmd, IDs: ids, NoPush: res.NoPush})
+	failed, err := a.store.Enqueue(ctx, callerOf(ctx).scope, &storage.Enqueue{Command: cmd, IDs: ids, NoPush: res.NoPush})
 	switch {
 	case errors.Is(err, storage.ErrConflict):
 		return 0, nil, &problem{http.StatusConflict, "a command with CommandUUID " + cmd.CommandUUID + " exists with other contents; use a new CommandUUID"}

@@ -8,7 +8,6 @@ package httpapi
 import (
 	"context"
 	"crypto/sha256"
-	"crypto/subtle"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -19,9 +18,6 @@ import (
 	"github.com/nanomdm/nanomdm/http/requestlog"
 	"github.com/nanomdm/nanomdm/storage"
 )
-
-// User is the Basic authentication user of the API.
-const User = "nanomdm"
 
 // Config holds what is optional.
 type Config struct {
@@ -59,7 +55,7 @@ func New(key string, store Store, cfg Config) (*API, error) {
 
 // Register adds the API's routes to mux.
 func (a *API) Register(mux *http.ServeMux) {
-	enqueue := a.Authenticated(a.endpoint(a.enqueue))
+	enqueue := a.require(roleEnqueue, a.endpoint(a.enqueue))
 	mux.Handle("PUT /v1/enqueue/{ids}", enqueue)
 	mux.Handle("POST /v1/enqueue/{ids}", enqueue)
 }
@@ -70,24 +66,6 @@ func Version(version string) http.Handler {
 		writeJSON(w, http.StatusOK, struct {
 			Version string `json:"version"`
 		}{version})
-	})
-}
-
-// Authenticated wraps next so that it is reached with the API key only.
-// Digests are compared, in constant time, so that neither the key's bytes nor
-// its length show in the time that it takes.
-func (a *API) Authenticated(next http.Handler) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		user, key, _ := r.BasicAuth()
-		sum := sha256.Sum256([]byte(key))
-		keyOK := subtle.ConstantTimeCompare(sum[:], a.key[:])
-		userOK := subtle.ConstantTimeCompare([]byte(user), []byte(User))
-		if keyOK&userOK != 1 {
-			w.Header().Set("WWW-Authenticate", `Basic realm="nanomdm"`)
-			writeJSON(w, http.StatusUnauthorized, errorBody{"API user or key is missing or wrong"})
-			return
-		}
-		next.ServeHTTP(w, r)
 	})
 }
 
