@@ -1,0 +1,232 @@
+// Package storagetest says what a store has to do: one suite of subtests, run
+// on every engine, each on an empty database of its own. It also gives the
+// tests of other packages such databases.
+//
+// SQLite needs nothing. The other engines are those of with-engines.sh, or
+// whatever servers NANOMDM_PGSQL_STORAGE_TEST_DSN, NANOMDM_MYSQL_STORAGE_TEST_DSN
+// and NANOMDM_MARIADB_STORAGE_TEST_DSN name; their user must be allowed to
+// create databases. Without its variable an engine's tests are skipped, and
+// fail if CI=true.
+package storagetest
+
+import (
+	"context"
+	"crypto/rand"
+	"database/sql"
+	"fmt"
+	"net/url"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/go-sql-driver/mysql"
+	_ "github.com/jackc/pgx/v5/stdlib" // the driver pgx
+	"github.com/stretchr/testify/require"
+	_ "modernc.org/sqlite" // the driver sqlite
+
+	"github.com/nanomdm/nanomdm/storage/sqlstore"
+)
+
+// Engine is a kind of database to test with.
+type Engine struct {
+	// Name is sqlite, memory, pgsql, mysql or mariadb.
+	Name string
+
+	driver   string // sqlstore.Config.Driver
+	variable string // holds the server's DSN; empty needs no server
+	dsn      string // of the server
+
+	// Migrating takes MySQL a second or two, so a database is used again once
+	// it has been emptied and looked through.
+	mu   sync.Mutex
+	idle []string
+}
+
+// Engines returns SQLite in a file, PostgreSQL, MySQL and MariaDB. What tests
+// make of them is gone when t ends. Use it so:
+//
+//	for _, engine := range storagetest.Engines(t) {
+//		t.Run(engine.Name, func(t *testing.T) {
+//			store, err := sqlstore.Open(t.Context(), engine.Config(t))
+//			...
+func Engines(t *testing.T) []*Engine {
+	engines := []*Engine{
+		{Name: "sqlite", driver: "sqlite"},
+		{Name: "pgsql", driver: "pgsql", variable: "NANOMDM_PGSQL_STORAGE_TEST_DSN"},
+		{Name: "mysql", driver: "mysql", variable: "NANOMDM_MYSQL_STORAGE_TEST_DSN"},
+		{Name: "mariadb", driver: "mysql", variable: "NANOMDM_MARIADB_STORAGE_TEST_DSN"},
+	}
+	for _, e := range engines {
+		e.dsn = os.Getenv(e.variable)
+		t.Cleanup(func() {
+			for _, name := range e.idle {
+				e.drop(t, name)
+			}
+		})
+	}
+	return engines
+}
+
+// memory is SQLite without a file: no second store, no other connection.
+func memory() *Engine { return &Engine{Name: "memory", driver: "sqlite"} }
+
+// Config returns where an empty database of this test's own is: only Driver
+// and DSN are set. It has the schema, or gets it from sqlstore.Open. Close
+// what you open on it before the test ends (cleanups that are registered
+// later than this call are in time).
+func (e *Engine) Config(t *testing.T) sqlstore.Config {
+	t.Helper()
+	switch {
+	case e.Name == "memory":
+		return sqlstore.Config{Driver: e.driver, DSN: ":memory:"}
+	case e.variable == "":
+		return e.Virgin(t)
+	}
+	e.need(t)
+	e.mu.Lock()
+	name := ""
+	if n := len(e.idle); n > 0 {
+		name, e.idle = e.idle[n-1], e.idle[:n-1]
+	}
+	e.mu.Unlock()
+	if name == "" {
+		name = e.create(t)
+	}
+	cfg := sqlstore.Config{Driver: e.driver, DSN: e.dsnOf(t, name)}
+	t.Cleanup(func() {
+		if t.Failed() || !e.empty(t, cfg) {
+			e.drop(t, name)
+			return
+		}
+		e.mu.Lock()
+		e.idle = append(e.idle, name)
+		e.mu.Unlock()
+	})
+	return cfg
+}
+
+// Virgin is Config for a database that nothing was ever done with.
+func (e *Engine) Virgin(t *testing.T) sqlstore.Config {
+	t.Helper()
+	switch {
+	case e.Name == "memory":
+		return e.Config(t)
+	case e.variable == "":
+		return sqlstore.Config{Driver: e.driver, DSN: filepath.Join(t.TempDir(), "nanomdm.db")}
+	}
+	e.need(t)
+	name := e.create(t)
+	t.Cleanup(func() { e.drop(t, name) })
+	return sqlstore.Config{Driver: e.driver, DSN: e.dsnOf(t, name)}
+}
+
+// need skips the test if it needs a server that is not there.
+func (e *Engine) need(t *testing.T) {
+	t.Helper()
+	switch {
+	case e.variable == "" || e.dsn != "":
+	case os.Getenv("CI") == "true":
+		t.Fatalf("%s is not set: in CI every engine is tested", e.variable)
+	default:
+		t.Skipf("no %s: set %s, or run storage/storagetest/with-engines.sh go test ./...", e.Name, e.variable)
+	}
+}
+
+func (e *Engine) create(t *testing.T) string {
+	t.Helper()
+	name := "nanomdm_test_" + strings.ToLower(rand.Text())
+	e.admin(t, "CREATE DATABASE "+name)
+	return name
+}
+
+func (e *Engine) drop(t *testing.T, name string) {
+	statement := "DROP DATABASE " + name
+	if e.driver == "pgsql" {
+		statement += " WITH (FORCE)"
+	}
+	e.admin(t, statement)
+}
+
+// admin runs a statement on the server's own database.
+func (e *Engine) admin(t *testing.T, statement string) {
+	t.Helper()
+	db := connect(t, sqlstore.Config{Driver: e.driver, DSN: e.dsn})
+	defer db.Close()
+	_, err := db.ExecContext(context.Background(), statement)
+	require.NoError(t, err)
+}
+
+// dsnOf is the server's DSN with another database.
+func (e *Engine) dsnOf(t *testing.T, name string) string {
+	t.Helper()
+	if e.driver == "mysql" {
+		mc, err := mysql.ParseDSN(e.dsn)
+		require.NoError(t, err)
+		mc.DBName = name
+		return mc.FormatDSN()
+	}
+	if u, err := url.Parse(e.dsn); err == nil && u.Scheme != "" {
+		u.Path = "/" + name
+		return u.String()
+	}
+	return e.dsn + " dbname=" + name
+}
+
+// empty removes every row, and says whether that left the database as one that
+// was just migrated.
+func (e *Engine) empty(t *testing.T, cfg sqlstore.Config) bool {
+	db := connect(t, cfg)
+	defer db.Close()
+	query := "SELECT table_name FROM information_schema.tables WHERE table_schema = DATABASE()"
+	if e.driver == "pgsql" {
+		query = "SELECT table_name FROM information_schema.tables WHERE table_schema = current_schema()"
+	}
+	tables := column(t, db, query)
+	if !slices.Contains(tables, "nano_schema") {
+		return false // was never opened
+	}
+	for _, table := range tables {
+		if table == "nano_schema" {
+			continue
+		}
+		_, err := db.ExecContext(context.Background(), "DELETE FROM "+table)
+		require.NoError(t, err)
+		require.Equal(t, []string{"0"}, column(t, db, "SELECT COUNT(*) FROM "+table), table)
+	}
+	return true
+}
+
+// column returns the first column of a query's rows.
+func column(t *testing.T, db *sql.DB, query string) (values []string) {
+	rows, err := db.QueryContext(context.Background(), query)
+	require.NoError(t, err)
+	defer rows.Close()
+	for rows.Next() {
+		var value string
+		require.NoError(t, rows.Scan(&value))
+		values = append(values, value)
+	}
+	require.NoError(t, rows.Err())
+	return values
+}
+
+// connect opens a connection that does not go through sqlstore.
+func connect(t *testing.T, cfg sqlstore.Config) *sql.DB {
+	t.Helper()
+	driver, dsn := cfg.Driver, cfg.DSN
+	switch cfg.Driver {
+	case "sqlite":
+		dsn = fmt.Sprintf("file:%s?_pragma=busy_timeout(10000)&_txlock=immediate", (&url.URL{Path: cfg.DSN}).EscapedPath())
+	case "pgsql":
+		driver = "pgx"
+	}
+	db, err := sql.Open(driver, dsn)
+	require.NoError(t, err)
+	db.SetMaxOpenConns(1)
+	db.SetConnMaxIdleTime(time.Minute)
+	return db
+}
