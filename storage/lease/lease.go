@@ -18,6 +18,10 @@ import (
 	"github.com/nanomdm/nanomdm/storage"
 )
 
+// askEvery is how often a candidate looks whether the lease was released. A
+// time to live below three seconds asks more often.
+const askEvery = time.Second
+
 // releaseTimeout bounds giving a lease back when the process stops.
 const releaseTimeout = 5 * time.Second
 
@@ -97,7 +101,7 @@ func (k *keeper) acquire(ctx context.Context) (since time.Time, err error) {
 			}
 			seenAt = time.Time{}
 		}
-		wait := k.ttl / 3
+		wait := min(k.ttl/3, askEvery)
 		if !seenAt.IsZero() {
 			wait = min(wait, max(k.ttl-time.Since(seenAt), time.Millisecond))
 		}
