@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net/url"
 	"runtime"
+	"slices"
 	"strings"
 
 	"modernc.org/sqlite"
@@ -17,8 +18,7 @@ import (
 // memory is the DSN of a database that lives as long as its Store.
 const memory = ":memory:"
 
-// sqlitePragmas are set on each connection, in this order. Parameters of the
-// DSN come after them and win.
+// sqlitePragmas are set on each connection, unless the DSN sets the same.
 var sqlitePragmas = [...]string{
 	"busy_timeout(10000)",
 	"journal_mode(WAL)",
@@ -39,7 +39,7 @@ func openSQLite(ctx context.Context, cfg Config) (*pools, error) {
 	if err != nil {
 		return nil, errors.New("the parameters after ? cannot be read")
 	}
-	params["_pragma"] = append(sqlitePragmas[:len(sqlitePragmas):len(sqlitePragmas)], params["_pragma"]...)
+	params["_pragma"] = withDefaults(params["_pragma"])
 	if name == memory {
 		return openMemory(ctx, d, params)
 	}
@@ -62,6 +62,24 @@ func openSQLite(ctx context.Context, cfg Config) (*pools, error) {
 	read.SetMaxOpenConns(readers)
 	read.SetMaxIdleConns(readers)
 	return &pools{dialect: d, write: write, read: read}, nil
+}
+
+// withDefaults adds those of sqlitePragmas that are not given. The driver runs
+// pragmas in the order of their text, so of two the later one need not win.
+func withDefaults(given []string) []string {
+	name := func(pragma string) string {
+		name, _, _ := strings.Cut(pragma, "(")
+		name, _, _ = strings.Cut(name, "=")
+		return strings.ToLower(strings.TrimSpace(name))
+	}
+	all := slices.Clone(given)
+	for _, pragma := range sqlitePragmas {
+		same := func(other string) bool { return name(other) == name(pragma) }
+		if !slices.ContainsFunc(given, same) {
+			all = append(all, pragma)
+		}
+	}
+	return all
 }
 
 // openMemory opens a database in memory with one connection for everything,

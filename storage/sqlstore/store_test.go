@@ -1,0 +1,211 @@
+package sqlstore_test
+
+import (
+	"errors"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/nanomdm/nanomdm/storage"
+	"github.com/nanomdm/nanomdm/storage/sqlstore"
+	"github.com/nanomdm/nanomdm/storage/storagetest"
+)
+
+func TestOpenRefuses(t *testing.T) {
+	for _, tc := range []struct {
+		name string
+		cfg  sqlstore.Config
+		want string
+	}{
+		{"no DSN", sqlstore.Config{Driver: "sqlite"}, "Config.DSN is empty"},
+		{"no driver", sqlstore.Config{DSN: "x"}, `Config.Driver ""`},
+		{"unknown driver", sqlstore.Config{Driver: "oracle", DSN: "x"}, `"oracle"`},
+		{"a directory that is not there", sqlstore.Config{Driver: "sqlite", DSN: filepath.Join(t.TempDir(), "no", "such.db")}, "opening the file"},
+		{"a DSN that cannot be read", sqlstore.Config{Driver: "pgsql", DSN: "host=x password=hunter2 port=nonsense"}, "not a PostgreSQL URL"},
+		{"a MySQL DSN that cannot be read", sqlstore.Config{Driver: "mysql", DSN: "u:hunter2@tcp(x)nonsense"}, "not one of go-sql-driver/mysql"},
+		{"nobody listens", sqlstore.Config{Driver: "mysql", DSN: "u:hunter2@tcp(127.0.0.1:1)/x"}, "connecting"},
+		{"nobody listens there either", sqlstore.Config{Driver: "pgsql", DSN: "postgres://u:hunter2@127.0.0.1:1/x"}, "connecting"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			_, err := sqlstore.Open(t.Context(), tc.cfg)
+			require.ErrorContains(t, err, tc.want)
+			require.NotContains(t, err.Error(), "hunter2")
+		})
+	}
+}
+
+// TestSettings looks at what correctness needs of every connection.
+func TestSettings(t *testing.T) {
+	want := map[string]map[string]string{
+		"sqlite": {
+			"PRAGMA journal_mode": "wal", "PRAGMA synchronous": "2", "PRAGMA foreign_keys": "1", "PRAGMA busy_timeout": "10000",
+		},
+		"memory": {"PRAGMA foreign_keys": "1"},
+		"pgsql":  {"SHOW server_encoding": "UTF8"},
+		"mysql": {
+			"SELECT @@transaction_isolation": "READ-COMMITTED", "SELECT @@collation_connection": "utf8mb4_0900_bin",
+			"SELECT @@sql_mode": "STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION", "SELECT @@innodb_lock_wait_timeout": "10",
+		},
+		"mariadb": {
+			"SELECT @@tx_isolation": "READ-COMMITTED", "SELECT @@collation_connection": "utf8mb4_nopad_bin",
+			"SELECT @@sql_mode": "STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION",
+		},
+	}
+	for _, engine := range storagetest.Engines(t) {
+		t.Run(engine.Name, func(t *testing.T) {
+			h := storagetest.NewHarness(t, engine)
+			for q, value := range want[engine.Name] {
+				got, err := h.Store.SettingForTest(t.Context(), q)
+				require.NoError(t, err, q)
+				require.Equal(t, value, got, q)
+			}
+		})
+	}
+	t.Run("overridden", func(t *testing.T) {
+		store, err := sqlstore.Open(t.Context(), sqlstore.Config{
+			Driver: "sqlite", DSN: filepath.Join(t.TempDir(), "a b%20#.db") + "?_pragma=synchronous(1)",
+		})
+		require.NoError(t, err)
+		got, err := store.SettingForTest(t.Context(), "PRAGMA synchronous")
+		require.NoError(t, err)
+		require.Equal(t, "1", got)
+		require.NoError(t, store.Close())
+	})
+}
+
+// servers are the engines with more than one writer and with widths.
+func servers(t *testing.T, run func(t *testing.T, h *storagetest.Harness)) {
+	for _, engine := range storagetest.Engines(t) {
+		if engine.Name == "sqlite" {
+			continue
+		}
+		t.Run(engine.Name, func(t *testing.T) { run(t, storagetest.NewHarness(t, engine)) })
+	}
+}
+
+func TestTooLongIsRefusedNotCut(t *testing.T) {
+	servers(t, func(t *testing.T, h *storagetest.Harness) {
+		err := h.Store.WriteForTest(t.Context(), func(exec func(string, ...any) (int64, error)) error {
+			_, err := exec("INSERT INTO nano_enrollment_activity (id, last_seen_at) VALUES (?, 1)", strings.Repeat("x", 256))
+			return err
+		})
+		require.Error(t, err)
+		require.Zero(t, h.Int(t, "SELECT COUNT(*) FROM nano_enrollment_activity"))
+	})
+}
+
+// TestMatchedRowsCount: an update that changes nothing has still met its row.
+func TestMatchedRowsCount(t *testing.T) {
+	for _, engine := range storagetest.Engines(t) {
+		t.Run(engine.Name, func(t *testing.T) {
+			h := storagetest.NewHarness(t, engine)
+			h.Exec(t, "INSERT INTO nano_enrollment_activity (id, last_seen_at) VALUES ('a', 1)")
+			require.NoError(t, h.Store.WriteForTest(t.Context(), func(exec func(string, ...any) (int64, error)) error {
+				n, err := exec("UPDATE nano_enrollment_activity SET last_seen_at = 1 WHERE id = 'a'")
+				require.EqualValues(t, 1, n)
+				return err
+			}))
+		})
+	}
+}
+
+// TestDeadlockIsRetried makes two transactions lock two rows in opposite
+// orders. The engine ends one of them, and both are done in the end.
+func TestDeadlockIsRetried(t *testing.T) {
+	servers(t, func(t *testing.T, h *storagetest.Harness) {
+		for _, id := range []string{"a", "b"} {
+			h.Exec(t, "INSERT INTO nano_enrollment_activity (id, last_seen_at) VALUES (?, 0)", id)
+		}
+		var both sync.WaitGroup
+		both.Add(2)
+		orders := [][]string{{"a", "b"}, {"b", "a"}}
+		errs := make([]error, len(orders))
+		var wg sync.WaitGroup
+		for i, order := range orders {
+			wg.Go(func() {
+				first := true
+				errs[i] = h.Store.WriteForTest(t.Context(), func(exec func(string, ...any) (int64, error)) error {
+					for n, id := range order {
+						if _, err := exec("UPDATE nano_enrollment_activity SET last_seen_at = last_seen_at + 1 WHERE id = ?", id); err != nil {
+							return err
+						}
+						if n == 0 && first { // both have their first lock
+							first = false
+							both.Done()
+							both.Wait()
+						}
+					}
+					return nil
+				})
+			})
+		}
+		wg.Wait()
+		require.NoError(t, errors.Join(errs...))
+		require.EqualValues(t, 4, h.Int(t, "SELECT SUM(last_seen_at) FROM nano_enrollment_activity"))
+		require.Positive(t, h.Store.Stats().Retries)
+	})
+}
+
+func TestErrorRollsBack(t *testing.T) {
+	for _, engine := range storagetest.Engines(t) {
+		t.Run(engine.Name, func(t *testing.T) {
+			h := storagetest.NewHarness(t, engine)
+			broken := errors.New("broken")
+			insert := "INSERT INTO nano_enrollment_activity (id, last_seen_at) VALUES ('a', 1)"
+			require.ErrorIs(t, h.Store.WriteForTest(t.Context(), func(exec func(string, ...any) (int64, error)) error {
+				_, err := exec(insert)
+				require.NoError(t, err)
+				return broken
+			}), broken)
+			require.Panics(t, func() {
+				_ = h.Store.WriteForTest(t.Context(), func(exec func(string, ...any) (int64, error)) error {
+					_, err := exec(insert)
+					require.NoError(t, err)
+					panic("broken")
+				})
+			})
+			require.Zero(t, h.Int(t, "SELECT COUNT(*) FROM nano_enrollment_activity"))
+			require.NoError(t, h.Store.Ping(t.Context()), "the connection is free again")
+		})
+	}
+}
+
+func TestClosed(t *testing.T) {
+	store, err := sqlstore.Open(t.Context(), sqlstore.Config{Driver: "sqlite", DSN: ":memory:"})
+	require.NoError(t, err)
+	require.NoError(t, store.Close())
+	require.NoError(t, store.Close(), "twice")
+	require.ErrorIs(t, store.Ping(t.Context()), storage.ErrClosed)
+	require.ErrorIs(t, store.Flush(t.Context()), storage.ErrClosed)
+	_, err = store.TakeLease(t.Context(), storage.Lease{Name: "x"}, "a")
+	require.ErrorIs(t, err, storage.ErrClosed)
+}
+
+// TestLostServer ends every connection under an idle store: the next call
+// finds a new one.
+func TestLostServer(t *testing.T) {
+	kill := map[string]string{
+		"pgsql":   "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()",
+		"mysql":   "SELECT CONCAT('KILL ', id) FROM information_schema.processlist WHERE db = DATABASE() AND id <> CONNECTION_ID()",
+		"mariadb": "SELECT CONCAT('KILL ', id) FROM information_schema.processlist WHERE db = DATABASE() AND id <> CONNECTION_ID()",
+	}
+	servers(t, func(t *testing.T, h *storagetest.Harness) {
+		_, err := h.Store.TakeLease(t.Context(), storage.Lease{Name: "x"}, "a")
+		require.NoError(t, err)
+		for _, statement := range h.Strings(t, kill[h.Engine.Name]) {
+			if strings.HasPrefix(statement, "KILL") {
+				h.Exec(t, statement)
+			}
+		}
+		began := time.Now()
+		l, err := h.Store.PeekLease(t.Context(), "x")
+		require.NoError(t, err)
+		_, err = h.Store.RenewLease(t.Context(), l)
+		require.NoError(t, err)
+		require.Less(t, time.Since(began), 5*time.Second)
+	})
+}
