@@ -40,11 +40,16 @@ type component struct {
 }
 
 // server runs the daemon's components and HTTP servers and stops them in order.
-// Fill it with add, background and serve, then call run once.
+// Fill it with serve, add and background, then call run once.
 type server struct {
 	log          *slog.Logger
+	drainDelay   time.Duration // between the announcement of a stop and the drain
 	drainTimeout time.Duration // for requests under way
 	stopTimeout  time.Duration // for each component
+	// started is called when all components work, stopping when a signal asks
+	// the daemon to end. Both may be nil and must not block.
+	started  func()
+	stopping func()
 
 	components []component
 	fronts     []front
@@ -68,7 +73,8 @@ func newServer(log *slog.Logger, drainTimeout, stopTimeout time.Duration) *serve
 }
 
 // add appends a component. Components start in the order in which they were
-// added and stop in the reverse.
+// added and stop in the reverse. One that is starting may add others, which
+// start after those that were added before.
 func (s *server) add(c component) { s.components = append(s.components, c) }
 
 // background adds a component that is one function, which runs until its
@@ -116,8 +122,8 @@ func orUnexpected(err error) error {
 }
 
 // serve adds an HTTP server on a listener, which it owns from then on. It
-// begins to accept when all components have started, and speaks TLS, with
-// HTTP/2, if tlsConfig is not nil.
+// accepts from the moment run is called, so that probes are answered while
+// components start, and speaks TLS, with HTTP/2, if tlsConfig is not nil.
 func (s *server) serve(name string, listener net.Listener, handler http.Handler, tlsConfig *tls.Config) {
 	ctx, cut := context.WithCancel(context.Background())
 	s.fronts = append(s.fronts, front{
@@ -175,20 +181,27 @@ func (s *server) run(ctx context.Context, signals <-chan os.Signal) int {
 
 // live is the daemon's life until ctx ends.
 func (s *server) live(ctx context.Context) int {
-	started, err := s.start(ctx)
 	var serving sync.WaitGroup
-	if err == nil {
-		for _, f := range s.fronts {
-			serving.Go(func() { s.accept(f) })
-			s.log.Info("listening", "server", f.name, "address", f.listener.Addr().String())
+	for _, f := range s.fronts {
+		serving.Go(func() { s.accept(f) })
+		s.log.Info("listening", "server", f.name, "address", f.listener.Addr().String())
+	}
+	started, err := s.start(ctx)
+	switch {
+	case err != nil && ctx.Err() != nil:
+		err = nil // told to stop while starting
+	case err == nil:
+		if s.started != nil {
+			s.started()
 		}
 		select {
 		case <-ctx.Done():
+			err = s.announce()
 		case err = <-s.failed:
 		}
 	}
 	clean := true
-	if err != nil && ctx.Err() == nil {
+	if err != nil {
 		s.log.Error("stopping after a failure", "error", err)
 		clean = false
 	}
@@ -203,12 +216,33 @@ func (s *server) live(ctx context.Context) int {
 	return 0
 }
 
+// announce tells the world that the daemon is about to stop, and goes on
+// serving until load balancers had the time to see it.
+func (s *server) announce() error {
+	if s.stopping != nil {
+		s.stopping()
+	}
+	if s.drainDelay <= 0 {
+		return nil
+	}
+	s.log.Info("not ready any more, serving on before the drain", "drain_delay", s.drainDelay)
+	timer := time.NewTimer(s.drainDelay)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return nil
+	case err := <-s.failed:
+		return err
+	}
+}
+
 // start starts the components in order and returns those that did.
 func (s *server) start(ctx context.Context) ([]component, error) {
-	for i, c := range s.components {
+	for i := 0; i < len(s.components); i++ { // a start may add components
 		if ctx.Err() != nil {
 			return s.components[:i], ctx.Err()
 		}
+		c := s.components[i]
 		if c.start == nil {
 			continue
 		}

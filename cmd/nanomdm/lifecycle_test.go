@@ -215,8 +215,48 @@ func TestSignalDuringStart(t *testing.T) {
 	}})
 	r := launch(t, s, http.NotFoundHandler())
 	within(t, starting)
+	require.Equal(t, http.StatusNotFound, within(t, r.get()).status, "requests are answered while components start")
+	r.client.CloseIdleConnections()
 	r.signals <- syscall.SIGTERM
 	require.Equal(t, 0, within(t, r.code))
+}
+
+func TestComponentsAddedDuringStart(t *testing.T) {
+	var d diary
+	s := newServer(quiet(), time.Minute, time.Minute)
+	s.started = func() { d.note("started") }
+	s.stopping = func() { d.note("stopping") }
+	store := d.component("store")
+	open := store.start
+	store.start = func(ctx context.Context) error {
+		s.add(d.component("push"))
+		return open(ctx)
+	}
+	s.add(store)
+	r := launch(t, s, http.NotFoundHandler())
+	require.Equal(t, http.StatusNotFound, within(t, r.get()).status)
+	require.Eventually(t, func() bool { d.mu.Lock(); defer d.mu.Unlock(); return len(d.entries) == 3 }, 20*time.Second, time.Millisecond)
+	r.client.CloseIdleConnections()
+	r.signals <- syscall.SIGTERM
+	require.Equal(t, 0, within(t, r.code))
+	require.Equal(t, []string{"start store", "start push", "started", "stopping", "stop push", "stop store"}, d.entries)
+}
+
+func TestDrainDelayServesOn(t *testing.T) {
+	s := newServer(quiet(), time.Minute, time.Minute)
+	s.drainDelay = 300 * time.Millisecond
+	started, stopping := make(chan struct{}), make(chan struct{})
+	s.started = func() { close(started) }
+	s.stopping = func() { close(stopping) }
+	r := launch(t, s, http.NotFoundHandler())
+	within(t, started)
+	begun := time.Now()
+	r.signals <- syscall.SIGTERM
+	within(t, stopping)
+	require.Equal(t, http.StatusNotFound, within(t, r.get()).status, "a new request during the delay")
+	r.client.CloseIdleConnections()
+	require.Equal(t, 0, within(t, r.code))
+	require.GreaterOrEqual(t, time.Since(begun), s.drainDelay)
 }
 
 func TestBackground(t *testing.T) {
