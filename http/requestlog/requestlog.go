@@ -1,5 +1,5 @@
 // Package requestlog gives every HTTP request an id and one line in the log,
-// and turns a panic into a 500.
+// finds out who is behind the proxies, and turns a panic into a 500.
 package requestlog
 
 import (
@@ -7,24 +7,54 @@ import (
 	"crypto/rand"
 	"log/slog"
 	"net/http"
+	"net/netip"
 	"runtime/debug"
 	"time"
 )
 
+// Config holds what is optional.
+type Config struct {
+	// Trusted are the networks of the proxies whose X-Forwarded-For and
+	// traceparent headers are believed. A Unix socket's peer always is. With
+	// no networks at all a traceparent is taken from anyone, and an address
+	// from nobody: anyone could claim any.
+	Trusted []netip.Prefix
+	// Panicked is called for each panic; may be nil.
+	Panicked func()
+}
+
 type key struct{}
 
-// ID returns the id of the request that ctx belongs to, or "".
-func ID(ctx context.Context) string {
-	id, _ := ctx.Value(key{}).(string)
-	return id
+// request is what is known of a request besides itself.
+type request struct {
+	id          string
+	client      string
+	traceParent string
 }
+
+func of(ctx context.Context) request {
+	r, _ := ctx.Value(key{}).(request)
+	return r
+}
+
+// ID returns the id of the request that ctx belongs to, or "".
+func ID(ctx context.Context) string { return of(ctx).id }
+
+// Client returns the address of the client that the request of ctx comes
+// from, without a port: what trusted proxies say, else the peer. It is "" for
+// a peer without an address whose word is all there is.
+func Client(ctx context.Context) string { return of(ctx).client }
+
+// TraceParent returns the request's valid traceparent header, to be passed on
+// with requests that are made because of it, or "".
+func TraceParent(ctx context.Context) string { return of(ctx).traceParent }
 
 // Middleware wraps next. Requests that end well are logged at debug level,
 // the device's errors at info, ours at error.
-func Middleware(logger *slog.Logger, next http.Handler) http.Handler {
+func Middleware(logger *slog.Logger, cfg Config, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		id := rand.Text()
-		r = r.WithContext(context.WithValue(r.Context(), key{}, id))
+		info := describe(r, cfg.Trusted)
+		r = r.WithContext(context.WithValue(r.Context(), key{}, info))
 		rec := &recorder{ResponseWriter: w}
 		start := time.Now()
 		defer func() {
@@ -32,7 +62,10 @@ func Middleware(logger *slog.Logger, next http.Handler) http.Handler {
 				if p == http.ErrAbortHandler {
 					panic(p)
 				}
-				logger.Error("handler panicked", "request_id", id, "panic", p, "stack", string(debug.Stack()))
+				if cfg.Panicked != nil {
+					cfg.Panicked()
+				}
+				logger.Error("handler panicked", "request_id", info.id, "panic", p, "stack", string(debug.Stack()))
 				if rec.status == 0 {
 					rec.WriteHeader(http.StatusInternalServerError)
 				}
@@ -49,11 +82,30 @@ func Middleware(logger *slog.Logger, next http.Handler) http.Handler {
 			}
 			// The path alone: query parameters may hold what operators put
 			// into their enrollment profiles.
-			logger.Log(r.Context(), level, "request", "request_id", id, "method", r.Method, "path", r.URL.Path,
-				"status", rec.statusOr200(), "bytes", rec.bytes, "remote", r.RemoteAddr, "duration", time.Since(start))
+			attrs := []slog.Attr{
+				slog.String("request_id", info.id), slog.String("method", r.Method), slog.String("path", r.URL.Path),
+				slog.Int("status", rec.statusOr200()), slog.Int64("bytes", rec.bytes),
+				slog.String("client", info.client), slog.String("peer", r.RemoteAddr), slog.Duration("duration", time.Since(start)),
+			}
+			if info.traceParent != "" {
+				attrs = append(attrs, slog.String("traceparent", info.traceParent))
+			}
+			logger.LogAttrs(r.Context(), level, "request", attrs...)
 		}()
 		next.ServeHTTP(rec, r)
 	})
+}
+
+func describe(r *http.Request, trusted []netip.Prefix) request {
+	info := request{id: rand.Text(), client: peerAddress(r)}
+	hop := TrustedPeer(r, trusted)
+	if hop {
+		info.client = forwardedFor(r.Header.Values("X-Forwarded-For"), info.client, trusted)
+	}
+	if hop || len(trusted) == 0 {
+		info.traceParent = parseTraceParent(r.Header.Values("Traceparent"))
+	}
+	return info
 }
 
 type recorder struct {
