@@ -17,9 +17,12 @@ import (
 // and annotations into one store operation. A Request belongs to the
 // goroutine that handles it.
 type Request struct {
-	ID      string // of the HTTP request, for logs and X-Trace-ID
-	Message mdm.Message
-	Enroll  mdm.EnrollID
+	ID string // of the HTTP request, for logs and X-Trace-ID
+	// TraceParent is the proxy's traceparent header, checked, for callouts
+	// that are made because of the request; "" if there was none.
+	TraceParent string
+	Message     mdm.Message
+	Enroll      mdm.EnrollID
 	// Params are the query parameters of the URL that the device was given
 	// at enrollment; the first value of each.
 	Params map[string]string

@@ -34,6 +34,9 @@ var (
 	// ErrBusy: a bounded queue in front of the database is full; the caller
 	// should ask its client to come again later.
 	ErrBusy = errors.New("too busy")
+	// ErrUnavailable: the database is out of reach, or did not answer in time.
+	// Whether the change was made is not known; repeating it is safe.
+	ErrUnavailable = errors.New("database unavailable")
 	// ErrLeaseLost: another holder has taken over; the write was not made.
 	ErrLeaseLost = errors.New("lease lost")
 	// ErrClosed: the store is closed.

@@ -33,6 +33,10 @@ func (h *Handler) AuthProxy(prefix string, target *url.URL, pins storage.PinnedE
 			p.Out.Header.Set("X-Enrollment-ID", id)
 			p.Out.Header.Set("X-Trace-ID", requestlog.ID(p.In.Context()))
 			p.Out.Header.Del("Mdm-Signature")
+			p.Out.Header.Del("Traceparent") // of a peer that is not trusted
+			if trace := requestlog.TraceParent(p.In.Context()); trace != "" {
+				p.Out.Header.Set("Traceparent", trace)
+			}
 		},
 		ErrorHandler: func(w http.ResponseWriter, r *http.Request, err error) {
 			h.cfg.Logger.Warn("authproxy target failed", "request_id", requestlog.ID(r.Context()), "error", err)

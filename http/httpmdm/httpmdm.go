@@ -15,8 +15,10 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
+	"os"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sync/semaphore"
 
@@ -43,9 +45,46 @@ type Config struct {
 	// MaxInFlight bounds the bytes of all bodies held at once; past it
 	// requests get 503 with Retry-After. Default 256 MiB, at least MaxBody.
 	MaxInFlight int64
+	// Refused is called for each request that is not answered by the service
+	// chain, with one of Reasons; may be nil.
+	Refused func(reason string)
 	// Logger; default discards.
 	Logger *slog.Logger
 }
+
+// The reasons to refuse a request, for counting.
+const (
+	ReasonMethod       = "method"
+	ReasonIdentity     = "identity"                  // none, or not of the CA
+	ReasonPeer         = "untrusted_peer"            // certificate header from elsewhere
+	ReasonUnusedHeader = "unused_certificate_header" // in a mode without one
+	ReasonPin          = "certificate_not_pinned"    // pinned to another enrollment, or retired
+	ReasonNotEnrolled  = "not_enrolled"
+	ReasonTooLarge     = "too_large"
+	ReasonSlow         = "slow_body"
+	ReasonMalformed    = "malformed"
+	ReasonOverload     = "overload" // -max-in-flight
+	ReasonUnavailable  = "unavailable"
+	ReasonOther        = "other" // another middleware's StatusError
+	ReasonError        = "error"
+)
+
+// Reasons lists them all.
+func Reasons() []string {
+	return []string{
+		ReasonMethod, ReasonIdentity, ReasonPeer, ReasonUnusedHeader, ReasonPin, ReasonNotEnrolled, ReasonTooLarge,
+		ReasonSlow, ReasonMalformed, ReasonOverload, ReasonUnavailable, ReasonOther, ReasonError,
+	}
+}
+
+// How long a body may take: some time to begin with, and more as more has
+// come, so that large results of slow links get through and a client that
+// trickles is cut.
+const (
+	bodyGrace   = 15 * time.Second
+	bodyMinRate = 16 << 10 // bytes per second
+	bodyLongest = 90 * time.Second
+)
 
 // firstRead is how much of a body is read before more memory is taken, in
 // bytes; most messages fit.
@@ -78,6 +117,7 @@ func New(next service.Handler, identity *Identity, cfg Config) *Handler {
 // and storage.
 var (
 	errMethod   = errors.New("method is not PUT")
+	errSlow     = &service.StatusError{Status: http.StatusRequestTimeout, Err: errors.New("body came too slowly")}
 	errEncoding = errors.New("compressed bodies are not part of the protocol")
 	errRole     = errors.New("message does not belong on this path")
 	tooLarge    = &service.StatusError{Status: http.StatusRequestEntityTooLarge, Err: errors.New("body is larger than -max-body")}
@@ -171,7 +211,10 @@ func (h *Handler) readBody(w http.ResponseWriter, r *http.Request) (body []byte,
 		room = min(room, r.ContentLength+1) // one more, to see the end without growing
 	}
 	limited := http.MaxBytesReader(w, r.Body, h.cfg.MaxBody)
+	control, start := http.NewResponseController(w), time.Now()
 	for {
+		// A ResponseWriter of tests may have no deadline to set.
+		_ = control.SetReadDeadline(start.Add(min(bodyLongest, bodyGrace+time.Duration(room)*time.Second/bodyMinRate)))
 		if !h.budget.TryAcquire(room - held) {
 			return nil, release, errOverload
 		}
@@ -191,10 +234,15 @@ func (h *Handler) readBody(w http.ResponseWriter, r *http.Request) (body []byte,
 		}
 	}
 	if errors.Is(err, io.EOF) {
+		// The deadline would end the request's context.
+		_ = control.SetReadDeadline(time.Time{})
 		return body, release, nil
 	}
 	if over := (*http.MaxBytesError)(nil); errors.As(err, &over) {
 		return nil, release, tooLarge
+	}
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		return nil, release, errSlow
 	}
 	return nil, release, badRequest(fmt.Errorf("reading body: %w", err))
 }
@@ -227,7 +275,9 @@ func decode(r *http.Request, role Role, body []byte) (*service.Request, error) {
 	if err != nil {
 		return nil, badRequest(err)
 	}
-	req := &service.Request{ID: requestlog.ID(r.Context()), Message: msg, Enroll: enroll}
+	req := &service.Request{
+		ID: requestlog.ID(r.Context()), TraceParent: requestlog.TraceParent(r.Context()), Message: msg, Enroll: enroll,
+	}
 	if r.URL.RawQuery != "" {
 		q := r.URL.Query()
 		req.Params = make(map[string]string, len(q))
@@ -265,16 +315,63 @@ func (h *Handler) fail(w http.ResponseWriter, r *http.Request, enrollID string, 
 		status, level = se.Status, slog.LevelWarn
 	case errors.Is(err, errIdentity), errors.Is(err, storage.ErrIdentity), errors.Is(err, storage.ErrNotEnrolled):
 		status, level = http.StatusBadRequest, slog.LevelWarn
-	case errors.Is(err, storage.ErrBusy), errors.Is(err, storage.ErrClosed), errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
+	case unavailable(err):
 		status, level = http.StatusServiceUnavailable, slog.LevelWarn
 	}
 	if status == http.StatusServiceUnavailable {
 		w.Header().Set("Retry-After", retryAfter)
 	}
+	why := reason(err)
+	if h.cfg.Refused != nil {
+		h.cfg.Refused(why)
+	}
+	switch why {
+	case ReasonMethod, ReasonIdentity, ReasonPeer, ReasonUnusedHeader, ReasonTooLarge, ReasonSlow, ReasonOverload:
+		w.Header().Set("Connection", "close") // the body was not read, and is not waited for
+	}
 	h.cfg.Logger.Log(r.Context(), level, "device request refused", "request_id", requestlog.ID(r.Context()),
 		"status", status, "enrollment_id", enrollID, "error", err)
 	w.Header().Set("Content-Length", "0")
 	w.WriteHeader(status)
+}
+
+// reason is the word under which a refusal is counted.
+func reason(err error) string {
+	var se *service.StatusError
+	switch {
+	case errors.Is(err, errMethod):
+		return ReasonMethod
+	case errors.Is(err, errPeer):
+		return ReasonPeer
+	case errors.Is(err, errUnusedHeader):
+		return ReasonUnusedHeader
+	case errors.Is(err, errIdentity):
+		return ReasonIdentity
+	case errors.Is(err, storage.ErrIdentity):
+		return ReasonPin
+	case errors.Is(err, storage.ErrNotEnrolled):
+		return ReasonNotEnrolled
+	case errors.Is(err, tooLarge):
+		return ReasonTooLarge
+	case errors.Is(err, errSlow):
+		return ReasonSlow
+	case errors.Is(err, errOverload):
+		return ReasonOverload
+	case errors.As(err, &se):
+		if se.Status == http.StatusBadRequest {
+			return ReasonMalformed
+		}
+		return ReasonOther
+	case unavailable(err):
+		return ReasonUnavailable
+	}
+	return ReasonError
+}
+
+// unavailable: the same request may well succeed a little later.
+func unavailable(err error) bool {
+	return errors.Is(err, storage.ErrUnavailable) || errors.Is(err, storage.ErrBusy) || errors.Is(err, storage.ErrClosed) ||
+		errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded)
 }
 
 func badRequest(err error) error {

@@ -8,6 +8,7 @@ import (
 	"net/netip"
 
 	"github.com/nanomdm/nanomdm/cryptoutil"
+	"github.com/nanomdm/nanomdm/http/requestlog"
 )
 
 // Verifier checks that a certificate chains to the configured CA.
@@ -46,6 +47,7 @@ var errIdentity = errors.New("no acceptable device identity")
 
 var (
 	errPeer         = errors.New("certificate header from a peer that is not in -trusted-proxies")
+	errUnusedHeader = errors.New("certificate header in a mode that does not use it; name it with -cert-header, or let the proxy remove it")
 	errNoSignature  = errors.New("no Mdm-Signature header; is SignMessage set in the enrollment profile?")
 	errSignatures   = errors.New("repeated Mdm-Signature header")
 	errNoClientCert = errors.New("no TLS client certificate")
@@ -57,7 +59,8 @@ func SignatureIdentity(v Verifier) *Identity {
 }
 
 // HeaderIdentity believes the named header if the peer is in one of the
-// trusted networks; with none, every peer is believed.
+// trusted networks or came through a Unix socket; with no networks, every peer
+// is believed.
 func HeaderIdentity(v Verifier, header string, trusted []netip.Prefix) *Identity {
 	return &Identity{verifier: v, mode: modeHeader, header: header, trusted: trusted}
 }
@@ -87,10 +90,29 @@ func (i *Identity) fromHeaders(r *http.Request) (*sender, error) {
 	return s, nil
 }
 
+// certificateHeaders are the headers in which proxies commonly pass client
+// certificates on, in canonical form.
+var certificateHeaders = [...]string{
+	"Client-Cert", "X-Client-Cert", "X-Ssl-Client-Cert", "Ssl-Client-Cert", "X-Ssl-Cert",
+	"X-Forwarded-Client-Cert", "X-Forwarded-Tls-Client-Cert",
+	"X-Amzn-Mtls-Clientcert", "X-Amzn-Mtls-Clientcert-Leaf",
+	"Cf-Client-Cert-Der-Base64", "X-Arr-Clientcert",
+}
+
+// extract refuses a certificate header that the mode does not look at: either
+// somebody tries it on, or a proxy does its part and the daemon was not told,
+// which must not go unseen.
 func (i *Identity) extract(r *http.Request) (*sender, []*x509.Certificate, error) {
+	if i.mode != modeHeader {
+		for _, name := range certificateHeaders {
+			if _, there := r.Header[name]; there {
+				return nil, nil, fmt.Errorf("%s: %w", name, errUnusedHeader)
+			}
+		}
+	}
 	switch i.mode {
 	case modeHeader:
-		if !i.trusts(r.RemoteAddr) {
+		if len(i.trusted) > 0 && !requestlog.TrustedPeer(r, i.trusted) {
 			return nil, nil, errPeer
 		}
 		cert, chain, err := parseCertHeader(r.Header.Values(i.header))
@@ -117,23 +139,6 @@ func (i *Identity) extract(r *http.Request) (*sender, []*x509.Certificate, error
 		return nil, nil, err
 	}
 	return &sender{certificate: sig.Certificate(), signature: sig}, sig.Chain(), nil
-}
-
-func (i *Identity) trusts(remoteAddr string) bool {
-	if len(i.trusted) == 0 {
-		return true
-	}
-	peer, err := netip.ParseAddrPort(remoteAddr)
-	if err != nil {
-		return false
-	}
-	addr := peer.Addr().Unmap()
-	for _, p := range i.trusted {
-		if p.Contains(addr) {
-			return true
-		}
-	}
-	return false
 }
 
 // verifyBody proves that the sender signed these bytes, where the mode needs

@@ -124,6 +124,9 @@ func (b *Backend) ask(ctx context.Context, r *service.Request, url string, data 
 	if r.Enroll.ParentID != "" {
 		req.Header.Set(headerParentID, r.Enroll.ParentID)
 	}
+	if r.TraceParent != "" {
+		req.Header.Set("Traceparent", r.TraceParent)
+	}
 	if len(b.cfg.SendKey) > 0 {
 		req.Header.Set(headerSignature, base64.StdEncoding.EncodeToString(sign(b.cfg.SendKey, data)))
 	}
