@@ -1,0 +1,123 @@
+package metrics
+
+import "github.com/prometheus/client_golang/prometheus"
+
+// Kind is the kind of a metric.
+type Kind string
+
+// The kinds.
+const (
+	Counter   Kind = "counter"
+	Gauge     Kind = "gauge"
+	Histogram Kind = "histogram"
+)
+
+// Metric is a row of the Table.
+type Metric struct {
+	Name   string
+	Kind   Kind
+	Labels []string
+	Help   string // a sentence
+	Group  string
+}
+
+// The groups, in the Table's order.
+const (
+	groupDevices  = "Device requests"
+	groupHTTP     = "HTTP"
+	groupStore    = "Store"
+	groupQueue    = "Queue"
+	groupPush     = "Push"
+	groupEvents   = "Events and webhook"
+	groupIdentity = "Certificates and secrets"
+	groupDaemon   = "The daemon"
+)
+
+// Table lists every metric that begins with nanomdm_. Labels are bounded: a
+// value that comes from outside is one of a fixed list, or a topic, sink or
+// lease that an operator made.
+func Table() []Metric {
+	return []Metric{
+		{"nanomdm_device_requests_total", Counter, []string{"message", "outcome"}, "Device messages by type (reports: by status) and outcome: ok, refused, unavailable, error.", groupDevices},
+		{"nanomdm_device_request_duration_seconds", Histogram, []string{"message"}, "Time from the decoded message to its answer.", groupDevices},
+		{"nanomdm_device_refusals_total", Counter, []string{"reason"}, "Device requests that were refused, by reason; see below.", groupDevices},
+
+		{"nanomdm_http_turned_away_total", Counter, []string{"side", "reason"}, "Requests answered 503 at the door: side is device or api, reason is limit (-max-requests) or database.", groupHTTP},
+		{"nanomdm_http_panics_total", Counter, nil, "Panics of handlers, each answered 500. Any is a bug.", groupHTTP},
+
+		{"nanomdm_store_up", Gauge, nil, "1 while the database answers and its schema is current.", groupStore},
+		{"nanomdm_store_statements_total", Counter, nil, "SQL statements sent.", groupStore},
+		{"nanomdm_store_retries_total", Counter, nil, "Transactions begun again after a deadlock, a lost connection or a failover.", groupStore},
+		{"nanomdm_store_commits_total", Counter, nil, "Group commits of device messages.", groupStore},
+		{"nanomdm_store_committed_messages_total", Counter, nil, "Device messages in those commits; divided by the commits it is their size.", groupStore},
+		{"nanomdm_store_polls_total", Counter, nil, "Shared reads for device messages that change nothing.", groupStore},
+		{"nanomdm_store_polled_messages_total", Counter, nil, "Device messages in those reads.", groupStore},
+		{"nanomdm_store_activity_dropped_total", Counter, nil, "Last-seen times that were dropped because the database was away for long.", groupStore},
+		{"nanomdm_store_pool_connections", Gauge, []string{"pool", "state"}, "Connections by pool (write, read) and state (in_use, idle).", groupStore},
+		{"nanomdm_store_pool_max_connections", Gauge, []string{"pool"}, "Most connections that a pool opens.", groupStore},
+		{"nanomdm_store_pool_waits_total", Counter, []string{"pool"}, "Times that a connection had to be waited for.", groupStore},
+		{"nanomdm_store_pool_wait_seconds_total", Counter, []string{"pool"}, "Time spent waiting for connections.", groupStore},
+		{"nanomdm_store_removed_total", Counter, []string{"what"}, "Rows of history that retention removed: queue, results, commands.", groupStore},
+		{"nanomdm_store_removed_result_bytes_total", Counter, nil, "Bytes of results that retention removed.", groupStore},
+		{"nanomdm_lease_held", Gauge, []string{"lease"}, "1 for each lease for periodic work that this replica holds.", groupStore},
+
+		{"nanomdm_queue_commands", Gauge, []string{"state"}, "Commands that wait, by state: scheduled, queued, notnow. Counted up to 100000 for each.", groupQueue},
+		{"nanomdm_queue_oldest_seconds", Gauge, []string{"state"}, "Age of the oldest of those.", groupQueue},
+		{"nanomdm_queue_promoted_total", Counter, nil, "Scheduled commands that became due by this replica's sweep.", groupQueue},
+		{"nanomdm_queue_expired_total", Counter, nil, "Commands that expired by this replica's sweep.", groupQueue},
+
+		{"nanomdm_push_owed_enrollments", Gauge, nil, "Enrollments that are owed a push.", groupPush},
+		{"nanomdm_push_outcomes_total", Counter, []string{"topic", "class", "reason"}, "Pushes by topic, class of the answer and APNs' reason.", groupPush},
+		{"nanomdm_push_stopped_topics", Gauge, nil, "Topics whose pushes are stopped because APNs refuses the certificate.", groupPush},
+		{"nanomdm_push_sends_total", Counter, nil, "Requests sent to APNs, retries included.", groupPush},
+		{"nanomdm_push_retries_total", Counter, nil, "Requests sent to APNs again within one push.", groupPush},
+		{"nanomdm_push_given_up_total", Counter, nil, "Pushes given up because APNs left them unanswered.", groupPush},
+		{"nanomdm_push_dials_total", Counter, []string{"outcome"}, "Connections to APNs attempted: ok, failed.", groupPush},
+		{"nanomdm_push_connections", Gauge, nil, "Open connections to APNs.", groupPush},
+		{"nanomdm_push_streams", Gauge, nil, "Pushes that wait for APNs' answer.", groupPush},
+		{"nanomdm_push_workers", Gauge, nil, "Workers taken, of -push-workers.", groupPush},
+
+		{"nanomdm_events_unnumbered", Gauge, nil, "Committed events that the holder of the events lease has not numbered yet. Counted up to 100000.", groupEvents},
+		{"nanomdm_webhook_backlog_events", Gauge, []string{"sink"}, "Events that a sink has not taken yet. Counted up to 100000.", groupEvents},
+		{"nanomdm_webhook_oldest_seconds", Gauge, []string{"sink"}, "Age of the oldest of those.", groupEvents},
+		{"nanomdm_webhook_deliveries_total", Counter, []string{"sink", "outcome"}, "Deliveries by this replica: ok, retried, failed.", groupEvents},
+
+		{"nanomdm_push_certificate_expiry_seconds", Gauge, []string{"topic"}, "Time until a push certificate expires; negative when it has.", groupIdentity},
+		{"nanomdm_identity_certificates_expiring", Gauge, []string{"within"}, "Pinned device certificates that expire within 7d or 30d, or have (0d). Counted up to 100000.", groupIdentity},
+		{"nanomdm_ca_certificate_expiry_seconds", Gauge, nil, "Time until the first of the certificates in -ca expires.", groupIdentity},
+		{"nanomdm_tls_certificate_expiry_seconds", Gauge, nil, "Time until the certificate of -tls-cert expires.", groupIdentity},
+		{"nanomdm_sealing_enabled", Gauge, nil, "1 if secrets are sealed in the database.", groupIdentity},
+
+		{"nanomdm_ready", Gauge, nil, "What /readyz says.", groupDaemon},
+		{"nanomdm_metrics_source_failures_total", Counter, []string{"source"}, "Times that a source of metrics could not answer; its metrics are missing then.", groupDaemon},
+		{"nanomdm_build_info", Gauge, []string{"version", "goversion"}, "Always 1.", groupDaemon},
+	}
+}
+
+// find panics if there is no such row: the names are this package's own.
+func find(name string) Metric {
+	for _, m := range Table() {
+		if m.Name == name {
+			return m
+		}
+	}
+	panic("metrics: no row " + name)
+}
+
+func counterVec(name string) *prometheus.CounterVec {
+	m := find(name)
+	return prometheus.NewCounterVec(prometheus.CounterOpts{Name: m.Name, Help: m.Help}, m.Labels)
+}
+
+func gaugeVec(name string) *prometheus.GaugeVec {
+	m := find(name)
+	return prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: m.Name, Help: m.Help}, m.Labels)
+}
+
+func histogramVec(name string) *prometheus.HistogramVec {
+	m := find(name)
+	return prometheus.NewHistogramVec(prometheus.HistogramOpts{
+		Name: m.Name, Help: m.Help,
+		Buckets: []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10},
+	}, m.Labels)
+}
