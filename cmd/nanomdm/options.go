@@ -25,6 +25,7 @@ import (
 // were read and checked. A URL that was not given is nil, a list empty.
 type options struct {
 	listen         string
+	apiListen      string // empty: the API shares listen
 	tlsCert        string
 	tlsKey         string
 	trustedProxies []netip.Prefix
@@ -64,6 +65,8 @@ type options struct {
 
 	maxBody      int64 // bytes
 	maxInFlight  int64 // bytes
+	maxRequests  int
+	drainDelay   time.Duration
 	drainTimeout time.Duration
 
 	debug   bool
@@ -138,8 +141,12 @@ type option struct {
 // writes to o.
 func (o *options) table() []option {
 	return []option{
-		{name: "listen", arg: "ADDRESS", def: ":9000", group: groupListening, set: to(&o.listen, parseAddress),
-			help: "Address for devices and the API, HOST:PORT."},
+		{name: "listen", arg: "ADDRESS", def: ":9000", group: groupListening, set: to(&o.listen, parseListen),
+			help:   "Address for devices and the API, HOST:PORT or unix:PATH.",
+			detail: "`unix:PATH` is a Unix socket that the daemon makes with mode 0660; whoever the file's owner, group and folder let in counts as a trusted proxy."},
+		{name: "api-listen", arg: "ADDRESS", group: groupListening, set: to(&o.apiListen, parseListen),
+			help:   "Serve the API here and not on -listen.",
+			detail: "Then the device side alone faces the internet. `/healthz`, `/readyz` and `/version` are on both, `/metrics` and `/migration` go with the API."},
 		{name: "tls-cert", arg: "FILE", group: groupListening, file: true, set: to(&o.tlsCert, parseText),
 			help:   "Serve TLS with this PEM certificate and its chain.",
 			detail: "Without it the daemon speaks plain HTTP and belongs behind a proxy that terminates TLS."},
@@ -147,7 +154,7 @@ func (o *options) table() []option {
 			help: "Unencrypted PEM private key of -tls-cert."},
 		{name: "trusted-proxies", arg: "LIST", group: groupListening, set: to(&o.trustedProxies, parsePrefixes),
 			help:   "Networks whose requests may set -cert-header, as 10.0.0.0/8,::1.",
-			detail: "Without it every peer may, as in NanoMDM, and the daemon warns at start."},
+			detail: "Without it every peer may, as in NanoMDM, and the daemon warns at start. The client's address in the log is taken from `X-Forwarded-For` if these networks, or a Unix socket, sent it; a `traceparent` is then believed from them alone."},
 
 		{name: "ca", arg: "FILE", group: groupIdentity, file: true, set: to(&o.ca, parseText),
 			help:   "PEM file of the CAs that issue device identities. Required.",
@@ -226,6 +233,12 @@ func (o *options) table() []option {
 			help: "Largest request body; k, M and G are powers of 1024."},
 		{name: "max-in-flight", arg: "BYTES", def: "256M", group: groupLimits, set: to(&o.maxInFlight, parseSize),
 			help: "Request bodies held at once by all; beyond it 503."},
+		{name: "max-requests", arg: "N", def: "4096", group: groupLimits, set: to(&o.maxRequests, parseCount),
+			help:   "Requests under way at once; beyond it 503.",
+			detail: "Counted apart for devices and for the API, so that neither starves the other."},
+		{name: "drain-delay", arg: "TIME", def: "0", group: groupLimits, set: to(&o.drainDelay, parseDuration),
+			help:   "How long a stop is only announced at /readyz first.",
+			detail: "Requests are served as before meanwhile. Give load balancers the time that they take to notice."},
 		{name: "drain-timeout", arg: "TIME", def: "30s", group: groupLimits, set: to(&o.drainTimeout, parsePositive),
 			help:   "How long a stop waits for requests under way.",
 			detail: "SIGINT and SIGTERM begin the stop; a second signal ends the daemon at once with exit code 1."},
@@ -524,6 +537,12 @@ func (c *configuration) checkRoles(o *options) {
 	if o.disableMDM && !apiGiven {
 		c.mistake("-disable-mdm without -api leaves nothing to do: give -api, or remove -disable-mdm")
 	}
+	if o.apiListen != "" && !apiGiven {
+		c.mistake("-api-listen needs the API: give -api")
+	}
+	if o.apiListen != "" && o.apiListen == o.listen {
+		c.mistake("-api-listen and -listen are the same address: leave -api-listen out")
+	}
 	if o.migration && !apiGiven {
 		c.mistake("-migration needs the API: give -api")
 	}
@@ -608,9 +627,18 @@ func parseSwitch(s string) (bool, error) {
 	return v, nil
 }
 
-func parseAddress(s string) (string, error) {
+// unixPrefix begins an address that is the path of a Unix socket.
+const unixPrefix = "unix:"
+
+func parseListen(s string) (string, error) {
+	if path, ok := strings.CutPrefix(s, unixPrefix); ok {
+		if path == "" {
+			return "", fmt.Errorf("%q names no socket: write unix:/run/nanomdm/nanomdm.sock", s)
+		}
+		return s, nil
+	}
 	if _, _, err := net.SplitHostPort(s); err != nil {
-		return "", fmt.Errorf("%q is not HOST:PORT, such as :9000 or 127.0.0.1:9000", s)
+		return "", fmt.Errorf("%q is not HOST:PORT, such as :9000 or 127.0.0.1:9000, and not unix:PATH", s)
 	}
 	return s, nil
 }
@@ -718,6 +746,15 @@ func parsePositive(s string) (time.Duration, error) {
 	d, err := time.ParseDuration(s)
 	if err != nil || d <= 0 {
 		return 0, fmt.Errorf("%q is not a time above zero, such as 30s, 5m or 168h", s)
+	}
+	return d, nil
+}
+
+// parseDuration takes 0, too.
+func parseDuration(s string) (time.Duration, error) {
+	d, err := time.ParseDuration(s)
+	if err != nil || d < 0 {
+		return 0, fmt.Errorf("%q is not a time of 0 or more, such as 0, 15s or 1m", s)
 	}
 	return d, nil
 }

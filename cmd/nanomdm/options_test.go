@@ -50,7 +50,7 @@ func TestDefaults(t *testing.T) {
 		listen: ":9000", ca: "ca.pem", storage: "sqlite", storageDSN: "nanomdm.db",
 		pushWorkers: 1000, pushExpiration: 7 * 24 * time.Hour, pushTimeout: 10 * time.Second,
 		pushRetry: []time.Duration{3 * time.Minute, time.Hour, 24 * time.Hour},
-		maxBody:   16 << 20, maxInFlight: 256 << 20, drainTimeout: 30 * time.Second,
+		maxBody:   16 << 20, maxInFlight: 256 << 20, maxRequests: 4096, drainTimeout: 30 * time.Second,
 	}, o)
 }
 
@@ -152,7 +152,11 @@ func TestMistakes(t *testing.T) {
 		{"-ca ca.pem -tls-client-auth", "-tls-client-auth needs TLS: give -tls-cert and -tls-key"},
 		{"-ca ca.pem -dsn a -storage-dsn b", "-dsn is the old name of -storage-dsn, and both are given: keep -storage-dsn"},
 		{"-ca ca.pem -cert-header X:Y", `-cert-header: "X:Y" is not the name of a header`},
-		{"-ca ca.pem -listen 9000", `-listen: "9000" is not HOST:PORT, such as :9000 or 127.0.0.1:9000`},
+		{"-ca ca.pem -listen 9000", `-listen: "9000" is not HOST:PORT, such as :9000 or 127.0.0.1:9000, and not unix:PATH`},
+		{"-ca ca.pem -listen unix:", `-listen: "unix:" names no socket: write unix:/run/nanomdm/nanomdm.sock`},
+		{"-ca ca.pem -drain-delay -1s", `-drain-delay: "-1s" is not a time of 0 or more, such as 0, 15s or 1m`},
+		{"-ca ca.pem -api-listen :9001", "-api-listen needs the API: give -api"},
+		{"-ca ca.pem -api k -listen :1 -api-listen :1", "-api-listen and -listen are the same address: leave -api-listen out"},
 		{"-ca ca.pem -apns-url http://h", "-apns-url: not a URL with https and a host, such as https://api.push.apple.com"},
 		{"-ca ca.pem -webhook-url ftp://h", "-webhook-url: not a URL with http or https and a host, such as https://mdm.example.org/"},
 		{"-ca ca.pem -webhook-url http://:80", "-webhook-url: not a URL with http or https and a host, such as https://mdm.example.org/"},
