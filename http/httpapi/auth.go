@@ -62,6 +62,9 @@ func (a *API) require(need role, next http.Handler) http.Handler {
 // role admin only.
 func (a *API) Admin(next http.Handler) http.Handler { return a.require(roleAdmin, next) }
 
+// Reader is Admin for the role read.
+func (a *API) Reader(next http.Handler) http.Handler { return a.require(roleRead, next) }
+
 // authenticate compares digests, in constant time, so that neither the key's
 // bytes nor its length show in the time that it takes.
 func (a *API) authenticate(r *http.Request) (caller, bool) {
