@@ -540,9 +540,6 @@ func (c *configuration) checkRoles(o *options) {
 	if o.apiListen != "" && !apiGiven {
 		c.mistake("-api-listen needs the API: give -api")
 	}
-	if o.apiListen != "" && o.apiListen == o.listen {
-		c.mistake("-api-listen and -listen are the same address: leave -api-listen out")
-	}
 	if o.migration && !apiGiven {
 		c.mistake("-migration needs the API: give -api")
 	}

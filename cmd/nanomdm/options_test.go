@@ -156,7 +156,6 @@ func TestMistakes(t *testing.T) {
 		{"-ca ca.pem -listen unix:", `-listen: "unix:" names no socket: write unix:/run/nanomdm/nanomdm.sock`},
 		{"-ca ca.pem -drain-delay -1s", `-drain-delay: "-1s" is not a time of 0 or more, such as 0, 15s or 1m`},
 		{"-ca ca.pem -api-listen :9001", "-api-listen needs the API: give -api"},
-		{"-ca ca.pem -api k -listen :1 -api-listen :1", "-api-listen and -listen are the same address: leave -api-listen out"},
 		{"-ca ca.pem -apns-url http://h", "-apns-url: not a URL with https and a host, such as https://api.push.apple.com"},
 		{"-ca ca.pem -webhook-url ftp://h", "-webhook-url: not a URL with http or https and a host, such as https://mdm.example.org/"},
 		{"-ca ca.pem -webhook-url http://:80", "-webhook-url: not a URL with http or https and a host, such as https://mdm.example.org/"},

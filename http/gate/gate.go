@@ -74,6 +74,14 @@ func (g *Gate) Ready() (ok bool, reason string) {
 	return true, ""
 }
 
+// StoreUp says whether the database answers with the right schema, as far as
+// Watch knows.
+func (g *Gate) StoreUp() bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.started && g.trouble == ""
+}
+
 // Check asks the database whether it can serve. away says that it is out of
 // reach; an error without that leaves requests to try for themselves.
 type Check func(ctx context.Context) (away bool, err error)
