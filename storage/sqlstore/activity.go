@@ -3,6 +3,8 @@ package sqlstore
 import (
 	"cmp"
 	"context"
+	"errors"
+	"fmt"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -19,6 +21,8 @@ const (
 	// database is away. What is dropped costs a late last-seen time or one
 	// push too many.
 	activityLimit = 100_000
+	// activityBytes bounds the events that are remembered, in bytes.
+	activityBytes = 16 << 20
 )
 
 // activity is what a poll or an accepted push leaves behind besides its
@@ -44,14 +48,18 @@ func (a activity) merge(b activity) activity {
 	return a
 }
 
-// activityLog gathers activities and writes them in batches.
+// activityLog gathers activities, and events that report no change, and writes
+// them in batches.
 type activityLog struct {
-	s       *Store
-	limit   int
-	dropped atomic.Int64
+	s             *Store
+	limit         int
+	dropped       atomic.Int64
+	eventsDropped atomic.Int64
 
-	mu      sync.Mutex
-	pending map[string]activity
+	mu         sync.Mutex
+	pending    map[string]activity
+	events     []outEvent
+	eventBytes int
 
 	flushing sync.Mutex // one flush at a time
 	quit     chan struct{}
@@ -99,16 +107,31 @@ func (a *activityLog) stop() error {
 	return a.flush(context.Background())
 }
 
-// noteActivity remembers an activity for the next batch. It never waits for
-// the database.
-func (s *Store) noteActivity(n activity) {
-	s.act.note(n)
-}
-
+// note remembers an activity for the next batch. It never waits for the
+// database.
 func (a *activityLog) note(n activity) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.add(n)
+}
+
+// tell remembers events that report no change. It never waits for the
+// database either: what finds no room is dropped and counted.
+func (a *activityLog) tell(events []outEvent) {
+	if len(events) == 0 {
+		return
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for i := range events {
+		size := events[i].size()
+		if a.eventBytes+size > activityBytes {
+			a.eventsDropped.Add(1)
+			continue
+		}
+		a.eventBytes += size
+		a.events = append(a.events, events[i])
+	}
 }
 
 // add merges n; the caller holds mu.
@@ -125,7 +148,8 @@ func (a *activityLog) add(n activity) {
 	a.pending[n.id] = was.merge(n)
 }
 
-// Flush writes last-seen times and paid pushes that are still gathered.
+// Flush writes last-seen times, paid pushes and events of polls that are still
+// gathered.
 func (s *Store) Flush(ctx context.Context) error {
 	if s.closed.Load() {
 		return storage.ErrClosed
@@ -139,12 +163,14 @@ func (a *activityLog) flush(ctx context.Context) error {
 	a.flushing.Lock()
 	defer a.flushing.Unlock()
 	a.mu.Lock()
-	taken := a.pending
+	taken, events := a.pending, a.events
 	a.pending = make(map[string]activity, len(taken))
+	a.events, a.eventBytes = nil, 0
 	a.mu.Unlock()
-	if len(taken) == 0 {
-		return nil
-	}
+	return errors.Join(a.flushRows(ctx, taken), a.flushEvents(ctx, events))
+}
+
+func (a *activityLog) flushRows(ctx context.Context, taken map[string]activity) error {
 	rows := make([]activity, 0, len(taken))
 	for _, n := range taken {
 		rows = append(rows, n)
@@ -165,6 +191,27 @@ func (a *activityLog) flush(ctx context.Context) error {
 		a.mu.Unlock()
 	}
 	return errs
+}
+
+// flushEvents writes events in chunks of one transaction each.
+func (a *activityLog) flushEvents(ctx context.Context, events []outEvent) error {
+	for len(events) > 0 {
+		n, bytes := 0, 0
+		for n < len(events) && n < eventRows && (n == 0 || bytes+events[n].size() <= batchBytes) {
+			bytes += events[n].size()
+			n++
+		}
+		chunk := events[:n]
+		err := a.s.write(ctx, func(ctx context.Context, t *tx) error {
+			return insertEvents(ctx, t, chunk, nil)
+		})
+		if err != nil {
+			a.tell(events)
+			return fmt.Errorf("storing events: %w", err)
+		}
+		events = events[n:]
+	}
+	return nil
 }
 
 // store writes one chunk in one transaction.
@@ -211,7 +258,7 @@ func storePaid(ctx context.Context, t *tx, chunk []activity, setPushAt bool) err
 	set = append(set, "paid_seq = "+t.d.greatest+"("+table+".paid_seq, new.paid_seq)")
 	var args []any
 	for _, n := range chunk {
-		if n.paid == 0 || n.setPushAt != setPushAt {
+		if n.setPushAt != setPushAt || n.paid == 0 && !setPushAt {
 			continue
 		}
 		args = append(args, n.id, n.paid)

@@ -64,8 +64,12 @@ const (
 	defaultRecordActivity  = 500 * time.Millisecond
 
 	// opTimeout bounds one transaction with all its retries, so that a dead
-	// database fails a request instead of holding it.
-	opTimeout = 30 * time.Second
+	// database fails a request instead of holding it; deviceTimeout does for
+	// a batch of devices' messages, which come again by themselves.
+	// connectTimeout bounds the first conversation with a server.
+	opTimeout      = 30 * time.Second
+	deviceTimeout  = 5 * time.Second
+	connectTimeout = 15 * time.Second
 
 	// Retries of one transaction: pauses of up to 5 ms, 10 ms, ... 640 ms,
 	// about two seconds in all.
@@ -85,7 +89,14 @@ type Store struct {
 	now     func() time.Time
 	log     *slog.Logger
 	act     *activityLog
+	polls   *batcher[*pending]
+	changes *batcher[*pending]
 	retries atomic.Int64
+	sent    atomic.Int64 // statements
+	swept   swept
+
+	// numberFrom is the enrollment where NumberEvents goes on.
+	numberFrom atomic.Pointer[string]
 
 	closed    atomic.Bool
 	closeOnce sync.Once
@@ -94,17 +105,31 @@ type Store struct {
 
 // Stats counts what happened since the store was opened.
 type Stats struct {
+	// Statements that were sent to the database.
+	Statements int64
 	// Retries of whole transactions: deadlocks, lost connections, failovers.
 	Retries int64
 	// ActivityDropped counts last-seen notes that were dropped because the
 	// database could not take them for long.
 	ActivityDropped int64
+	// EventsDropped counts events without a change, such as idle polls, that
+	// were dropped for the same reason.
+	EventsDropped int64
+	// What this store's sweeps did: commands that became due and that
+	// expired, and history that was removed.
+	Promoted, Expired                            int64
+	RemovedRows, RemovedResults, RemovedCommands int64
+	RemovedResultBytes                           int64
 }
 
 // Open connects to the database, checks that it is one that this package can
 // work with, sets what correctness needs for its connections, and brings the
 // schema up to date. Another replica may do the same at the same time; one
 // migrates, the others wait. The context bounds opening only.
+//
+// The error is storage.ErrUnavailable if a database server is out of reach or
+// not ready, so that it is worth to try again later; anything else needs an
+// operator.
 //
 // Close must be called to release the store.
 func Open(ctx context.Context, cfg Config) (*Store, error) {
@@ -130,18 +155,7 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 		return nil, errors.New("opening the store: Config.DSN is empty")
 	}
 
-	var p *pools
-	var err error
-	switch cfg.Driver {
-	case "sqlite":
-		p, err = openSQLite(ctx, cfg)
-	case "pgsql":
-		p, err = openPgSQL(ctx, cfg)
-	case "mysql":
-		p, err = openMySQL(ctx, cfg)
-	default:
-		return nil, fmt.Errorf("opening the store: Config.Driver %q is not sqlite, pgsql or mysql", cfg.Driver)
-	}
+	p, err := connect(ctx, cfg)
 	if err != nil {
 		return nil, fmt.Errorf("opening the %s database: %w", cfg.Driver, err)
 	}
@@ -158,7 +172,36 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 		return nil, fmt.Errorf("preparing the %s database: %w", cfg.Driver, err)
 	}
 	s.act = startActivity(s, cfg.RecordActivityEvery)
+	s.startBatches()
 	return s, nil
+}
+
+// connect has the first conversation with the database. A file that cannot be
+// opened does not get better by waiting, a server may.
+func connect(ctx context.Context, cfg Config) (*pools, error) {
+	askCtx, cancel := context.WithTimeout(ctx, connectTimeout)
+	defer cancel()
+	var (
+		p           *pools
+		err         error
+		unavailable func(error) bool
+	)
+	switch cfg.Driver {
+	case "sqlite":
+		return openSQLite(askCtx, cfg)
+	case "pgsql":
+		p, err = openPgSQL(askCtx, cfg)
+		unavailable = pgsqlDialect().unavailable
+	case "mysql":
+		p, err = openMySQL(askCtx, cfg)
+		unavailable = mysqlDialect().unavailable
+	default:
+		return nil, fmt.Errorf("Config.Driver %q is not sqlite, pgsql or mysql", cfg.Driver)
+	}
+	if err != nil && ctx.Err() == nil && (unavailable(err) || errors.Is(err, context.DeadlineExceeded)) {
+		err = fmt.Errorf("%w: %w", storage.ErrUnavailable, err)
+	}
+	return p, err
 }
 
 // Close writes what is gathered, waits for the store's goroutines and for
@@ -188,7 +231,24 @@ func (s *Store) closePools() error {
 
 // Stats returns the counters.
 func (s *Store) Stats() Stats {
-	return Stats{Retries: s.retries.Load(), ActivityDropped: s.act.dropped.Load()}
+	return Stats{
+		Statements: s.sent.Load(),
+		Retries:    s.retries.Load(), ActivityDropped: s.act.dropped.Load(),
+		EventsDropped: s.act.eventsDropped.Load(),
+		Promoted:      s.swept.promoted.Load(), Expired: s.swept.expired.Load(),
+		RemovedRows: s.swept.rows.Load(), RemovedResults: s.swept.results.Load(),
+		RemovedCommands: s.swept.commands.Load(), RemovedResultBytes: s.swept.resultBytes.Load(),
+	}
+}
+
+// Pools returns the state of the connection pools: write, and with SQLite also
+// read.
+func (s *Store) Pools() map[string]sql.DBStats {
+	pools := map[string]sql.DBStats{"write": s.db.Stats()}
+	if s.rdb != s.db {
+		pools["read"] = s.rdb.Stats()
+	}
+	return pools
 }
 
 // Ping implements storage.Health.
@@ -203,10 +263,14 @@ func (s *Store) Ping(ctx context.Context) error {
 		return fmt.Errorf("reaching the database: %w", err)
 	}
 	if known := newestMigration(); version != known {
-		return fmt.Errorf("the database has schema %d, this binary knows %d", version, known)
+		return fmt.Errorf("%w: the database has schema %d, this binary knows %d", ErrSchema, version, known)
 	}
 	return nil
 }
+
+// ErrSchema is Ping's error for a database that answers, and that another
+// release has migrated since it was opened.
+var ErrSchema = errors.New("schema is not the one this binary knows")
 
 // micros is how every time is stored. The zero time is 0, which columns that
 // may be empty store as NULL (see null).
@@ -257,6 +321,8 @@ type tx struct {
 	// one transaction.
 	now int64
 
+	sent *atomic.Int64 // counts statements
+
 	q      querier
 	sqltx  *sql.Tx // nil in Store.read
 	stmts  *stmtCache
@@ -266,6 +332,7 @@ type tx struct {
 // exec runs a statement and returns how many rows it matched (on every
 // engine, changed or not). For an upsert the number differs between engines.
 func (t *tx) exec(ctx context.Context, q string, args ...any) (int64, error) {
+	t.sent.Add(1)
 	q, args = t.d.rebind(q), values(args)
 	var res sql.Result
 	var err error
@@ -283,6 +350,7 @@ func (t *tx) exec(ctx context.Context, q string, args ...any) (int64, error) {
 // query runs a statement that returns rows. The caller closes them and looks
 // at Err.
 func (t *tx) query(ctx context.Context, q string, args ...any) (*sql.Rows, error) {
+	t.sent.Add(1)
 	q, args = t.d.rebind(q), values(args)
 	if stmt := t.stmt(ctx, q); stmt != nil {
 		return stmt.QueryContext(ctx, args...)
@@ -293,6 +361,7 @@ func (t *tx) query(ctx context.Context, q string, args ...any) (*sql.Rows, error
 // queryRow runs a statement that returns at most one row; Scan reports
 // sql.ErrNoRows if none.
 func (t *tx) queryRow(ctx context.Context, q string, args ...any) *sql.Row {
+	t.sent.Add(1)
 	q, args = t.d.rebind(q), values(args)
 	if stmt := t.stmt(ctx, q); stmt != nil {
 		return stmt.QueryRowContext(ctx, args...)
@@ -355,7 +424,7 @@ func (s *Store) read(ctx context.Context, fn func(ctx context.Context, t *tx) er
 	ctx, cancel := context.WithTimeout(ctx, opTimeout)
 	defer cancel()
 	return s.retry(ctx, func() (bool, error) {
-		t := &tx{d: s.d, now: micros(s.now()), q: s.rdb, stmts: s.rstmts}
+		t := &tx{d: s.d, now: micros(s.now()), sent: &s.sent, q: s.rdb, stmts: s.rstmts}
 		err := fn(ctx, t)
 		return s.d.retryable(err) || s.d.unavailable(err), err
 	})
@@ -373,7 +442,7 @@ func (s *Store) retry(ctx context.Context, try func() (again bool, err error)) e
 			return storage.ErrClosed
 		}
 		if !again || attempt == maxAttempts || ctx.Err() != nil {
-			return err
+			return s.classify(err)
 		}
 		s.retries.Add(1)
 		s.log.DebugContext(ctx, "repeating a transaction", "attempt", attempt, "error", err)
@@ -382,10 +451,33 @@ func (s *Store) retry(ctx context.Context, try func() (again bool, err error)) e
 		case <-timer.C:
 		case <-ctx.Done():
 			timer.Stop()
-			return err
+			return s.classify(err)
 		}
 		pause *= 2
 	}
+}
+
+// inTime bounds a batch of devices' messages.
+func inTime(run func(context.Context, []*pending) error) func(context.Context, []*pending) error {
+	return func(ctx context.Context, batch []*pending) error {
+		ctx, cancel := context.WithTimeout(ctx, deviceTimeout)
+		defer cancel()
+		return run(ctx, batch)
+	}
+}
+
+// classify marks errors that callers tell apart from broken statements: the
+// database is away, or too busy to ever get a turn.
+func (s *Store) classify(err error) error {
+	switch {
+	case errors.Is(err, storage.ErrUnavailable), errors.Is(err, storage.ErrBusy), errors.Is(err, context.Canceled):
+		return err
+	case s.d.unavailable(err), errors.Is(err, context.DeadlineExceeded):
+		return fmt.Errorf("%w: %w", storage.ErrUnavailable, err)
+	case s.d.retryable(err):
+		return fmt.Errorf("%w: %w", storage.ErrBusy, err)
+	}
+	return err
 }
 
 // attempt runs fn in a transaction once. It works on a connection of its own,
@@ -402,7 +494,7 @@ func (s *Store) attempt(ctx context.Context, fn func(ctx context.Context, t *tx)
 		discard(conn)
 		return s.d.retryable(err) || s.d.unavailable(err), err
 	}
-	t := &tx{d: s.d, now: micros(s.now()), q: sqltx, sqltx: sqltx, stmts: s.stmts}
+	t := &tx{d: s.d, now: micros(s.now()), sent: &s.sent, q: sqltx, sqltx: sqltx, stmts: s.stmts}
 	finished := false
 	defer func() {
 		if !finished { // fn panicked

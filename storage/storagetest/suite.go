@@ -41,6 +41,7 @@ func topics() []topic {
 	return []topic{
 		{"open", openTests()},
 		{"lease", leaseTests()},
+		{"enroll", enrollTests()},
 	}
 }
 

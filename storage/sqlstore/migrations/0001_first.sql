@@ -156,7 +156,8 @@ CREATE INDEX {if_not_exists} nano_cert_auth_associations_id ON nano_cert_auth_as
 CREATE INDEX {if_not_exists} nano_cert_auth_associations_not_after ON nano_cert_auth_associations (not_after);
 
 -- The outbox. seq is NULL until the holder of the events lease numbers the
--- row; event_seq is the order inside the enrollment.
+-- row; event_seq is the order inside the enrollment. The index serves both
+-- who numbers rows and who reads numbered ones.
 CREATE TABLE IF NOT EXISTS nano_events (
     event_id           {id} NOT NULL PRIMARY KEY,
     seq                BIGINT NULL,
@@ -176,18 +177,27 @@ CREATE TABLE IF NOT EXISTS nano_events (
     payload            {blob} NULL,
     created_at         BIGINT NOT NULL
 ) {table};
-CREATE UNIQUE INDEX {if_not_exists} nano_events_seq ON nano_events (seq);
-CREATE INDEX {if_not_exists} nano_events_enrollment ON nano_events (enrollment_id, event_seq);
+CREATE INDEX {if_not_exists} nano_events_seq ON nano_events (seq, enrollment_id, event_seq);
 
+-- name seq: the last number that was given to an event.
+CREATE TABLE IF NOT EXISTS nano_event_counters (
+    name  {id} NOT NULL PRIMARY KEY,
+    value BIGINT NOT NULL
+) {table};
+
+-- config is JSON, keys included. Events up to cursor_seq are settled.
 CREATE TABLE IF NOT EXISTS nano_event_sinks (
     name       {id} NOT NULL PRIMARY KEY,
+    configured SMALLINT NOT NULL DEFAULT 0,
     config     {blob} NOT NULL,
     enabled    SMALLINT NOT NULL DEFAULT 1,
+    reason     {text} NULL,
     cursor_seq BIGINT NOT NULL DEFAULT 0,
     created_at BIGINT NOT NULL,
     updated_at BIGINT NOT NULL
 ) {table};
 
+-- What a sink has not got; state holds the numbers of storage.DeliveryState.
 CREATE TABLE IF NOT EXISTS nano_event_deliveries (
     sink          {id} NOT NULL,
     seq           BIGINT NOT NULL,
@@ -199,4 +209,11 @@ CREATE TABLE IF NOT EXISTS nano_event_deliveries (
     updated_at    BIGINT NOT NULL,
     PRIMARY KEY (sink, seq)
 ) {table};
+CREATE INDEX {if_not_exists} nano_event_deliveries_lane ON nano_event_deliveries (sink, state, enrollment_id, seq);
 CREATE INDEX {if_not_exists} nano_event_deliveries_due ON nano_event_deliveries (sink, state, next_at);
+
+-- Certificates whose end was announced.
+CREATE TABLE IF NOT EXISTS nano_event_notices (
+    name       {id} NOT NULL PRIMARY KEY,
+    created_at BIGINT NOT NULL
+) {table};

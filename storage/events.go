@@ -1,0 +1,324 @@
+package storage
+
+import (
+	"context"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/nanomdm/nanomdm/mdm"
+)
+
+// What a Devices.Apply does with Source.Events, for the Outbox to work: in
+// the transaction of the change it increments event_seq of the enrollment's
+// row, under that row's lock, and inserts a row with seq NULL. So of two
+// events of one enrollment the one with the smaller event_seq is visible to
+// everybody who sees the other. Columns that the Event does not have
+// (enrollment, APNs topic, request type, tally) are the store's to fill.
+
+// Topics of events. Those of a device's messages are MicroMDM's.
+const (
+	TopicAuthenticate          = "mdm.Authenticate"
+	TopicTokenUpdate           = "mdm.TokenUpdate"
+	TopicCheckOut              = "mdm.CheckOut"
+	TopicUserAuthenticate      = "mdm.UserAuthenticate"
+	TopicSetBootstrapToken     = "mdm.SetBootstrapToken"
+	TopicGetBootstrapToken     = "mdm.GetBootstrapToken"
+	TopicConnect               = "mdm.Connect"
+	TopicDeclarativeManagement = "mdm.DeclarativeManagement"
+	TopicGetToken              = "mdm.GetToken"
+)
+
+// Topics of events that the server finds by itself. They are written and sent
+// only where a sink names them.
+const (
+	TopicCommandExpired    = "nanomdm.CommandExpired"
+	TopicPushFailed        = "nanomdm.PushFailed"
+	TopicPushCertExpiring  = "nanomdm.PushCertificateExpiring"
+	TopicIdentityExpiring  = "nanomdm.IdentityCertificateExpiring"
+	TopicEnrollmentDeleted = "nanomdm.EnrollmentDeleted"
+)
+
+const serverTopics = "nanomdm."
+
+// ServerTopic says whether the topic is one that the server finds by itself.
+func ServerTopic(topic string) bool { return strings.HasPrefix(topic, serverTopics) }
+
+// EventTopics lists every topic, those of devices first.
+func EventTopics() []string {
+	return []string{
+		TopicAuthenticate, TopicTokenUpdate, TopicCheckOut, TopicUserAuthenticate, TopicSetBootstrapToken,
+		TopicGetBootstrapToken, TopicConnect, TopicDeclarativeManagement, TopicGetToken,
+		TopicCommandExpired, TopicPushFailed, TopicPushCertExpiring, TopicIdentityExpiring, TopicEnrollmentDeleted,
+	}
+}
+
+// BearsTokens says whether the payload of a topic holds what lets its reader
+// act as the device, its user, or the server: push and unlock tokens,
+// bootstrap tokens, security tokens, digests of passwords.
+func BearsTokens(topic string) bool {
+	switch topic {
+	case TopicTokenUpdate, TopicSetBootstrapToken, TopicGetToken, TopicUserAuthenticate:
+		return true
+	}
+	return false
+}
+
+// EventRecord is an event as it stands in the log.
+type EventRecord struct {
+	Event
+	// Seq is its number in the log, which is the cursor of who has read it.
+	// Numbers grow; some are missing.
+	Seq    int64
+	Enroll mdm.EnrollID // zero for an event that is of no enrollment
+	// EnrollSeq is the order inside the enrollment.
+	EnrollSeq   int64
+	APNsTopic   string
+	RequestType string // mdm.Connect with a known command, and command events
+	Tally       int    // mdm.TokenUpdate: since the last Authenticate
+	// RawSize is the size of the payload as stored, in bytes. -1: the event
+	// has none, or it was removed because a sink was too far behind.
+	RawSize int64
+	// RawLeft says that Raw is empty because the payload is large: it is to
+	// be read by EventPayload.
+	RawLeft bool
+	// Attempts counts deliveries that failed; WaitingEvents and
+	// RedeliveredEvents only.
+	Attempts int
+}
+
+// Idle says whether the event is of a poll without a result.
+func (e *Event) Idle() bool {
+	return e.Topic == TopicConnect && e.Status == string(mdm.StatusIdle)
+}
+
+// EventFilter chooses events. An empty list chooses all, but for Topics,
+// where empty is all topics of devices.
+type EventFilter struct {
+	Topics          []string         `json:"topics,omitempty"`
+	EnrollmentTypes []mdm.EnrollType `json:"enrollment_types,omitempty"`
+	// RequestTypes applies to events of commands; others pass.
+	RequestTypes []string `json:"request_types,omitempty"`
+	APNsTopics   []string `json:"apns_topics,omitempty"`
+	// Idle lets polls without a result through.
+	Idle bool `json:"idle,omitempty"`
+}
+
+// Wants says whether the filter may let an event through as far as is known
+// before the event is written: its Topic, Status and enrollment type.
+func (f *EventFilter) Wants(e *Event, typ mdm.EnrollType) bool {
+	if len(f.Topics) == 0 {
+		if ServerTopic(e.Topic) {
+			return false
+		}
+	} else if !slices.Contains(f.Topics, e.Topic) {
+		return false
+	}
+	if e.Idle() && !f.Idle {
+		return false
+	}
+	return len(f.EnrollmentTypes) == 0 || slices.Contains(f.EnrollmentTypes, typ)
+}
+
+// Match says whether the filter lets the event through.
+func (f *EventFilter) Match(r *EventRecord) bool {
+	if !f.Wants(&r.Event, r.Enroll.Type) {
+		return false
+	}
+	if len(f.RequestTypes) > 0 && r.CommandUUID != "" && !slices.Contains(f.RequestTypes, r.RequestType) {
+		return false
+	}
+	return len(f.APNsTopics) == 0 || slices.Contains(f.APNsTopics, r.APNsTopic)
+}
+
+// EventSink is somebody who is told events.
+type EventSink struct {
+	Name string
+	// URL is where events are sent. Without one they are only kept in the
+	// log, for readers of ReadEvents.
+	URL string
+	// Keys sign; the first one alone signs X-Hmac-Signature. They are secret
+	// and sealed. A Configured sink has none in the store.
+	Keys []string
+	// Tokens lets events through that BearsTokens.
+	Tokens bool
+	Filter EventFilter
+	// Configured: the sink comes from flags or a file, not from the API.
+	Configured bool
+	// Enabled is cleared when a receiver says that it is gone; Reason then
+	// says so.
+	Enabled bool
+	Reason  string
+	// Cursor is the number up to which events are settled: delivered, or kept
+	// as waiting or dead. The store sets it.
+	Cursor    int64
+	CreatedAt time.Time
+	UpdatedAt time.Time
+}
+
+// Wants says whether the sink may take an event, as EventFilter.Wants does.
+func (s *EventSink) Wants(e *Event, typ mdm.EnrollType) bool {
+	return s.Enabled && (s.Tokens || !BearsTokens(e.Topic)) && s.Filter.Wants(e, typ)
+}
+
+// Match says whether the sink takes the event.
+func (s *EventSink) Match(r *EventRecord) bool {
+	return s.Enabled && (s.Tokens || !BearsTokens(r.Topic)) && s.Filter.Match(r)
+}
+
+// EventSinks keeps who is told events. Without an enabled sink no event is
+// to be written.
+type EventSinks interface {
+	// EventSinks lists all by name.
+	EventSinks(ctx context.Context) ([]EventSink, error)
+	// PutEventSink stores or replaces a sink. A new one begins behind the
+	// last event that is numbered, one that is there goes on where it was.
+	// ErrConflict if a sink of that name is configured and s is not, or the
+	// other way round.
+	PutEventSink(ctx context.Context, s EventSink) error
+	// DeleteEventSink removes a sink and what waits for it, or fails with
+	// ErrNotFound.
+	DeleteEventSink(ctx context.Context, name string) error
+}
+
+// EventQuery asks for events of the log.
+type EventQuery struct {
+	After  int64 // exclusive; 0 is from the beginning
+	Limit  int
+	Topics []string // empty: all
+}
+
+// EventLog reads what was numbered. A number is only given to events that are
+// committed, and larger numbers are committed later: a reader that goes on
+// after the last number it saw misses nothing.
+type EventLog interface {
+	// ReadEvents returns events in order and where to go on: behind the last
+	// one that was looked at, which may be one that the Scope or the topics
+	// leave out.
+	ReadEvents(ctx context.Context, scope Scope, q EventQuery) (events []EventRecord, next int64, err error)
+	// EventPayload reads one payload, or fails with ErrNotFound.
+	EventPayload(ctx context.Context, seq int64) ([]byte, error)
+	// LastEvent returns the last number that was given, 0 if none.
+	LastEvent(ctx context.Context) (int64, error)
+}
+
+// Redelivery asks for events to be sent to a sink again: those after After up
+// to Through, or the dead letters among them.
+type Redelivery struct {
+	Sink    string
+	After   int64
+	Through int64 // 0: up to the sink's cursor
+	Dead    bool
+	Limit   int // at most; 0: none
+}
+
+// DeliveryState is how an event stands with a sink that has not got it.
+type DeliveryState int
+
+// The states. Numbers are stored.
+const (
+	// DeliveryWaiting: it failed, or stands behind one of the same enrollment
+	// that did.
+	DeliveryWaiting DeliveryState = 1
+	// DeliveryAgain: it was asked to be sent again. Nothing stands behind it.
+	DeliveryAgain DeliveryState = 2
+	// DeliveryDead: given up, kept with its payload.
+	DeliveryDead DeliveryState = 3
+	// DeliveryDropped: given up because too much waited; the payload goes
+	// once no sink needs it, and then it is DeliveryGone.
+	DeliveryDropped DeliveryState = 4
+	DeliveryGone    DeliveryState = 5
+)
+
+// Delivery is a row for an event that a sink has not got.
+type Delivery struct {
+	Seq        int64
+	Enrollment string
+	State      DeliveryState
+	Attempts   int
+	NextAt     time.Time // waiting heads and DeliveryAgain
+	Error      string
+}
+
+// Lane is an enrollment with waiting events at a sink.
+type Lane struct {
+	Enrollment string
+	First      int64 // number of its first waiting event
+	Attempts   int   // of that one
+	NextAt     time.Time
+}
+
+// Settlement is what a deliverer has to keep, in one transaction.
+type Settlement struct {
+	Cursor int64      // the sink's new one; 0 leaves it
+	Put    []Delivery // rows to insert or to replace
+	Done   []int64    // numbers whose rows are to go: delivered
+}
+
+// SinkBacklog is how much a sink has before it.
+type SinkBacklog struct {
+	Sink    string
+	Behind  int64     // numbers behind the last one
+	Oldest  time.Time // of those; zero: none
+	Waiting int64     // rows, by state
+	Again   int64
+	Dead    int64
+	Dropped int64
+}
+
+// Outbox is the deliverer's side of the events: one replica at a time works
+// it, under a lease. Every write that takes a Lease checks it (ErrLeaseLost).
+type Outbox interface {
+	// NumberEvents gives the next numbers to up to limit committed events, in
+	// order inside each enrollment and by their time otherwise. It returns
+	// how many, and the last number there is.
+	NumberEvents(ctx context.Context, l Lease, limit int) (n int, last int64, err error)
+	// SinkPage reads up to limit events after a number, for any sink. Payloads
+	// over 64 KiB are left (RawLeft).
+	SinkPage(ctx context.Context, after int64, limit int) ([]EventRecord, error)
+	// Settle writes what a deliverer did.
+	Settle(ctx context.Context, l Lease, sink string, s Settlement) error
+	// TurnOffEventSink disables a sink, for a reason.
+	TurnOffEventSink(ctx context.Context, l Lease, name, reason string) error
+}
+
+// Deliveries reads what a sink has not got.
+type Deliveries interface {
+	// WaitingLanes reads up to limit enrollments with waiting events, the
+	// earliest number first.
+	WaitingLanes(ctx context.Context, sink string, limit int) ([]Lane, error)
+	// WaitingEvents reads an enrollment's first waiting events, in order, as
+	// SinkPage does.
+	WaitingEvents(ctx context.Context, sink, enrollment string, limit int) ([]EventRecord, error)
+	// RedeliveredEvents reads up to limit of those that are to be sent again
+	// and are due, in order.
+	RedeliveredEvents(ctx context.Context, sink string, limit int) ([]EventRecord, error)
+	// EventBacklogs counts, for each sink with a URL, by name.
+	EventBacklogs(ctx context.Context) ([]SinkBacklog, error)
+}
+
+// Redeliverer asks for events again.
+type Redeliverer interface {
+	// Redeliver marks events for a sink as DeliveryAgain and returns how
+	// many, in chunks of a transaction each. ErrNotFound if there is no such
+	// sink. Repeating it is safe. Events that wait already, and those whose
+	// payload was removed, stay as they are.
+	Redeliver(ctx context.Context, r Redelivery) (int64, error)
+}
+
+// EventUpkeep keeps the log small and tells what nobody else tells. Each call
+// is one small transaction under a lease; the caller paces them.
+type EventUpkeep interface {
+	// DropPayloads removes payloads of events that a sink dropped, once every
+	// enabled sink is done with them. It returns how many.
+	DropPayloads(ctx context.Context, l Lease, limit int) (int, error)
+	// RemoveEvents removes up to limit of the oldest events that are from
+	// before a time, with their deliveries, and returns how many. What an
+	// enabled sink is not done with stays.
+	RemoveEvents(ctx context.Context, l Lease, before time.Time, limit int) (int, error)
+	// NoteExpiring writes an event for each push certificate and each live
+	// identity certificate that ends before a time, once for each, as far as
+	// a sink names the topic. Up to limit of each kind are taken; it returns
+	// how many.
+	NoteExpiring(ctx context.Context, l Lease, before time.Time, limit int) (int, error)
+}

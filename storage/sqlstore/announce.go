@@ -1,0 +1,252 @@
+package sqlstore
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/json"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/nanomdm/nanomdm/mdm"
+	"github.com/nanomdm/nanomdm/storage"
+)
+
+// announcement is an event that no device sent.
+type announcement struct {
+	topic       string // one of those that begin with nanomdm.
+	enrollment  string // empty if it is of none
+	apnsTopic   string // where there is no enrollment to take it from
+	requestType string
+	commandUUID string
+	detail      map[string]string // what else there is to say
+}
+
+// announced says whether some sink names the topic, so that what would be
+// announced is worth looking for.
+func announced(ctx context.Context, t *tx, topic string) (bool, error) {
+	sinks, err := readSinks(ctx, t)
+	if err != nil {
+		return false, fmt.Errorf("reading event sinks: %w", err)
+	}
+	return wanted(sinks, topic), nil
+}
+
+func wanted(sinks []storage.EventSink, topic string) bool {
+	return slices.ContainsFunc(sinks, func(k storage.EventSink) bool {
+		return k.Enabled && slices.Contains(k.Filter.Topics, topic)
+	})
+}
+
+// announce inserts events into the outbox in the caller's transaction, those
+// of topics that no sink names left out. It locks the enrollments' rows, so
+// it comes before push rows and queue rows are locked, and before an
+// enrollment that it tells of is deleted.
+func announce(ctx context.Context, t *tx, list []announcement) error {
+	if len(list) == 0 {
+		return nil
+	}
+	sinks, err := readSinks(ctx, t)
+	if err != nil {
+		return fmt.Errorf("reading event sinks: %w", err)
+	}
+	list = slices.DeleteFunc(slices.Clone(list), func(a announcement) bool { return !wanted(sinks, a.topic) })
+	for chunk := range slices.Chunk(list, 100) {
+		if err := announceSome(ctx, t, chunk); err != nil {
+			return fmt.Errorf("announcing events: %w", err)
+		}
+	}
+	return nil
+}
+
+// addressee is what an announcement takes from its enrollment.
+type addressee struct {
+	typ      string
+	deviceID string
+	topic    string
+	eventSeq int64
+	raised   int64
+}
+
+func announceSome(ctx context.Context, t *tx, list []announcement) error {
+	var ids []string
+	for _, a := range list {
+		if a.enrollment != "" {
+			ids = append(ids, a.enrollment)
+		}
+	}
+	to, err := lockAddressees(ctx, t, ids)
+	if err != nil {
+		return err
+	}
+	columns := []string{"event_id", "enrollment_id", "enrollment_type", "parent_id", "topic", "event_seq", "udid",
+		"user_enrollment_id", "apns_topic", "request_type", "command_uuid", "params", "created_at"}
+	var args []any
+	for _, a := range list {
+		var parent, udid, userEnrollment string
+		e := to[a.enrollment]
+		if e == nil {
+			e = &addressee{topic: a.apnsTopic}
+		} else {
+			e.raised++
+			if a.enrollment != e.deviceID {
+				parent = e.deviceID
+			}
+			switch mdm.EnrollType(e.typ) {
+			case mdm.UserEnrollment, mdm.UserEnrollmentDevice:
+				userEnrollment = e.deviceID
+			default:
+				udid = e.deviceID
+			}
+		}
+		params, err := json.Marshal(a.detail)
+		if err != nil {
+			return err
+		}
+		args = append(args, eventID(t.now), a.enrollment, e.typ, parent, a.topic, e.eventSeq+e.raised, udid,
+			userEnrollment, e.topic, clip(a.requestType), a.commandUUID, params, t.now)
+	}
+	_, err = t.exec(ctx, t.d.upsertRows("nano_events", columns, []string{"event_id"}, nil, len(list)), args...)
+	if err != nil {
+		return err
+	}
+	for _, id := range slices.Compact(slices.Sorted(slices.Values(ids))) {
+		if e := to[id]; e != nil {
+			if _, err := t.exec(ctx, `UPDATE nano_enrollments SET event_seq = ? WHERE id = ?`, e.eventSeq+e.raised, id); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+func lockAddressees(ctx context.Context, t *tx, ids []string) (map[string]*addressee, error) {
+	to := make(map[string]*addressee, len(ids))
+	if len(ids) == 0 {
+		return to, nil
+	}
+	place, args := among(ids)
+	rows, err := t.query(ctx, `SELECT id, type, device_id, topic, event_seq FROM nano_enrollments WHERE id IN `+place+` ORDER BY id`+t.d.forUpdate, args...)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	for rows.Next() {
+		var id string
+		e := new(addressee)
+		if err := rows.Scan(&id, &e.typ, &e.deviceID, &e.topic, &e.eventSeq); err != nil {
+			return nil, err
+		}
+		to[id] = e
+	}
+	return to, rows.Err()
+}
+
+// eventID makes a UUID of version 7 (RFC 9562): as it begins with the time,
+// events lie in the order in which they came.
+func eventID(now int64) string {
+	var b [16]byte
+	_, _ = rand.Read(b[6:]) // never fails
+	ms := now / 1000
+	for i := range 6 {
+		b[i] = byte(ms >> (8 * (5 - i)))
+	}
+	b[6] = b[6]&0x0f | 0x70
+	b[8] = b[8]&0x3f | 0x80
+	return fmt.Sprintf("%x-%x-%x-%x-%x", b[:4], b[4:6], b[6:8], b[8:10], b[10:])
+}
+
+// expiring is a certificate that is near its end.
+type expiring struct {
+	notice   string // key of nano_event_notices
+	notAfter int64
+	a        announcement
+}
+
+// NoteExpiring implements storage.EventUpkeep.
+func (s *Store) NoteExpiring(ctx context.Context, l storage.Lease, before time.Time, limit int) (int, error) {
+	var n int
+	err := s.write(ctx, func(ctx context.Context, t *tx) error {
+		n = 0
+		if err := t.checkLease(ctx, l); err != nil {
+			return err
+		}
+		var all []expiring
+		for _, kind := range [...]struct{ topic, query string }{
+			{storage.TopicPushCertExpiring, `SELECT c.topic, c.topic, c.not_after FROM nano_push_certs c
+				WHERE c.not_after < ? ORDER BY c.not_after, c.topic LIMIT ?`},
+			{storage.TopicIdentityExpiring, `SELECT a.sha256, a.id, a.not_after FROM nano_cert_auth_associations a
+				LEFT JOIN nano_event_notices n ON n.name = a.sha256
+				WHERE a.not_after < ? AND a.retired_at IS NULL AND n.name IS NULL ORDER BY a.not_after, a.sha256 LIMIT ?`},
+		} {
+			want, err := announced(ctx, t, kind.topic)
+			if err != nil {
+				return err
+			}
+			if !want {
+				continue
+			}
+			found, err := expiringSoon(ctx, t, kind.topic, kind.query, micros(before), limit)
+			if err != nil {
+				return err
+			}
+			all = append(all, found...)
+		}
+		var list []announcement
+		for _, x := range all {
+			fresh, err := notice(ctx, t, x.notice)
+			if err != nil {
+				return err
+			}
+			if fresh {
+				list = append(list, x.a)
+			}
+		}
+		n = len(list)
+		return announce(ctx, t, list)
+	})
+	if err != nil {
+		return 0, fmt.Errorf("noting certificates that end: %w", err)
+	}
+	return n, nil
+}
+
+func expiringSoon(ctx context.Context, t *tx, topic, query string, before int64, limit int) ([]expiring, error) {
+	rows, err := t.query(ctx, query, before, limit)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	var found []expiring
+	for rows.Next() {
+		var key, of string
+		x := expiring{a: announcement{topic: topic}}
+		if err := rows.Scan(&key, &of, &x.notAfter); err != nil {
+			return nil, err
+		}
+		end := fromMicros(x.notAfter).Format(time.RFC3339)
+		x.notice, x.a.detail = key, map[string]string{"not_after": end}
+		if topic == storage.TopicPushCertExpiring {
+			// One that replaces it has another end.
+			x.notice, x.a.apnsTopic = key+" "+end, of
+		} else {
+			x.a.enrollment = of
+			x.a.detail["certificate_sha256"] = key
+		}
+		found = append(found, x)
+	}
+	return found, rows.Err()
+}
+
+// notice remembers a name, and says whether it was new.
+func notice(ctx context.Context, t *tx, name string) (fresh bool, err error) {
+	if len(name) > maxText {
+		name = name[:maxText]
+	}
+	var n int64
+	if err := t.queryRow(ctx, `SELECT COUNT(*) FROM nano_event_notices WHERE name = ?`, name).Scan(&n); err != nil || n > 0 {
+		return false, err
+	}
+	_, err = t.exec(ctx, `INSERT INTO nano_event_notices (name, created_at) VALUES (?, ?)`, name, t.now)
+	return err == nil, err
+}

@@ -1,0 +1,559 @@
+package sqlstore
+
+import (
+	"cmp"
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+	"unicode/utf8"
+
+	"github.com/nanomdm/nanomdm/mdm"
+	"github.com/nanomdm/nanomdm/storage"
+)
+
+// firstSilence is how long a device that was offered a command, or has one
+// that it refused for now, may stay silent before the sweep wakes it.
+const firstSilence = 3 * time.Minute
+
+// pending is one Op on its way through a batch.
+type pending struct {
+	op     storage.Op
+	src    *storage.Source
+	device string // the id that certificates are pinned to
+
+	out storage.Outcome
+	err error
+	// mustWrite: the read path found that there is something to write.
+	mustWrite bool
+	// seen: the enrollment exists, and note is to be kept of the visit.
+	seen bool
+	note activity
+	// facts are what is known for the events to insert.
+	facts facts
+}
+
+func newPending(op storage.Op) *pending {
+	src := op.Source()
+	return &pending{op: op, src: src, device: src.Enroll.DeviceID()}
+}
+
+// reset forgets what an attempt that was rolled back has left.
+func (p *pending) reset() {
+	*p = pending{op: p.op, src: p.src, device: p.device}
+}
+
+func (p *pending) id() string { return p.src.Enroll.ID }
+
+func (p *pending) hash() string {
+	if p.src.Pin == nil {
+		return ""
+	}
+	return p.src.Pin.Hash
+}
+
+// bytes is about how much the operation adds to a statement.
+func (p *pending) bytes() int {
+	n := 512
+	for i := range p.src.Events {
+		n += len(p.src.Events[i].Raw)
+	}
+	if p.src.Pin != nil {
+		n += len(p.src.Pin.Certificate)
+	}
+	switch op := p.op.(type) {
+	case *storage.Report:
+		n += len(op.Raw)
+	case *storage.Authenticate:
+		n += len(op.Message.Raw)
+	case *storage.TokenUpdate:
+		n += len(op.Message.Raw) + len(op.Message.UnlockToken)
+	case *storage.UserAuthenticate:
+		n += len(op.Message.Raw)
+	case *storage.SetBootstrapToken:
+		n += len(op.Token)
+	}
+	return n
+}
+
+// readOnly says whether the operation may do without a transaction.
+func (p *pending) readOnly() bool {
+	for i := range p.src.Events {
+		if !p.src.Events[i].Volatile {
+			return false
+		}
+	}
+	switch op := p.op.(type) {
+	case *storage.Report:
+		return op.Status == mdm.StatusIdle
+	case *storage.GetBootstrapToken, *storage.Seen:
+		return true
+	}
+	return false
+}
+
+// Bounds of the two batchers. Texts of at most batchRows ids keep within every
+// engine's limit of arguments, batches of batchBytes within MySQL's packet,
+// also where each byte has to be escaped.
+const (
+	pollsInFlight   = 4
+	changesInFlight = 2
+	batchRows       = 256
+	batchBytes      = 4 << 20
+	batchWaiting    = 16_384
+)
+
+// startBatches makes the batchers that Apply works with. A single connection,
+// as SQLite's writer has, gets a single batch, since a second one would only
+// wait there instead of growing.
+func (s *Store) startBatches() {
+	cfg := batchConfig{rows: batchRows, bytes: batchBytes, waiting: batchWaiting, hopeless: hopeless}
+	cfg.inFlight = min(pollsInFlight, s.rdb.Stats().MaxOpenConnections)
+	s.polls = newBatcher(cfg, inTime(s.poll))
+	cfg.inFlight = min(changesInFlight, s.db.Stats().MaxOpenConnections)
+	s.changes = newBatcher(cfg, inTime(s.change))
+}
+
+// hopeless says whether an error is the database's rather than that of one
+// operation in a batch.
+func hopeless(err error) bool {
+	for _, is := range [...]error{storage.ErrUnavailable, storage.ErrBusy, storage.ErrClosed, context.Canceled, context.DeadlineExceeded} {
+		if errors.Is(err, is) {
+			return true
+		}
+	}
+	return false
+}
+
+var (
+	_ storage.Devices           = (*Store)(nil)
+	_ storage.PinnedEnrollments = (*Store)(nil)
+)
+
+// Apply implements storage.Devices. What writes is committed together with
+// what others write at the same time, and what only reads shares its
+// statements with others' reads.
+func (s *Store) Apply(ctx context.Context, op storage.Op) (*storage.Outcome, error) {
+	p := newPending(op)
+	err := error(nil)
+	if p.readOnly() {
+		err = s.polls.do(ctx, p, p.bytes())
+	}
+	if err == nil && (p.mustWrite || !p.readOnly()) {
+		p = newPending(op)
+		err = s.changes.do(ctx, p, p.bytes())
+	}
+	if err = cmp.Or(err, p.err); err != nil {
+		return nil, fmt.Errorf("applying a device's message: %w", err)
+	}
+	return &p.out, nil
+}
+
+// change carries out a batch of operations that write, in one transaction.
+func (s *Store) change(ctx context.Context, batch []*pending) error {
+	apply := func(ctx context.Context, t *tx) error {
+		for _, p := range batch {
+			p.reset()
+		}
+		for _, round := range rounds(batch) {
+			if err := changeRound(ctx, t, round); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	err := s.write(ctx, apply)
+	if len(batch) == 1 && s.d.unique(err) {
+		// Somebody else was first to insert what this one found missing.
+		err = s.write(ctx, apply)
+	}
+	if err != nil {
+		return err
+	}
+	for _, p := range batch {
+		s.visited(p)
+	}
+	return nil
+}
+
+// visited notes that the device spoke.
+func (s *Store) visited(p *pending) {
+	if p.err == nil && p.seen {
+		s.act.note(p.note)
+	}
+}
+
+// rounds splits a batch so that no round has two operations of one device or
+// with one certificate; theirs stay in the order in which they came. Inside a
+// round the order is that of the ids.
+func rounds(batch []*pending) [][]*pending {
+	var out [][]*pending
+	devices := make(map[string]int, len(batch))
+	hashes := make(map[string]int, len(batch))
+	for _, p := range batch {
+		n := devices[p.device]
+		if h := p.hash(); h != "" {
+			n = max(n, hashes[h])
+			hashes[h] = n + 1
+		}
+		devices[p.device] = n + 1
+		if n == len(out) {
+			out = append(out, nil)
+		}
+		out[n] = append(out[n], p)
+	}
+	for _, round := range out {
+		slices.SortFunc(round, func(a, b *pending) int { return strings.Compare(a.id(), b.id()) })
+	}
+	return out
+}
+
+// changeRound carries out operations of different devices in a few statements
+// for all of them. Locks are taken in the order devices, enrollments, push
+// rows, queue rows, and by key among each.
+func changeRound(ctx context.Context, t *tx, round []*pending) error {
+	var reports, others []*pending
+	var eventful []string
+	for _, p := range round {
+		if _, ok := p.op.(*storage.Report); ok {
+			reports = append(reports, p)
+		} else {
+			others = append(others, p)
+		}
+		if len(p.src.Events) > 0 {
+			eventful = append(eventful, p.id())
+		}
+	}
+	certs, err := admit(ctx, t, others)
+	if err != nil {
+		return err
+	}
+	to, err := lockAddressees(ctx, t, eventful)
+	if err != nil {
+		return fmt.Errorf("locking enrollments: %w", err)
+	}
+	if err := changeEnrollments(ctx, t, others, certs); err != nil {
+		return err
+	}
+	if err := takeReports(ctx, t, reports); err != nil {
+		return err
+	}
+	return insertEvents(ctx, t, outgoing(round), to)
+}
+
+// subject is what the database knows of the enrollment that speaks.
+type subject struct {
+	id     string
+	active bool   // may get commands
+	pinned string // hash of the device's live certificate
+	owed   int64
+	paid   int64
+	pushAt sql.Null[int64]
+	// The heads of the two lists that a device may be offered a command from.
+	queued, notnow sql.Null[string]
+}
+
+// subjectColumns and subjectTables are shared by the two texts that read
+// subjects. The heads are one index seek each.
+const (
+	subjectColumns = `SELECT e.id, e.enabled, e.operator_disabled, a.sha256, p.owed_seq, p.paid_seq, p.push_at`
+	subjectTables  = `
+FROM nano_enrollments e
+LEFT JOIN nano_cert_auth_associations a ON a.id = e.device_id AND a.retired_at IS NULL
+LEFT JOIN nano_enrollment_push p ON p.id = e.id
+WHERE e.id IN `
+)
+
+// headColumn reads the first row in one of the waiting states.
+func headColumn(state storage.State) string {
+	return fmt.Sprintf(`, (SELECT q.command_uuid FROM nano_enrollment_queue q
+WHERE q.id = e.id AND q.state = %d AND (q.expires_at IS NULL OR q.expires_at > ?)
+ORDER BY q.priority DESC, q.seq LIMIT 1)`, state)
+}
+
+// subjects reads enrollments by id; those that do not exist are missing. With
+// heads it also reads the next commands, as of the same moment.
+func subjects(ctx context.Context, t *tx, ids []string, heads bool) (map[string]*subject, error) {
+	place, idArgs := among(ids)
+	q := subjectColumns
+	var args []any
+	if heads {
+		q += headColumn(storage.Queued) + headColumn(storage.NotNow)
+		args = append(args, t.now, t.now)
+	} else {
+		q += ", NULL, NULL"
+	}
+	rows, err := t.query(ctx, q+subjectTables+place, append(args, idArgs...)...)
+	if err != nil {
+		return nil, fmt.Errorf("reading enrollments: %w", err)
+	}
+	defer rows.Close()
+	out := make(map[string]*subject, len(ids))
+	for rows.Next() {
+		var s subject
+		var enabled, disabled bool
+		var pinned sql.Null[string]
+		var owed, paid sql.Null[int64]
+		err := rows.Scan(&s.id, &enabled, &disabled, &pinned, &owed, &paid, &s.pushAt, &s.queued, &s.notnow)
+		if err != nil {
+			return nil, fmt.Errorf("reading enrollments: %w", err)
+		}
+		s.active = enabled && !disabled
+		s.pinned, s.owed, s.paid = pinned.V, owed.V, paid.V
+		out[s.id] = &s
+	}
+	if err := rows.Err(); err != nil {
+		return nil, fmt.Errorf("reading enrollments: %w", err)
+	}
+	return out, nil
+}
+
+// certificates is what is known of the certificates of a batch and of the
+// devices that they came from.
+type certificates struct {
+	byHash  map[string]certificate
+	live    map[string]bool // devices that have one
+	devices map[string]bool // devices that exist
+}
+
+type certificate struct {
+	device  string
+	retired bool
+}
+
+func readCertificates(ctx context.Context, t *tx, batch []*pending) (*certificates, error) {
+	var hashes, devices []string
+	for _, p := range batch {
+		hashes = append(hashes, p.hash())
+		devices = append(devices, p.device)
+	}
+	byHash, hashArgs := among(hashes)
+	byDevice, deviceArgs := among(devices)
+	rows, err := t.query(ctx, `SELECT 1, a.sha256, a.id, a.retired_at FROM nano_cert_auth_associations a WHERE a.sha256 IN `+byHash+`
+UNION ALL SELECT 2, a.sha256, a.id, a.retired_at FROM nano_cert_auth_associations a WHERE a.retired_at IS NULL AND a.id IN `+byDevice+`
+UNION ALL SELECT 3, d.id, d.id, NULL FROM nano_devices d WHERE d.id IN `+byDevice,
+		slices.Concat(hashArgs, deviceArgs, deviceArgs)...)
+	if err != nil {
+		return nil, fmt.Errorf("reading certificates: %w", err)
+	}
+	defer rows.Close()
+	c := &certificates{
+		byHash:  make(map[string]certificate),
+		live:    make(map[string]bool),
+		devices: make(map[string]bool),
+	}
+	for rows.Next() {
+		var part int
+		var hash, device string
+		var retired sql.Null[int64]
+		if err := rows.Scan(&part, &hash, &device, &retired); err != nil {
+			return nil, fmt.Errorf("reading certificates: %w", err)
+		}
+		switch part {
+		case 1:
+			c.byHash[hash] = certificate{device: device, retired: retired.Valid}
+		case 2:
+			c.live[device] = true
+		case 3:
+			c.devices[device] = true
+		}
+	}
+	if err := rows.Err(); err != nil {
+		return nil, fmt.Errorf("reading certificates: %w", err)
+	}
+	return c, nil
+}
+
+// judge says whether a certificate may act for the device, and whether it has
+// to be pinned for that.
+func (c *certificates) judge(p *pending) (pin bool, err error) {
+	if p.src.Pin == nil {
+		return false, nil
+	}
+	if known, ok := c.byHash[p.src.Pin.Hash]; ok {
+		if known.retired || known.device != p.device {
+			return false, storage.ErrIdentity
+		}
+		return false, nil
+	}
+	switch p.op.(type) {
+	case *storage.Authenticate:
+		return true, nil
+	case *storage.CheckOut:
+		if !c.devices[p.device] {
+			return false, nil
+		}
+	case *storage.TokenUpdate, *storage.SetBootstrapToken, *storage.UserAuthenticate:
+		if !c.devices[p.device] {
+			return false, storage.ErrNotEnrolled
+		}
+	}
+	if p.src.Pin.Retro && c.devices[p.device] && !c.live[p.device] {
+		return true, nil
+	}
+	return false, storage.ErrIdentity
+}
+
+// admit locks the devices that operations come from, checks their
+// certificates, and pins those that may be. It sets err of the operations that
+// are refused.
+func admit(ctx context.Context, t *tx, batch []*pending) (*certificates, error) {
+	if len(batch) == 0 {
+		return nil, nil
+	}
+	certs, err := lockDevices(ctx, t, batch)
+	if err != nil {
+		return nil, err
+	}
+	var pins []*pending
+	var renewed []string
+	for _, p := range batch {
+		pin, err := certs.judge(p)
+		p.err = err
+		if !pin {
+			continue
+		}
+		pins = append(pins, p)
+		if certs.live[p.device] {
+			renewed = append(renewed, p.device)
+		}
+	}
+	if len(renewed) > 0 {
+		place, args := among(renewed)
+		_, err := t.exec(ctx, "UPDATE nano_cert_auth_associations SET retired_at = ? WHERE retired_at IS NULL AND id IN "+place,
+			append([]any{t.now}, args...)...)
+		if err != nil {
+			return nil, fmt.Errorf("retiring certificates: %w", err)
+		}
+	}
+	return certs, pinCertificates(ctx, t, pins)
+}
+
+// pinCertificates pins certificates that nobody has had. One that another
+// transaction pinned in between violates the key: see change.
+func pinCertificates(ctx context.Context, t *tx, batch []*pending) error {
+	if len(batch) == 0 {
+		return nil
+	}
+	var args []any
+	for _, p := range batch {
+		pin := p.src.Pin
+		args = append(args, pin.Hash, p.device, pin.Certificate, null(micros(pin.NotAfter)), t.now)
+	}
+	_, err := t.exec(ctx, "INSERT INTO nano_cert_auth_associations (sha256, id, certificate, not_after, created_at) VALUES "+tuples(5, len(batch)), args...)
+	if err != nil {
+		return fmt.Errorf("pinning certificates: %w", err)
+	}
+	return nil
+}
+
+// lockDevices locks devices and reads their certificates, so that two
+// certificates of one device do not both find it without one, or retire the
+// same third one. A device that came in after the locks were taken takes
+// another look.
+func lockDevices(ctx context.Context, t *tx, batch []*pending) (*certificates, error) {
+	devices := make([]string, len(batch))
+	for i, p := range batch {
+		devices[i] = p.device
+	}
+	for {
+		locked, err := lock(ctx, t, "nano_devices", devices)
+		if err != nil {
+			return nil, err
+		}
+		certs, err := readCertificates(ctx, t, batch)
+		if err != nil || t.d.forUpdate == "" || len(certs.devices) <= len(locked) {
+			return certs, err
+		}
+	}
+}
+
+// lock locks the rows of a table that exist, in key order, and returns their
+// ids. Where writers wait for each other anyway it does nothing.
+func lock(ctx context.Context, t *tx, table string, ids []string) (locked []string, err error) {
+	if len(ids) == 0 || t.d.forUpdate == "" {
+		return nil, nil
+	}
+	place, args := among(ids)
+	rows, err := t.query(ctx, "SELECT id FROM "+table+" WHERE id IN "+place+" ORDER BY id"+t.d.forUpdate, args...)
+	if err != nil {
+		return nil, fmt.Errorf("locking rows of %s: %w", table, err)
+	}
+	defer rows.Close()
+	for rows.Next() {
+		var id string
+		if err := rows.Scan(&id); err != nil {
+			return nil, fmt.Errorf("locking rows of %s: %w", table, err)
+		}
+		locked = append(locked, id)
+	}
+	if err := rows.Err(); err != nil {
+		return nil, fmt.Errorf("locking rows of %s: %w", table, err)
+	}
+	return locked, nil
+}
+
+// among returns the places and arguments of an IN list. Its length is a power
+// of two, with the last id repeated, so that there are few different texts to
+// prepare and to plan. There must be an id.
+func among(ids []string) (place string, args []any) {
+	n := 1
+	for n < len(ids) {
+		n *= 2
+	}
+	args = make([]any, n)
+	for i := range args {
+		args[i] = ids[min(i, len(ids)-1)]
+	}
+	return in(n), args
+}
+
+// tuples returns the places of rows to insert.
+func tuples(columns, rows int) string {
+	one := in(columns)
+	return one + strings.Repeat(", "+one, rows-1)
+}
+
+// queueKey is the key of a queue row or a result.
+type queueKey struct{ id, uuid string }
+
+func compareKeys(a, b queueKey) int {
+	return cmp.Or(strings.Compare(a.id, b.id), strings.Compare(a.uuid, b.uuid))
+}
+
+// amongKeys is among for the keys of queue rows. It is no IN list of tuples
+// since MariaDB scans the table for that.
+func amongKeys(keys []queueKey) (where string, args []any) {
+	const one = "(id = ? AND command_uuid = ?)"
+	n := 1
+	for n < len(keys) {
+		n *= 2
+	}
+	for i := range n {
+		k := keys[min(i, len(keys)-1)]
+		args = append(args, k.id, k.uuid)
+	}
+	return "(" + one + strings.Repeat(" OR "+one, n-1) + ")", args
+}
+
+// storable says whether a name can be a key. Others are of nothing that was
+// ever stored, and some engines refuse to look for them.
+func storable(name string) bool {
+	return name != "" && len(name) <= mdm.MaxIDLen && utf8.ValidString(name) && strings.IndexByte(name, 0) < 0
+}
+
+// maxText is the width of the columns for short texts, in characters.
+const maxText = 255
+
+// clip makes a text that a device chose fit its column. Such texts are for
+// people to read; the message is kept whole beside them.
+func clip(s string) string {
+	s = strings.ReplaceAll(strings.ToValidUTF8(s, "\uFFFD"), "\x00", "")
+	if len(s) <= maxText || utf8.RuneCountInString(s) <= maxText {
+		return s
+	}
+	return string([]rune(s)[:maxText])
+}

@@ -1,0 +1,225 @@
+package sqlstore
+
+import (
+	"bytes"
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"time"
+
+	"github.com/nanomdm/nanomdm/storage"
+)
+
+var _ storage.Enqueuer = (*Store)(nil)
+
+const (
+	// enqueueRows is how many enrollments one transaction of Enqueue takes.
+	enqueueRows = 500
+	// firstPush is how long the replica that enqueued has to push before the
+	// sweep does.
+	firstPush = 30 * time.Second
+)
+
+// Enqueue implements storage.Enqueuer.
+func (s *Store) Enqueue(ctx context.Context, scope storage.Scope, e *storage.Enqueue) (map[string]error, error) {
+	failed := make(map[string]error)
+	ids := slices.Sorted(slices.Values(e.IDs))
+	ids = slices.DeleteFunc(slices.Compact(ids), func(id string) bool {
+		if !storable(id) {
+			failed[id] = storage.ErrNotEnrolled
+		}
+		return !storable(id)
+	})
+	for chunk := range slices.Chunk(ids, enqueueRows) {
+		var missed map[string]error
+		err := s.write(ctx, func(ctx context.Context, t *tx) (err error) {
+			missed, err = enqueue(ctx, t, scope, e, chunk)
+			return err
+		})
+		if err != nil {
+			return failed, fmt.Errorf("queueing a command: %w", err)
+		}
+		maps.Copy(failed, missed)
+	}
+	return failed, nil
+}
+
+// enqueue queues the command for a chunk of sorted ids. Push rows are locked
+// first: they keep numbers in order and Authenticate and CheckOut away.
+func enqueue(ctx context.Context, t *tx, scope storage.Scope, e *storage.Enqueue, ids []string) (failed map[string]error, err error) {
+	numbers, err := lockNumbers(ctx, t, ids)
+	if err != nil {
+		return nil, err
+	}
+	enrolled, err := enrolledAmong(ctx, t, scope, ids)
+	if err != nil {
+		return nil, err
+	}
+	failed = make(map[string]error)
+	var eligible []string
+	for _, id := range ids {
+		if _, ok := numbers[id]; ok && enrolled[id] {
+			eligible = append(eligible, id)
+		} else {
+			failed[id] = storage.ErrNotEnrolled
+		}
+	}
+	if len(eligible) == 0 {
+		return failed, nil
+	}
+	if err := putCommand(ctx, t, e); err != nil {
+		return nil, err
+	}
+	place, args := among(eligible)
+	had, err := queueKeys(ctx, t, "SELECT id, command_uuid FROM nano_enrollment_queue WHERE command_uuid = ? AND id IN "+place,
+		append([]any{e.Command.CommandUUID}, args...)...)
+	if err != nil {
+		return nil, fmt.Errorf("reading queue rows: %w", err)
+	}
+	for _, k := range had {
+		delete(numbers, k.id)
+	}
+	eligible = slices.DeleteFunc(eligible, func(id string) bool { _, ok := numbers[id]; return !ok })
+	if len(eligible) == 0 {
+		return failed, nil
+	}
+	if err := supersede(ctx, t, e.SupersedeKey, eligible); err != nil {
+		return nil, err
+	}
+	return failed, insertRows(ctx, t, e, eligible, numbers)
+}
+
+// lockNumbers locks push rows and reads the last number of each queue.
+func lockNumbers(ctx context.Context, t *tx, ids []string) (map[string]int64, error) {
+	place, args := among(ids)
+	rows, err := t.query(ctx, "SELECT id, last_seq FROM nano_enrollment_push WHERE id IN "+place+" ORDER BY id"+t.d.forUpdate, args...)
+	if err != nil {
+		return nil, fmt.Errorf("locking push rows: %w", err)
+	}
+	defer rows.Close()
+	numbers := make(map[string]int64, len(ids))
+	for rows.Next() {
+		var id string
+		var last int64
+		if err := rows.Scan(&id, &last); err != nil {
+			return nil, fmt.Errorf("locking push rows: %w", err)
+		}
+		numbers[id] = last
+	}
+	if err := rows.Err(); err != nil {
+		return nil, fmt.Errorf("locking push rows: %w", err)
+	}
+	return numbers, nil
+}
+
+// enrolledAmong says which enrollments are there for the scope. Those that an
+// operator disabled are.
+func enrolledAmong(ctx context.Context, t *tx, scope storage.Scope, ids []string) (map[string]bool, error) {
+	place, args := among(ids)
+	q := "SELECT id FROM nano_enrollments WHERE enabled = 1 AND id IN " + place
+	if len(scope.Topics) > 0 {
+		topics, more := among(scope.Topics)
+		q += " AND topic IN " + topics
+		args = append(args, more...)
+	}
+	rows, err := t.query(ctx, q, args...)
+	if err != nil {
+		return nil, fmt.Errorf("reading enrollments: %w", err)
+	}
+	defer rows.Close()
+	enrolled := make(map[string]bool, len(ids))
+	for rows.Next() {
+		var id string
+		if err := rows.Scan(&id); err != nil {
+			return nil, fmt.Errorf("reading enrollments: %w", err)
+		}
+		enrolled[id] = true
+	}
+	if err := rows.Err(); err != nil {
+		return nil, fmt.Errorf("reading enrollments: %w", err)
+	}
+	return enrolled, nil
+}
+
+// putCommand stores the command, or checks that the one that is there has the
+// same bytes, and keeps it there until the transaction ends.
+func putCommand(ctx context.Context, t *tx, e *storage.Enqueue) error {
+	q := "SELECT command FROM nano_commands WHERE command_uuid = ?" + t.d.forShare
+	var raw []byte
+	err := t.queryRow(ctx, q, e.Command.CommandUUID).Scan(&raw)
+	if errors.Is(err, sql.ErrNoRows) {
+		_, err = t.exec(ctx, t.d.upsert("nano_commands", []string{"command_uuid", "request_type", "command", "created_at"},
+			[]string{"command_uuid"}, nil), e.Command.CommandUUID, e.Command.RequestType, notNil(e.Command.Raw), t.now)
+		if err != nil {
+			return fmt.Errorf("storing a command: %w", err)
+		}
+		// Somebody else may have been first, with other bytes.
+		err = t.queryRow(ctx, q, e.Command.CommandUUID).Scan(&raw)
+	}
+	if err != nil {
+		return fmt.Errorf("reading a command: %w", err)
+	}
+	if !bytes.Equal(raw, e.Command.Raw) {
+		return storage.ErrConflict
+	}
+	return nil
+}
+
+// supersede ends rows that wait with the key.
+func supersede(ctx context.Context, t *tx, key string, ids []string) error {
+	if key == "" {
+		return nil
+	}
+	place, args := among(ids)
+	old, err := queueKeys(ctx, t, fmt.Sprintf(`SELECT id, command_uuid FROM nano_enrollment_queue
+WHERE supersede_key = ? AND state IN (%d, %d, %d) AND id IN `, storage.Scheduled, storage.Queued, storage.NotNow)+
+		place+" ORDER BY id, command_uuid"+t.d.forUpdate, append([]any{key}, args...)...)
+	if err != nil {
+		return fmt.Errorf("locking commands that are replaced: %w", err)
+	}
+	for chunk := range slices.Chunk(old, enqueueRows) {
+		if err := moveTo(ctx, t, storage.Superseded, chunk); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// insertRows inserts queue rows and raises numbers and debts. A scheduled row
+// takes a number, too: it tells the order of those that are due at one time.
+func insertRows(ctx context.Context, t *tx, e *storage.Enqueue, ids []string, numbers map[string]int64) error {
+	state, notBefore := storage.Queued, any(nil)
+	if micros(e.NotBefore) > t.now {
+		state, notBefore = storage.Scheduled, micros(e.NotBefore)
+	}
+	key := any(nil)
+	if e.SupersedeKey != "" {
+		key = e.SupersedeKey
+	}
+	args := make([]any, 0, 9*len(ids))
+	for _, id := range ids {
+		args = append(args, id, e.Command.CommandUUID, numbers[id]+1, e.Priority, int(state), key, t.now, notBefore, null(micros(e.ExpiresAt)))
+	}
+	_, err := t.exec(ctx, `INSERT INTO nano_enrollment_queue (id, command_uuid, seq, priority, state, supersede_key, created_at, not_before, expires_at)
+VALUES `+tuples(9, len(ids)), args...)
+	if err != nil {
+		return fmt.Errorf("storing queue rows: %w", err)
+	}
+	// MySQL assigns from left to right, so last_seq must come last.
+	set, args := "", nil
+	if state == storage.Queued && !e.NoPush {
+		// A time that is nearer stays, or a queue that grows all the time
+		// would keep the sweep off.
+		set = "owed_seq = last_seq + 1, push_at = CASE WHEN push_at < ? THEN push_at ELSE ? END, "
+		at := t.now + firstPush.Microseconds()
+		args = append(args, at, at)
+	}
+	place, idArgs := among(ids)
+	if _, err := t.exec(ctx, "UPDATE nano_enrollment_push SET "+set+"last_seq = last_seq + 1 WHERE id IN "+place, append(args, idArgs...)...); err != nil {
+		return fmt.Errorf("owing pushes: %w", err)
+	}
+	return nil
+}

@@ -1,0 +1,377 @@
+package sqlstore
+
+import (
+	"cmp"
+	"context"
+	"database/sql"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/nanomdm/nanomdm/mdm"
+	"github.com/nanomdm/nanomdm/storage"
+)
+
+// enrollment is a row of nano_enrollments as a change finds it.
+type enrollment struct {
+	id, device string
+	tally      int64
+	renewing   bool // a renewal window is open
+	enrolledAt sql.Null[int64]
+}
+
+// enrollments are those of the devices of a round, locked.
+type enrollments struct {
+	byID     map[string]*enrollment
+	byDevice map[string][]*enrollment
+}
+
+// readEnrollments locks and reads all enrollments of devices.
+func readEnrollments(ctx context.Context, t *tx, devices []string) (*enrollments, error) {
+	place, args := among(devices)
+	rows, err := t.query(ctx, `SELECT id, device_id, token_update_tally, renewal_until, enrolled_at
+FROM nano_enrollments WHERE device_id IN `+place+" ORDER BY id"+t.d.forUpdate, args...)
+	if err != nil {
+		return nil, fmt.Errorf("locking enrollments: %w", err)
+	}
+	defer rows.Close()
+	all := &enrollments{byID: make(map[string]*enrollment), byDevice: make(map[string][]*enrollment)}
+	for rows.Next() {
+		e := new(enrollment)
+		var renewal sql.Null[int64]
+		if err := rows.Scan(&e.id, &e.device, &e.tally, &renewal, &e.enrolledAt); err != nil {
+			return nil, fmt.Errorf("locking enrollments: %w", err)
+		}
+		e.renewing = renewal.Valid && renewal.V > t.now
+		all.byID[e.id] = e
+		all.byDevice[e.device] = append(all.byDevice[e.device], e)
+	}
+	if err := rows.Err(); err != nil {
+		return nil, fmt.Errorf("locking enrollments: %w", err)
+	}
+	return all, nil
+}
+
+// changeEnrollments carries out what is no report and was admitted.
+func changeEnrollments(ctx context.Context, t *tx, batch []*pending, certs *certificates) error {
+	if len(batch) == 0 {
+		return nil
+	}
+	devices := make([]string, len(batch))
+	for i, p := range batch {
+		devices[i] = p.device
+	}
+	all, err := readEnrollments(ctx, t, devices)
+	if err != nil {
+		return err
+	}
+	var authenticates, updates, checkOuts, bootstraps, users, reads []*pending
+	for _, p := range batch {
+		if p.err != nil {
+			continue
+		}
+		switch p.op.(type) {
+		case *storage.TokenUpdate, *storage.SetBootstrapToken, *storage.UserAuthenticate:
+			if !certs.devices[p.device] {
+				p.err = storage.ErrNotEnrolled
+				continue
+			}
+		}
+		if all.byID[p.id()] != nil {
+			p.seen, p.note = true, activity{id: p.id(), seen: t.now}
+		}
+		switch op := p.op.(type) {
+		case *storage.Authenticate:
+			p.facts.topic = op.Message.Topic
+			p.seen, p.note = true, activity{id: p.id(), seen: t.now}
+			authenticates = append(authenticates, p)
+		case *storage.TokenUpdate:
+			if all.byID[p.device] == nil {
+				p.err = storage.ErrNotEnrolled
+				continue
+			}
+			p.facts.topic = op.Message.Topic
+			p.seen, p.note = true, activity{id: p.id(), seen: t.now}
+			updates = append(updates, p)
+		case *storage.CheckOut:
+			checkOuts = append(checkOuts, p)
+		case *storage.SetBootstrapToken:
+			bootstraps = append(bootstraps, p)
+		case *storage.UserAuthenticate:
+			users = append(users, p)
+		case *storage.GetBootstrapToken:
+			reads = append(reads, p)
+		}
+	}
+	for _, step := range []func() error{
+		func() error { return authenticate(ctx, t, authenticates, certs, all) },
+		func() error { return end(ctx, t, authenticates, checkOuts, all) },
+		func() error { return updateTokens(ctx, t, updates, all) },
+		func() error { return setBootstrapTokens(ctx, t, bootstraps) },
+		func() error { return putUsers(ctx, t, users) },
+		func() error { return readBootstrapTokens(ctx, t, reads) },
+	} {
+		if err := step(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+var (
+	authenticateColumns = [...]string{"id", "serial_number", "model", "model_name", "device_name", "os_version", "build_version",
+		"product_name", "imei", "meid", "authenticate", "authenticate_at", "created_at", "updated_at"}
+	// All but the key and created_at.
+	authenticateSets = [...]string{"serial_number", "model", "model_name", "device_name", "os_version", "build_version",
+		"product_name", "imei", "meid", "authenticate", "authenticate_at", "updated_at"}
+)
+
+// authenticate writes devices and the beginnings of their enrollments. A
+// device that was not there is inserted without regard for one that may have
+// come in between: see change.
+func authenticate(ctx context.Context, t *tx, batch []*pending, certs *certificates, all *enrollments) error {
+	var known, fresh []any
+	var begun []any
+	for _, p := range batch {
+		m := p.op.(*storage.Authenticate).Message
+		args := []any{p.id(), clip(m.SerialNumber), clip(m.Model), clip(m.ModelName), clip(m.DeviceName), clip(m.OSVersion),
+			clip(m.BuildVersion), clip(m.ProductName), clip(m.IMEI), clip(m.MEID), notNil(m.Raw), t.now, t.now, t.now}
+		if certs.devices[p.id()] {
+			known = append(known, args...)
+		} else {
+			fresh = append(fresh, args...)
+		}
+		if all.byID[p.id()] == nil {
+			begun = append(begun, p.id(), p.id(), string(p.src.Enroll.Type), clip(m.Topic), t.now, t.now)
+		}
+	}
+	width := len(authenticateColumns)
+	if len(fresh) > 0 {
+		_, err := t.exec(ctx, "INSERT INTO nano_devices ("+strings.Join(authenticateColumns[:], ", ")+") VALUES "+
+			tuples(width, len(fresh)/width), fresh...)
+		if err != nil {
+			return fmt.Errorf("storing devices: %w", err)
+		}
+	}
+	if len(known) > 0 {
+		q := t.d.upsertRows("nano_devices", authenticateColumns[:], []string{"id"}, authenticateSets[:], len(known)/width)
+		if _, err := t.exec(ctx, q, known...); err != nil {
+			return fmt.Errorf("storing devices: %w", err)
+		}
+	}
+	if len(begun) > 0 {
+		_, err := t.exec(ctx, "INSERT INTO nano_enrollments (id, device_id, type, topic, created_at, updated_at) VALUES "+
+			tuples(6, len(begun)/6), begun...)
+		if err != nil {
+			return fmt.Errorf("storing enrollments: %w", err)
+		}
+	}
+	return nil
+}
+
+// end disables enrollments and takes from them what must not outlive them:
+// the queue, pushes owed and the bootstrap token. What a device that renews
+// its identity has is left to it, but for its own enrollment, which the
+// TokenUpdate to come enables again.
+func end(ctx context.Context, t *tx, authenticates, checkOuts []*pending, all *enrollments) error {
+	var devices, disable, clear []string
+	for _, p := range slices.Concat(authenticates, checkOuts) {
+		_, begins := p.op.(*storage.Authenticate)
+		own := all.byID[p.id()]
+		if begins && own != nil && own.renewing {
+			disable = append(disable, own.id)
+			continue
+		}
+		devices = append(devices, p.device)
+		for _, e := range all.byDevice[p.device] {
+			disable = append(disable, e.id)
+			clear = append(clear, e.id)
+		}
+	}
+	if err := disableEnrollments(ctx, t, disable); err != nil {
+		return err
+	}
+	if len(clear) == 0 {
+		return nil // devices that are new, or unknown
+	}
+	place, args := among(devices)
+	_, err := t.exec(ctx, `UPDATE nano_devices SET bootstrap_token = NULL, bootstrap_token_at = NULL, updated_at = ? WHERE id IN `+place,
+		append([]any{t.now}, args...)...)
+	if err != nil {
+		return fmt.Errorf("clearing bootstrap tokens: %w", err)
+	}
+	return clearQueues(ctx, t, clear)
+}
+
+func disableEnrollments(ctx context.Context, t *tx, ids []string) error {
+	if len(ids) == 0 {
+		return nil
+	}
+	place, args := among(ids)
+	_, err := t.exec(ctx, `UPDATE nano_enrollments SET enabled = 0, token_update_tally = 0, updated_at = ? WHERE id IN `+place,
+		append([]any{t.now}, args...)...)
+	if err != nil {
+		return fmt.Errorf("disabling enrollments: %w", err)
+	}
+	return nil
+}
+
+// clearQueues cancels what waits. Whoever queues at the same time holds the
+// push row: either it was there before, and its commands are cancelled, or it
+// finds the enrollment disabled.
+func clearQueues(ctx context.Context, t *tx, ids []string) error {
+	slices.Sort(ids)
+	if _, err := lock(ctx, t, "nano_enrollment_push", ids); err != nil {
+		return err
+	}
+	place, args := among(ids)
+	_, err := t.exec(ctx, `UPDATE nano_enrollment_push SET paid_seq = owed_seq, push_at = NULL, attempts = 0 WHERE id IN `+place, args...)
+	if err != nil {
+		return fmt.Errorf("forgetting pushes owed: %w", err)
+	}
+	_, err = t.exec(ctx, fmt.Sprintf(`UPDATE nano_enrollment_queue SET state = %d, finished_at = ? WHERE state IN (%d, %d, %d) AND id IN `,
+		storage.Cancelled, storage.Scheduled, storage.Queued, storage.NotNow)+place, append([]any{t.now}, args...)...)
+	if err != nil {
+		return fmt.Errorf("cancelling commands: %w", err)
+	}
+	return nil
+}
+
+// updateTokens writes TokenUpdates.
+func updateTokens(ctx context.Context, t *tx, batch []*pending, all *enrollments) error {
+	if len(batch) == 0 {
+		return nil
+	}
+	var plain, unlocking, users []*pending
+	var args []any
+	var ids, repeating []string
+	for _, p := range batch {
+		m := p.op.(*storage.TokenUpdate).Message
+		tally, enrolledAt := int64(1), t.now
+		if e := all.byID[p.id()]; e != nil {
+			tally = e.tally + 1
+			if e.tally > 0 && e.enrolledAt.Valid {
+				enrolledAt = e.enrolledAt.V
+			}
+			repeating = append(repeating, p.id())
+		}
+		p.out.Tally = int(tally)
+		p.facts.tally = p.out.Tally
+		args = append(args, p.id(), p.device, string(p.src.Enroll.Type), clip(m.Topic), clip(m.PushMagic), notNil(m.Token), t.now,
+			true, tally, m.AwaitingConfiguration, enrolledAt, t.now, t.now)
+		ids = append(ids, p.id())
+		switch {
+		case p.src.Enroll.IsUserChannel():
+			users = append(users, p)
+		case len(m.UnlockToken) > 0:
+			unlocking = append(unlocking, p)
+		default:
+			plain = append(plain, p)
+		}
+	}
+	if err := updateDevices(ctx, t, []string{"token_update", "token_update_at"}, plain, func(p *pending) []any {
+		return []any{notNil(p.op.(*storage.TokenUpdate).Message.Raw), t.now}
+	}); err != nil {
+		return err
+	}
+	if err := updateDevices(ctx, t, []string{"token_update", "token_update_at", "unlock_token", "unlock_token_at"}, unlocking, func(p *pending) []any {
+		m := p.op.(*storage.TokenUpdate).Message
+		return []any{notNil(m.Raw), t.now, m.UnlockToken, t.now}
+	}); err != nil {
+		return err
+	}
+	if err := putUsers(ctx, t, users); err != nil {
+		return err
+	}
+	q := t.d.upsertRows("nano_enrollments",
+		[]string{"id", "device_id", "type", "topic", "push_magic", "token", "token_at", "enabled", "token_update_tally",
+			"awaiting_configuration", "enrolled_at", "created_at", "updated_at"},
+		[]string{"id"},
+		[]string{"device_id", "type", "topic", "push_magic", "token", "token_at", "enabled", "token_update_tally",
+			"awaiting_configuration", "enrolled_at", "updated_at"}, len(batch))
+	if _, err := t.exec(ctx, q, args...); err != nil {
+		return fmt.Errorf("storing enrollments: %w", err)
+	}
+	return revive(ctx, t, ids, repeating)
+}
+
+// revive makes enrollments with a new token pushable, and has what is owed to
+// those that were there before pushed at once.
+func revive(ctx context.Context, t *tx, ids, repeating []string) error {
+	args := make([]any, 0, len(ids))
+	for _, id := range ids {
+		args = append(args, id)
+	}
+	q := t.d.upsertRows("nano_enrollment_push", []string{"id"}, []string{"id"}, []string{"token_dead_at = NULL", "attempts = 0"}, len(ids))
+	if _, err := t.exec(ctx, q, args...); err != nil {
+		return fmt.Errorf("storing push rows: %w", err)
+	}
+	if len(repeating) == 0 {
+		return nil
+	}
+	place, args := among(repeating)
+	_, err := t.exec(ctx, `UPDATE nano_enrollment_push SET push_at = ? WHERE owed_seq > paid_seq AND id IN `+place, append([]any{t.now}, args...)...)
+	if err != nil {
+		return fmt.Errorf("planning pushes: %w", err)
+	}
+	return nil
+}
+
+// updateDevices writes columns of devices that exist and are locked. It is an
+// upsert only since that is the statement with other values for each row that
+// all engines have.
+func updateDevices(ctx context.Context, t *tx, columns []string, batch []*pending, row func(*pending) []any) error {
+	if len(batch) == 0 {
+		return nil
+	}
+	required := []string{"id", "authenticate", "authenticate_at", "created_at", "updated_at"}
+	var args []any
+	for _, p := range batch {
+		args = append(args, p.device, []byte{}, 0, t.now, t.now)
+		args = append(args, row(p)...)
+	}
+	q := t.d.upsertRows("nano_devices", slices.Concat(required, columns), []string{"id"}, append(columns, "updated_at"), len(batch))
+	if _, err := t.exec(ctx, q, args...); err != nil {
+		return fmt.Errorf("storing devices: %w", err)
+	}
+	return nil
+}
+
+func setBootstrapTokens(ctx context.Context, t *tx, batch []*pending) error {
+	return updateDevices(ctx, t, []string{"bootstrap_token", "bootstrap_token_at"}, batch, func(p *pending) []any {
+		token := p.op.(*storage.SetBootstrapToken).Token
+		if len(token) == 0 {
+			return []any{nil, nil}
+		}
+		return []any{token, t.now}
+	})
+}
+
+// putUsers writes the users of TokenUpdates or those of UserAuthenticates.
+func putUsers(ctx context.Context, t *tx, batch []*pending) error {
+	if len(batch) == 0 {
+		return nil
+	}
+	message := "user_authenticate"
+	var args []any
+	for _, p := range batch {
+		var who *mdm.Enrollment
+		var raw []byte
+		switch op := p.op.(type) {
+		case *storage.TokenUpdate:
+			message, who, raw = "token_update", op.Message.Identity(), op.Message.Raw
+		case *storage.UserAuthenticate:
+			who, raw = op.Message.Identity(), op.Message.Raw
+		}
+		args = append(args, p.id(), p.device, clip(cmp.Or(who.UserID, who.EnrollmentUserID)), clip(who.UserShortName),
+			clip(who.UserLongName), notNil(raw), t.now, t.now, t.now)
+	}
+	q := t.d.upsertRows("nano_users",
+		[]string{"id", "device_id", "user_id", "user_short_name", "user_long_name", message, message + "_at", "created_at", "updated_at"},
+		[]string{"id"},
+		[]string{"device_id", "user_id", "user_short_name", "user_long_name", message, message + "_at", "updated_at"}, len(batch))
+	if _, err := t.exec(ctx, q, args...); err != nil {
+		return fmt.Errorf("storing users: %w", err)
+	}
+	return nil
+}

@@ -1,0 +1,264 @@
+package sqlstore
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+
+	"github.com/nanomdm/nanomdm/mdm"
+	"github.com/nanomdm/nanomdm/storage"
+)
+
+// EnrollmentByCertificate implements storage.PinnedEnrollments.
+func (s *Store) EnrollmentByCertificate(ctx context.Context, hash string) (string, error) {
+	var id string
+	err := s.read(ctx, func(ctx context.Context, t *tx) error {
+		return t.queryRow(ctx, "SELECT id FROM nano_cert_auth_associations WHERE sha256 = ? AND retired_at IS NULL", hash).Scan(&id)
+	})
+	if errors.Is(err, sql.ErrNoRows) {
+		return "", storage.ErrNotFound
+	}
+	if err != nil {
+		return "", fmt.Errorf("looking a certificate up: %w", err)
+	}
+	return id, nil
+}
+
+// poll answers a batch of operations that only read: one statement when no
+// command waits for any of them, two when some does. Their events report no
+// change and are written with the activity.
+func (s *Store) poll(ctx context.Context, batch []*pending) error {
+	err := s.read(ctx, func(ctx context.Context, t *tx) error {
+		for _, p := range batch {
+			p.reset()
+		}
+		return pollBatch(ctx, t, batch)
+	})
+	if err != nil {
+		return err
+	}
+	for _, p := range batch {
+		if !p.mustWrite {
+			s.visited(p)
+			s.act.tell(outgoing([]*pending{p}))
+		}
+	}
+	return nil
+}
+
+func pollBatch(ctx context.Context, t *tx, batch []*pending) error {
+	ids := make([]string, len(batch))
+	for i, p := range batch {
+		ids[i] = p.id()
+	}
+	subs, err := subjects(ctx, t, ids, true)
+	if err != nil {
+		return err
+	}
+	if err := judgePolls(ctx, t, batch, subs); err != nil {
+		return err
+	}
+	var reports, tokens []*pending
+	for _, p := range batch {
+		if p.err != nil || p.mustWrite {
+			continue
+		}
+		switch p.op.(type) {
+		case *storage.Report:
+			reports = append(reports, p)
+		case *storage.GetBootstrapToken:
+			tokens = append(tokens, p)
+		}
+		if sub := subs[p.id()]; sub != nil {
+			p.seen, p.note = true, activity{id: sub.id, seen: t.now}
+		}
+	}
+	if err := offer(ctx, t, reports, subs); err != nil {
+		return err
+	}
+	return readBootstrapTokens(ctx, t, tokens)
+}
+
+// judgePolls checks the certificates of polls. Most are settled by what was
+// read with the enrollment.
+func judgePolls(ctx context.Context, t *tx, batch []*pending, subs map[string]*subject) error {
+	odd := unsettled(batch, subs)
+	if len(odd) == 0 {
+		return nil
+	}
+	certs, err := readCertificates(ctx, t, odd)
+	if err != nil {
+		return err
+	}
+	for _, p := range odd {
+		p.mustWrite, p.err = certs.judge(p)
+	}
+	return nil
+}
+
+// unsettled returns the operations whose certificate is not the live one of
+// an enrollment that was read.
+func unsettled(batch []*pending, subs map[string]*subject) []*pending {
+	var odd []*pending
+	for _, p := range batch {
+		sub := subs[p.id()]
+		if h := p.hash(); p.src.Pin != nil && (sub == nil || h == "" || h != sub.pinned) {
+			odd = append(odd, p)
+		}
+	}
+	return odd
+}
+
+// offer gives each report the command that is due for it and plans when the
+// device is to be woken if it falls silent.
+func offer(ctx context.Context, t *tx, reports []*pending, subs map[string]*subject) error {
+	var both []queueKey
+	for _, p := range reports {
+		sub := subs[p.id()]
+		if sub == nil || !sub.active {
+			continue
+		}
+		p.note.settle(t.now, sub)
+		if idle(p) && sub.queued.Valid && sub.notnow.Valid {
+			both = append(both, queueKey{sub.id, sub.queued.V}, queueKey{sub.id, sub.notnow.V})
+		}
+	}
+	places, err := readPlaces(ctx, t, both)
+	if err != nil {
+		return err
+	}
+	due := make(map[*pending]string)
+	for _, p := range reports {
+		sub := subs[p.id()]
+		if sub == nil || !sub.active {
+			continue
+		}
+		switch {
+		case idle(p) && sub.notnow.Valid && (!sub.queued.Valid ||
+			places[queueKey{sub.id, sub.notnow.V}].before(places[queueKey{sub.id, sub.queued.V}])):
+			due[p] = sub.notnow.V
+		case sub.queued.Valid:
+			due[p] = sub.queued.V
+		}
+	}
+	return readCommands(ctx, t, due)
+}
+
+// idle says whether commands that were refused for now are offered again.
+func idle(p *pending) bool {
+	return p.op.(*storage.Report).Status == mdm.StatusIdle
+}
+
+// settle notes that a poll pays for the pushes owed so far, and plans the
+// next one: none if nothing waits, else for when the device falls silent.
+func (a *activity) settle(now int64, sub *subject) {
+	switch {
+	case sub.queued.Valid || sub.notnow.Valid:
+		a.setPushAt, a.pushAt = true, now+firstSilence.Microseconds()
+	case sub.pushAt.Valid:
+		a.setPushAt, a.pushAt = true, 0
+	}
+	if a.setPushAt || sub.paid < sub.owed {
+		a.paid = sub.owed
+	}
+}
+
+// place is where a row stands in its enrollment's queue.
+type place struct{ priority, seq int64 }
+
+func (p place) before(q place) bool {
+	return p.priority > q.priority || p.priority == q.priority && p.seq < q.seq
+}
+
+func readPlaces(ctx context.Context, t *tx, keys []queueKey) (map[queueKey]place, error) {
+	if len(keys) == 0 {
+		return nil, nil
+	}
+	where, args := amongKeys(keys)
+	rows, err := t.query(ctx, "SELECT id, command_uuid, priority, seq FROM nano_enrollment_queue WHERE "+where, args...)
+	if err != nil {
+		return nil, fmt.Errorf("reading queue rows: %w", err)
+	}
+	defer rows.Close()
+	places := make(map[queueKey]place, len(keys))
+	for rows.Next() {
+		var k queueKey
+		var at place
+		if err := rows.Scan(&k.id, &k.uuid, &at.priority, &at.seq); err != nil {
+			return nil, fmt.Errorf("reading queue rows: %w", err)
+		}
+		places[k] = at
+	}
+	if err := rows.Err(); err != nil {
+		return nil, fmt.Errorf("reading queue rows: %w", err)
+	}
+	return places, nil
+}
+
+// readCommands reads the commands that are due, each once.
+func readCommands(ctx context.Context, t *tx, due map[*pending]string) error {
+	if len(due) == 0 {
+		return nil
+	}
+	commands := make(map[string]*mdm.Command, len(due))
+	var uuids []string
+	for _, uuid := range due {
+		if _, ok := commands[uuid]; !ok {
+			commands[uuid] = nil
+			uuids = append(uuids, uuid)
+		}
+	}
+	places, args := among(uuids)
+	rows, err := t.query(ctx, "SELECT command_uuid, request_type, command FROM nano_commands WHERE command_uuid IN "+places, args...)
+	if err != nil {
+		return fmt.Errorf("reading commands: %w", err)
+	}
+	defer rows.Close()
+	for rows.Next() {
+		c := new(mdm.Command)
+		if err := rows.Scan(&c.CommandUUID, &c.RequestType, &c.Raw); err != nil {
+			return fmt.Errorf("reading commands: %w", err)
+		}
+		commands[c.CommandUUID] = c
+	}
+	if err := rows.Err(); err != nil {
+		return fmt.Errorf("reading commands: %w", err)
+	}
+	for p, uuid := range due {
+		p.out.Command = commands[uuid]
+	}
+	return nil
+}
+
+func readBootstrapTokens(ctx context.Context, t *tx, batch []*pending) error {
+	if len(batch) == 0 {
+		return nil
+	}
+	devices := make([]string, len(batch))
+	for i, p := range batch {
+		devices[i] = p.device
+	}
+	places, args := among(devices)
+	rows, err := t.query(ctx, "SELECT id, bootstrap_token FROM nano_devices WHERE id IN "+places, args...)
+	if err != nil {
+		return fmt.Errorf("reading bootstrap tokens: %w", err)
+	}
+	defer rows.Close()
+	tokens := make(map[string][]byte, len(batch))
+	for rows.Next() {
+		var id string
+		var token []byte
+		if err := rows.Scan(&id, &token); err != nil {
+			return fmt.Errorf("reading bootstrap tokens: %w", err)
+		}
+		tokens[id] = token
+	}
+	if err := rows.Err(); err != nil {
+		return fmt.Errorf("reading bootstrap tokens: %w", err)
+	}
+	for _, p := range batch {
+		p.out.BootstrapToken = tokens[p.device]
+	}
+	return nil
+}

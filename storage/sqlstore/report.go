@@ -1,0 +1,277 @@
+package sqlstore
+
+import (
+	"context"
+	"fmt"
+	"slices"
+
+	"github.com/nanomdm/nanomdm/mdm"
+	"github.com/nanomdm/nanomdm/storage"
+)
+
+// terminalState is the state that a device's terminal status ends a row in.
+func terminalState(s mdm.Status) storage.State {
+	switch s {
+	case mdm.StatusAcknowledged:
+		return storage.Acknowledged
+	case mdm.StatusError:
+		return storage.Failed
+	}
+	return storage.FormatError
+}
+
+// takeReports stores a round's results and answers with the next commands.
+func takeReports(ctx context.Context, t *tx, reports []*pending) error {
+	if len(reports) == 0 {
+		return nil
+	}
+	var ids []string
+	var keys []queueKey
+	for _, p := range reports {
+		ids = append(ids, p.id())
+		if k, ok := reportedKey(p); ok {
+			keys = append(keys, k)
+		}
+	}
+	states, err := lockQueueRows(ctx, t, keys)
+	if err != nil {
+		return err
+	}
+	subs, err := subjects(ctx, t, ids, false)
+	if err != nil {
+		return err
+	}
+	if err := admitReports(ctx, t, reports, subs); err != nil {
+		return err
+	}
+	admitted := slices.DeleteFunc(slices.Clone(reports), func(p *pending) bool { return p.err != nil })
+	if err := moveRows(ctx, t, admitted, states); err != nil {
+		return err
+	}
+	return answer(ctx, t, admitted)
+}
+
+// reportedKey is the row that a report may change, if it names one.
+func reportedKey(p *pending) (queueKey, bool) {
+	r := p.op.(*storage.Report)
+	if !r.Status.Terminal() && r.Status != mdm.StatusNotNow {
+		return queueKey{}, false
+	}
+	return queueKey{p.id(), r.CommandUUID}, storable(r.CommandUUID)
+}
+
+// lockQueueRows locks rows in key order and reads their states.
+func lockQueueRows(ctx context.Context, t *tx, keys []queueKey) (map[queueKey]storage.State, error) {
+	if len(keys) == 0 {
+		return nil, nil
+	}
+	where, args := amongKeys(keys)
+	rows, err := t.query(ctx, "SELECT id, command_uuid, state FROM nano_enrollment_queue WHERE "+where+" ORDER BY id, command_uuid"+t.d.forUpdate, args...)
+	if err != nil {
+		return nil, fmt.Errorf("locking queue rows: %w", err)
+	}
+	defer rows.Close()
+	states := make(map[queueKey]storage.State, len(keys))
+	for rows.Next() {
+		var k queueKey
+		var state storage.State
+		if err := rows.Scan(&k.id, &k.uuid, &state); err != nil {
+			return nil, fmt.Errorf("locking queue rows: %w", err)
+		}
+		states[k] = state
+	}
+	if err := rows.Err(); err != nil {
+		return nil, fmt.Errorf("locking queue rows: %w", err)
+	}
+	return states, nil
+}
+
+// admitReports checks the certificates of reports. Most are settled by what
+// was read with the enrollment.
+func admitReports(ctx context.Context, t *tx, reports []*pending, subs map[string]*subject) error {
+	_, err := admit(ctx, t, unsettled(reports, subs))
+	return err
+}
+
+// moveRows ends the rows of results, stores the results, and puts off the
+// rows of NotNow. What repeats or comes late changes no state.
+func moveRows(ctx context.Context, t *tx, reports []*pending, states map[queueKey]storage.State) error {
+	moves := make(map[storage.State][]queueKey)
+	var results, late []*pending
+	for _, p := range reports {
+		r := p.op.(*storage.Report)
+		k, ok := reportedKey(p)
+		state, found := states[k]
+		if !ok || !found {
+			continue
+		}
+		p.facts.known = true
+		switch {
+		case r.Status == mdm.StatusNotNow:
+			if state == storage.Queued || state == storage.NotNow {
+				moves[storage.NotNow] = append(moves[storage.NotNow], k)
+			}
+		case !state.Terminal():
+			to := terminalState(r.Status)
+			moves[to] = append(moves[to], k)
+			results = append(results, p)
+		case state == storage.Cancelled || state == storage.Expired || state == storage.Superseded:
+			late = append(late, p)
+		default:
+			p.facts.repeated = state == terminalState(r.Status)
+		}
+	}
+	stored, err := storedResults(ctx, t, late)
+	if err != nil {
+		return err
+	}
+	for _, p := range late {
+		r := p.op.(*storage.Report)
+		if status, ok := stored[queueKey{p.id(), r.CommandUUID}]; ok {
+			p.facts.repeated = status == string(r.Status)
+		} else {
+			results = append(results, p)
+		}
+	}
+	if err := insertResults(ctx, t, results, states); err != nil {
+		return err
+	}
+	for _, to := range []storage.State{storage.NotNow, storage.Acknowledged, storage.Failed, storage.FormatError} {
+		if err := moveTo(ctx, t, to, moves[to]); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func moveTo(ctx context.Context, t *tx, to storage.State, keys []queueKey) error {
+	if len(keys) == 0 {
+		return nil
+	}
+	set := "state = ?, finished_at = ?"
+	if to == storage.NotNow {
+		set = "state = ?, notnow_at = ?, notnow_count = notnow_count + 1"
+	}
+	where, args := amongKeys(keys)
+	_, err := t.exec(ctx, "UPDATE nano_enrollment_queue SET "+set+" WHERE "+where, append([]any{int(to), t.now}, args...)...)
+	if err != nil {
+		return fmt.Errorf("moving queue rows to %s: %w", to, err)
+	}
+	return nil
+}
+
+// storedResults reads the statuses of the results that are there.
+func storedResults(ctx context.Context, t *tx, reports []*pending) (map[queueKey]string, error) {
+	if len(reports) == 0 {
+		return nil, nil
+	}
+	keys := make([]queueKey, len(reports))
+	for i, p := range reports {
+		keys[i], _ = reportedKey(p)
+	}
+	where, args := amongKeys(keys)
+	rows, err := t.query(ctx, "SELECT id, command_uuid, status FROM nano_command_results WHERE "+where, args...)
+	if err != nil {
+		return nil, fmt.Errorf("reading results: %w", err)
+	}
+	defer rows.Close()
+	stored := make(map[queueKey]string)
+	for rows.Next() {
+		var k queueKey
+		var status string
+		if err := rows.Scan(&k.id, &k.uuid, &status); err != nil {
+			return nil, fmt.Errorf("reading results: %w", err)
+		}
+		stored[k] = status
+	}
+	if err := rows.Err(); err != nil {
+		return nil, fmt.Errorf("reading results: %w", err)
+	}
+	return stored, nil
+}
+
+func insertResults(ctx context.Context, t *tx, reports []*pending, states map[queueKey]storage.State) error {
+	if len(reports) == 0 {
+		return nil
+	}
+	args := make([]any, 0, 6*len(reports))
+	for _, p := range reports {
+		r := p.op.(*storage.Report)
+		late := states[queueKey{p.id(), r.CommandUUID}].Terminal()
+		args = append(args, p.id(), r.CommandUUID, string(r.Status), notNil(r.Raw), late, t.now)
+	}
+	q := t.d.upsertRows("nano_command_results",
+		[]string{"id", "command_uuid", "status", "result", "late", "created_at"},
+		[]string{"id", "command_uuid"}, nil, len(reports))
+	if _, err := t.exec(ctx, q, args...); err != nil {
+		return fmt.Errorf("storing results: %w", err)
+	}
+	return nil
+}
+
+// answer gives the reports their next commands, as they stand after the
+// results are in, and owes a push to devices that would not come back for
+// what they refused before.
+func answer(ctx context.Context, t *tx, reports []*pending) error {
+	if len(reports) == 0 {
+		return nil
+	}
+	ids := make([]string, len(reports))
+	for i, p := range reports {
+		ids[i] = p.id()
+	}
+	subs, err := subjects(ctx, t, ids, true)
+	if err != nil {
+		return err
+	}
+	var debts []string
+	for _, p := range reports {
+		sub := subs[p.id()]
+		if sub == nil {
+			continue
+		}
+		p.seen, p.note = true, activity{id: sub.id, seen: t.now}
+		if !sub.active || sub.queued.Valid || !sub.notnow.Valid {
+			continue
+		}
+		// A device asks again by itself only if NotNow is the last it said.
+		if r := p.op.(*storage.Report); r.Status != mdm.StatusNotNow && r.Status != mdm.StatusIdle {
+			debts = append(debts, sub.id)
+		}
+	}
+	if err := offer(ctx, t, reports, subs); err != nil {
+		return err
+	}
+	for _, p := range reports {
+		if slices.Contains(debts, p.id()) {
+			p.note.setPushAt = false
+		}
+	}
+	return owe(ctx, t, debts)
+}
+
+// owe makes a push owed at once.
+func owe(ctx context.Context, t *tx, ids []string) error {
+	if len(ids) == 0 {
+		return nil
+	}
+	if _, err := lock(ctx, t, "nano_enrollment_push", ids); err != nil {
+		return err
+	}
+	places, args := among(ids)
+	// MySQL assigns from left to right, so last_seq must come last.
+	_, err := t.exec(ctx, `UPDATE nano_enrollment_push
+SET owed_seq = last_seq + 1, push_at = ?, last_seq = last_seq + 1 WHERE id IN `+places, append([]any{t.now}, args...)...)
+	if err != nil {
+		return fmt.Errorf("owing pushes: %w", err)
+	}
+	return nil
+}
+
+// notNil keeps an empty value from becoming NULL.
+func notNil(b []byte) []byte {
+	if b == nil {
+		return []byte{}
+	}
+	return b
+}

@@ -1,0 +1,404 @@
+package sqlstore
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"strings"
+	"sync/atomic"
+
+	"github.com/nanomdm/nanomdm/storage"
+)
+
+var _ storage.Sweeps = (*Store)(nil)
+
+// swept counts what the sweeps of this store did.
+type swept struct {
+	promoted, expired       atomic.Int64
+	rows, results, commands atomic.Int64
+	resultBytes             atomic.Int64
+}
+
+func (s *swept) add(r storage.Removed) {
+	s.rows.Add(int64(r.Rows))
+	s.results.Add(int64(r.Results))
+	s.commands.Add(int64(r.Commands))
+	s.resultBytes.Add(r.Bytes)
+}
+
+// sweep is write under a lease.
+func (s *Store) sweep(ctx context.Context, l storage.Lease, fn func(ctx context.Context, t *tx) error) error {
+	return s.write(ctx, func(ctx context.Context, t *tx) error {
+		if err := t.checkLease(ctx, l); err != nil {
+			return err
+		}
+		return fn(ctx, t)
+	})
+}
+
+// waitingStates are those that a row can leave without the device.
+var waitingStates = [...]storage.State{storage.Scheduled, storage.Queued, storage.NotNow}
+
+// ExpireCommands implements storage.Sweeps.
+func (s *Store) ExpireCommands(ctx context.Context, l storage.Lease, limit int) (expired int, err error) {
+	err = s.sweep(ctx, l, func(ctx context.Context, t *tx) error {
+		expired = 0
+		for _, state := range waitingStates {
+			due, err := queueKeys(ctx, t, `SELECT id, command_uuid FROM nano_enrollment_queue
+WHERE state = ? AND expires_at <= ? ORDER BY expires_at LIMIT ?`, int(state), t.now, limit-expired)
+			if err != nil {
+				return fmt.Errorf("looking for commands that expire: %w", err)
+			}
+			n, err := expire(ctx, t, due)
+			if err != nil {
+				return err
+			}
+			expired += n
+		}
+		return nil
+	})
+	if err != nil {
+		return 0, fmt.Errorf("expiring commands: %w", err)
+	}
+	s.swept.expired.Add(int64(expired))
+	return expired, nil
+}
+
+// expire ends rows, unless they have changed since they were looked up.
+func expire(ctx context.Context, t *tx, due []queueKey) (int, error) {
+	if len(due) == 0 {
+		return 0, nil
+	}
+	where, args := amongKeys(due)
+	due, err := queueKeys(ctx, t, "SELECT id, command_uuid FROM nano_enrollment_queue WHERE "+where+
+		fmt.Sprintf(" AND state < %d AND expires_at <= ? ORDER BY id, command_uuid", storage.Acknowledged)+t.d.forUpdate,
+		append(args, t.now)...)
+	if err != nil {
+		return 0, fmt.Errorf("locking commands that expire: %w", err)
+	}
+	if err := moveTo(ctx, t, storage.Expired, due); err != nil {
+		return 0, err
+	}
+	return len(due), nil
+}
+
+// queueKeys runs a query for the keys of queue rows.
+func queueKeys(ctx context.Context, t *tx, q string, args ...any) (keys []queueKey, err error) {
+	rows, err := t.query(ctx, q, args...)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	for rows.Next() {
+		var k queueKey
+		if err := rows.Scan(&k.id, &k.uuid); err != nil {
+			return nil, err
+		}
+		keys = append(keys, k)
+	}
+	return keys, rows.Err()
+}
+
+// PromoteCommands implements storage.Sweeps.
+func (s *Store) PromoteCommands(ctx context.Context, l storage.Lease, limit int) (promoted int, err error) {
+	err = s.sweep(ctx, l, func(ctx context.Context, t *tx) error {
+		due, err := queueKeys(ctx, t, fmt.Sprintf(`SELECT id, command_uuid FROM nano_enrollment_queue
+WHERE state = %d AND not_before <= ? ORDER BY not_before LIMIT ?`, storage.Scheduled), t.now, limit)
+		if err != nil {
+			return fmt.Errorf("looking for commands that are due: %w", err)
+		}
+		promoted, err = promote(ctx, t, due)
+		return err
+	})
+	if err != nil {
+		return 0, fmt.Errorf("promoting scheduled commands: %w", err)
+	}
+	s.swept.promoted.Add(int64(promoted))
+	return promoted, nil
+}
+
+// promote gives rows the next numbers of their enrollments' queues and makes
+// pushes owed, unless the rows have changed since they were looked up.
+func promote(ctx context.Context, t *tx, due []queueKey) (int, error) {
+	if len(due) == 0 {
+		return 0, nil
+	}
+	ids := make([]string, len(due))
+	for i, k := range due {
+		ids[i] = k.id
+	}
+	slices.Sort(ids)
+	if _, err := lock(ctx, t, "nano_enrollment_push", slices.Compact(ids)); err != nil {
+		return 0, err
+	}
+	where, args := amongKeys(due)
+	locked, err := queueKeys(ctx, t, "SELECT id, command_uuid FROM nano_enrollment_queue WHERE "+where+
+		fmt.Sprintf(" AND state = %d AND not_before <= ? ORDER BY id, command_uuid", storage.Scheduled)+t.d.forUpdate,
+		append(args, t.now)...)
+	if err != nil {
+		return 0, fmt.Errorf("locking commands that are due: %w", err)
+	}
+	if len(locked) == 0 {
+		return 0, nil
+	}
+	// The order inside an enrollment, read now that it stands still.
+	where, args = amongKeys(locked)
+	ordered, err := queueKeys(ctx, t, "SELECT id, command_uuid FROM nano_enrollment_queue WHERE "+where+" ORDER BY id, not_before, seq", args...)
+	if err != nil {
+		return 0, fmt.Errorf("reading commands that are due: %w", err)
+	}
+	// Rows that come nth of their enrollment share a statement, and so do
+	// enrollments with as many rows.
+	var nth [][]queueKey
+	count := make(map[string]int)
+	for _, k := range ordered {
+		n := count[k.id]
+		count[k.id]++
+		if n == len(nth) {
+			nth = append(nth, nil)
+		}
+		nth[n] = append(nth[n], k)
+	}
+	for n, keys := range nth {
+		where, args := amongKeys(keys)
+		_, err := t.exec(ctx, fmt.Sprintf(`UPDATE nano_enrollment_queue SET state = %d,
+seq = (SELECT p.last_seq FROM nano_enrollment_push p WHERE p.id = nano_enrollment_queue.id) + ? WHERE `, storage.Queued)+where,
+			append([]any{n + 1}, args...)...)
+		if err != nil {
+			return 0, fmt.Errorf("queueing commands that are due: %w", err)
+		}
+	}
+	bySize := make([][]string, len(nth)+1)
+	for id, n := range count {
+		bySize[n] = append(bySize[n], id)
+	}
+	for n, ids := range bySize {
+		if err := oweFor(ctx, t, ids, n); err != nil {
+			return 0, err
+		}
+	}
+	return len(ordered), nil
+}
+
+// oweFor takes n numbers of each queue and makes a push owed at once for the
+// last.
+func oweFor(ctx context.Context, t *tx, ids []string, n int) error {
+	if len(ids) == 0 {
+		return nil
+	}
+	slices.Sort(ids)
+	places, args := among(ids)
+	// MySQL assigns from left to right, so last_seq must come last.
+	_, err := t.exec(ctx, `UPDATE nano_enrollment_push
+SET owed_seq = last_seq + ?, push_at = ?, last_seq = last_seq + ? WHERE id IN `+places, append([]any{n, t.now, n}, args...)...)
+	if err != nil {
+		return fmt.Errorf("owing pushes: %w", err)
+	}
+	return nil
+}
+
+// RemoveResults implements storage.Sweeps.
+func (s *Store) RemoveResults(ctx context.Context, l storage.Lease, r storage.Removal) (storage.Removed, error) {
+	var out storage.Removed
+	err := s.sweep(ctx, l, func(ctx context.Context, t *tx) error {
+		out = storage.Removed{}
+		old, err := look(ctx, t, "nano_command_results", "created_at", "", r, &out)
+		if err != nil {
+			return fmt.Errorf("looking for old results: %w", err)
+		}
+		return removeResults(ctx, t, old, &out)
+	})
+	if err != nil {
+		return storage.Removed{}, fmt.Errorf("removing results: %w", err)
+	}
+	s.swept.add(out)
+	return out, nil
+}
+
+// RemoveFinished implements storage.Sweeps.
+func (s *Store) RemoveFinished(ctx context.Context, l storage.Lease, state storage.State, r storage.Removal) (storage.Removed, error) {
+	if !state.Terminal() {
+		return storage.Removed{}, fmt.Errorf("removing finished commands: %s rows are not finished", state)
+	}
+	var out storage.Removed
+	err := s.sweep(ctx, l, func(ctx context.Context, t *tx) error {
+		out = storage.Removed{}
+		old, err := look(ctx, t, "nano_enrollment_queue", "finished_at", fmt.Sprintf("h.state = %d AND ", state), r, &out)
+		if err != nil {
+			return fmt.Errorf("looking for old queue rows: %w", err)
+		}
+		return removeFinished(ctx, t, state, micros(r.Before), old, &out)
+	})
+	if err != nil {
+		return storage.Removed{}, fmt.Errorf("removing finished commands: %w", err)
+	}
+	s.swept.add(out)
+	return out, nil
+}
+
+// look reads the next stretch of a table's history in the order of its times,
+// notes in out how far that went, and returns the keys of the type that is
+// looked for.
+func look(ctx context.Context, t *tx, table, at, condition string, r storage.Removal, out *storage.Removed) ([]queueKey, error) {
+	after := micros(r.After.At)
+	rows, err := t.query(ctx, "SELECT h."+at+", h.id, h.command_uuid, COALESCE(c.request_type, '') FROM "+table+` h
+LEFT JOIN nano_commands c ON c.command_uuid = h.command_uuid
+WHERE `+condition+"h."+at+" >= ? AND h."+at+" < ? AND (h."+at+` > ? OR h.id > ? OR (h.id = ? AND h.command_uuid > ?))
+ORDER BY h.`+at+", h.id, h.command_uuid LIMIT ?",
+		after, micros(r.Before), after, r.After.ID, r.After.ID, r.After.CommandUUID, r.Limit)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	out.Next = r.After
+	var keys []queueKey
+	for rows.Next() {
+		var k queueKey
+		var at int64
+		var requestType string
+		if err := rows.Scan(&at, &k.id, &k.uuid, &requestType); err != nil {
+			return nil, err
+		}
+		out.Looked++
+		out.Next = storage.HistoryKey{At: fromMicros(at), ID: k.id, CommandUUID: k.uuid}
+		if r.Type == requestType || r.Type == "" && !slices.Contains(r.Except, requestType) {
+			keys = append(keys, k)
+		}
+	}
+	out.Done = out.Looked < r.Limit
+	slices.SortFunc(keys, compareKeys)
+	return keys, rows.Err()
+}
+
+// removeResults removes the results that are there of keys.
+func removeResults(ctx context.Context, t *tx, keys []queueKey, out *storage.Removed) error {
+	if len(keys) == 0 {
+		return nil
+	}
+	where, args := amongKeys(keys)
+	var bytes int64
+	err := t.queryRow(ctx, "SELECT COALESCE(SUM(LENGTH(result)), 0) FROM nano_command_results WHERE "+where, args...).Scan(&bytes)
+	if err != nil {
+		return fmt.Errorf("measuring results: %w", err)
+	}
+	n, err := t.exec(ctx, "DELETE FROM nano_command_results WHERE "+where, args...)
+	if err != nil {
+		return fmt.Errorf("removing results: %w", err)
+	}
+	out.Results, out.Bytes = int(n), bytes
+	return nil
+}
+
+// removeFinished removes queue rows with what belongs to them, unless they
+// have changed since they were looked up. Commands are locked first: whoever
+// queues one of them again waits, or is waited for.
+func removeFinished(ctx context.Context, t *tx, state storage.State, before int64, old []queueKey, out *storage.Removed) error {
+	if len(old) == 0 {
+		return nil
+	}
+	uuids := make([]string, len(old))
+	for i, k := range old {
+		uuids[i] = k.uuid
+	}
+	slices.Sort(uuids)
+	uuids = slices.Compact(uuids)
+	if err := lockCommands(ctx, t, uuids); err != nil {
+		return err
+	}
+	where, args := amongKeys(old)
+	old, err := queueKeys(ctx, t, "SELECT id, command_uuid FROM nano_enrollment_queue WHERE "+where+
+		" AND state = ? AND finished_at < ? ORDER BY id, command_uuid"+t.d.forUpdate, append(args, int(state), before)...)
+	if err != nil {
+		return fmt.Errorf("locking old queue rows: %w", err)
+	}
+	if err := removeResults(ctx, t, old, out); err != nil {
+		return err
+	}
+	if len(old) > 0 {
+		where, args = amongKeys(old)
+		n, err := t.exec(ctx, "DELETE FROM nano_enrollment_queue WHERE "+where, args...)
+		if err != nil {
+			return fmt.Errorf("removing queue rows: %w", err)
+		}
+		out.Rows = int(n)
+	}
+	return removeCommands(ctx, t, uuids, out)
+}
+
+// lockCommands locks commands in key order.
+func lockCommands(ctx context.Context, t *tx, uuids []string) error {
+	if t.d.forUpdate == "" {
+		return nil
+	}
+	places, args := among(uuids)
+	_, err := commandUUIDs(ctx, t, "SELECT command_uuid FROM nano_commands WHERE command_uuid IN "+places+" ORDER BY command_uuid"+t.d.forUpdate, args...)
+	if err != nil {
+		return fmt.Errorf("locking commands: %w", err)
+	}
+	return nil
+}
+
+// removeCommands removes those of some locked commands that no queue row
+// refers to.
+func removeCommands(ctx context.Context, t *tx, uuids []string, out *storage.Removed) error {
+	places, args := among(uuids)
+	unused, err := commandUUIDs(ctx, t, `SELECT c.command_uuid FROM nano_commands c WHERE c.command_uuid IN `+places+`
+AND NOT EXISTS (SELECT 1 FROM nano_enrollment_queue q WHERE q.command_uuid = c.command_uuid)`, args...)
+	if err != nil {
+		return fmt.Errorf("looking for unused commands: %w", err)
+	}
+	if len(unused) == 0 {
+		return nil
+	}
+	places, args = among(unused)
+	n, err := t.exec(ctx, "DELETE FROM nano_commands WHERE command_uuid IN "+places, args...)
+	if err != nil {
+		return fmt.Errorf("removing commands: %w", err)
+	}
+	out.Commands = int(n)
+	return nil
+}
+
+// commandUUIDs runs a query for one column of them.
+func commandUUIDs(ctx context.Context, t *tx, q string, args ...any) (uuids []string, err error) {
+	rows, err := t.query(ctx, q, args...)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	for rows.Next() {
+		var uuid string
+		if err := rows.Scan(&uuid); err != nil {
+			return nil, err
+		}
+		uuids = append(uuids, uuid)
+	}
+	return uuids, rows.Err()
+}
+
+// HistorySize implements storage.Sweeps.
+func (s *Store) HistorySize(ctx context.Context) (storage.HistorySize, error) {
+	var h storage.HistorySize
+	waiting := make([]string, len(waitingStates))
+	for i, state := range waitingStates {
+		waiting[i] = fmt.Sprint(int(state))
+	}
+	// One statement each, since together they may take long.
+	for _, count := range []struct {
+		into *int64
+		from string
+	}{
+		{&h.Waiting, "nano_enrollment_queue WHERE state IN (" + strings.Join(waiting, ", ") + ")"},
+		{&h.Finished, fmt.Sprintf("nano_enrollment_queue WHERE state >= %d", storage.Acknowledged)},
+		{&h.Results, "nano_command_results"},
+		{&h.Commands, "nano_commands"},
+	} {
+		err := s.read(ctx, func(ctx context.Context, t *tx) error {
+			return t.queryRow(ctx, "SELECT COUNT(*) FROM "+count.from).Scan(count.into)
+		})
+		if err != nil {
+			return storage.HistorySize{}, fmt.Errorf("counting history: %w", err)
+		}
+	}
+	return h, nil
+}
