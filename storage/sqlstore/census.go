@@ -1,0 +1,81 @@
+package sqlstore
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/nanomdm/nanomdm/storage"
+)
+
+// censusLimit bounds how many rows one number of a census is counted from, so
+// that a backlog of millions costs no more than one of this size.
+const censusLimit = 100_000
+
+// Census is what waits in the database, counted for whoever watches it. Each
+// count stops at 100,000.
+type Census struct {
+	// Waiting are the commands that wait, by state: Scheduled, Queued and
+	// NotNow are always there.
+	Waiting map[storage.State]Backlog
+	// PushesOwed are enrollments that are owed a push.
+	PushesOwed int64
+	// Unnumbered are events that no sink can see yet.
+	Unnumbered int64
+}
+
+// Backlog is how many rows wait and since when the oldest does; zero if none.
+type Backlog struct {
+	Count  int64
+	Oldest time.Time
+}
+
+// Census counts. It is meant to be called every some seconds, not for each
+// request.
+func (s *Store) Census(ctx context.Context) (Census, error) {
+	c := Census{Waiting: make(map[storage.State]Backlog)}
+	err := s.read(ctx, func(ctx context.Context, t *tx) error {
+		for _, state := range []storage.State{storage.Scheduled, storage.Queued, storage.NotNow} {
+			var n, oldest int64
+			err := t.queryRow(ctx, `SELECT COUNT(*), COALESCE(MIN(created_at), 0) FROM
+				(SELECT created_at FROM nano_enrollment_queue WHERE state = ? LIMIT ?) waiting`, int(state), censusLimit).Scan(&n, &oldest)
+			if err != nil {
+				return err
+			}
+			c.Waiting[state] = Backlog{Count: n, Oldest: fromMicros(oldest)}
+		}
+		// A debt has a time at which the sweep looks, so the index on push_at
+		// keeps those who are owed nothing out of this.
+		err := t.queryRow(ctx, `SELECT COUNT(*) FROM (SELECT id FROM nano_enrollment_push
+			WHERE push_at IS NOT NULL AND paid_seq < owed_seq LIMIT ?) owed`, censusLimit).Scan(&c.PushesOwed)
+		if err != nil {
+			return err
+		}
+		return t.queryRow(ctx, `SELECT COUNT(*) FROM (SELECT event_id FROM nano_events WHERE seq IS NULL LIMIT ?) unnumbered`,
+			censusLimit).Scan(&c.Unnumbered)
+	})
+	if err != nil {
+		return Census{}, fmt.Errorf("counting what waits: %w", err)
+	}
+	return c, nil
+}
+
+// CertificatesExpiring counts the live certificates of devices that expire
+// before each of some times, up to 100,000.
+func (s *Store) CertificatesExpiring(ctx context.Context, before ...time.Time) ([]int64, error) {
+	counts := make([]int64, len(before))
+	err := s.read(ctx, func(ctx context.Context, t *tx) error {
+		for i, at := range before {
+			err := t.queryRow(ctx, `SELECT COUNT(*) FROM (SELECT sha256 FROM nano_cert_auth_associations
+				WHERE not_after < ? AND retired_at IS NULL LIMIT ?) expiring`, micros(at), censusLimit).Scan(&counts[i])
+			if err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("counting certificates: %w", err)
+	}
+	return counts, nil
+}
