@@ -21,7 +21,15 @@ import (
 	"go.uber.org/goleak"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+// asDaemon makes the test binary the daemon, for tests of a whole process.
+const asDaemon = "TEST_BINARY_IS_THE_DAEMON"
+
+func TestMain(m *testing.M) {
+	if os.Getenv(asDaemon) != "" {
+		main()
+	}
+	goleak.VerifyTestMain(m)
+}
 
 // diary notes what happened, in order.
 type diary struct {

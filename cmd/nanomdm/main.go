@@ -10,26 +10,50 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/signal"
+	"syscall"
+	"time"
 )
 
 // version is set by the linker: -ldflags "-X main.version=...".
 var version = "dev"
 
-func main() { os.Exit(run(context.Background(), os.Args[1:], os.Environ(), os.Stdout, os.Stderr)) }
+// Exit codes besides those of server.run.
+const (
+	exitFailure = 1 // could not start
+	exitUsage   = 2 // configuration is wrong
+)
 
-func run(_ context.Context, args, environ []string, stdout, stderr io.Writer) int {
-	o, _, err := parseOptions(args, environ, os.Stat)
+// stopTimeout bounds how long one component may take to stop.
+const stopTimeout = 15 * time.Second
+
+func main() {
+	signals := make(chan os.Signal, 2)
+	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
+	os.Exit(run(context.Background(), os.Args[1:], os.Environ(), os.Stdout, os.Stderr, signals))
+}
+
+func run(ctx context.Context, args, environ []string, stdout, stderr io.Writer, signals <-chan os.Signal) int {
+	o, warnings, err := parseOptions(args, environ, os.Stat)
 	switch {
 	case errors.Is(err, flag.ErrHelp):
 		writeHelp(stdout)
 		return 0
 	case err != nil:
 		fmt.Fprintln(stderr, err)
-		return 2
+		return exitUsage
 	case o.version:
 		fmt.Fprintln(stdout, version)
 		return 0
 	}
-	fmt.Fprintln(stderr, "not wired")
-	return 2
+	log := newLogger(stderr, o.debug)
+	for _, w := range warnings {
+		log.Warn(w)
+	}
+	d, err := wire(o, environ, log, stdout)
+	if err != nil {
+		fmt.Fprintln(stderr, "nanomdm:", err)
+		return exitFailure
+	}
+	return d.run(ctx, signals)
 }

@@ -1,0 +1,63 @@
+package main
+
+import (
+	"go/parser"
+	"go/token"
+	"io/fs"
+	"path"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+)
+
+const module = "github.com/nanomdm/nanomdm/"
+
+// Who may import whom, by the first element of the path; docs/architecture.md
+// draws the same arrows.
+var arrows = map[string][]string{
+	"mdm":        nil,
+	"cryptoutil": nil,
+	"certverify": nil,
+	"storage":    {"mdm"},
+	"service":    {"storage", "mdm", "cryptoutil"},
+	"push":       {"storage", "mdm"},
+	"http":       {"service", "storage", "mdm", "cryptoutil", "certverify", "push"},
+	"cmd":        {"http", "service", "storage", "push", "mdm", "cryptoutil", "certverify"},
+}
+
+func TestImportsPointOneWay(t *testing.T) {
+	seen := 0
+	err := filepath.WalkDir("../..", func(file string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() || !strings.HasSuffix(file, ".go") || strings.HasSuffix(file, "_test.go") {
+			return err
+		}
+		rel, err := filepath.Rel("../..", file)
+		require.NoError(t, err)
+		from, _, _ := strings.Cut(filepath.ToSlash(rel), "/")
+		allowed, known := arrows[from]
+		require.True(t, known, "%s is in a top-level directory that the architecture does not have", rel)
+		f, err := parser.ParseFile(token.NewFileSet(), file, nil, parser.ImportsOnly)
+		require.NoError(t, err)
+		for _, spec := range f.Imports {
+			imported, err := strconv.Unquote(spec.Path.Value)
+			require.NoError(t, err)
+			inner, ours := strings.CutPrefix(imported, module)
+			if !ours {
+				continue
+			}
+			seen++
+			to, _, _ := strings.Cut(inner, "/")
+			require.True(t, to == from || slices.Contains(allowed, to), "%s imports %s", rel, imported)
+			if spec.Name != nil && spec.Name.Name != "_" {
+				require.Equal(t, path.Base(imported), spec.Name.Name, "%s renames %s", rel, imported)
+			}
+		}
+		return nil
+	})
+	require.NoError(t, err)
+	require.Greater(t, seen, 20, "the walk looked at the wrong place")
+}

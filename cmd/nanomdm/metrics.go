@@ -1,0 +1,103 @@
+package main
+
+import (
+	"context"
+	"crypto/x509"
+	"encoding/pem"
+	"time"
+
+	"github.com/nanomdm/nanomdm/http/metrics"
+	"github.com/nanomdm/nanomdm/storage/sqlstore"
+)
+
+// How old numbers may be that cost a query.
+const (
+	censusEvery       = 15 * time.Second
+	certificatesEvery = 5 * time.Minute
+)
+
+// observe tells the metrics where values come from that the store and the
+// daemon itself keep.
+func (b *building) observe(store *sqlstore.Store) {
+	b.metrics.Add(metrics.Source{Name: "daemon", Collect: func(_ context.Context, emit metrics.Emit) error {
+		ready, _ := b.gate.Ready()
+		emit("nanomdm_ready", truth(ready))
+		emit("nanomdm_store_up", truth(b.gate.StoreUp()))
+		now := time.Now()
+		if cfg := b.side.tls; cfg != nil && cfg.Certificates[0].Leaf != nil {
+			emit("nanomdm_tls_certificate_expiry_seconds", cfg.Certificates[0].Leaf.NotAfter.Sub(now).Seconds())
+		}
+		if !b.side.caNotAfter.IsZero() {
+			emit("nanomdm_ca_certificate_expiry_seconds", b.side.caNotAfter.Sub(now).Seconds())
+		}
+		return nil
+	}})
+	b.metrics.Add(metrics.Source{Name: "store", Collect: func(_ context.Context, emit metrics.Emit) error {
+		emitStore(emit, store.Stats())
+		for pool, stats := range store.Pools() {
+			emit("nanomdm_store_pool_connections", float64(stats.InUse), pool, "in_use")
+			emit("nanomdm_store_pool_connections", float64(stats.Idle), pool, "idle")
+			emit("nanomdm_store_pool_max_connections", float64(stats.MaxOpenConnections), pool)
+			emit("nanomdm_store_pool_waits_total", float64(stats.WaitCount), pool)
+			emit("nanomdm_store_pool_wait_seconds_total", stats.WaitDuration.Seconds(), pool)
+		}
+		return nil
+	}})
+	b.metrics.Add(metrics.Source{Name: "census", Every: censusEvery, Collect: func(ctx context.Context, emit metrics.Emit) error {
+		census, err := store.Census(ctx)
+		if err != nil {
+			return err
+		}
+		for state, backlog := range census.Waiting {
+			emit("nanomdm_queue_commands", float64(backlog.Count), state.String())
+			emit("nanomdm_queue_oldest_seconds", age(backlog.Oldest), state.String())
+		}
+		emit("nanomdm_push_owed_enrollments", float64(census.PushesOwed))
+		emit("nanomdm_events_unnumbered", float64(census.Unnumbered))
+		return nil
+	}})
+	b.metrics.Add(metrics.Source{Name: "certificates", Every: certificatesEvery, Collect: func(ctx context.Context, emit metrics.Emit) error {
+		now := time.Now()
+		counts, err := store.CertificatesExpiring(ctx, now, now.Add(7*24*time.Hour), now.Add(30*24*time.Hour))
+		if err != nil {
+			return err
+		}
+		for i, within := range []string{"0d", "7d", "30d"} {
+			emit("nanomdm_identity_certificates_expiring", float64(counts[i]), within)
+		}
+		return nil
+	}})
+}
+
+func age(since time.Time) float64 {
+	if since.IsZero() {
+		return 0
+	}
+	return time.Since(since).Seconds()
+}
+
+func emitStore(emit metrics.Emit, stats sqlstore.Stats) {
+	emit("nanomdm_store_statements_total", float64(stats.Statements))
+	emit("nanomdm_store_retries_total", float64(stats.Retries))
+	emit("nanomdm_store_activity_dropped_total", float64(stats.ActivityDropped))
+}
+
+func truth(b bool) float64 {
+	if b {
+		return 1
+	}
+	return 0
+}
+
+// earliest is when the first certificate of a PEM file that was accepted
+// expires.
+func earliest(file []byte) time.Time {
+	var first time.Time
+	for block, rest := pem.Decode(file); block != nil; block, rest = pem.Decode(rest) {
+		cert, err := x509.ParseCertificate(block.Bytes)
+		if err == nil && (first.IsZero() || cert.NotAfter.Before(first)) {
+			first = cert.NotAfter
+		}
+	}
+	return first
+}

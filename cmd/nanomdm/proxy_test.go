@@ -1,0 +1,216 @@
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/base64"
+	"encoding/pem"
+	"fmt"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/nanomdm/nanomdm/mdm/mdmtest"
+)
+
+// The examples of docs/proxies, as they are but for paths and the port, in
+// front of the daemon.
+func TestProxiesOfTheDocumentation(t *testing.T) {
+	for _, c := range []struct {
+		program string
+		example string
+		listen  string // what the example listens on
+		// frame makes a whole configuration of the example, for a folder.
+		frame func(example, dir string) string
+		args  func(config, dir string) []string
+	}{
+		{
+			"nginx", "nginx.conf", "listen 443", func(example, dir string) string {
+				temp := ""
+				for _, kind := range []string{"client_body", "proxy", "fastcgi", "uwsgi", "scgi"} {
+					temp += fmt.Sprintf("%s_temp_path %s/%s;\n", kind, dir, kind)
+				}
+				return "user root;\ndaemon off;\npid " + dir + "/pid;\nerror_log stderr;\nevents {}\nhttp {\naccess_log off;\n" + temp + example + "\n}\n"
+			},
+			func(config, dir string) []string { return []string{"-p", dir, "-c", config} },
+		},
+		{
+			"haproxy", "haproxy.cfg", "bind :443", func(example, _ string) string { return example },
+			func(config, _ string) []string { return []string{"-db", "-f", config} },
+		},
+		{
+			"caddy", "Caddyfile", "https://mdm.example.org", func(example, _ string) string {
+				return "{\n\tadmin off\n\tauto_https off\n\tdefault_bind 127.0.0.1\n}\n" + example
+			},
+			func(config, _ string) []string {
+				return []string{"run", "--adapter", "caddyfile", "--config", config}
+			},
+		},
+	} {
+		t.Run(c.program, func(t *testing.T) {
+			program, err := exec.LookPath(c.program)
+			if err != nil {
+				if os.Getenv("CI") == "true" {
+					t.Fatalf("%s is not installed: in CI every proxy is tested", c.program)
+				}
+				t.Skipf("no %s: install it, or run storage/storagetest/with-engines.sh go test ./...", c.program)
+			}
+			dir := t.TempDir()
+			socket := filepath.Join(dir, "mdm.sock")
+			d := start(t, "http", "-listen", "unix:"+socket, "-cert-header", "Client-Cert", "-debug")
+			serverCA := writeTLS(t, dir, d.ca)
+			address := freePort(t)
+
+			example, err := os.ReadFile(filepath.Join("../../docs/proxies", c.example))
+			require.NoError(t, err)
+			text := string(example)
+			require.Contains(t, text, c.listen)
+			port := address[strings.LastIndexByte(address, ':')+1:]
+			text = strings.ReplaceAll(text, c.listen, strings.Replace(strings.Replace(c.listen, "443", address, 1), ":127", "127", 1))
+			text = strings.ReplaceAll(text, "https://mdm.example.org", "https://mdm.example.org:"+port)
+			text = regexp.MustCompile(`/etc/[a-z]+/tls`).ReplaceAllString(text, dir)
+			text = strings.ReplaceAll(text, "/run/nanomdm/nanomdm.sock", socket)
+			config := filepath.Join(dir, "config")
+			require.NoError(t, os.WriteFile(config, []byte(c.frame(text, dir)), 0o600))
+			runProxy(t, address, dir, program, c.args(config, dir)...)
+
+			tryProxy(t, d, "https://mdm.example.org:"+port, address, serverCA)
+		})
+	}
+}
+
+// tryProxy is what a proxy has to get right.
+func tryProxy(t *testing.T, d *daemon, url, address string, serverCA *mdmtest.CA) {
+	client := func(id *mdmtest.Identity) *http.Client {
+		cfg := &tls.Config{RootCAs: serverCA.Pool()}
+		if id != nil {
+			cfg.Certificates = []tls.Certificate{id.TLS()}
+		}
+		transport := &http.Transport{TLSClientConfig: cfg, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return (&net.Dialer{}).DialContext(ctx, "tcp", address)
+		}}
+		t.Cleanup(transport.CloseIdleConnections)
+		return &http.Client{Transport: transport}
+	}
+	device := func(udid string) *mdmtest.Device {
+		id, err := d.ca.Issue(udid)
+		require.NoError(t, err)
+		dev, err := mdmtest.NewDevice(url+"/mdm", id, mdmtest.Config{UDID: udid, Auth: mdmtest.AuthTLS, Client: client(id)})
+		require.NoError(t, err)
+		return dev
+	}
+	// The proxy may still be looking whether the daemon is ready.
+	first := device("D1")
+	require.Eventually(t, func() bool { return first.Enroll(t.Context()) == nil }, 20*time.Second, 100*time.Millisecond)
+	second := device("D2")
+	require.NoError(t, second.Enroll(t.Context()))
+	for range 3 {
+		_, err := first.Poll(t.Context())
+		require.NoError(t, err)
+	}
+	require.Regexp(t, `msg=request .*path=/mdm status=200 .*client=127\.0\.0\.1`, d.log.String())
+
+	// A forged header does not get past the proxy: neither without a
+	// certificate of one's own, nor with another one.
+	idle := `<plist version="1.0"><dict><key>Status</key><string>Idle</string><key>UDID</key><string>D1</string></dict></plist>`
+	for name, forger := range map[string]*http.Client{"no certificate": client(nil), "another's certificate": client(second.Identity())} {
+		for _, value := range headerForms(first.Identity().Cert) {
+			req, err := http.NewRequest("PUT", url+"/mdm", strings.NewReader(idle))
+			require.NoError(t, err)
+			req.Header.Set("Client-Cert", value)
+			req.Header.Set("X-Forwarded-For", "203.0.113.66")
+			resp, err := forger.Do(req)
+			require.NoError(t, err)
+			resp.Body.Close()
+			require.Equal(t, 400, resp.StatusCode, name)
+		}
+	}
+	require.NotContains(t, d.log.String(), "client=203.0.113.66", "a forged address")
+
+	// A certificate of another CA is refused, by whoever looks first.
+	strangers, err := mdmtest.NewCA()
+	require.NoError(t, err)
+	stranger, err := strangers.Issue("D1")
+	require.NoError(t, err)
+	dev, err := mdmtest.NewDevice(url+"/mdm", stranger, mdmtest.Config{UDID: "D1", Auth: mdmtest.AuthTLS, Client: client(stranger)})
+	require.NoError(t, err)
+	require.Error(t, dev.Enroll(t.Context()))
+
+	// The operator's side needs no certificate.
+	resp, err := client(nil).Get(url + "/version")
+	require.NoError(t, err)
+	resp.Body.Close()
+	require.Equal(t, 200, resp.StatusCode)
+}
+
+// writeTLS writes the server's certificate and key and the devices' CA where
+// the examples look for them.
+func writeTLS(t *testing.T, dir string, devices *mdmtest.CA) *mdmtest.CA {
+	t.Helper()
+	ca, err := mdmtest.NewCA()
+	require.NoError(t, err)
+	id, err := ca.Issue("mdm.example.org", mdmtest.WithHosts("mdm.example.org"), mdmtest.WithExtKeyUsage(x509.ExtKeyUsageServerAuth))
+	require.NoError(t, err)
+	both, err := id.PEM()
+	require.NoError(t, err)
+	for name, data := range map[string][]byte{"server.pem": both, "server.key": both, "device-ca.pem": devices.PEM()} {
+		require.NoError(t, os.WriteFile(filepath.Join(dir, name), data, 0o600))
+	}
+	return ca
+}
+
+func freePort(t *testing.T) string {
+	t.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	defer listener.Close()
+	return listener.Addr().String()
+}
+
+// runProxy starts a proxy, waits until it listens, and ends it with the test.
+func runProxy(t *testing.T, address, dir, program string, args ...string) {
+	t.Helper()
+	log := &syncBuffer{}
+	cmd := exec.Command(program, args...)
+	cmd.Dir, cmd.Stdout, cmd.Stderr = dir, log, log
+	cmd.Env = append(os.Environ(), "HOME="+dir, "XDG_DATA_HOME="+dir, "XDG_CONFIG_HOME="+dir)
+	require.NoError(t, cmd.Start())
+	exited := make(chan error, 1)
+	go func() { exited <- cmd.Wait() }()
+	t.Cleanup(func() {
+		_ = cmd.Process.Signal(syscall.SIGTERM) // it may be gone
+		select {
+		case <-exited:
+		case <-time.After(10 * time.Second):
+			_ = cmd.Process.Kill()
+			<-exited
+		}
+		if t.Failed() {
+			t.Logf("%s said:\n%s", program, log)
+		}
+	})
+	require.Eventually(t, func() bool {
+		conn, err := net.Dial("tcp", address)
+		if err == nil {
+			conn.Close()
+		}
+		return err == nil
+	}, 20*time.Second, 20*time.Millisecond, "%s does not listen: %s", program, log)
+}
+
+// headerForms are the encodings in which a forger might try.
+func headerForms(cert *x509.Certificate) []string {
+	der := base64.StdEncoding.EncodeToString(cert.Raw)
+	return []string{":" + der + ":", der, url.PathEscape(string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: cert.Raw})))}
+}

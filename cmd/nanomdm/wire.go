@@ -1,0 +1,329 @@
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/groob/plist"
+
+	"github.com/nanomdm/nanomdm/certverify"
+	"github.com/nanomdm/nanomdm/http/gate"
+	"github.com/nanomdm/nanomdm/http/httpapi"
+	"github.com/nanomdm/nanomdm/http/httpmdm"
+	"github.com/nanomdm/nanomdm/http/metrics"
+	"github.com/nanomdm/nanomdm/http/requestlog"
+	"github.com/nanomdm/nanomdm/service"
+	"github.com/nanomdm/nanomdm/service/certauth"
+	"github.com/nanomdm/nanomdm/service/core"
+	"github.com/nanomdm/nanomdm/service/dm"
+	"github.com/nanomdm/nanomdm/service/dump"
+	"github.com/nanomdm/nanomdm/storage/sqlstore"
+)
+
+// building is the daemon while it is being put together: first what needs no
+// database, by wire, and the rest when there is one, by assemble.
+type building struct {
+	o      options
+	log    *slog.Logger
+	stdout io.Writer
+
+	side    *deviceSide
+	s       *server
+	gate    *gate.Gate
+	metrics *metrics.Metrics
+	systemd *notifier
+
+	front    *gate.Front // of devices, and of the API without -api-listen
+	apiFront *gate.Front // nil without -api-listen
+}
+
+// wire puts the daemon together: what is closed when it stops is a component
+// of the server that it returns. Errors of several files are reported at once.
+// The database is opened when the server runs, so that a start while it is
+// away waits, with probes answered.
+func wire(o options, environ []string, log *slog.Logger, stdout io.Writer) (*server, error) {
+	side, err := loadDeviceSide(o, log)
+	if err != nil {
+		return nil, err
+	}
+	b := &building{o: o, log: log, stdout: stdout, side: side, gate: gate.New(log), metrics: metrics.New(version)}
+	if b.systemd, err = newNotifier(lookup(environ)); err != nil {
+		return nil, err
+	}
+	listener, err := listen("listen", o.listen)
+	if err != nil {
+		return nil, err
+	}
+	b.s = newServer(log, o.drainTimeout, stopTimeout)
+	b.s.drainDelay = o.drainDelay
+	b.front = b.gate.Front()
+	b.s.serve("http", listener, b.logged(b.front), side.tls)
+	ready := []any{"version", version, "listen", listener.Addr().String(), "storage", o.storage, "api", o.api != ""}
+	if o.apiListen != "" {
+		apiListener, err := listen("api-listen", o.apiListen)
+		if err != nil {
+			return nil, errors.Join(err, listener.Close())
+		}
+		b.apiFront = b.gate.Front()
+		b.s.serve("api", apiListener, b.logged(b.apiFront), withoutClientAuth(side.tls))
+		ready = append(ready, "api_listen", apiListener.Addr().String())
+	}
+	b.s.started = func() {
+		b.gate.Started()
+		b.tell(notifyReady)
+		log.Info("nanomdm is ready", ready...)
+	}
+	b.s.stopping = func() {
+		b.gate.Drain()
+		b.tell(notifyStopping)
+	}
+	b.addStore()
+	return b.s, nil
+}
+
+func (b *building) logged(next http.Handler) http.Handler {
+	return requestlog.Middleware(b.log, requestlog.Config{Trusted: b.o.trustedProxies, Panicked: b.metrics.Panicked}, next)
+}
+
+// tell is for messages that nobody can do anything about if they fail.
+func (b *building) tell(state string) {
+	if err := b.systemd.notify(state); err != nil {
+		b.log.Warn("systemd was not told", "error", err)
+	}
+}
+
+// addStore adds the component that opens the store, and everything that needs
+// it.
+func (b *building) addStore() {
+	var store *sqlstore.Store
+	b.s.add(component{
+		name: "store",
+		start: func(ctx context.Context) (err error) {
+			cfg := sqlstore.Config{
+				Driver:             b.o.storage,
+				DSN:                string(b.o.storageDSN),
+				Logger:             b.log,
+				ConnMaxLifetime:    b.o.storageOptions.connMaxLifetime,
+				ConnMaxIdleTime:    b.o.storageOptions.connMaxIdleTime,
+				MaxOpenConns:       b.o.storageOptions.maxOpenConns,
+				DeleteAcknowledged: b.o.storageOptions.deleteAcked,
+			}
+			store, err = openStore(ctx, cfg, b.log, func() { b.tell(notifyWaiting(maxOpenPause)) })
+			if err != nil {
+				return err
+			}
+			if err := b.assemble(store); err != nil {
+				return errors.Join(err, store.Close())
+			}
+			return nil
+		},
+		stop: func(context.Context) error { return store.Close() },
+	})
+}
+
+// assemble puts together what needs the store. It runs while the server
+// starts: components that it adds start next, in order, and requests are let
+// in when all of them have.
+func (b *building) assemble(store *sqlstore.Store) error {
+	o, log, s, side := b.o, b.log, b.s, b.side
+	mux := http.NewServeMux() // the device side's
+	operators := mux
+	mux.Handle("GET /version", httpapi.Version(version))
+	if b.apiFront != nil {
+		operators = http.NewServeMux()
+		operators.Handle("GET /version", httpapi.Version(version))
+	}
+
+	protocol := core.New(store, side.core)
+	var api *httpapi.API
+	if o.api != "" {
+		var err error
+		if api, err = httpapi.New(string(o.api), store, httpapi.Config{MaxBody: o.maxBody, Logger: log}); err != nil {
+			return err
+		}
+		routes := http.NewServeMux()
+		api.Register(routes)
+		operators.Handle("/", gate.Limit(o.maxRequests, b.metrics.TurnedAway("api", "limit"), routes))
+		operators.Handle("GET /metrics", api.Reader(b.metrics.Handler()))
+	}
+	if side.identity != nil {
+		chain := []service.Middleware{b.metrics.Middleware()}
+		if o.dump {
+			chain = append(chain, dump.New(b.stdout))
+		}
+		chain = append(chain, certauth.New(certauth.Config{Retro: o.retro}))
+		h := httpmdm.New(service.Chain(protocol, chain...), side.identity, httpmdm.Config{
+			MaxBody: o.maxBody, MaxInFlight: o.maxInFlight, Refused: b.metrics.Refused, Logger: log,
+		})
+		if o.migration {
+			operators.Handle("PUT /migration", api.Admin(h.Migration(protocol)))
+		}
+		routes := map[string]http.Handler{"/mdm": h.MDM(httpmdm.Any)}
+		if o.checkin {
+			routes["/mdm"], routes["/checkin"] = h.MDM(httpmdm.Reports), h.MDM(httpmdm.Checkins)
+		}
+		if o.authProxyURL != nil {
+			routes["/authproxy/"] = h.AuthProxy("/authproxy/", o.authProxyURL, store)
+		}
+		b.addDevices(mux, routes)
+	}
+
+	b.observe(store)
+	s.background("database watch", func(ctx context.Context) error {
+		return b.gate.Watch(ctx, func(ctx context.Context) (bool, error) {
+			err := store.Ping(ctx)
+			return err != nil && !errors.Is(err, sqlstore.ErrSchema), err
+		})
+	})
+	if b.systemd != nil && b.systemd.watchdog > 0 {
+		s.background("watchdog", func(ctx context.Context) error { return b.systemd.watch(ctx, log) })
+	}
+	s.add(component{name: "doors", start: func(context.Context) error {
+		b.front.Open(mux)
+		if b.apiFront != nil {
+			b.apiFront.Open(operators)
+		}
+		return nil
+	}})
+	return nil
+}
+
+// addDevices puts the device side's routes behind one limit, and turns them
+// away while the database is.
+func (b *building) addDevices(mux *http.ServeMux, routes map[string]http.Handler) {
+	inner := http.NewServeMux()
+	guarded := gate.Limit(b.o.maxRequests, b.metrics.TurnedAway("device", "limit"),
+		b.gate.Shed(b.metrics.TurnedAway("device", "database"), inner))
+	for path, handler := range routes {
+		inner.Handle(path, handler)
+		mux.Handle(path, guarded)
+	}
+}
+
+// withoutClientAuth is for a listener where nobody is asked for a certificate.
+func withoutClientAuth(cfg *tls.Config) *tls.Config {
+	if cfg == nil {
+		return nil
+	}
+	cfg = cfg.Clone()
+	cfg.ClientAuth = tls.NoClientCert
+	return cfg
+}
+
+// lookup reads from an environment in the form of os.Environ.
+func lookup(environ []string) func(string) string {
+	return func(name string) string {
+		for _, pair := range environ {
+			if key, value, _ := strings.Cut(pair, "="); key == name {
+				return value
+			}
+		}
+		return ""
+	}
+}
+
+// deviceSide is what the device side needs from files. identity is nil with
+// -disable-mdm.
+type deviceSide struct {
+	identity   *httpmdm.Identity
+	tls        *tls.Config
+	core       core.Config
+	caNotAfter time.Time // of the first of -ca to expire; zero without devices
+}
+
+func loadDeviceSide(o options, log *slog.Logger) (*deviceSide, error) {
+	side := &deviceSide{core: core.Config{EmptyDigestChallenge: o.uaZLDC}}
+	var errs []error
+	fail := func(flag string, err error) { errs = append(errs, fmt.Errorf("-%s: %w", flag, err)) }
+
+	if o.tlsCert != "" {
+		cert, err := tls.LoadX509KeyPair(o.tlsCert, o.tlsKey)
+		if err != nil {
+			fail("tls-cert", err)
+		}
+		side.tls = &tls.Config{Certificates: []tls.Certificate{cert}, MinVersion: tls.VersionTLS12}
+		if o.tlsClientAuth {
+			// Requested, not required: the API shares the listener. What is
+			// shown is verified by httpmdm.
+			side.tls.ClientAuth = tls.RequestClientCert
+		}
+	}
+	if o.disableMDM {
+		return side, errors.Join(errs...)
+	}
+
+	if verifier, notAfter, err := loadVerifier(o); err != nil {
+		errs = append(errs, err)
+	} else {
+		side.caNotAfter = notAfter
+		side.identity = chooseIdentity(o, verifier, log)
+	}
+	if o.dm != nil {
+		backend, err := dm.New(o.dm.String(), dm.Config{SendKey: []byte(o.dmSendHMACKey), RecvKey: []byte(o.dmRecvHMACKey)})
+		if err != nil {
+			fail("dm", err)
+		} else {
+			side.core.DeclarativeManagement = backend
+		}
+	}
+	if o.returnToService != "" {
+		var err error
+		if side.core.ReturnToService, err = readDict(o.returnToService); err != nil {
+			fail("return-to-service", err)
+		}
+	}
+	return side, errors.Join(errs...)
+}
+
+func loadVerifier(o options) (*certverify.Verifier, time.Time, error) {
+	roots, err := os.ReadFile(o.ca)
+	if err != nil {
+		return nil, time.Time{}, fmt.Errorf("-ca: %w", err)
+	}
+	var intermediates []byte
+	if o.intermediate != "" {
+		if intermediates, err = os.ReadFile(o.intermediate); err != nil {
+			return nil, time.Time{}, fmt.Errorf("-intermediate: %w", err)
+		}
+	}
+	verifier, err := certverify.New(roots, intermediates, certverify.Config{})
+	if err != nil {
+		return nil, time.Time{}, fmt.Errorf("-ca, -intermediate: %w", err)
+	}
+	return verifier, earliest(roots), nil
+}
+
+func chooseIdentity(o options, v httpmdm.Verifier, log *slog.Logger) *httpmdm.Identity {
+	switch {
+	case o.certHeader != "":
+		if len(o.trustedProxies) == 0 && !strings.HasPrefix(o.listen, unixPrefix) {
+			log.Warn("every peer that can reach the listener is believed to set the certificate header; name your proxies with -trusted-proxies",
+				"header", o.certHeader)
+		}
+		return httpmdm.HeaderIdentity(v, strings.TrimPrefix(o.certHeader, ":"), o.trustedProxies)
+	case o.tlsClientAuth:
+		return httpmdm.TLSIdentity(v)
+	}
+	return httpmdm.SignatureIdentity(v)
+}
+
+// readDict reads a property list file that holds a dict.
+func readDict(path string) (map[string]any, error) {
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	var dict map[string]any
+	if err := plist.Unmarshal(data, &dict); err != nil {
+		return nil, fmt.Errorf("%s is not a property list with a dict: %w", path, err)
+	}
+	return dict, nil
+}
