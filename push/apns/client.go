@@ -30,8 +30,10 @@ const (
 	// maxToken is far beyond any token and keeps the path within what
 	// servers accept.
 	maxToken = 1024
-	// triesBackoff is the pause before the third try; the second has none.
-	triesBackoff = 20 * time.Millisecond
+	// triesBackoff is the pause before the third try, then doubled up to
+	// triesBackoffMax; the second try has none.
+	triesBackoff    = 20 * time.Millisecond
+	triesBackoffMax = 160 * time.Millisecond
 )
 
 // errIdle is the cause of a retry after APNs found a connection idle.
@@ -239,7 +241,7 @@ func pause(ctx context.Context, tries int) {
 	if tries < 2 {
 		return
 	}
-	d := triesBackoff << (tries - 2)
+	d := min(triesBackoff<<(tries-2), triesBackoffMax)
 	timer := time.NewTimer(d/2 + mathrand.N(d))
 	defer timer.Stop()
 	select {

@@ -354,10 +354,10 @@ func TestCallerGivesUp(t *testing.T) {
 // One stalled stream in a hundred, each of which holds on for the whole
 // StreamTimeout, keeps nobody else waiting.
 func TestStalledStreamsCostNobodyElse(t *testing.T) {
-	const n = 20000
+	const n = 10000
 	srv := newServer(t, apnstest.Config{Latency: 5 * time.Millisecond})
 	c := newClient(t, srv, newSource(t, srv), apns.Config{
-		Workers: 50, StreamTimeout: time.Minute, PushTimeout: time.Minute,
+		Workers: 20, StreamTimeout: time.Minute, PushTimeout: time.Minute,
 	})
 	requireAccepted(t, pushAll(c, 500))
 	srv.SetStall(0.01)
@@ -380,7 +380,7 @@ func TestStalledStreamsCostNobodyElse(t *testing.T) {
 			}
 		})
 	}
-	// 200 stall, far more than the 50 workers and the 50 places in the lane.
+	// 100 stall, far more than the 20 workers and the 20 places in the lane.
 	deadline := time.After(30 * time.Second)
 	for i := range n * 99 / 100 {
 		select {
