@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"io"
@@ -19,6 +20,7 @@ import (
 type apnsOptions struct {
 	url, caDir, key, topic string
 	listen                 string
+	apnsCA, apnsCAKey      string
 	latency                time.Duration
 	devices, connections   int
 	commands               int
@@ -38,7 +40,11 @@ func runAPNs(ctx context.Context, s streams, args []string) error {
 	if err != nil {
 		return err
 	}
-	apns, err := apnstest.NewServer(apnstest.Config{Addr: o.listen, Latency: o.latency})
+	apnsCA, err := openAPNsCA(o.apnsCA, o.apnsCAKey)
+	if err != nil {
+		return err
+	}
+	apns, err := apnstest.NewServer(apnstest.Config{Addr: o.listen, CA: apnsCA, Latency: o.latency})
 	if err != nil {
 		return err
 	}
@@ -65,10 +71,13 @@ It prints the flags with which to start the server, waits for it, uploads a push
 certificate and enrolls the devices. Then it shows what the pushes bring, until
 it is interrupted; or, with -time, queues commands through the API, measures how
 long each takes until its acknowledgement was taken, and ends. The authority of
-the fake APNs is a new one each time, so start the server after this.`)
+the fake APNs is kept, so that the server can be started first; "mdmsim ca"
+makes it ahead of time.`)
 	o := &apnsOptions{}
 	flags.StringVar(&o.url, "url", "http://127.0.0.1:9000", "base `URL` of the server, without /mdm")
 	flags.StringVar(&o.caDir, "ca-dir", defaultCADir, "`directory` of the CA and the devices; made if need be")
+	flags.StringVar(&o.apnsCA, "apns-ca", "", "PEM `file` of the fake APNs' authority; apns-ca.pem in -ca-dir unless given")
+	flags.StringVar(&o.apnsCAKey, "apns-ca-key", "", "its key's `file`; apns-ca.key in -ca-dir unless given")
 	flags.StringVar(&o.key, "api", "", "API `key` (better given in NANOMDM_API)")
 	flags.StringVar(&o.topic, "topic", mdmtest.DefaultTopic, "APNs topic of the devices")
 	flags.StringVar(&o.listen, "listen", "127.0.0.1:2197", "`address` of the fake APNs")
@@ -83,6 +92,8 @@ the fake APNs is a new one each time, so start the server after this.`)
 	if o.key == "" {
 		o.key = s.env("NANOMDM_API")
 	}
+	certFile, keyFile := apnsCAFiles(o.caDir)
+	o.apnsCA, o.apnsCAKey = cmp.Or(o.apnsCA, certFile), cmp.Or(o.apnsCAKey, keyFile)
 	switch {
 	case o.devices < 1 || o.connections < 1:
 		return nil, badUsage(s, "-devices and -connections are at least 1")
@@ -171,21 +182,17 @@ func (r *pushRun) writeFiles() ([]byte, error) {
 		return nil, err
 	}
 	both := slices.Concat(cert, key)
-	authority := filepath.Join(r.o.caDir, "apns-ca.pem")
-	if err := os.WriteFile(authority, r.apns.CAPEM(), 0o644); err != nil {
-		return nil, err
-	}
 	push := filepath.Join(r.o.caDir, "push.pem")
 	if err := os.WriteFile(push, both, 0o600); err != nil {
 		return nil, err
 	}
-	fmt.Fprintf(r.out, `The fake APNs answers on %s. Start the server with these flags, and the API
+	fmt.Fprintf(r.out, `The fake APNs answers on %s. The server needs these flags, and the API
 key in NANOMDM_API:
 
   -ca %s -apns-url %s -apns-ca %s
 
 Its push certificate, %s, is uploaded as soon as the server answers on %s.
-`, r.apns.URL(), filepath.Join(r.o.caDir, "ca.pem"), r.apns.URL(), authority, push, r.api.base)
+`, r.apns.URL(), filepath.Join(r.o.caDir, "ca.pem"), r.apns.URL(), r.o.apnsCA, push, r.api.base)
 	return both, nil
 }
 

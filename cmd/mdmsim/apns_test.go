@@ -11,6 +11,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -150,6 +151,30 @@ func TestAPNsWithoutServer(t *testing.T) {
 	got := mdmsim(ctx, nil, "apns", "-api", "k", "-url", "http://"+address, "-listen", "127.0.0.1:0", "-ca-dir", t.TempDir())
 	require.Equal(t, 1, got.code)
 	require.Contains(t, got.err, "the server did not answer")
+}
+
+// The authority stays the same, so that a server that was started with it
+// believes in the fake APNs of each later run.
+func TestAPNsKeepsItsAuthority(t *testing.T) {
+	_, _, args := newAPNsServer(t)
+	dir := args[slices.Index(args, "-ca-dir")+1]
+	require.Zero(t, mdmsim(t.Context(), nil, "ca", "-dir", dir).code)
+	before, err := os.ReadFile(filepath.Join(dir, "apns-ca.pem"))
+	require.NoError(t, err)
+	args = append(args, "-time", "1")
+	for range 2 {
+		got := mdmsim(t.Context(), nil, args...)
+		require.Zero(t, got.code, got.out+got.err)
+		require.Contains(t, got.out, "1 accepted")
+	}
+	after, err := os.ReadFile(filepath.Join(dir, "apns-ca.pem"))
+	require.NoError(t, err)
+	require.Equal(t, before, after)
+
+	require.NoError(t, os.Remove(filepath.Join(dir, "apns-ca.key")))
+	got := mdmsim(t.Context(), nil, args...)
+	require.Equal(t, 1, got.code)
+	require.Contains(t, got.err, "not both of")
 }
 
 // syncBuffer is read while a program writes to it.

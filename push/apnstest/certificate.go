@@ -1,6 +1,7 @@
 package apnstest
 
 import (
+	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -9,6 +10,7 @@ import (
 	"crypto/x509/pkix"
 	"encoding/asn1"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"math/big"
 	"net"
@@ -22,13 +24,15 @@ var oidUserID = asn1.ObjectIdentifier{0, 9, 2342, 19200300, 100, 1, 1}
 // authority issues the server's certificate and the push certificates.
 type authority struct {
 	cert *x509.Certificate
-	key  *ecdsa.PrivateKey
+	key  crypto.Signer
 }
 
-func newAuthority() (*authority, error) {
+// NewCA makes an authority for [Config].CA, good for ten years, to be kept
+// over several servers.
+func NewCA() (tls.Certificate, error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
-		return nil, err
+		return tls.Certificate{}, fmt.Errorf("apnstest: making the authority: %w", err)
 	}
 	tmpl := template(pkix.Name{CommonName: "Fake APNs Authority"}, 10)
 	tmpl.IsCA = true
@@ -36,11 +40,29 @@ func newAuthority() (*authority, error) {
 	tmpl.KeyUsage = x509.KeyUsageCertSign | x509.KeyUsageCRLSign
 	der, err := x509.CreateCertificate(rand.Reader, tmpl, tmpl, key.Public(), key)
 	if err != nil {
-		return nil, err
+		return tls.Certificate{}, fmt.Errorf("apnstest: making the authority: %w", err)
 	}
-	cert, err := x509.ParseCertificate(der)
+	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}, nil
+}
+
+// newAuthority uses ca, or makes a new one if that is the zero value.
+func newAuthority(ca tls.Certificate) (*authority, error) {
+	if len(ca.Certificate) == 0 {
+		var err error
+		if ca, err = NewCA(); err != nil {
+			return nil, err
+		}
+	}
+	cert, err := x509.ParseCertificate(ca.Certificate[0])
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("apnstest: Config.CA: %w", err)
+	}
+	key, ok := ca.PrivateKey.(crypto.Signer)
+	if !ok {
+		return nil, errors.New("apnstest: Config.CA: no private key that signs")
+	}
+	if !cert.IsCA {
+		return nil, errors.New("apnstest: Config.CA: not the certificate of an authority")
 	}
 	return &authority{cert: cert, key: key}, nil
 }

@@ -31,6 +31,9 @@ type Config struct {
 	// Hosts are further names and addresses for the server's certificate,
 	// which is always good for localhost, 127.0.0.1, ::1 and Addr's host.
 	Hosts []string
+	// CA issues the server's certificate and the push certificates; it is one
+	// of [NewCA], or any authority with its key. Default: a new one.
+	CA tls.Certificate
 	// Latency is how long an answer takes. Default: none.
 	Latency time.Duration
 	// MaxConcurrentStreams is what SETTINGS allow on a connection.
@@ -127,9 +130,9 @@ func NewServer(cfg Config) (*Server, error) {
 	if host != "" {
 		hosts = append(hosts, host)
 	}
-	ca, err := newAuthority()
+	ca, err := newAuthority(cfg.CA)
 	if err != nil {
-		return nil, fmt.Errorf("apnstest: making the authority: %w", err)
+		return nil, err
 	}
 	cert, err := ca.serverCertificate(hosts)
 	if err != nil {
