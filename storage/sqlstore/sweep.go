@@ -42,20 +42,17 @@ var waitingStates = [...]storage.State{storage.Scheduled, storage.Queued, storag
 // ExpireCommands implements storage.Sweeps.
 func (s *Store) ExpireCommands(ctx context.Context, l storage.Lease, limit int) (expired int, err error) {
 	err = s.sweep(ctx, l, func(ctx context.Context, t *tx) error {
-		expired = 0
+		var due []queueKey
 		for _, state := range waitingStates {
-			due, err := queueKeys(ctx, t, `SELECT id, command_uuid FROM nano_enrollment_queue
-WHERE state = ? AND expires_at <= ? ORDER BY expires_at LIMIT ?`, int(state), t.now, limit-expired)
+			keys, err := queueKeys(ctx, t, `SELECT id, command_uuid FROM nano_enrollment_queue
+WHERE state = ? AND expires_at <= ? ORDER BY expires_at LIMIT ?`, int(state), t.now, limit-len(due))
 			if err != nil {
 				return fmt.Errorf("looking for commands that expire: %w", err)
 			}
-			n, err := expire(ctx, t, due)
-			if err != nil {
-				return err
-			}
-			expired += n
+			due = append(due, keys...)
 		}
-		return nil
+		expired, err = expire(ctx, t, due)
+		return err
 	})
 	if err != nil {
 		return 0, fmt.Errorf("expiring commands: %w", err)
@@ -64,13 +61,23 @@ WHERE state = ? AND expires_at <= ? ORDER BY expires_at LIMIT ?`, int(state), t.
 	return expired, nil
 }
 
-// expire ends rows, unless they have changed since they were looked up.
+// expire ends rows, unless they have changed since they were looked up, and
+// announces it if somebody asks for that.
 func expire(ctx context.Context, t *tx, due []queueKey) (int, error) {
 	if len(due) == 0 {
 		return 0, nil
 	}
+	told, err := announced(ctx, t, storage.TopicCommandExpired)
+	if err != nil {
+		return 0, err
+	}
+	if told { // enrollments are locked before queue rows
+		if _, err := lock(ctx, t, "nano_enrollments", enrollmentsOf(due)); err != nil {
+			return 0, err
+		}
+	}
 	where, args := amongKeys(due)
-	due, err := queueKeys(ctx, t, "SELECT id, command_uuid FROM nano_enrollment_queue WHERE "+where+
+	due, err = queueKeys(ctx, t, "SELECT id, command_uuid FROM nano_enrollment_queue WHERE "+where+
 		fmt.Sprintf(" AND state < %d AND expires_at <= ? ORDER BY id, command_uuid", storage.Acknowledged)+t.d.forUpdate,
 		append(args, t.now)...)
 	if err != nil {
@@ -79,7 +86,47 @@ func expire(ctx context.Context, t *tx, due []queueKey) (int, error) {
 	if err := moveTo(ctx, t, storage.Expired, due); err != nil {
 		return 0, err
 	}
+	if told {
+		if err := announceExpired(ctx, t, due); err != nil {
+			return 0, err
+		}
+	}
 	return len(due), nil
+}
+
+func announceExpired(ctx context.Context, t *tx, expired []queueKey) error {
+	if len(expired) == 0 {
+		return nil
+	}
+	where, args := amongKeys(expired)
+	rows, err := t.query(ctx, "SELECT q.id, q.command_uuid, COALESCE(c.request_type, '') FROM (SELECT id, command_uuid FROM nano_enrollment_queue WHERE "+where+
+		") q LEFT JOIN nano_commands c ON c.command_uuid = q.command_uuid ORDER BY q.id, q.command_uuid", args...)
+	if err != nil {
+		return fmt.Errorf("reading commands that expired: %w", err)
+	}
+	defer rows.Close()
+	var list []announcement
+	for rows.Next() {
+		a := announcement{topic: storage.TopicCommandExpired}
+		if err := rows.Scan(&a.enrollment, &a.commandUUID, &a.requestType); err != nil {
+			return fmt.Errorf("reading commands that expired: %w", err)
+		}
+		list = append(list, a)
+	}
+	if err := rows.Err(); err != nil {
+		return fmt.Errorf("reading commands that expired: %w", err)
+	}
+	return announce(ctx, t, list)
+}
+
+// enrollmentsOf returns the ids of rows, sorted and each once.
+func enrollmentsOf(keys []queueKey) []string {
+	ids := make([]string, len(keys))
+	for i, k := range keys {
+		ids[i] = k.id
+	}
+	slices.Sort(ids)
+	return slices.Compact(ids)
 }
 
 // queueKeys runs a query for the keys of queue rows.
@@ -123,12 +170,7 @@ func promote(ctx context.Context, t *tx, due []queueKey) (int, error) {
 	if len(due) == 0 {
 		return 0, nil
 	}
-	ids := make([]string, len(due))
-	for i, k := range due {
-		ids[i] = k.id
-	}
-	slices.Sort(ids)
-	if _, err := lock(ctx, t, "nano_enrollment_push", slices.Compact(ids)); err != nil {
+	if _, err := lock(ctx, t, "nano_enrollment_push", enrollmentsOf(due)); err != nil {
 		return 0, err
 	}
 	where, args := amongKeys(due)

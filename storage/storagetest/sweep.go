@@ -188,18 +188,6 @@ func sweepExpiresInBatches(t *testing.T, h *Harness) {
 	require.Equal(t, []int{10, 10, 5}, sizes)
 }
 
-// report sends a device's report and returns the next command.
-func report(t *testing.T, h *Harness, id string, status mdm.Status, uuid string) (*mdm.Command, error) {
-	out, err := h.Store.Apply(t.Context(), &storage.Report{
-		Src:    storage.Source{Enroll: mdm.EnrollID{Type: mdm.Device, ID: id}},
-		Status: status, CommandUUID: uuid, Raw: []byte("result"),
-	})
-	if err != nil {
-		return nil, err
-	}
-	return out.Command, nil
-}
-
 func sweepExpiryRacesReport(t *testing.T, h *Harness) {
 	l := sweepLease(t, h)
 	const devices = 40
@@ -215,7 +203,7 @@ func sweepExpiryRacesReport(t *testing.T, h *Harness) {
 	for part := range slices.Chunk(rows, devices/4) {
 		wg.Go(func() {
 			for _, r := range part {
-				if _, err := report(t, h, r.id, mdm.StatusAcknowledged, "C"); err != nil {
+				if _, err := h.device(r.id).report(t, mdm.StatusAcknowledged, "C"); err != nil {
 					t.Error(err)
 				}
 			}
@@ -272,9 +260,7 @@ func sweepPromotes(t *testing.T, h *Harness) {
 	require.EqualValues(t, 1, h.Int(t, "SELECT COUNT(*) FROM nano_enrollment_push WHERE id = 'E' AND owed_seq > paid_seq AND push_at = ?", now.UnixMicro()))
 	require.Equal(t, owedF, h.Strings(t, "SELECT owed_seq FROM nano_enrollment_push WHERE id = 'F'"))
 
-	next, err := report(t, h, "E", mdm.StatusIdle, "")
-	require.NoError(t, err)
-	require.Equal(t, "e", next.CommandUUID)
+	require.Equal(t, "e", h.device("E").polls(t))
 }
 
 // sweepAtOnce has two replicas sweep at the same time, as they may for a
@@ -371,7 +357,9 @@ func sweepResultsByType(t *testing.T, h *Harness) {
 	for _, uuid := range []string{"apps", "profiles", "security", "gone"} { // the last has no command
 		plantResults(t, h, now.Add(-time.Hour), row{id: "D", uuid: uuid})
 	}
-	left := func() []string { return h.Strings(t, "SELECT command_uuid FROM nano_command_results ORDER BY command_uuid") }
+	left := func() []string {
+		return h.Strings(t, "SELECT command_uuid FROM nano_command_results ORDER BY command_uuid")
+	}
 	step := func(r storage.Removal) (storage.Removed, error) { return h.Store.RemoveResults(t.Context(), l, r) }
 	total := removeAll(t, storage.Removal{Before: now, Type: "InstalledApplicationList", Limit: 2}, step)
 	require.Equal(t, storage.Removed{Looked: 4, Results: 1, Bytes: 4}, total)
@@ -518,9 +506,7 @@ func sweepThenReport(t *testing.T, h *Harness) {
 	out, err := h.Store.RemoveFinished(t.Context(), l, storage.Cancelled, storage.Removal{Before: h.Clock.Now(), Limit: 10})
 	require.NoError(t, err)
 	require.Equal(t, 1, out.Rows)
-	next, err := report(t, h, "D", mdm.StatusAcknowledged, "old")
-	require.NoError(t, err)
-	require.Equal(t, "next", next.CommandUUID)
+	require.Equal(t, "next", h.device("D").reports(t, mdm.StatusAcknowledged, "old"))
 	require.Zero(t, h.Int(t, "SELECT COUNT(*) FROM nano_command_results"))
 	require.Equal(t, map[string]storage.State{"next": storage.Queued}, states(t, h, "D"))
 }
