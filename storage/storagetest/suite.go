@@ -42,6 +42,7 @@ func topics() []topic {
 		{"open", openTests()},
 		{"lease", leaseTests()},
 		{"enroll", enrollTests()},
+		{"keys", keyTests()},
 		{"sweep", sweepTests()},
 	}
 }

@@ -217,3 +217,22 @@ CREATE TABLE IF NOT EXISTS nano_event_notices (
     name       {id} NOT NULL PRIMARY KEY,
     created_at BIGINT NOT NULL
 ) {table};
+
+-- Named keys of the operators' API; sha256 is of the key. topics is a JSON
+-- list of the APNs topics that the key is bound to, or * if it is not.
+CREATE TABLE IF NOT EXISTS nano_api_keys (
+    name       {id} NOT NULL PRIMARY KEY,
+    role       {id} NOT NULL,
+    topics     {blob} NOT NULL,
+    sha256     {id} NOT NULL,
+    created_at BIGINT NOT NULL,
+    created_by {id} NOT NULL DEFAULT ''
+) {table};
+CREATE UNIQUE INDEX {if_not_exists} nano_api_keys_sha256 ON nano_api_keys (sha256);
+
+-- Keys that values were sealed with, by id, each with a value to try it on.
+CREATE TABLE IF NOT EXISTS nano_seal (
+    id         {id} NOT NULL PRIMARY KEY,
+    value      {blob} NOT NULL,
+    created_at BIGINT NOT NULL
+) {table};
