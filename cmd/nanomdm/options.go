@@ -19,6 +19,8 @@ import (
 	"time"
 
 	"golang.org/x/net/http/httpguts"
+
+	"github.com/nanomdm/nanomdm/storage"
 )
 
 // options is the daemon's configuration after flags, environment and defaults
@@ -51,6 +53,8 @@ type options struct {
 	storage        string // sqlite, pgsql or mysql
 	storageDSN     secret
 	storageOptions storageOptions
+	retainCommands storage.Retention
+	retainResults  storage.Retention
 
 	apnsURL        *url.URL
 	apnsCA         string
@@ -204,6 +208,12 @@ func (o *options) table() []option {
 		{name: "storage-options", arg: "LIST", group: groupStorage, set: to(&o.storageOptions, parseStorageOptions),
 			help:   "Store settings as key=value,key=value.",
 			detail: "The keys are below."},
+		{name: "retain-commands", arg: "AGES", def: "0", group: groupStorage, set: to(&o.retainCommands, parseRetention),
+			help:   "How long to keep finished commands with their results, as 90d.",
+			detail: "A list: an age for all, and ages of single request types, as in `90d,ProfileList=7d`. Ages are days (`30d`) or Go durations; 0 is for ever. See the operations guide."},
+		{name: "retain-results", arg: "AGES", def: "0", group: groupStorage, set: to(&o.retainResults, parseRetention),
+			help:   "How long to keep results, as 30d,InstalledApplicationList=2d.",
+			detail: "Of the same form. The command and its state stay."},
 		{name: "dsn", arg: "DSN", group: groupStorage, secret: true, oldName: "storage-dsn", set: to(&o.storageDSN, parseSecret),
 			help: "Old name of -storage-dsn."},
 

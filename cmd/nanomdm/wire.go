@@ -108,13 +108,12 @@ func (b *building) addStore() {
 		name: "store",
 		start: func(ctx context.Context) (err error) {
 			cfg := sqlstore.Config{
-				Driver:             b.o.storage,
-				DSN:                string(b.o.storageDSN),
-				Logger:             b.log,
-				ConnMaxLifetime:    b.o.storageOptions.connMaxLifetime,
-				ConnMaxIdleTime:    b.o.storageOptions.connMaxIdleTime,
-				MaxOpenConns:       b.o.storageOptions.maxOpenConns,
-				DeleteAcknowledged: b.o.storageOptions.deleteAcked,
+				Driver:          b.o.storage,
+				DSN:             string(b.o.storageDSN),
+				Logger:          b.log,
+				ConnMaxLifetime: b.o.storageOptions.connMaxLifetime,
+				ConnMaxIdleTime: b.o.storageOptions.connMaxIdleTime,
+				MaxOpenConns:    b.o.storageOptions.maxOpenConns,
 			}
 			store, err = openStore(ctx, cfg, b.log, func() { b.tell(notifyWaiting(maxOpenPause)) })
 			if err != nil {
@@ -177,6 +176,7 @@ func (b *building) assemble(store *sqlstore.Store) error {
 	}
 
 	b.observe(store)
+	b.sweep(store)
 	s.background("database watch", func(ctx context.Context) error {
 		return b.gate.Watch(ctx, func(ctx context.Context) (bool, error) {
 			err := store.Ping(ctx)

@@ -48,9 +48,6 @@ type Config struct {
 	// MaxOpenConns bounds the connections to a database server, 24 if zero,
 	// and with SQLite the readers.
 	MaxOpenConns int
-	// DeleteAcknowledged drops a command's queue row and result, and the
-	// command when nobody else waits for it, once it was acknowledged.
-	DeleteAcknowledged bool
 	// RecordActivityEvery is how long last-seen times and paid pushes are
 	// gathered before they are written: 500 ms if zero. If negative they are
 	// only written by Flush and Close.
@@ -93,7 +90,10 @@ type Store struct {
 	changes *batcher[*pending]
 	retries atomic.Int64
 	sent    atomic.Int64 // statements
-	swept   swept
+	// What devices' messages shared: commits, and reads.
+	committed, polled shared
+	held              sync.Map // names of leases that were taken and not lost or released
+	swept             swept
 
 	// numberFrom is the enrollment where NumberEvents goes on.
 	numberFrom atomic.Pointer[string]
@@ -107,6 +107,12 @@ type Store struct {
 type Stats struct {
 	// Statements that were sent to the database.
 	Statements int64
+	// Commits that devices' messages shared, and how many messages those were;
+	// the same for the reads of messages that change nothing.
+	Commits, CommittedMessages int64
+	Polls, PolledMessages      int64
+	// Leases that are held, by name, as far as this store knows.
+	Leases []string
 	// Retries of whole transactions: deadlocks, lost connections, failovers.
 	Retries int64
 	// ActivityDropped counts last-seen notes that were dropped because the
@@ -233,7 +239,10 @@ func (s *Store) closePools() error {
 func (s *Store) Stats() Stats {
 	return Stats{
 		Statements: s.sent.Load(),
-		Retries:    s.retries.Load(), ActivityDropped: s.act.dropped.Load(),
+		Commits:    s.committed.batches.Load(), CommittedMessages: s.committed.messages.Load(),
+		Polls: s.polled.batches.Load(), PolledMessages: s.polled.messages.Load(),
+		Leases:  s.leasesHeld(),
+		Retries: s.retries.Load(), ActivityDropped: s.act.dropped.Load(),
 		EventsDropped: s.act.eventsDropped.Load(),
 		Promoted:      s.swept.promoted.Load(), Expired: s.swept.expired.Load(),
 		RemovedRows: s.swept.rows.Load(), RemovedResults: s.swept.results.Load(),
@@ -457,9 +466,14 @@ func (s *Store) retry(ctx context.Context, try func() (again bool, err error)) e
 	}
 }
 
-// inTime bounds a batch of devices' messages.
-func inTime(run func(context.Context, []*pending) error) func(context.Context, []*pending) error {
+// shared counts batches of devices' messages, and the messages in them.
+type shared struct{ batches, messages atomic.Int64 }
+
+// inTime bounds a batch of devices' messages, and counts it.
+func inTime(n *shared, run func(context.Context, []*pending) error) func(context.Context, []*pending) error {
 	return func(ctx context.Context, batch []*pending) error {
+		n.batches.Add(1)
+		n.messages.Add(int64(len(batch)))
 		ctx, cancel := context.WithTimeout(ctx, deviceTimeout)
 		defer cancel()
 		return run(ctx, batch)

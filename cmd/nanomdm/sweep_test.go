@@ -1,0 +1,268 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/nanomdm/nanomdm/mdm"
+	"github.com/nanomdm/nanomdm/storage"
+	"github.com/nanomdm/nanomdm/storage/lease"
+	"github.com/nanomdm/nanomdm/storage/storagetest"
+)
+
+func TestParseRetention(t *testing.T) {
+	const day = 24 * time.Hour
+	for _, tc := range []struct {
+		text string
+		want storage.Retention
+		err  string
+	}{
+		{text: ""},
+		{text: "0"},
+		{text: "30d", want: storage.Retention{Default: 30 * day}},
+		{text: "12h", want: storage.Retention{Default: 12 * time.Hour}},
+		{text: "30d, InstalledApplicationList=2d,DeviceLock=0", want: storage.Retention{
+			Default: 30 * day, ByType: map[string]time.Duration{"InstalledApplicationList": 2 * day, "DeviceLock": 0},
+		}},
+		{text: "ProfileList=1h", want: storage.Retention{ByType: map[string]time.Duration{"ProfileList": time.Hour}}},
+		{text: "30", err: `"30" is not an age`},
+		{text: "-1d", err: `"-1d" is not an age`},
+		{text: "-1h", err: `"-1h" is not an age`},
+		{text: "99999d", err: `"99999d" is not an age`},
+		{text: "1.5d", err: `"1.5d" is not an age`},
+		{text: "ProfileList=", err: `"" is not an age`},
+		{text: "Profile List=1d", err: `"Profile List" is not a request type`},
+		{text: "=1d", err: `"" is not a request type`},
+		{text: "1d,2d", err: `"2d" is a second age`},
+		{text: "0,2d", err: `"2d" is a second age`},
+		{text: "A=1d,A=2d", err: "A is given twice"},
+	} {
+		t.Run(tc.text, func(t *testing.T) {
+			got, err := parseRetention(tc.text)
+			if tc.err != "" {
+				require.ErrorContains(t, err, tc.err)
+				return
+			}
+			require.NoError(t, err)
+			require.Equal(t, tc.want, got)
+		})
+	}
+}
+
+func TestRetentionRules(t *testing.T) {
+	require.Empty(t, rules(storage.Retention{}))
+	require.Empty(t, rules(storage.Retention{ByType: map[string]time.Duration{"DeviceLock": 0}}))
+	require.Equal(t, []rule{
+		{requestType: "ProfileList", age: time.Hour},
+		{except: []string{"DeviceLock", "ProfileList"}, age: time.Minute},
+	}, rules(storage.Retention{Default: time.Minute, ByType: map[string]time.Duration{"ProfileList": time.Hour, "DeviceLock": 0}}))
+}
+
+// finish enrolls a device and has it answer commands.
+func finish(t *testing.T, h *storagetest.Harness, id, requestType string, status mdm.Status, uuids ...string) {
+	t.Helper()
+	h.Enroll(t, id)
+	for _, uuid := range uuids {
+		failed, err := h.Store.Enqueue(t.Context(), storage.Scope{}, &storage.Enqueue{
+			Command: &mdm.Command{CommandUUID: uuid, RequestType: requestType, Raw: []byte("<plist/>")}, IDs: []string{id},
+		})
+		require.NoError(t, err)
+		require.Empty(t, failed)
+		_, err = h.Store.Apply(t.Context(), &storage.Report{
+			Src: storage.Source{Enroll: mdm.EnrollID{Type: mdm.Device, ID: id}}, Status: status, CommandUUID: uuid, Raw: []byte("result"),
+		})
+		require.NoError(t, err)
+	}
+}
+
+// hold runs work under its lease in the background until the test ends.
+func hold(t *testing.T, store sweepStore, name, holder string, work lease.Work) {
+	t.Helper()
+	ctx, stop := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- lease.Hold(ctx, store, name, holder, sweepTTL, slog.New(slog.DiscardHandler), work) }()
+	t.Cleanup(func() {
+		stop()
+		require.ErrorIs(t, <-done, context.Canceled)
+	})
+}
+
+func TestHistorySweep(t *testing.T) {
+	const day = 24 * time.Hour
+	for _, tc := range []struct {
+		name    string
+		sweep   historySweep
+		rows    []string
+		results []string
+	}{
+		{
+			name:    "results by type",
+			sweep:   historySweep{results: storage.Retention{Default: 30 * day, ByType: map[string]time.Duration{"InstalledApplicationList": 2 * day}}},
+			rows:    []string{"apps", "failed", "profiles", "today"},
+			results: []string{"failed", "profiles", "today"},
+		},
+		{
+			name:    "commands",
+			sweep:   historySweep{commands: storage.Retention{Default: 2 * day}},
+			rows:    []string{"today"},
+			results: []string{"today"},
+		},
+		{
+			name:    "acknowledged ones at once",
+			sweep:   historySweep{deleteAcked: true},
+			rows:    []string{"failed"},
+			results: []string{"failed"},
+		},
+	} {
+		for _, engine := range storagetest.Engines(t) {
+			t.Run(tc.name+"/"+engine.Name, func(t *testing.T) {
+				h := storagetest.NewHarness(t, engine)
+				finish(t, h, "A", "InstalledApplicationList", mdm.StatusAcknowledged, "apps")
+				finish(t, h, "B", "ProfileList", mdm.StatusAcknowledged, "profiles")
+				finish(t, h, "C", "ProfileList", mdm.StatusError, "failed")
+				h.Clock.Advance(3 * day)
+				finish(t, h, "D", "InstalledApplicationList", mdm.StatusAcknowledged, "today")
+				h.Clock.Advance(time.Minute)
+
+				sweep := tc.sweep
+				sweep.store, sweep.log, sweep.now = h.Store, slog.New(slog.DiscardHandler), h.Clock.Now
+				require.False(t, sweep.idle())
+				hold(t, h.Store, "history", "a", sweep.work)
+				require.EventuallyWithT(t, func(c *assert.CollectT) {
+					require.Equal(c, tc.rows, h.Strings(t, "SELECT command_uuid FROM nano_enrollment_queue ORDER BY command_uuid"))
+					require.Equal(c, tc.results, h.Strings(t, "SELECT command_uuid FROM nano_command_results ORDER BY command_uuid"))
+					require.Equal(c, tc.rows, h.Strings(t, "SELECT command_uuid FROM nano_commands ORDER BY command_uuid"))
+				}, 10*time.Second, 10*time.Millisecond)
+			})
+		}
+	}
+}
+
+// TestQueueSweepOfTwoReplicas: one of them sweeps, and the other one when the
+// first has stopped.
+func TestQueueSweepOfTwoReplicas(t *testing.T) {
+	for _, engine := range storagetest.Engines(t) {
+		t.Run(engine.Name, func(t *testing.T) {
+			h := storagetest.NewHarness(t, engine)
+			second := h.Open(t, nil)
+			h.Enroll(t, "D")
+			log := slog.New(slog.DiscardHandler)
+			plan := func(uuid string) {
+				failed, err := h.Store.Enqueue(t.Context(), storage.Scope{}, &storage.Enqueue{
+					Command: &mdm.Command{CommandUUID: uuid, RequestType: "ProfileList", Raw: []byte("<plist/>")}, IDs: []string{"D"},
+					NotBefore: h.Clock.Now().Add(time.Hour),
+				})
+				require.NoError(t, err)
+				require.Empty(t, failed)
+				h.Clock.Advance(time.Hour)
+			}
+			queued := func(n int64) {
+				require.Eventually(t, func() bool {
+					return h.Int(t, "SELECT COUNT(*) FROM nano_enrollment_queue WHERE state = ?", int(storage.Queued)) == n
+				}, 10*time.Second, 10*time.Millisecond)
+			}
+			t.Run("first", func(t *testing.T) {
+				hold(t, h.Store, "queue", "a", (&queueSweep{store: h.Store, log: log}).work)
+				hold(t, second, "queue", "b", (&queueSweep{store: second, log: log}).work)
+				plan("1")
+				queued(1)
+			})
+			hold(t, second, "queue", "b2", (&queueSweep{store: second, log: log}).work)
+			plan("2")
+			queued(2)
+			require.EqualValues(t, 2, h.Store.Stats().Promoted+second.Stats().Promoted)
+		})
+	}
+}
+
+// stubbornStore has a history of so many batches, and can fail.
+type stubbornStore struct {
+	sweepStore
+	batches []time.Duration // how long each takes
+	took    []time.Time
+	looks   []storage.Removal
+	err     error
+}
+
+func (s *stubbornStore) RemoveResults(_ context.Context, _ storage.Lease, r storage.Removal) (storage.Removed, error) {
+	s.looks = append(s.looks, r)
+	if s.err != nil {
+		return storage.Removed{}, s.err
+	}
+	n := len(s.took)
+	time.Sleep(s.batches[n%len(s.batches)])
+	s.took = append(s.took, time.Now())
+	return storage.Removed{
+		Looked: 1, Next: storage.HistoryKey{At: r.Before.Add(-time.Minute), ID: fmt.Sprint(n)}, Done: (n+1)%len(s.batches) == 0,
+	}, nil
+}
+
+func TestHistorySweepPaces(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &stubbornStore{batches: []time.Duration{time.Millisecond, time.Second, time.Millisecond}}
+		h := &historySweep{
+			store: s, log: slog.New(slog.DiscardHandler), now: time.Now, looked: make(map[string]time.Time),
+			results: storage.Retention{Default: time.Hour},
+		}
+		began := time.Now()
+		require.NoError(t, h.retain(t.Context(), func() storage.Lease { return storage.Lease{} }))
+		require.Len(t, s.took, 3)
+		require.Equal(t, sweepPause+time.Second, s.took[1].Sub(s.took[0]))
+		require.Equal(t, time.Second+time.Millisecond, s.took[2].Sub(s.took[1]), "as long as the batch took")
+		require.True(t, s.looks[0].After.At.IsZero())
+		require.Equal(t, "0", s.looks[1].After.ID)
+
+		time.Sleep(historyEvery)
+		require.NoError(t, h.retain(t.Context(), func() storage.Lease { return storage.Lease{} }))
+		require.Equal(t, began.Add(-time.Hour-lookBack), s.looks[3].After.At, "goes on where it ended")
+	})
+}
+
+func TestRepeat(t *testing.T) {
+	t.Run("one complaint for each outage", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			var b bytes.Buffer
+			ctx, stop := context.WithCancel(t.Context())
+			outcomes := []error{nil, errors.New("away"), errors.New("away"), nil, errors.New("again")}
+			n := 0
+			err := repeat(ctx, time.Second, newLogger(&b, false), "cannot", func() error {
+				if n == len(outcomes) {
+					stop()
+					return nil
+				}
+				n++
+				return outcomes[n-1]
+			})
+			require.ErrorIs(t, err, context.Canceled)
+			require.Equal(t, 2, bytes.Count(b.Bytes(), []byte("msg=cannot")))
+		})
+	})
+	t.Run("a lost lease is waited out", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			ctx, stop := context.WithCancel(t.Context())
+			var calls atomic.Int32
+			var wg sync.WaitGroup
+			wg.Go(func() {
+				require.ErrorIs(t, repeat(ctx, time.Second, slog.New(slog.DiscardHandler), "cannot", func() error {
+					calls.Add(1)
+					return storage.ErrLeaseLost
+				}), context.Canceled)
+			})
+			time.Sleep(time.Minute)
+			require.EqualValues(t, 1, calls.Load())
+			stop()
+			wg.Wait()
+		})
+	})
+}
