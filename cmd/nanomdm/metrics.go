@@ -56,6 +56,21 @@ func (b *building) observe(store *sqlstore.Store) {
 		emit("nanomdm_events_unnumbered", float64(census.Unnumbered))
 		return nil
 	}})
+	b.metrics.Add(metrics.Source{Name: "webhook", Every: censusEvery, Collect: func(ctx context.Context, emit metrics.Emit) error {
+		backlogs, err := store.EventBacklogs(ctx)
+		if err != nil {
+			return err
+		}
+		for _, sink := range backlogs {
+			emit("nanomdm_webhook_backlog_events", float64(sink.Behind), sink.Sink)
+			emit("nanomdm_webhook_oldest_seconds", age(sink.Oldest), sink.Sink)
+			emit("nanomdm_webhook_events", float64(sink.Waiting), sink.Sink, "waiting")
+			emit("nanomdm_webhook_events", float64(sink.Again), sink.Sink, "again")
+			emit("nanomdm_webhook_events", float64(sink.Dead), sink.Sink, "dead")
+			emit("nanomdm_webhook_events", float64(sink.Dropped), sink.Sink, "dropped")
+		}
+		return nil
+	}})
 	b.metrics.Add(metrics.Source{Name: "certificates", Every: certificatesEvery, Collect: func(ctx context.Context, emit metrics.Emit) error {
 		now := time.Now()
 		counts, err := store.CertificatesExpiring(ctx, now, now.Add(7*24*time.Hour), now.Add(30*24*time.Hour))
@@ -78,6 +93,20 @@ func age(since time.Time) float64 {
 
 func emitStore(emit metrics.Emit, stats sqlstore.Stats) {
 	emit("nanomdm_store_statements_total", float64(stats.Statements))
+	emit("nanomdm_store_commits_total", float64(stats.Commits))
+	emit("nanomdm_store_committed_messages_total", float64(stats.CommittedMessages))
+	emit("nanomdm_store_polls_total", float64(stats.Polls))
+	emit("nanomdm_store_polled_messages_total", float64(stats.PolledMessages))
+	emit("nanomdm_store_removed_total", float64(stats.RemovedRows), "queue")
+	emit("nanomdm_store_removed_total", float64(stats.RemovedResults), "results")
+	emit("nanomdm_store_removed_total", float64(stats.RemovedCommands), "commands")
+	emit("nanomdm_store_removed_result_bytes_total", float64(stats.RemovedResultBytes))
+	emit("nanomdm_queue_promoted_total", float64(stats.Promoted))
+	emit("nanomdm_queue_expired_total", float64(stats.Expired))
+	emit("nanomdm_events_dropped_total", float64(stats.EventsDropped))
+	for _, lease := range stats.Leases {
+		emit("nanomdm_lease_held", 1, lease)
+	}
 	emit("nanomdm_store_retries_total", float64(stats.Retries))
 	emit("nanomdm_store_activity_dropped_total", float64(stats.ActivityDropped))
 }

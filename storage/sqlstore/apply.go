@@ -112,9 +112,9 @@ const (
 func (s *Store) startBatches() {
 	cfg := batchConfig{rows: batchRows, bytes: batchBytes, waiting: batchWaiting, hopeless: hopeless}
 	cfg.inFlight = min(pollsInFlight, s.rdb.Stats().MaxOpenConnections)
-	s.polls = newBatcher(cfg, inTime(s.poll))
+	s.polls = newBatcher(cfg, inTime(&s.polled, s.poll))
 	cfg.inFlight = min(changesInFlight, s.db.Stats().MaxOpenConnections)
-	s.changes = newBatcher(cfg, inTime(s.change))
+	s.changes = newBatcher(cfg, inTime(&s.committed, s.change))
 }
 
 // hopeless says whether an error is the database's rather than that of one

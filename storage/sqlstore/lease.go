@@ -5,6 +5,7 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/nanomdm/nanomdm/storage"
 )
@@ -48,6 +49,7 @@ func (s *Store) TakeLease(ctx context.Context, seen storage.Lease, holder string
 	if err != nil {
 		return storage.Lease{}, fmt.Errorf("taking lease %s: %w", seen.Name, err)
 	}
+	s.held.Store(next.Name, true)
 	return next, nil
 }
 
@@ -59,6 +61,9 @@ func (s *Store) RenewLease(ctx context.Context, l storage.Lease) (storage.Lease,
 		return changeLease(ctx, t, `UPDATE nano_leases SET beat = ? WHERE name = ? AND holder = ? AND fence = ?`,
 			next.Beat, l.Name, l.Holder, l.Fence)
 	})
+	if errors.Is(err, storage.ErrLeaseLost) {
+		s.held.Delete(l.Name)
+	}
 	if err != nil {
 		return storage.Lease{}, fmt.Errorf("renewing lease %s: %w", l.Name, err)
 	}
@@ -67,6 +72,7 @@ func (s *Store) RenewLease(ctx context.Context, l storage.Lease) (storage.Lease,
 
 // ReleaseLease implements storage.Leases.
 func (s *Store) ReleaseLease(ctx context.Context, l storage.Lease) error {
+	s.held.Delete(l.Name)
 	err := s.write(ctx, func(ctx context.Context, t *tx) error {
 		_, err := t.exec(ctx, `UPDATE nano_leases SET holder = '', beat = beat + 1
 			WHERE name = ? AND holder = ? AND fence = ?`, l.Name, l.Holder, l.Fence)
@@ -100,4 +106,16 @@ func (t *tx) checkLease(ctx context.Context, l storage.Lease) error {
 		return storage.ErrLeaseLost
 	}
 	return err
+}
+
+// leasesHeld lists the leases that were taken here and neither lost nor
+// released.
+func (s *Store) leasesHeld() []string {
+	var names []string
+	s.held.Range(func(name, _ any) bool {
+		names = append(names, name.(string))
+		return true
+	})
+	slices.Sort(names)
+	return names
 }

@@ -1,0 +1,85 @@
+package main
+
+import (
+	"context"
+	"encoding/pem"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/nanomdm/nanomdm/http/metrics"
+	"github.com/nanomdm/nanomdm/mdm/mdmtest"
+)
+
+func TestEveryMetricIsServed(t *testing.T) {
+	d := start(t, "http")
+	dev := d.device("D1", mdmtest.Config{})
+	require.NoError(t, dev.Enroll(t.Context()))
+	status, _, _ := d.api("PUT", "/v1/enqueue/D1?nopush=1", "nanomdm", testKey, mdmtest.NewCommand("C1", "ProfileList", nil))
+	require.Equal(t, 200, status)
+	status, _, _ = d.api("PUT", "/mdm", "", "", []byte("no identity"))
+	require.Equal(t, 400, status)
+	status, text, _ := d.api("GET", "/metrics", "nanomdm", testKey, nil)
+	require.Equal(t, 200, status)
+	for _, line := range []string{
+		`nanomdm_ready 1`, `nanomdm_store_up 1`, `nanomdm_queue_commands{state="queued"} 1`, `nanomdm_queue_commands{state="notnow"} 0`,
+		`nanomdm_device_requests_total{message="TokenUpdate",outcome="ok"} 1`, `nanomdm_device_refusals_total{reason="identity"} 1`,
+		`nanomdm_identity_certificates_expiring{within="0d"} 0`, `nanomdm_push_owed_enrollments 0`,
+	} {
+		require.Contains(t, text, line+"\n")
+	}
+	// These have nothing to show here.
+	elsewhere := map[string]string{
+		"nanomdm_http_turned_away_total":         "TestTooManyRequests",
+		"nanomdm_tls_certificate_expiry_seconds": "needs -tls-cert",
+		"nanomdm_metrics_source_failures_total":  "TestSources",
+		"nanomdm_lease_held":                     "needs periodic work",
+		"nanomdm_webhook_backlog_events":         "needs a sink",
+		"nanomdm_webhook_oldest_seconds":         "needs a sink",
+		"nanomdm_webhook_events":                 "needs a sink",
+	}
+	for _, m := range metrics.Table() {
+		if elsewhere[m.Name] == "" {
+			require.Contains(t, text, "# TYPE "+m.Name+" "+string(m.Kind)+"\n")
+		}
+	}
+	for _, secret := range []string{testKey, "D1", d.dir} {
+		require.NotContains(t, text, secret)
+	}
+	status, _, _ = d.api("GET", "/metrics", "nanomdm", "wrong", nil)
+	require.Equal(t, 401, status)
+}
+
+func TestEarliestCertificate(t *testing.T) {
+	require.True(t, earliest([]byte("no PEM")).IsZero())
+	ca, err := mdmtest.NewCA()
+	require.NoError(t, err)
+	soon := time.Now().Add(time.Hour).Truncate(time.Second)
+	id, err := ca.Issue("x", mdmtest.WithValidity(time.Now().Add(-time.Hour), soon))
+	require.NoError(t, err)
+	file := append(ca.PEM(), pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: id.Cert.Raw})...)
+	require.True(t, soon.Equal(earliest(file)))
+}
+
+// A scrape, and both probes, while devices are busy.
+func TestScrapeUnderLoad(t *testing.T) {
+	d, _ := startProcess(t)
+	honest := d.honest(10)
+	defer honest.stop()
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	for range 20 {
+		require.NoError(t, ctx.Err())
+		begun := time.Now()
+		status, text, _ := d.api("GET", "/metrics", "nanomdm", testKey, nil)
+		require.Equal(t, 200, status)
+		require.Contains(t, text, "nanomdm_device_request_duration_seconds_bucket")
+		require.Equal(t, 200, d.probe("/healthz"))
+		require.Equal(t, 200, d.probe("/readyz"))
+		require.Less(t, time.Since(begun), 5*time.Second)
+	}
+	n, p99 := honest.wait(t, 100)
+	t.Logf("p99 of %d polls %v", n, p99)
+	require.Zero(t, honest.refused.Load())
+}
