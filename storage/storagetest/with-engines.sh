@@ -17,7 +17,8 @@
 # Elsewhere they are Debian's, installed if need be (as root): PostgreSQL and
 # MariaDB of the running release; MySQL, which no Debian release holds, from
 # unstable in a folder of its own, kept in ${XDG_CACHE_HOME:-~/.cache}.
-# Delete that folder to get a newer MySQL.
+# Delete that folder to get a newer MySQL. The proxies that tests run (nginx,
+# HAProxy, Caddy) are installed, too.
 #
 #   ENGINES_DURABLE=1           keep the engines' default durability. Without it
 #                               they skip fsync: right for tests, wrong for
@@ -254,6 +255,23 @@ debian_mirror() {
 	# shellcheck disable=SC2016 # the $(...) are apt's own
 	apt-get indextargets --format '$(ORIGIN)/$(LABEL) $(REPO_URI)' 'Identifier: Packages' |
 		awk '$1 == "Debian/Debian" && $2 ~ /^https?:/ { print $2; exit }'
+}
+
+# prepare_proxies: nginx, HAProxy and Caddy run in tests with the examples of
+# docs/proxies. A test that misses its proxy is skipped, and fails if CI=true.
+prepare_proxies() {
+	local missing=() p
+	for p in nginx haproxy caddy; do
+		command -v "$p" >/dev/null || missing+=("$p")
+	done
+	((${#missing[@]} == 0)) && return
+	if ! apt_install "${missing[@]}"; then
+		say "WARNING: going on without ${missing[*]}"
+		return
+	fi
+	# Installed for tests: not to be started at the next boot either.
+	[[ -d /run/systemd/system ]] && systemctl disable --quiet "${missing[@]}" 2>/dev/null
+	return 0
 }
 
 prepare_pgsql() {
@@ -510,6 +528,7 @@ trap 'interrupted HUP 1' HUP
 if ((${#engines[@]} > 0)); then
 	work=$(mktemp -d "${TMPDIR:-/tmp}/nanomdm-engines.XXXXXX") || exit 1
 	chmod 711 "$work"
+	prepare_proxies
 	if docker_answers; then
 		start_containers
 	else
