@@ -41,6 +41,7 @@ func topics() []topic {
 	return []topic{
 		{"open", openTests()},
 		{"lease", leaseTests()},
+		{"activity", activityTests()},
 		{"enroll", enrollTests()},
 		{"keys", keyTests()},
 		{"sweep", sweepTests()},

@@ -20,6 +20,7 @@ func sweepTests() []subtest {
 		{"a call without the lease changes nothing", sweepWithoutLease},
 		{"commands expire at their time, in every waiting state", sweepExpires},
 		{"expiring is done in batches", sweepExpiresInBatches},
+		{"expiry is told to those who ask", sweepAnnounces},
 		{"a report and the expiry of its command come to one end", sweepExpiryRacesReport},
 		{"scheduled commands are queued at their time, behind others and in order", sweepPromotes},
 		{"replicas that sweep at once promote each row once", sweepAtOnce},
@@ -186,6 +187,34 @@ func sweepExpiresInBatches(t *testing.T, h *Harness) {
 		sizes = append(sizes, n)
 	}
 	require.Equal(t, []int{10, 10, 5}, sizes)
+}
+
+func sweepAnnounces(t *testing.T, h *Harness) {
+	l := sweepLease(t, h)
+	h.Enroll(t, "D", "E")
+	plantCommands(t, h, "ProfileList", "1", "2", "3")
+	now := h.Clock.Now()
+	plant(t, h, row{id: "E", uuid: "1", state: storage.Queued, expiresAt: now})
+	n, err := h.Store.ExpireCommands(t.Context(), l, 100)
+	require.NoError(t, err)
+	require.Equal(t, 1, n)
+	require.Zero(t, h.Int(t, "SELECT COUNT(*) FROM nano_events"), "nobody asked")
+
+	require.NoError(t, h.Store.PutEventSink(t.Context(), storage.EventSink{
+		Name: "x", Enabled: true, Filter: storage.EventFilter{Topics: []string{storage.TopicCommandExpired}},
+	}))
+	plant(t, h,
+		row{id: "D", uuid: "1", state: storage.Queued, expiresAt: now},
+		row{id: "D", uuid: "2", state: storage.NotNow, expiresAt: now},
+		row{id: "E", uuid: "3", state: storage.Scheduled, expiresAt: now})
+	before := h.Int(t, "SELECT SUM(event_seq) FROM nano_enrollments")
+	n, err = h.Store.ExpireCommands(t.Context(), l, 100)
+	require.NoError(t, err)
+	require.Equal(t, 3, n)
+	require.Equal(t, []string{"1", "2", "3"},
+		h.Strings(t, "SELECT command_uuid FROM nano_events WHERE topic = ? AND request_type = 'ProfileList' ORDER BY command_uuid", storage.TopicCommandExpired))
+	require.Equal(t, []string{"D", "D", "E"}, h.Strings(t, "SELECT enrollment_id FROM nano_events ORDER BY enrollment_id"))
+	require.Equal(t, before+3, h.Int(t, "SELECT SUM(event_seq) FROM nano_enrollments"), "each has its place in the order")
 }
 
 func sweepExpiryRacesReport(t *testing.T, h *Harness) {

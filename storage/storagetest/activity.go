@@ -1,0 +1,116 @@
+package storagetest
+
+import (
+	"fmt"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/nanomdm/nanomdm/storage/sqlstore"
+)
+
+func activityTests() []subtest {
+	return []subtest{
+		{"Close writes what is gathered", activityClose},
+		{"Flush writes what is gathered", activityFlush},
+		{"activity is written by itself", activityByItself},
+		{"last seen never goes back", activityLater},
+		{"a poll pays for what was owed when it came", activityPays},
+		{"replicas flush the same enrollments at once", activityAtOnce},
+	}
+}
+
+// lastSeen reads when an enrollment was last seen, 0 if it is not known.
+func lastSeen(t *testing.T, h *Harness, id string) int64 {
+	t.Helper()
+	return h.Int(t, "SELECT COALESCE(MAX(last_seen_at), 0) FROM nano_enrollment_activity WHERE id = ?", id)
+}
+
+func activityClose(t *testing.T, h *Harness) {
+	second := h.Open(t, nil)
+	h.Enroll(t, "D")
+	at := h.Clock.Advance(time.Minute)
+	require.NoError(t, h.device("D").on(second).seen(t))
+	require.Zero(t, lastSeen(t, h, "D"), "not yet")
+	require.NoError(t, second.Close())
+	require.Equal(t, at.UnixMicro(), lastSeen(t, h, "D"))
+}
+
+func activityFlush(t *testing.T, h *Harness) {
+	var ids []string
+	for i := range 12 {
+		ids = append(ids, fmt.Sprintf("D%02d", i))
+	}
+	h.Enroll(t, ids...)
+	at := h.Clock.Advance(time.Minute)
+	for _, id := range ids {
+		require.Empty(t, h.device(id).polls(t))
+	}
+	require.NoError(t, h.Store.Flush(t.Context()))
+	require.EqualValues(t, len(ids), h.Int(t, "SELECT COUNT(*) FROM nano_enrollment_activity WHERE last_seen_at = ?", at.UnixMicro()))
+	require.NoError(t, h.Store.Flush(t.Context()), "with nothing to write")
+}
+
+func activityByItself(t *testing.T, h *Harness) {
+	store := h.Open(t, func(c *sqlstore.Config) { c.RecordActivityEvery = 5 * time.Millisecond })
+	h.Enroll(t, "D")
+	at := h.Clock.Advance(time.Minute)
+	require.NoError(t, h.device("D").on(store).seen(t))
+	require.Eventually(t, func() bool { return lastSeen(t, h, "D") == at.UnixMicro() }, 10*time.Second, 5*time.Millisecond)
+}
+
+func activityLater(t *testing.T, h *Harness) {
+	h.Enroll(t, "D")
+	require.NoError(t, h.Store.Flush(t.Context()))
+	second := h.Open(t, nil)
+	require.NoError(t, h.device("D").on(second).seen(t))
+	later := h.Clock.Advance(time.Minute)
+	require.NoError(t, h.device("D").seen(t))
+	require.NoError(t, h.Store.Flush(t.Context()))
+	require.NoError(t, second.Flush(t.Context())) // gathered before, written after
+	require.Equal(t, later.UnixMicro(), lastSeen(t, h, "D"))
+}
+
+func activityPays(t *testing.T, h *Harness) {
+	d := h.device("D").enrolls(t)
+	h.enqueue(t, []string{"D"}, "1")
+	require.Equal(t, "1", d.polls(t))
+	h.enqueue(t, []string{"D"}, "2") // before the first is written
+	owed := func() int64 {
+		return h.Int(t, "SELECT COUNT(*) FROM nano_enrollment_push WHERE id = 'D' AND paid_seq < owed_seq")
+	}
+	require.NoError(t, h.Store.Flush(t.Context()))
+	require.EqualValues(t, 1, owed(), "the second is still owed")
+	require.Equal(t, "1", d.polls(t))
+	require.NoError(t, h.Store.Flush(t.Context()))
+	require.Zero(t, owed())
+}
+
+func activityAtOnce(t *testing.T, h *Harness) {
+	second := h.Open(t, nil)
+	var ids []string
+	for i := range 30 {
+		ids = append(ids, fmt.Sprintf("D%02d", i))
+	}
+	h.Enroll(t, ids...)
+	h.enqueue(t, ids, "C")
+	at := h.Clock.Advance(time.Minute)
+	var wg sync.WaitGroup
+	for _, store := range []*sqlstore.Store{h.Store, second} {
+		wg.Go(func() {
+			for _, id := range ids {
+				if _, err := h.device(id).on(store).report(t, "Idle", ""); err != nil {
+					t.Error(err)
+				}
+				if err := store.Flush(t.Context()); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	require.EqualValues(t, len(ids), h.Int(t, "SELECT COUNT(*) FROM nano_enrollment_activity WHERE last_seen_at = ?", at.UnixMicro()))
+	require.Zero(t, h.Int(t, "SELECT COUNT(*) FROM nano_enrollment_push WHERE paid_seq < owed_seq"))
+}
