@@ -2,10 +2,15 @@ package httpapi
 
 import (
 	"context"
-	"crypto/sha256"
 	"crypto/subtle"
+	"errors"
+	"math"
 	"net/http"
+	"strconv"
+	"strings"
+	"time"
 
+	"github.com/nanomdm/nanomdm/http/requestlog"
 	"github.com/nanomdm/nanomdm/storage"
 )
 
@@ -22,6 +27,21 @@ const (
 	roleEnqueue      // and queue, cancel and requeue commands
 	roleAdmin        // everything
 )
+
+// roleNames are the roles' words in requests, answers and the store.
+var roleNames = [...]string{roleNone: "none", roleRead: "read", rolePush: "push", roleEnqueue: "enqueue", roleAdmin: "admin"}
+
+func (r role) String() string { return roleNames[r] }
+
+// parseRole returns roleNone for a word that is no role.
+func parseRole(word string) role {
+	for r := roleRead; r <= roleAdmin; r++ {
+		if roleNames[r] == word {
+			return r
+		}
+	}
+	return roleNone
+}
 
 // caller is who is behind a request.
 type caller struct {
@@ -41,13 +61,13 @@ func callerOf(ctx context.Context) caller {
 	return c
 }
 
-// require wraps next so that it is reached only by callers with the role.
+// require wraps next so that it is reached only by callers with the role. It
+// has to keep to callerOf's scope.
 func (a *API) require(need role, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		c, ok := a.authenticate(r)
-		if !ok {
-			w.Header().Set("WWW-Authenticate", `Basic realm="nanomdm"`)
-			writeJSON(w, http.StatusUnauthorized, errorBody{"API user or key is missing or wrong"})
+		c, err := a.authenticate(r)
+		if err != nil {
+			a.refuse(w, r, err)
 			return
 		}
 		if c.role < need {
@@ -58,19 +78,108 @@ func (a *API) require(need role, next http.Handler) http.Handler {
 	})
 }
 
+// requireUnbound is require for what is of all topics: a key that is bound to
+// some is refused.
+func (a *API) requireUnbound(need role, next http.Handler) http.Handler {
+	return a.require(need, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if len(callerOf(r.Context()).scope.Topics) > 0 {
+			writeJSON(w, http.StatusForbidden, errorBody{"this API key is bound to APNs topics, and that is of all"})
+			return
+		}
+		next.ServeHTTP(w, r)
+	}))
+}
+
 // Admin wraps a handler of another package so that it is reached with the
-// role admin only.
-func (a *API) Admin(next http.Handler) http.Handler { return a.require(roleAdmin, next) }
+// role admin, of all topics, only.
+func (a *API) Admin(next http.Handler) http.Handler { return a.requireUnbound(roleAdmin, next) }
 
 // Reader is Admin for the role read.
-func (a *API) Reader(next http.Handler) http.Handler { return a.require(roleRead, next) }
+func (a *API) Reader(next http.Handler) http.Handler { return a.requireUnbound(roleRead, next) }
 
-// authenticate compares digests, in constant time, so that neither the key's
-// bytes nor its length show in the time that it takes.
-func (a *API) authenticate(r *http.Request) (caller, bool) {
-	user, key, _ := r.BasicAuth()
-	sum := sha256.Sum256([]byte(key))
-	keyOK := subtle.ConstantTimeCompare(sum[:], a.key[:])
-	userOK := subtle.ConstantTimeCompare([]byte(user), []byte(User))
-	return caller{name: User, role: roleAdmin}, keyOK&userOK == 1
+var (
+	errNoKey    = errors.New("no API key")
+	errWrongKey = errors.New("wrong API user or key")
+)
+
+// errSlowDown is for an address with too many wrong keys.
+type errSlowDown struct{ wait time.Duration }
+
+func (errSlowDown) Error() string { return "too many wrong API keys from this address" }
+
+// refuse answers a request whose caller is not known.
+func (a *API) refuse(w http.ResponseWriter, r *http.Request, err error) {
+	var slow errSlowDown
+	switch {
+	case errors.As(err, &slow):
+		w.Header().Set("Retry-After", strconv.Itoa(int(math.Ceil(slow.wait.Seconds()))))
+		writeJSON(w, http.StatusTooManyRequests, errorBody{slow.Error()})
+	case errors.Is(err, errNoKey), errors.Is(err, errWrongKey):
+		w.Header().Set("WWW-Authenticate", `Basic realm="nanomdm"`)
+		writeJSON(w, http.StatusUnauthorized, errorBody{"API user or key is missing or wrong"})
+	default:
+		a.fail(w, r, err)
+	}
+}
+
+// authenticate finds out who calls. A key that did not come from the client's
+// address before is not even looked at while that address has too many
+// failures, so that guessing is slow; one that did come from there is never
+// held up by what others of its address do.
+func (a *API) authenticate(r *http.Request) (caller, error) {
+	user, key, ok := credentials(r)
+	if !ok {
+		return caller{}, errNoKey
+	}
+	hash := storage.HashKey(key)
+	from := origin(requestlog.Client(r.Context()))
+	if wait := a.throttle.wait(from, hash); wait > 0 {
+		return caller{}, errSlowDown{wait}
+	}
+	c, err := a.identify(r.Context(), user, key, hash)
+	switch {
+	case err == nil:
+		a.throttle.passed(from, hash)
+	case errors.Is(err, errWrongKey):
+		a.throttle.failed(from)
+		// Not the user: that is where a key ends up that was pasted wrong.
+		a.cfg.Logger.WarnContext(r.Context(), "wrong API user or key",
+			"request_id", requestlog.ID(r.Context()), "client", requestlog.Client(r.Context()))
+	}
+	return c, err
+}
+
+// anyUser stands for the user that Bearer authentication does not have.
+const anyUser = ""
+
+// credentials reads Basic (the user is the key's name) or Bearer
+// authentication.
+func credentials(r *http.Request) (user, key string, ok bool) {
+	if user, key, ok := r.BasicAuth(); ok {
+		return user, key, user != anyUser && key != ""
+	}
+	scheme, token, _ := strings.Cut(r.Header.Get("Authorization"), " ")
+	token = strings.TrimSpace(token)
+	return anyUser, token, strings.EqualFold(scheme, "Bearer") && token != ""
+}
+
+// identify compares digests, in constant time, so that neither a key's bytes
+// nor its length show in the time that it takes.
+func (a *API) identify(ctx context.Context, user, key string, hash storage.KeyHash) (caller, error) {
+	if subtle.ConstantTimeCompare(hash[:], a.key[:]) == 1 && (user == anyUser || user == User) {
+		return caller{name: User, role: roleAdmin}, nil
+	}
+	if user == User || !strings.HasPrefix(key, keyPrefix) || len(key) != keyLen {
+		return caller{}, errWrongKey
+	}
+	k, err := a.keys.find(ctx, hash)
+	switch {
+	case errors.Is(err, storage.ErrNotFound):
+		return caller{}, errWrongKey
+	case err != nil:
+		return caller{}, err
+	case user != anyUser && user != k.Name:
+		return caller{}, errWrongKey
+	}
+	return caller{name: k.Name, role: parseRole(k.Role), scope: k.Scope}, nil
 }

@@ -7,13 +7,13 @@ package httpapi
 
 import (
 	"context"
-	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"net/http"
+	"time"
 
 	"github.com/nanomdm/nanomdm/http/requestlog"
 	"github.com/nanomdm/nanomdm/storage"
@@ -25,21 +25,27 @@ type Config struct {
 	MaxBody int64
 	// Logger; default discards.
 	Logger *slog.Logger
+	// Now is the clock of failed logins and of copied keys; default time.Now.
+	Now func() time.Time
 }
 
 // API makes the handlers of the operator's side.
 type API struct {
-	key   [sha256.Size]byte
-	store Store
-	cfg   Config
+	key      storage.KeyHash // of the main key
+	keys     *keyring
+	throttle *throttle
+	store    Store
+	cfg      Config
 }
 
 // Store is what the API needs to have kept.
 type Store interface {
 	storage.Enqueuer
+	storage.APIKeys
 }
 
-// New makes the API behind one key, which must not be empty.
+// New makes the API behind the main key, which must not be empty, and behind
+// the named keys of the store.
 func New(key string, store Store, cfg Config) (*API, error) {
 	if key == "" {
 		return nil, errors.New("API key is empty")
@@ -50,7 +56,13 @@ func New(key string, store Store, cfg Config) (*API, error) {
 	if cfg.Logger == nil {
 		cfg.Logger = slog.New(slog.DiscardHandler)
 	}
-	return &API{key: sha256.Sum256([]byte(key)), store: store, cfg: cfg}, nil
+	if cfg.Now == nil {
+		cfg.Now = time.Now
+	}
+	return &API{
+		key: storage.HashKey(key), keys: newKeyring(store, cfg.Now), throttle: newThrottle(cfg.Now),
+		store: store, cfg: cfg,
+	}, nil
 }
 
 // Register adds the API's routes to mux.
@@ -58,6 +70,7 @@ func (a *API) Register(mux *http.ServeMux) {
 	enqueue := a.require(roleEnqueue, a.endpoint(a.enqueue))
 	mux.Handle("PUT /v1/enqueue/{ids}", enqueue)
 	mux.Handle("POST /v1/enqueue/{ids}", enqueue)
+	a.registerKeys(mux)
 }
 
 // Version answers GET /version, without authentication.
@@ -114,7 +127,8 @@ func (a *API) fail(w http.ResponseWriter, r *http.Request, err error) {
 		writeJSON(w, http.StatusConflict, errorBody{err.Error()})
 	case errors.Is(err, storage.ErrNotFound):
 		writeJSON(w, http.StatusNotFound, errorBody{err.Error()})
-	case errors.Is(err, storage.ErrUnavailable), errors.Is(err, storage.ErrBusy), errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
+	case errors.Is(err, storage.ErrUnavailable), errors.Is(err, storage.ErrBusy), errors.Is(err, storage.ErrClosed),
+		errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
 		w.Header().Set("Retry-After", "5")
 		writeJSON(w, http.StatusServiceUnavailable, errorBody{"the server is busy; try again"})
 	default:
