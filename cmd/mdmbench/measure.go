@@ -1,0 +1,486 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"syscall"
+	"time"
+
+	"github.com/nanomdm/nanomdm/mdm/mdmtest"
+)
+
+// commandsEach is how many commands a device fetches and acknowledges.
+const commandsEach = 10
+
+// enqueueIDs is how many ids a call of enqueue has.
+const enqueueIDs = 1000
+
+// row is one measurement, the medians of its rounds.
+type row struct {
+	name            string
+	connections     int
+	ratio           float64 // to the reference
+	low, high       float64 // of the rounds' ratios
+	rate, reference float64 // requests a second
+	p50, p99        time.Duration
+	daemon, db      time.Duration // processor time a request
+	referenceCPU    time.Duration
+	allocations     float64 // a request
+	statements      float64 // a request, by the daemon's count
+	commits         float64 // group commits a request, by the daemon's count
+	dbCommits       float64 // writing transactions a request, by the database's
+	dbCounts        bool
+	requests        int
+	failed          int
+	failure         string
+}
+
+// report is what was measured on one engine.
+type report struct {
+	engine   engine
+	note     string
+	rows     []row
+	enqueue  float64 // rows a second
+	scaled   float64 // those, for each request a second of the reference
+	resident int64
+}
+
+// find returns the row of a name, and whether there is one.
+func (r *report) find(name string, connections int) (row, bool) {
+	i := slices.IndexFunc(r.rows, func(m row) bool { return m.name == name && m.connections == connections })
+	if i < 0 {
+		return row{}, false
+	}
+	return r.rows[i], true
+}
+
+// run is the measuring of one engine.
+type bench struct {
+	o         *options
+	ca        *mdmtest.CA
+	db        *database
+	daemon    *process
+	reference *process
+	made      int // devices so far
+	report    *report
+}
+
+func measureEngine(ctx context.Context, o *options, e engine) (_ *report, err error) {
+	dir, err := os.MkdirTemp("", "mdmbench-")
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err == nil { // or the daemon's log is of use
+			err = os.RemoveAll(dir)
+		}
+	}()
+	b := &bench{o: o, report: &report{engine: e}}
+	if b.ca, err = mdmtest.NewCA(); err != nil {
+		return nil, err
+	}
+	if err := b.ca.Save(dir); err != nil {
+		return nil, err
+	}
+	caFile := filepath.Join(dir, "ca.pem")
+	if b.db, err = e.create(ctx, dir); err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, b.db.drop()) }()
+	b.report.note = b.db.note
+	if b.reference, err = startReference(caFile); err != nil {
+		return nil, err
+	}
+	defer b.reference.stop()
+	if b.daemon, err = startDaemon(ctx, o.program, dir, caFile, e.storage, b.db.dsn); err != nil {
+		return nil, err
+	}
+	defer b.daemon.stop()
+	if err := b.all(ctx); err != nil {
+		return nil, fmt.Errorf("%w (the daemon's log is in %s)", err, dir)
+	}
+	b.report.resident, err = b.daemon.resident()
+	return b.report, err
+}
+
+// all measures everything, in an order in which nothing disturbs what follows:
+// commands that wait come last.
+func (b *bench) all(ctx context.Context) error {
+	devices, err := b.enroll(ctx)
+	if err != nil {
+		return err
+	}
+	for _, connections := range []int{8, 128, 256} {
+		if err := b.idle(ctx, "idle", devices, connections); err != nil {
+			return err
+		}
+	}
+	if err := b.profile(ctx, "idle", devices, func() error {
+		polls, err := polls(ctx, devices)
+		if err != nil {
+			return err
+		}
+		_, err = drive(ctx, b.daemon.addr, 8, polls, b.o.duration, false)
+		return err
+	}); err != nil {
+		return err
+	}
+	if err := b.history(ctx); err != nil {
+		return err
+	}
+	if err := b.fetch(ctx, devices); err != nil {
+		return err
+	}
+	if err := b.mixed(ctx, devices); err != nil {
+		return err
+	}
+	if err := b.largeFleet(ctx, devices); err != nil {
+		return err
+	}
+	return b.enqueue(ctx, devices)
+}
+
+// sample is one round against one server.
+type sample struct {
+	outcome
+	cpu time.Duration
+}
+
+func (b *bench) drive(ctx context.Context, p *process, connections int, visits [][]message, duration time.Duration, lax bool) (sample, error) {
+	before, err := p.cpu()
+	if err != nil {
+		return sample{}, err
+	}
+	o, err := drive(ctx, p.addr, connections, visits, duration, lax)
+	if err != nil {
+		return sample{}, err
+	}
+	after, err := p.cpu()
+	return sample{o, after - before}, err
+}
+
+// compare makes the rounds of one measurement: the daemon and the reference
+// take turns with the same requests, which prepare makes for each round.
+func (b *bench) compare(ctx context.Context, name string, connections int, duration time.Duration, lax bool,
+	prepare func(round int) ([][]message, error),
+) error {
+	m := row{name: name, connections: connections}
+	var ratios, rates, references []float64
+	var p50s, p99s []time.Duration
+	var daemon, db, reference time.Duration
+	var statements, commits, allocations, dbCommits float64
+	referenceRequests := 0
+	for round := range b.o.rounds {
+		visits, err := prepare(round)
+		if err != nil {
+			return err
+		}
+		ref, err := b.drive(ctx, b.reference, connections, visits, duration, true)
+		if err != nil {
+			return err
+		}
+		if ref.failed > 0 {
+			return fmt.Errorf("the reference failed: %s", ref.failure)
+		}
+		metricsBefore, err := b.daemon.metrics(ctx)
+		if err != nil {
+			return err
+		}
+		commitsBefore, known, err := b.db.commits(ctx)
+		if err != nil {
+			return err
+		}
+		cpuBefore, err := b.db.cpu()
+		if err != nil {
+			return err
+		}
+		s, err := b.drive(ctx, b.daemon, connections, visits, duration, lax)
+		if err != nil {
+			return err
+		}
+		cpuAfter, err := b.db.cpu()
+		if err != nil {
+			return err
+		}
+		commitsAfter, _, err := b.db.commits(ctx)
+		if err != nil {
+			return err
+		}
+		metricsAfter, err := b.daemon.metrics(ctx)
+		if err != nil {
+			return err
+		}
+		delta := func(name string) float64 { return metricsAfter[name] - metricsBefore[name] }
+		ratios = append(ratios, s.rate()/ref.rate())
+		rates, references = append(rates, s.rate()), append(references, ref.rate())
+		p50s, p99s = append(p50s, s.percentile(0.5)), append(p99s, s.percentile(0.99))
+		daemon, db, reference = daemon+s.cpu, db+cpuAfter-cpuBefore, reference+ref.cpu
+		statements += delta("nanomdm_store_statements_total")
+		commits += delta("nanomdm_store_commits_total")
+		allocations += delta("go_memstats_mallocs_total")
+		dbCommits, m.dbCounts = dbCommits+commitsAfter-commitsBefore, known
+		m.requests, referenceRequests = m.requests+s.requests, referenceRequests+ref.requests
+		m.failed += s.failed
+		if m.failure == "" {
+			m.failure = s.failure
+		}
+	}
+	n := float64(m.requests)
+	m.ratio, m.low, m.high = median(ratios), slices.Min(ratios), slices.Max(ratios)
+	m.rate, m.reference = median(rates), median(references)
+	m.p50, m.p99 = median(p50s), median(p99s)
+	m.daemon, m.db = daemon/time.Duration(m.requests), db/time.Duration(m.requests)
+	m.referenceCPU = reference / time.Duration(referenceRequests)
+	m.statements, m.commits, m.allocations, m.dbCommits = statements/n, commits/n, allocations/n, dbCommits/n
+	b.report.rows = append(b.report.rows, m)
+	fmt.Fprintf(os.Stderr, "%-10s  %-32s %3d connections  %6.0f/s  %.2f of the reference (%.2f to %.2f)  daemon %v + database %v  %d failed %s\n",
+		b.db.label, name, connections, m.rate, m.ratio, m.low, m.high,
+		m.daemon.Round(time.Microsecond), m.db.Round(time.Microsecond), m.failed, m.failure)
+	return nil
+}
+
+// median of the values, which it sorts.
+func median[T float64 | time.Duration](values []T) T {
+	slices.Sort(values)
+	return values[len(values)/2]
+}
+
+// more makes devices that are not enrolled yet.
+func (b *bench) more(ctx context.Context, count int) ([]device, error) {
+	devices, err := newDevices(ctx, b.ca, b.made, count)
+	b.made += count
+	return devices, err
+}
+
+// enroll measures enrolling and returns the devices of the first round.
+func (b *bench) enroll(ctx context.Context) ([]device, error) {
+	var first []device
+	err := b.compare(ctx, "enroll", 64, 0, false, func(round int) ([][]message, error) {
+		devices, err := b.more(ctx, b.o.devices)
+		if err != nil {
+			return nil, err
+		}
+		if round == 0 {
+			first = devices
+		}
+		return parallel(ctx, len(devices), func(i int) ([]message, error) { return devices[i].enrollment() })
+	})
+	return first, err
+}
+
+// add enrolls further devices, unmeasured.
+func (b *bench) add(ctx context.Context, count int) ([]device, error) {
+	devices, err := b.more(ctx, count)
+	if err != nil {
+		return nil, err
+	}
+	visits, err := parallel(ctx, count, func(i int) ([]message, error) { return devices[i].enrollment() })
+	if err != nil {
+		return nil, err
+	}
+	return devices, b.flawless(ctx, visits)
+}
+
+// flawless drives visits, unmeasured, at the daemon.
+func (b *bench) flawless(ctx context.Context, visits [][]message) error {
+	o, err := drive(ctx, b.daemon.addr, 64, visits, 0, false)
+	if err == nil && o.failed > 0 {
+		err = fmt.Errorf("%d of %d requests failed: %s", o.failed, o.requests, o.failure)
+	}
+	return err
+}
+
+// polls is a visit of one poll for each device.
+func polls(ctx context.Context, devices []device) ([][]message, error) {
+	return parallel(ctx, len(devices), func(i int) ([]message, error) {
+		m, err := devices[i].idle("")
+		return []message{m}, err
+	})
+}
+
+func (b *bench) idle(ctx context.Context, name string, devices []device, connections int) error {
+	visits, err := polls(ctx, devices)
+	if err != nil {
+		return err
+	}
+	// Whatever is done once for each device is done before.
+	if err := b.flawless(ctx, visits); err != nil {
+		return err
+	}
+	return b.compare(ctx, name, connections, b.o.duration, false, func(int) ([][]message, error) { return visits, nil })
+}
+
+// visits queues commands for the devices and makes the visits that fetch and
+// acknowledge them.
+func (b *bench) visits(ctx context.Context, devices []device, commands int) ([][]message, error) {
+	var uuids []string
+	for range commands {
+		uuid, err := enqueue(ctx, b.daemon, devices, enqueueIDs)
+		if err != nil {
+			return nil, err
+		}
+		uuids = append(uuids, uuid)
+	}
+	return parallel(ctx, len(devices), func(i int) ([]message, error) { return devices[i].fetch(uuids) })
+}
+
+func (b *bench) fetch(ctx context.Context, devices []device) error {
+	if err := b.compare(ctx, "fetch and acknowledge", 64, 0, false, func(int) ([][]message, error) {
+		return b.visits(ctx, devices, commandsEach)
+	}); err != nil {
+		return err
+	}
+	return b.profile(ctx, "fetch", devices, func() error {
+		visits, err := b.visits(ctx, devices, commandsEach)
+		if err != nil {
+			return err
+		}
+		return b.flawless(ctx, visits)
+	})
+}
+
+// mixed is three polls for each device, a command for one in four, and a
+// TokenUpdate for one in ten, all at once.
+func (b *bench) mixed(ctx context.Context, devices []device) error {
+	quarter := devices[:(len(devices)+3)/4]
+	return b.compare(ctx, "mixed", 64, 0, true, func(int) ([][]message, error) {
+		idle, err := polls(ctx, devices)
+		if err != nil {
+			return nil, err
+		}
+		fetches, err := b.visits(ctx, quarter, 1)
+		if err != nil {
+			return nil, err
+		}
+		var visits [][]message
+		for i := range idle {
+			visits = append(visits, idle[i], idle[(i*7)%len(idle)], idle[(i*13)%len(idle)])
+			if i < len(fetches) {
+				visits = append(visits, fetches[i])
+			}
+			if i%10 == 0 {
+				both, err := devices[i].enrollment()
+				if err != nil {
+					return nil, err
+				}
+				visits = append(visits, both[1:])
+			}
+		}
+		return visits, nil
+	})
+}
+
+// history measures idle of devices with none, some and many finished commands.
+func (b *bench) history(ctx context.Context) error {
+	if b.o.history == 0 {
+		return nil
+	}
+	devices, err := b.add(ctx, b.o.historyFleet)
+	if err != nil {
+		return err
+	}
+	finished := 0
+	for _, goal := range []int{0, b.o.history / 10, b.o.history} {
+		for finished < goal {
+			n := min(25, goal-finished)
+			visits, err := b.visits(ctx, devices, n)
+			if err != nil {
+				return err
+			}
+			if err := b.flawless(ctx, visits); err != nil {
+				return err
+			}
+			finished += n
+		}
+		if err := b.idle(ctx, historyName(goal), devices, 8); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func historyName(finished int) string { return fmt.Sprintf("idle, %d finished commands", finished) }
+
+func fleetName(enrollments int) string { return fmt.Sprintf("idle, %d enrollments", enrollments) }
+
+// largeFleet measures idle before and after many more have enrolled.
+func (b *bench) largeFleet(ctx context.Context, devices []device) error {
+	if b.o.fleet == 0 {
+		return nil
+	}
+	if err := b.idle(ctx, fleetName(b.o.devices), devices, 8); err != nil {
+		return err
+	}
+	for b.made < b.o.fleet {
+		more, err := b.add(ctx, min(10_000, b.o.fleet-b.made))
+		if err != nil {
+			return err
+		}
+		devices = append(devices, more[:len(more)/5]...) // a fifth polls, from all over
+	}
+	return b.idle(ctx, fleetName(b.o.fleet), devices, 8)
+}
+
+// enqueue measures rows queued a second.
+func (b *bench) enqueue(ctx context.Context, devices []device) error {
+	if idle, ok := b.report.find("idle", 8); ok {
+		b.report.scaled = 1 / idle.reference
+	}
+	var rates []float64
+	for range b.o.rounds {
+		start, rows := time.Now(), 0
+		for range 10 {
+			if _, err := enqueue(ctx, b.daemon, devices, enqueueIDs); err != nil {
+				return err
+			}
+			rows += len(devices)
+		}
+		rates = append(rates, float64(rows)/time.Since(start).Seconds())
+	}
+	b.report.enqueue = median(rates)
+	b.report.scaled *= b.report.enqueue
+	fmt.Fprintf(os.Stderr, "%-10s  enqueue  %.0f rows a second\n", b.db.label, b.report.enqueue)
+	return nil
+}
+
+// profile runs work under perf(1), if profiles were asked for, and leaves the
+// functions that cost most in a text file.
+func (b *bench) profile(ctx context.Context, name string, devices []device, work func() error) error {
+	if b.o.profiles == "" {
+		return nil
+	}
+	if err := os.MkdirAll(b.o.profiles, 0o755); err != nil {
+		return err
+	}
+	base := filepath.Join(b.o.profiles, b.db.engine.name+"-"+name)
+	record := exec.Command("perf", "record", "-q", "-F", "499", "-g",
+		"-p", fmt.Sprint(b.daemon.cmd.Process.Pid), "-o", base+".perf")
+	record.Stderr = os.Stderr
+	if err := record.Start(); err != nil {
+		return fmt.Errorf("profiling: %w", err)
+	}
+	err := work()
+	// perf writes its file when it is interrupted, and then fails by that
+	// signal; whether the file is good, the report tells.
+	_ = record.Process.Signal(syscall.SIGINT)
+	_ = record.Wait()
+	if err != nil {
+		return err
+	}
+	for suffix, flags := range map[string][]string{".self.txt": {"--no-children"}, ".total.txt": {"--children"}} {
+		args := append([]string{"report", "--stdio", "-g", "none", "--percent-limit", "0.5", "-i", base + ".perf"}, flags...)
+		text, err := exec.CommandContext(ctx, "perf", args...).Output()
+		if err != nil {
+			return fmt.Errorf("reading the profile: %w", err)
+		}
+		if err := os.WriteFile(base+suffix, text, 0o644); err != nil {
+			return err
+		}
+	}
+	return nil
+}

@@ -1,0 +1,197 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"runtime"
+	"strings"
+	"time"
+)
+
+// goal is one line of the table of goals: a figure and its bounds for
+// PostgreSQL, MySQL and MariaDB, and SQLite.
+type goal struct {
+	what    string
+	bounds  [3]float64
+	atMost  bool
+	measure func(*report) (float64, bool)
+}
+
+// The peer's rows a second, for each request a second of the reference on the
+// machine on which both were measured: PostgreSQL, MariaDB. There is none for
+// SQLite, which is held against the first.
+const (
+	peerRows        = 47_000.0 / 10_000
+	peerRowsMariaDB = 61_000.0 / 10_000
+)
+
+func goals(o *options) []goal {
+	return []goal{
+		{"idle, 8 connections", [3]float64{1.0, 0.8, 1.1}, false, ratioOf("idle", 8)},
+		{"idle, 128 connections", [3]float64{1.25, 1.1, 1.25}, false, ratioOf("idle", 128)},
+		{"idle, 256 connections", [3]float64{1.25, 1.1, 1.25}, false, ratioOf("idle", 256)},
+		{"fetch and acknowledge, 10 commands each, 64 connections", [3]float64{0.7, 0.5, 0.55}, false, ratioOf("fetch and acknowledge", 64)},
+		{"enroll, 64 connections", [3]float64{0.8, 0.8, 0.8}, false, ratioOf("enroll", 64)},
+		{
+			fmt.Sprintf("idle with %d finished commands a device, to idle with none", o.history),
+			[3]float64{0.95, 0.95, 0.95}, false, quotient(historyName(o.history), historyName(0)),
+		},
+		{
+			fmt.Sprintf("idle at %d enrollments, to idle at %d", o.fleet, o.devices),
+			[3]float64{0.9, 0.9, 0.9}, false, quotient(fleetName(o.fleet), fleetName(o.devices)),
+		},
+		{"group commits a report, 64 connections", [3]float64{0.05, 0.05, 0.06}, true, func(r *report) (float64, bool) {
+			m, ok := r.find("fetch and acknowledge", 64)
+			return m.commits * (commandsEach + 1) / commandsEach, ok
+		}},
+		{"enqueue, rows a second to the peer's (scaled, see Method)", [3]float64{2, 2, 1}, false, func(r *report) (float64, bool) {
+			if r.engine.storage == "mysql" {
+				return r.scaled / peerRowsMariaDB, true
+			}
+			return r.scaled / peerRows, true
+		}},
+	}
+}
+
+func ratioOf(name string, connections int) func(*report) (float64, bool) {
+	return func(r *report) (float64, bool) {
+		m, ok := r.find(name, connections)
+		return m.ratio, ok
+	}
+}
+
+// quotient compares two measurements by their ratios to the reference, so that
+// a machine that was slower meanwhile does not count.
+func quotient(of, to string) func(*report) (float64, bool) {
+	return func(r *report) (float64, bool) {
+		m, ok := r.find(of, 8)
+		n, also := r.find(to, 8)
+		if !ok || !also {
+			return 0, false
+		}
+		return m.ratio / n.ratio, true
+	}
+}
+
+func (g goal) bound(e engine) float64 {
+	switch e.storage {
+	case "pgsql":
+		return g.bounds[0]
+	case "mysql":
+		return g.bounds[1]
+	}
+	return g.bounds[2]
+}
+
+const intro = `# Performance
+
+Written by cmd/mdmbench; "make bench" writes it anew. Made with %s on %s/%s with
+%d processors, %s, %d devices, %d rounds.
+
+The reference is a server in the same run that does the least a server of signed
+requests can do: net/http, body read, signature verified by smallstep/pkcs7,
+certificate chained to the CA each time, empty reply. Ratios above 1 are possible,
+since the daemon remembers verified certificates and parses signatures with less
+garbage.
+
+## Goals
+
+Each cell is what was measured, and the goal. **Bold** is a goal that was missed.
+
+`
+
+const method = `
+## Method
+
+- Daemon, reference server and database are processes of their own and share the
+  machine with the client. Requests are signed (ECDSA P-256, SHA-256) before a
+  measurement begins and are written to kept connections as they are, so that the
+  client costs the same few microseconds in all measurements.
+- In each round the reference and then the daemon get the same requests over as
+  many connections. A ratio is the median of the rounds' ratios, with the least and
+  the most in brackets. Differences under 15 %% are noise.
+- Each reply is checked: idle must be answered empty, and each report with the next
+  command or, after the last, with nothing. Of mixed, only the status is checked.
+  What is wrong counts as failed and not into the rate.
+- Fetch and acknowledge: %d commands a device, each visit one poll and %d reports on
+  one connection. Mixed: three polls a device, a command for one in four, a
+  TokenUpdate for one in ten.
+- History and the size of the fleet are compared by their ratios to the reference.
+  With history, %d devices poll, at 8 connections.
+- CPU is from /proc, in units of 10 ms, for the daemon's process and the database
+  server's tree of processes, over all rounds; SQLite is in the daemon's. Statements,
+  group commits and allocations are the daemon's own counts (/metrics). The database's
+  count of commits is of all its clients, writes of last-seen times and of leases
+  included: numbered transactions on PostgreSQL, Com_commit on MySQL and MariaDB.
+- Enqueue is without push, %d ids a call. The peer was measured on another machine;
+  its rows a second are scaled by the reference's requests a second on both (about
+  10,000 there, at 8 connections), so that figure is an estimate.
+`
+
+// write renders the results in Markdown.
+func write(w io.Writer, o *options, reports []*report) error {
+	var b strings.Builder
+	fmt.Fprintf(&b, intro, runtime.Version(), runtime.GOOS, runtime.GOARCH, runtime.NumCPU(),
+		time.Now().UTC().Format("2 January 2006"), o.devices, o.rounds)
+	b.WriteString("| |")
+	for _, r := range reports {
+		fmt.Fprintf(&b, " %s |", r.engine.label)
+	}
+	b.WriteString("\n|---|" + strings.Repeat("---|", len(reports)) + "\n")
+	for _, g := range goals(o) {
+		line, any := "| "+g.what+" |", false
+		for _, r := range reports {
+			cell, ok := g.cell(r)
+			line += " " + cell + " |"
+			any = any || ok
+		}
+		if any {
+			b.WriteString(line + "\n")
+		}
+	}
+	for _, r := range reports {
+		r.write(&b)
+	}
+	fmt.Fprintf(&b, method, commandsEach, commandsEach, o.historyFleet, enqueueIDs)
+	_, err := io.WriteString(w, b.String())
+	return err
+}
+
+func (g goal) cell(r *report) (string, bool) {
+	value, ok := g.measure(r)
+	if !ok {
+		return "not measured", false
+	}
+	bound := g.bound(r.engine)
+	met, sign := value >= bound, "≥"
+	if g.atMost {
+		met, sign = value <= bound, "≤"
+	}
+	if !met {
+		return fmt.Sprintf("**%.2f** (%s %.2f)", value, sign, bound), true
+	}
+	return fmt.Sprintf("%.2f (%s %.2f)", value, sign, bound), true
+}
+
+func (r *report) write(b *strings.Builder) {
+	fmt.Fprintf(b, "\n## %s\n\n%s. The daemon's memory at its highest: %d MB. Enqueue: %.0f rows a second.\n\n",
+		r.engine.label, r.note, r.resident>>20, r.enqueue)
+	b.WriteString("| | connections | requests/s | reference | ratio | p50 / p99 ms | CPU µs a request: daemon + database (reference) |" +
+		" allocations | statements | group commits | database's commits | failed |\n")
+	b.WriteString("|---|---|---|---|---|---|---|---|---|---|---|---|\n")
+	for _, m := range r.rows {
+		dbCommits := "no count"
+		if m.dbCounts {
+			dbCommits = fmt.Sprintf("%.3f", m.dbCommits)
+		}
+		failed := fmt.Sprint(m.failed)
+		if m.failed > 0 {
+			failed = fmt.Sprintf("%d of %d: %s", m.failed, m.requests, strings.ReplaceAll(m.failure, "|", "/"))
+		}
+		fmt.Fprintf(b, "| %s | %d | %.0f | %.0f | %.2f (%.2f to %.2f) | %.1f / %.1f | %d + %d (%d) | %.0f | %.3f | %.3f | %s | %s |\n",
+			m.name, m.connections, m.rate, m.reference, m.ratio, m.low, m.high,
+			m.p50.Seconds()*1000, m.p99.Seconds()*1000,
+			m.daemon.Microseconds(), m.db.Microseconds(), m.referenceCPU.Microseconds(),
+			m.allocations, m.statements, m.commits, dbCommits, failed)
+	}
+}
