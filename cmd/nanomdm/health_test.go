@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/go-sql-driver/mysql"
 	"github.com/stretchr/testify/require"
 
 	"github.com/nanomdm/nanomdm/mdm/mdmtest"
@@ -134,21 +135,28 @@ func (c *cable) pump(to, from net.Conn) {
 	}
 }
 
-// pgsqlBehind returns the DSN of an empty PostgreSQL database behind a cut
-// cable.
-func pgsqlBehind(t *testing.T) (dsn string, c *cable) {
+// behind returns the DSN of an empty database of an engine behind a cut cable.
+func behind(t *testing.T, engine string) (dsn string, c *cable) {
 	t.Helper()
-	for _, engine := range storagetest.Engines(t) {
-		if engine.Name != "pgsql" {
+	for _, e := range storagetest.Engines(t) {
+		if e.Name != engine {
 			continue
 		}
-		u, err := url.Parse(engine.Virgin(t).DSN)
+		dsn := e.Virgin(t).DSN
+		if engine == "pgsql" {
+			u, err := url.Parse(dsn)
+			require.NoError(t, err)
+			c = newCable(t, u.Host)
+			u.Host = c.addr
+			return u.String(), c
+		}
+		mc, err := mysql.ParseDSN(dsn)
 		require.NoError(t, err)
-		c = newCable(t, u.Host)
-		u.Host = c.addr
-		return u.String(), c
+		c = newCable(t, mc.Addr)
+		mc.Addr = c.addr
+		return mc.FormatDSN(), c
 	}
-	panic("no engine called pgsql")
+	panic("no engine called " + engine)
 }
 
 var addressAttr = regexp.MustCompile(`msg=listening server=http address=(\S+)`)
@@ -204,8 +212,14 @@ func poll(t *testing.T, dev *mdmtest.Device) (status int, retryAfter string, too
 }
 
 func TestDatabaseThatComesAndGoes(t *testing.T) {
-	dsn, cable := pgsqlBehind(t)
-	d := begin(t, []string{"NANOMDM_STORAGE_DSN=" + dsn}, "-storage", "pgsql")
+	for engine, storage := range map[string]string{"pgsql": "pgsql", "mysql": "mysql", "mariadb": "mysql"} {
+		t.Run(engine, func(t *testing.T) { comeAndGo(t, engine, storage) })
+	}
+}
+
+func comeAndGo(t *testing.T, engine, storage string) {
+	dsn, cable := behind(t, engine)
+	d := begin(t, []string{"NANOMDM_STORAGE_DSN=" + dsn}, "-storage", storage)
 	dev := d.device("D1", mdmtest.Config{})
 
 	// Away at the start: alive, not ready, devices are asked to come again.
@@ -257,7 +271,7 @@ func TestDatabaseThatComesAndGoes(t *testing.T) {
 }
 
 func TestSignalWhileWaitingForTheDatabase(t *testing.T) {
-	dsn, _ := pgsqlBehind(t)
+	dsn, _ := behind(t, "pgsql")
 	path, messages := systemd(t)
 	d := begin(t, []string{"NANOMDM_STORAGE_DSN=" + dsn, "NOTIFY_SOCKET=" + path}, "-storage", "pgsql")
 	require.Contains(t, within(t, messages), "EXTEND_TIMEOUT_USEC=")
@@ -300,7 +314,7 @@ func TestStartsThatCannotSucceed(t *testing.T) {
 		refused(t, "not a PostgreSQL URL", "-storage", "pgsql", "-storage-dsn", "postgres://u:hunter2@h:port/x")
 	})
 	t.Run("a wrong password", func(t *testing.T) {
-		dsn, cable := pgsqlBehind(t)
+		dsn, cable := behind(t, "pgsql")
 		cable.mend()
 		u, err := url.Parse(dsn)
 		require.NoError(t, err)
@@ -308,7 +322,7 @@ func TestStartsThatCannotSucceed(t *testing.T) {
 		refused(t, "password authentication failed", "-storage", "pgsql", "-storage-dsn", u.String())
 	})
 	t.Run("a database that does not exist", func(t *testing.T) {
-		dsn, cable := pgsqlBehind(t)
+		dsn, cable := behind(t, "pgsql")
 		cable.mend()
 		u, err := url.Parse(dsn)
 		require.NoError(t, err)

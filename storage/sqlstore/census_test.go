@@ -1,0 +1,105 @@
+package sqlstore_test
+
+import (
+	"context"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/nanomdm/nanomdm/mdm"
+	"github.com/nanomdm/nanomdm/mdm/mdmtest"
+	"github.com/nanomdm/nanomdm/storage"
+	"github.com/nanomdm/nanomdm/storage/sqlstore"
+	"github.com/nanomdm/nanomdm/storage/storagetest"
+)
+
+func TestCensus(t *testing.T) {
+	for _, engine := range storagetest.Engines(t) {
+		t.Run(engine.Name, func(t *testing.T) {
+			now := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
+			cfg := engine.Config(t)
+			cfg.Now = func() time.Time { return now }
+			store, err := sqlstore.Open(t.Context(), cfg)
+			require.NoError(t, err)
+			t.Cleanup(func() { require.NoError(t, store.Close()) })
+
+			census, err := store.Census(t.Context())
+			require.NoError(t, err)
+			require.Equal(t, sqlstore.Census{Waiting: map[storage.State]sqlstore.Backlog{
+				storage.Scheduled: {}, storage.Queued: {}, storage.NotNow: {},
+			}}, census)
+
+			enroll := mdm.EnrollID{ID: "D1", Type: mdm.Device}
+			src := storage.Source{Enroll: enroll, Pin: &storage.Pin{Hash: "aa", Certificate: []byte{1}, NotAfter: now.Add(24 * time.Hour)}}
+			_, err = store.Apply(t.Context(), &storage.Authenticate{Src: src, Message: &mdm.Authenticate{Topic: "t", Raw: []byte("x")}})
+			require.NoError(t, err)
+			_, err = store.Apply(t.Context(), &storage.TokenUpdate{Src: src, Message: &mdm.TokenUpdate{Topic: "t", PushMagic: "m", Token: []byte{1}, Raw: []byte("x")}})
+			require.NoError(t, err)
+			for _, uuid := range []string{"C1", "C2"} {
+				command, err := mdm.DecodeCommand(mdmtest.NewCommand(uuid, "ProfileList", nil))
+				require.NoError(t, err)
+				failed, err := store.Enqueue(t.Context(), storage.Scope{}, &storage.Enqueue{Command: command, IDs: []string{"D1"}})
+				require.NoError(t, err)
+				require.Empty(t, failed)
+				now = now.Add(time.Minute)
+			}
+			census, err = store.Census(t.Context())
+			require.NoError(t, err)
+			require.Equal(t, sqlstore.Backlog{Count: 2, Oldest: now.Add(-2 * time.Minute)}, census.Waiting[storage.Queued])
+			require.EqualValues(t, 1, census.PushesOwed)
+
+			counts, err := store.CertificatesExpiring(t.Context(), now, now.Add(48*time.Hour))
+			require.NoError(t, err)
+			require.Equal(t, []int64{0, 1}, counts)
+
+			stats := store.Stats()
+			require.Positive(t, stats.Statements)
+			require.EqualValues(t, 2, stats.Commits)
+			require.EqualValues(t, 2, stats.CommittedMessages)
+			require.Contains(t, store.Pools(), "write")
+		})
+	}
+}
+
+func TestHeldLeases(t *testing.T) {
+	store, err := sqlstore.Open(t.Context(), sqlstore.Config{Driver: "sqlite", DSN: ":memory:"})
+	require.NoError(t, err)
+	t.Cleanup(func() { require.NoError(t, store.Close()) })
+	require.Empty(t, store.Stats().Leases)
+	seen, err := store.PeekLease(t.Context(), "push")
+	require.NoError(t, err)
+	mine, err := store.TakeLease(t.Context(), seen, "me")
+	require.NoError(t, err)
+	require.Equal(t, []string{"push"}, store.Stats().Leases)
+	mine, err = store.RenewLease(t.Context(), mine)
+	require.NoError(t, err)
+	require.Equal(t, []string{"push"}, store.Stats().Leases)
+	_, err = store.TakeLease(t.Context(), mine, "another")
+	require.NoError(t, err)
+	_, err = store.RenewLease(t.Context(), mine)
+	require.ErrorIs(t, err, storage.ErrLeaseLost)
+	require.Empty(t, store.Stats().Leases)
+}
+
+func TestOpenSaysWhetherWaitingHelps(t *testing.T) {
+	for _, c := range []struct {
+		driver, dsn string
+		waiting     bool
+	}{
+		{"pgsql", "postgres://u:p@127.0.0.1:1/x", true},
+		{"mysql", "u:p@tcp(127.0.0.1:1)/x", true},
+		{"pgsql", "postgres://u:p@h:port/x", false},
+		{"mysql", "no DSN", false},
+		{"sqlite", "/no/such/folder/x.db", false},
+		{"oracle", "x", false},
+	} {
+		_, err := sqlstore.Open(context.Background(), sqlstore.Config{Driver: c.driver, DSN: c.dsn})
+		require.Error(t, err)
+		if c.waiting {
+			require.ErrorIs(t, err, storage.ErrUnavailable, c.dsn)
+		} else {
+			require.NotErrorIs(t, err, storage.ErrUnavailable, c.dsn)
+		}
+	}
+}
