@@ -3,6 +3,7 @@
 GO ?= go
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 FUZZTIME ?= 20s
+BENCH ?=
 ENGINES := storage/storagetest/with-engines.sh
 
 .PHONY: help build demo test quick bench fuzz lint clean
@@ -23,8 +24,9 @@ quick: ## everything that needs no database server
 	env -u NANOMDM_PGSQL_STORAGE_TEST_DSN -u NANOMDM_MARIADB_STORAGE_TEST_DSN \
 		-u NANOMDM_MYSQL_STORAGE_TEST_DSN -u CI $(GO) test ./...
 
-bench: ## the benchmarks, with engines that keep what they confirm
-	ENGINES_DURABLE=1 $(ENGINES) $(GO) test -run '^$$' -bench . ./cmd/nanomdm/...
+bench: build ## end-to-end on durable engines, into docs/performance.md; pushes; BENCH=-quick
+	ENGINES_DURABLE=1 $(ENGINES) ./bin/mdmbench -nanomdm ./bin/nanomdm -out docs/performance.md $(BENCH)
+	$(GO) test -run '^$$' -bench . ./push/apns
 
 # go test fuzzes one target at a time, so each is found and run by name. The
 # name also goes to -run, for the seeds.

@@ -68,6 +68,7 @@ func run(ctx context.Context, args []string) error {
 	}
 
 	var reports []*report
+	var failed error
 	for _, e := range engines() {
 		if !strings.Contains(","+o.engines+",", ","+e.name+",") {
 			continue
@@ -78,16 +79,20 @@ func run(ctx context.Context, args []string) error {
 		}
 		r, err := measureEngine(ctx, o, e)
 		if err != nil {
-			return fmt.Errorf("%s: %w", e.label, err)
+			failed = errors.Join(failed, fmt.Errorf("%s: %w", e.label, err))
+			continue // what the others gave is not thrown away
 		}
 		reports = append(reports, r)
 	}
+	if len(reports) == 0 {
+		return errors.Join(failed, errors.New("no engine was measured"))
+	}
 	if o.out == "" {
-		return write(os.Stdout, o, reports)
+		return errors.Join(failed, write(os.Stdout, o, reports))
 	}
 	f, err := os.Create(o.out)
 	if err != nil {
-		return err
+		return errors.Join(failed, err)
 	}
-	return errors.Join(write(f, o, reports), f.Close())
+	return errors.Join(failed, write(f, o, reports), f.Close())
 }
