@@ -6,7 +6,8 @@
 //   - the name of a certificate in storage and logs ([CertificateHash]),
 //   - certificates in PEM ([ParseCertificates]),
 //   - an APNs push certificate with its key ([ParsePushPair], [PushPair],
-//     [PushTopic]).
+//     [PushTopic]),
+//   - values sealed at rest ([SealKeys]).
 //
 // What a certificate is worth (chain, validity, revocation) is not decided
 // here but in package certverify.
