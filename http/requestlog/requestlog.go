@@ -49,8 +49,8 @@ func Client(ctx context.Context) string { return of(ctx).client }
 // with requests that are made because of it, or "".
 func TraceParent(ctx context.Context) string { return of(ctx).traceParent }
 
-// Middleware wraps next. Requests that end well are logged at debug level,
-// the device's errors at info, ours at error.
+// Middleware wraps next. Requests that end well, or are asked to come again,
+// are logged at debug level, the client's errors at info, ours at error.
 func Middleware(logger *slog.Logger, cfg Config, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		info := describe(r, cfg.Trusted)
@@ -72,6 +72,9 @@ func Middleware(logger *slog.Logger, cfg Config, next http.Handler) http.Handler
 			}
 			level := slog.LevelDebug
 			switch {
+			case rec.status == http.StatusServiceUnavailable:
+				// Whoever turned it away has logged why, or counted it: an
+				// outage is one line, not one for each device.
 			case rec.status >= 500:
 				level = slog.LevelError
 			case rec.status >= 400:

@@ -124,6 +124,16 @@ func TestPanicsAreCounted(t *testing.T) {
 	require.Contains(t, log.String(), "boom")
 }
 
+func TestLevels(t *testing.T) {
+	for status, level := range map[int]string{200: "DEBUG", 503: "DEBUG", 400: "INFO", 404: "INFO", 500: "ERROR", 502: "ERROR"} {
+		var log bytes.Buffer
+		logger := slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug}))
+		h := Middleware(logger, Config{}, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(status) }))
+		h.ServeHTTP(httptest.NewRecorder(), httptest.NewRequest("PUT", "/mdm", nil))
+		require.Contains(t, log.String(), "level="+level+" ", status)
+	}
+}
+
 func FuzzOrigin(f *testing.F) {
 	f.Add("1.1.1.1, [::1]:3", parent)
 	f.Add("10.0.0.1,,", "01-"+parent[3:]+"-x")
