@@ -28,6 +28,9 @@ type dialect struct {
 	// forUpdate and forShare end a SELECT that locks the rows it reads.
 	forUpdate string
 	forShare  string
+	// forceIndex follows a table's name where the planner has to be told the
+	// index; nil where it finds it.
+	forceIndex func(index string) string
 	// greatest is the function that returns the larger of its arguments.
 	greatest string
 	// maxArgs is how many arguments a statement may have, with some room.
@@ -112,6 +115,14 @@ func number(q string) string {
 		b.WriteByte(c)
 	}
 	return b.String()
+}
+
+// by names the index to read a table by.
+func (d *dialect) by(index string) string {
+	if d.forceIndex == nil {
+		return ""
+	}
+	return d.forceIndex(index)
 }
 
 // upsert returns an INSERT for one row that changes the row that is there if

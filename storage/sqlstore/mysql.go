@@ -174,8 +174,11 @@ func mariadbDialect() *dialect {
 func mysqlCommon() *dialect {
 	return &dialect{
 		forUpdate: " FOR UPDATE",
-		greatest:  "GREATEST",
-		maxArgs:   60000, // interpolated; prepared ones are limited to 65535
+		// Of two indexes that begin with the same column the planners may take
+		// the one that does not help, and read all rows that have ended.
+		forceIndex: func(index string) string { return " FORCE INDEX (" + index + ")" },
+		greatest:   "GREATEST",
+		maxArgs:    60000, // interpolated; prepared ones are limited to 65535
 
 		unique: func(err error) bool {
 			n := mysqlNumber(err)

@@ -115,10 +115,14 @@ func pgsqlDialect() *dialect {
 			"if_not_exists": "IF NOT EXISTS",
 		},
 		// Two replicas may still create the same thing at once, before there
-		// is a lease to take: 42P07 duplicate_table, 23505 in the catalog.
+		// is a lease to take: 42P07 duplicate_table, 42710 duplicate_object for
+		// its row type, 23505 in the catalog. 42701 is duplicate_column.
 		repeated: func(err error) bool {
-			code := pgCode(err)
-			return code == "42P07" || code == "42701" || code == "23505"
+			switch pgCode(err) {
+			case "42P07", "42710", "42701", "23505":
+				return true
+			}
+			return false
 		},
 		tables: "SELECT table_name FROM information_schema.tables WHERE table_schema = current_schema()",
 	}

@@ -280,10 +280,10 @@ func (s *Store) RemoveFinished(ctx context.Context, l storage.Lease, state stora
 
 // look reads the next stretch of a table's history in the order of its times,
 // notes in out how far that went, and returns the keys of the type that is
-// looked for.
+// looked for. The index by time is called after its table and column.
 func look(ctx context.Context, t *tx, table, at, condition string, r storage.Removal, out *storage.Removed) ([]queueKey, error) {
 	after := micros(r.After.At)
-	rows, err := t.query(ctx, "SELECT h."+at+", h.id, h.command_uuid, COALESCE(c.request_type, '') FROM "+table+` h
+	rows, err := t.query(ctx, "SELECT h."+at+", h.id, h.command_uuid, COALESCE(c.request_type, '') FROM "+table+" h"+t.d.by(table+"_"+at)+`
 LEFT JOIN nano_commands c ON c.command_uuid = h.command_uuid
 WHERE `+condition+"h."+at+" >= ? AND h."+at+" < ? AND (h."+at+` > ? OR h.id > ? OR (h.id = ? AND h.command_uuid > ?))
 ORDER BY h.`+at+", h.id, h.command_uuid LIMIT ?",

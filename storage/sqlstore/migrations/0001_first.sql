@@ -115,7 +115,7 @@ CREATE TABLE IF NOT EXISTS nano_enrollment_queue (
 ) {table};
 CREATE INDEX {if_not_exists} nano_enrollment_queue_next ON nano_enrollment_queue (id, state, priority DESC, seq);
 CREATE INDEX {if_not_exists} nano_enrollment_queue_command_uuid ON nano_enrollment_queue (command_uuid);
-CREATE INDEX {if_not_exists} nano_enrollment_queue_finished_at ON nano_enrollment_queue (state, finished_at, id);
+CREATE INDEX {if_not_exists} nano_enrollment_queue_finished_at ON nano_enrollment_queue (state, finished_at, id, command_uuid);
 CREATE INDEX {if_not_exists} nano_enrollment_queue_not_before ON nano_enrollment_queue (state, not_before);
 CREATE INDEX {if_not_exists} nano_enrollment_queue_expires_at ON nano_enrollment_queue (state, expires_at);
 
