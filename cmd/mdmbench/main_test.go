@@ -1,0 +1,133 @@
+package main
+
+import (
+	"bytes"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/nanomdm/nanomdm/mdm/mdmtest"
+)
+
+func testDevice(t *testing.T) (*mdmtest.CA, device) {
+	t.Helper()
+	ca, err := mdmtest.NewCA()
+	require.NoError(t, err)
+	devices, err := newDevices(t.Context(), ca, 7, 1)
+	require.NoError(t, err)
+	return ca, devices[0]
+}
+
+// The reference is honest: it takes what is signed, and nothing else.
+func TestReferenceVerifies(t *testing.T) {
+	ca, d := testDevice(t)
+	other, err := mdmtest.NewCA()
+	require.NoError(t, err)
+	m, err := d.idle("")
+	require.NoError(t, err)
+	tampered := message{wire: bytes.Replace(m.wire, []byte("Idle"), []byte("Idly"), 1)}
+
+	for name, c := range map[string]struct {
+		ca     *mdmtest.CA
+		send   message
+		failed int
+	}{
+		"good":       {ca, m, 0},
+		"tampered":   {ca, tampered, 1},
+		"foreign CA": {other, m, 1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				if verify(r, c.ca.Pool()) != nil {
+					w.WriteHeader(http.StatusBadRequest)
+				}
+			}))
+			defer server.Close()
+			o, err := drive(t.Context(), server.Listener.Addr().String(), 1, [][]message{{c.send}}, 0, true)
+			require.NoError(t, err)
+			require.Equal(t, 1, o.requests)
+			require.Equal(t, c.failed, o.failed, o.failure)
+		})
+	}
+}
+
+// A daemon that answers anything but the next command is found out.
+func TestDriveChecksReplies(t *testing.T) {
+	_, d := testDevice(t)
+	visit, err := d.fetch([]string{"uuid-1", "uuid-2"})
+	require.NoError(t, err)
+	require.Len(t, visit, 3)
+	for name, c := range map[string]struct {
+		replies []string
+		failed  int
+	}{
+		"right":           {[]string{"<uuid-1>", "<uuid-2>", ""}, 0},
+		"wrong command":   {[]string{"<uuid-1>", "<uuid-1>", ""}, 1},
+		"offered again":   {[]string{"<uuid-1>", "<uuid-2>", "<uuid-2>"}, 1},
+		"nothing at all":  {[]string{"", "", ""}, 2},
+		"connection lost": {[]string{"<uuid-1>", "hang up"}, 1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			replies := c.replies
+			server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+				reply := replies[0]
+				replies = replies[1:]
+				if reply == "hang up" {
+					panic(http.ErrAbortHandler)
+				}
+				_, _ = w.Write([]byte(reply))
+			}))
+			defer server.Close()
+			o, err := drive(t.Context(), server.Listener.Addr().String(), 1, [][]message{visit}, 0, false)
+			require.NoError(t, err)
+			require.Equal(t, c.failed, o.failed, o.failure)
+			require.Equal(t, len(c.replies), o.requests)
+		})
+	}
+}
+
+func TestMissedGoalsAreBold(t *testing.T) {
+	pgsql := engines()[0]
+	r := &report{engine: pgsql, scaled: 3 * peerRows, rows: []row{
+		{name: "idle", connections: 8, ratio: 0.99},
+		{name: "idle", connections: 128, ratio: 1.25},
+		{name: "fetch and acknowledge", connections: 64, ratio: 0.7, dbCounts: true, dbCommits: 0.05},
+		{name: historyName(0), connections: 8, ratio: 2},
+		{name: historyName(500), connections: 8, ratio: 1.9},
+	}}
+	var b strings.Builder
+	require.NoError(t, write(&b, &options{devices: 2000, fleet: 200_000, history: 500, rounds: 5}, []*report{r}))
+	out := b.String()
+	for _, want := range []string{
+		"| idle, 8 connections | **0.99** (≥ 1.00) |",
+		"| idle, 128 connections | 1.25 (≥ 1.25) |",
+		"64 connections | 0.70 (≥ 0.70) |",
+		"to idle with none | 0.95 (≥ 0.95) |",
+		"| commits a report, 64 connections | **0.06** (≤ 0.05) |",
+		"(scaled, see Method) | 3.00 (≥ 2.00) |",
+	} {
+		require.Contains(t, out, want)
+	}
+	require.NotContains(t, out, "200000 enrollments", "what was not measured has no line")
+}
+
+func TestMedianAndPercentile(t *testing.T) {
+	require.Equal(t, 2.0, median([]float64{9, 1, 2}))
+	o := outcome{latencies: []time.Duration{1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11}}
+	require.Equal(t, time.Duration(6), o.percentile(0.5))
+	require.Zero(t, outcome{}.percentile(0.99))
+}
+
+func TestReadStat(t *testing.T) {
+	s, err := readStat(os.Getpid())
+	if err != nil {
+		t.Skip("no /proc here")
+	}
+	require.Equal(t, os.Getppid(), s.parent)
+	require.GreaterOrEqual(t, s.cpu, time.Duration(0))
+}
