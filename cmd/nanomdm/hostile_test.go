@@ -293,20 +293,34 @@ func TestTooManyRequests(t *testing.T) {
 	require.Eventually(t, func() bool { status, _, _ := poll(t, dev); return status == 200 }, 20*time.Second, 5*time.Millisecond)
 }
 
-// A client that trickles its header is cut.
-func TestSlowHeaderIsCut(t *testing.T) {
+// Clients that stop in the middle of their header or body are cut.
+func TestSlowClientsAreCut(t *testing.T) {
 	if testing.Short() {
-		t.Skip("waits for a timeout")
+		t.Skip("waits for timeouts")
 	}
 	d := start(t, "http")
-	conn := dialTCP(t, strings.TrimPrefix(d.url, "http://"))
-	_, err := io.WriteString(conn, "PUT /mdm HTTP/1.1\r\nHost: x\r\nX-Slow: ")
+	dev := d.device("D1", mdmtest.Config{})
+	require.NoError(t, dev.Enroll(t.Context()))
+	signature, err := mdmtest.Sign(dev.Identity(), []byte("x"), mdmtest.SignOptions{})
 	require.NoError(t, err)
-	require.NoError(t, conn.SetReadDeadline(time.Now().Add(readHeaderTimeout+5*time.Second)))
+	send := func(text string) net.Conn {
+		conn := dialTCP(t, strings.TrimPrefix(d.url, "http://"))
+		_, err := io.WriteString(conn, text)
+		require.NoError(t, err)
+		require.NoError(t, conn.SetReadDeadline(time.Now().Add(30*time.Second)))
+		return conn
+	}
+	header := send("PUT /mdm HTTP/1.1\r\nHost: x\r\nX-Slow: ")
+	body := send("PUT /mdm HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\nMdm-Signature: " + strings.ReplaceAll(signature, "\n", "") + "\r\n\r\nhalf")
 	begun := time.Now()
-	_, err = bufio.NewReader(conn).ReadString(0)
+	_, err = bufio.NewReader(header).ReadString(0)
 	require.ErrorIs(t, err, io.EOF, "the server closes")
 	require.Greater(t, time.Since(begun), readHeaderTimeout-time.Second)
+	answer, err := io.ReadAll(body)
+	require.NoError(t, err)
+	require.True(t, strings.HasPrefix(string(answer), "HTTP/1.1 408 "), "%s", answer)
+	_, text, _ := d.api("GET", "/metrics", "nanomdm", testKey, nil)
+	require.Contains(t, text, `nanomdm_device_refusals_total{reason="slow_body"} 1`)
 }
 
 // The certificate of one device with the body of another, for every message.

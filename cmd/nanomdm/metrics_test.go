@@ -3,6 +3,8 @@ package main
 import (
 	"context"
 	"encoding/pem"
+	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -10,6 +12,8 @@ import (
 
 	"github.com/nanomdm/nanomdm/http/metrics"
 	"github.com/nanomdm/nanomdm/mdm/mdmtest"
+	"github.com/nanomdm/nanomdm/storage"
+	"github.com/nanomdm/nanomdm/storage/sqlstore"
 )
 
 func TestEveryMetricIsServed(t *testing.T) {
@@ -34,10 +38,10 @@ func TestEveryMetricIsServed(t *testing.T) {
 		"nanomdm_http_turned_away_total":         "TestTooManyRequests",
 		"nanomdm_tls_certificate_expiry_seconds": "needs -tls-cert",
 		"nanomdm_metrics_source_failures_total":  "TestSources",
-		"nanomdm_lease_held":                     "needs periodic work",
-		"nanomdm_webhook_backlog_events":         "needs a sink",
-		"nanomdm_webhook_oldest_seconds":         "needs a sink",
-		"nanomdm_webhook_events":                 "needs a sink",
+		"nanomdm_lease_held":                     "begins after some time, see below",
+		"nanomdm_webhook_backlog_events":         "TestWebhookBacklogIsServed",
+		"nanomdm_webhook_oldest_seconds":         "TestWebhookBacklogIsServed",
+		"nanomdm_webhook_events":                 "TestWebhookBacklogIsServed",
 	}
 	for _, m := range metrics.Table() {
 		if elsewhere[m.Name] == "" {
@@ -47,6 +51,10 @@ func TestEveryMetricIsServed(t *testing.T) {
 	for _, secret := range []string{testKey, "D1", d.dir} {
 		require.NotContains(t, text, secret)
 	}
+	require.Eventually(t, func() bool {
+		_, text, _ := d.api("GET", "/metrics", "nanomdm", testKey, nil)
+		return strings.Contains(text, `nanomdm_lease_held{lease="`)
+	}, 30*time.Second, 50*time.Millisecond, "periodic work is done by somebody")
 	status, _, _ = d.api("GET", "/metrics", "nanomdm", "wrong", nil)
 	require.Equal(t, 401, status)
 }
@@ -82,4 +90,20 @@ func TestScrapeUnderLoad(t *testing.T) {
 	n, p99 := honest.wait(t, 100)
 	t.Logf("p99 of %d polls %v", n, p99)
 	require.Zero(t, honest.refused.Load())
+}
+
+func TestWebhookBacklogIsServed(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "mdm.db")
+	store, err := sqlstore.Open(t.Context(), sqlstore.Config{Driver: "sqlite", DSN: file})
+	require.NoError(t, err)
+	require.NoError(t, store.PutEventSink(t.Context(), storage.EventSink{Name: "hook", URL: "http://127.0.0.1:1/", Enabled: true}))
+	require.NoError(t, store.Close())
+	d := begin(t, nil, "-storage-dsn", file)
+	d.eventually("/readyz", 200)
+	_, text, _ := d.api("GET", "/metrics", "nanomdm", testKey, nil)
+	require.Contains(t, text, `nanomdm_webhook_backlog_events{sink="hook"} 0`)
+	require.Contains(t, text, `nanomdm_webhook_oldest_seconds{sink="hook"} 0`)
+	for _, state := range []string{"waiting", "again", "dead", "dropped"} {
+		require.Contains(t, text, `nanomdm_webhook_events{sink="hook",state="`+state+`"} 0`)
+	}
 }
