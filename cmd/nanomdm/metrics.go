@@ -80,6 +80,13 @@ func (b *building) observe(store *sqlstore.Store) {
 		for i, within := range []string{"0d", "7d", "30d"} {
 			emit("nanomdm_identity_certificates_expiring", float64(counts[i]), within)
 		}
+		pushCerts, err := store.PushCertificatesExpiry(ctx)
+		if err != nil {
+			return err
+		}
+		for topic, at := range pushCerts {
+			emit("nanomdm_push_certificate_expiry_seconds", at.Sub(now).Seconds(), topic)
+		}
 		return nil
 	}})
 }

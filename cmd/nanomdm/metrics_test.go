@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"encoding/pem"
+	"fmt"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -35,13 +36,14 @@ func TestEveryMetricIsServed(t *testing.T) {
 	}
 	// These have nothing to show here.
 	elsewhere := map[string]string{
-		"nanomdm_http_turned_away_total":         "TestTooManyRequests",
-		"nanomdm_tls_certificate_expiry_seconds": "needs -tls-cert",
-		"nanomdm_metrics_source_failures_total":  "TestSources",
-		"nanomdm_lease_held":                     "begins after some time, see below",
-		"nanomdm_webhook_backlog_events":         "TestWebhookBacklogIsServed",
-		"nanomdm_webhook_oldest_seconds":         "TestWebhookBacklogIsServed",
-		"nanomdm_webhook_events":                 "TestWebhookBacklogIsServed",
+		"nanomdm_http_turned_away_total":          "TestTooManyRequests",
+		"nanomdm_tls_certificate_expiry_seconds":  "needs -tls-cert",
+		"nanomdm_metrics_source_failures_total":   "TestSources",
+		"nanomdm_lease_held":                      "begins after some time, see below",
+		"nanomdm_push_certificate_expiry_seconds": "TestStoredThingsAreServed",
+		"nanomdm_webhook_backlog_events":          "TestStoredThingsAreServed",
+		"nanomdm_webhook_oldest_seconds":          "TestStoredThingsAreServed",
+		"nanomdm_webhook_events":                  "TestStoredThingsAreServed",
 	}
 	for _, m := range metrics.Table() {
 		if elsewhere[m.Name] == "" {
@@ -92,17 +94,20 @@ func TestScrapeUnderLoad(t *testing.T) {
 	require.Zero(t, honest.refused.Load())
 }
 
-func TestWebhookBacklogIsServed(t *testing.T) {
+func TestStoredThingsAreServed(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "mdm.db")
 	store, err := sqlstore.Open(t.Context(), sqlstore.Config{Driver: "sqlite", DSN: file})
 	require.NoError(t, err)
 	require.NoError(t, store.PutEventSink(t.Context(), storage.EventSink{Name: "hook", URL: "http://127.0.0.1:1/", Enabled: true}))
 	require.NoError(t, store.Close())
+	sqliteExec(t, file, fmt.Sprintf(`INSERT INTO nano_push_certs (topic, cert_pem, key_pem, not_after, created_at, updated_at)
+		VALUES ('com.apple.mgmt.x', x'00', x'00', %d, 1, 1)`, time.Now().Add(-time.Hour).UnixMicro()))
 	d := begin(t, nil, "-storage-dsn", file)
 	d.eventually("/readyz", 200)
 	_, text, _ := d.api("GET", "/metrics", "nanomdm", testKey, nil)
 	require.Contains(t, text, `nanomdm_webhook_backlog_events{sink="hook"} 0`)
 	require.Contains(t, text, `nanomdm_webhook_oldest_seconds{sink="hook"} 0`)
+	require.Regexp(t, `nanomdm_push_certificate_expiry_seconds\{topic="com.apple.mgmt.x"\} -360\d`, text)
 	for _, state := range []string{"waiting", "again", "dead", "dropped"} {
 		require.Contains(t, text, `nanomdm_webhook_events{sink="hook",state="`+state+`"} 0`)
 	}

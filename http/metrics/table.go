@@ -74,6 +74,7 @@ func Table() []Metric {
 		{"nanomdm_webhook_oldest_seconds", Gauge, []string{"sink"}, "Age of the oldest of those.", groupEvents},
 		{"nanomdm_webhook_events", Gauge, []string{"sink", "state"}, "Events that a sink did not take at once, by state: waiting (for the next try), again (asked for again), dead (given up), dropped (too many).", groupEvents},
 
+		{"nanomdm_push_certificate_expiry_seconds", Gauge, []string{"topic"}, "Time until a topic's push certificate expires; negative when it has. At most 1000 topics.", groupIdentity},
 		{"nanomdm_identity_certificates_expiring", Gauge, []string{"within"}, "Pinned device certificates that expire within 7d or 30d, or have (0d). Counted up to 100000.", groupIdentity},
 		{"nanomdm_ca_certificate_expiry_seconds", Gauge, nil, "Time until the first of the certificates in -ca expires.", groupIdentity},
 		{"nanomdm_tls_certificate_expiry_seconds", Gauge, nil, "Time until the certificate of -tls-cert expires.", groupIdentity},

@@ -79,3 +79,30 @@ func (s *Store) CertificatesExpiring(ctx context.Context, before ...time.Time) (
 	}
 	return counts, nil
 }
+
+// PushCertificatesExpiry tells when the push certificate of each topic
+// expires; up to 1,000 of them, the first to expire first.
+func (s *Store) PushCertificatesExpiry(ctx context.Context) (map[string]time.Time, error) {
+	var expiry map[string]time.Time
+	err := s.read(ctx, func(ctx context.Context, t *tx) error {
+		expiry = make(map[string]time.Time)
+		rows, err := t.query(ctx, `SELECT topic, not_after FROM nano_push_certs ORDER BY not_after LIMIT 1000`)
+		if err != nil {
+			return err
+		}
+		defer rows.Close()
+		for rows.Next() {
+			var topic string
+			var at int64
+			if err := rows.Scan(&topic, &at); err != nil {
+				return err
+			}
+			expiry[topic] = fromMicros(at)
+		}
+		return rows.Err()
+	})
+	if err != nil {
+		return nil, fmt.Errorf("reading when push certificates expire: %w", err)
+	}
+	return expiry, nil
+}
