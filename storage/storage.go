@@ -39,6 +39,8 @@ var (
 	ErrUnavailable = errors.New("database unavailable")
 	// ErrLeaseLost: another holder has taken over; the write was not made.
 	ErrLeaseLost = errors.New("lease lost")
+	// ErrNotSealing: no key to seal values with was given.
+	ErrNotSealing = errors.New("no seal key was given")
 	// ErrClosed: the store is closed.
 	ErrClosed = errors.New("store is closed")
 )

@@ -152,7 +152,8 @@ func putCommand(ctx context.Context, t *tx, e *storage.Enqueue) error {
 	err := t.queryRow(ctx, q, e.Command.CommandUUID).Scan(&raw)
 	if errors.Is(err, sql.ErrNoRows) {
 		_, err = t.exec(ctx, t.d.upsert("nano_commands", []string{"command_uuid", "request_type", "command", "created_at"},
-			[]string{"command_uuid"}, nil), e.Command.CommandUUID, e.Command.RequestType, notNil(e.Command.Raw), t.now)
+			[]string{"command_uuid"}, nil), e.Command.CommandUUID, e.Command.RequestType,
+			t.sealedCommand(e.Command.CommandUUID, notNil(e.Command.Raw)), t.now)
 		if err != nil {
 			return fmt.Errorf("storing a command: %w", err)
 		}
@@ -161,6 +162,9 @@ func putCommand(ctx context.Context, t *tx, e *storage.Enqueue) error {
 	}
 	if err != nil {
 		return fmt.Errorf("reading a command: %w", err)
+	}
+	if raw, err = t.opened(commandColumn, e.Command.CommandUUID, raw); err != nil {
+		return err
 	}
 	if !bytes.Equal(raw, e.Command.Raw) {
 		return storage.ErrConflict

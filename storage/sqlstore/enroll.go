@@ -135,7 +135,7 @@ func authenticate(ctx context.Context, t *tx, batch []*pending, certs *certifica
 	for _, p := range batch {
 		m := p.op.(*storage.Authenticate).Message
 		args := []any{p.id(), clip(m.SerialNumber), clip(m.Model), clip(m.ModelName), clip(m.DeviceName), clip(m.OSVersion),
-			clip(m.BuildVersion), clip(m.ProductName), clip(m.IMEI), clip(m.MEID), notNil(m.Raw), t.now, t.now, t.now}
+			clip(m.BuildVersion), clip(m.ProductName), clip(m.IMEI), clip(m.MEID), t.sealed(authenticateColumn, p.id(), notNil(m.Raw)), t.now, t.now, t.now}
 		if certs.devices[p.id()] {
 			known = append(known, args...)
 		} else {
@@ -270,13 +270,13 @@ func updateTokens(ctx context.Context, t *tx, batch []*pending, all *enrollments
 		}
 	}
 	if err := updateDevices(ctx, t, []string{"token_update", "token_update_at"}, plain, func(p *pending) []any {
-		return []any{notNil(p.op.(*storage.TokenUpdate).Message.Raw), t.now}
+		return []any{t.sealed(tokenUpdateColumn, p.device, notNil(p.op.(*storage.TokenUpdate).Message.Raw)), t.now}
 	}); err != nil {
 		return err
 	}
 	if err := updateDevices(ctx, t, []string{"token_update", "token_update_at", "unlock_token", "unlock_token_at"}, unlocking, func(p *pending) []any {
 		m := p.op.(*storage.TokenUpdate).Message
-		return []any{notNil(m.Raw), t.now, m.UnlockToken, t.now}
+		return []any{t.sealed(tokenUpdateColumn, p.device, notNil(m.Raw)), t.now, t.sealed(unlockTokenColumn, p.device, m.UnlockToken), t.now}
 	}); err != nil {
 		return err
 	}
@@ -343,7 +343,7 @@ func setBootstrapTokens(ctx context.Context, t *tx, batch []*pending) error {
 		if len(token) == 0 {
 			return []any{nil, nil}
 		}
-		return []any{token, t.now}
+		return []any{t.sealed(bootstrapTokenColumn, p.device, token), t.now}
 	})
 }
 
@@ -352,19 +352,20 @@ func putUsers(ctx context.Context, t *tx, batch []*pending) error {
 	if len(batch) == 0 {
 		return nil
 	}
-	message := "user_authenticate"
+	message, column := "user_authenticate", userAuthenticateColumn
 	var args []any
 	for _, p := range batch {
 		var who *mdm.Enrollment
 		var raw []byte
 		switch op := p.op.(type) {
 		case *storage.TokenUpdate:
-			message, who, raw = "token_update", op.Message.Identity(), op.Message.Raw
+			message, column = "token_update", userTokenUpdateColumn
+			who, raw = op.Message.Identity(), op.Message.Raw
 		case *storage.UserAuthenticate:
 			who, raw = op.Message.Identity(), op.Message.Raw
 		}
 		args = append(args, p.id(), p.device, clip(cmp.Or(who.UserID, who.EnrollmentUserID)), clip(who.UserShortName),
-			clip(who.UserLongName), notNil(raw), t.now, t.now, t.now)
+			clip(who.UserLongName), t.sealed(column, p.id(), notNil(raw)), t.now, t.now, t.now)
 	}
 	q := t.d.upsertRows("nano_users",
 		[]string{"id", "device_id", "user_id", "user_short_name", "user_long_name", message, message + "_at", "created_at", "updated_at"},

@@ -95,7 +95,7 @@ func insertEvents(ctx context.Context, t *tx, events []outEvent, to map[string]*
 		}
 		args = append(args, e.ID, e.enroll.ID, string(e.enroll.Type), e.enroll.ParentID, e.Topic, order, clip(e.UDID),
 			clip(e.Enrollment), clip(topic), requestType, clip(e.Status), clip(e.CommandUUID), e.facts.tally,
-			params, e.Raw, micros(e.CreatedAt))
+			params, t.sealedEvent(e.Topic, e.ID, e.Raw), micros(e.CreatedAt))
 	}
 	width := len(eventInsertColumns)
 	for rows := range slices.Chunk(args, eventRows*width) {

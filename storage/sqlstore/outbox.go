@@ -208,7 +208,7 @@ const eventColumns = `e.seq, e.event_id, e.enrollment_id, e.enrollment_type, e.p
 	e.udid, e.user_enrollment_id, e.apns_topic, e.request_type, e.status, e.command_uuid, e.tally, e.params, e.created_at,
 	LENGTH(e.payload), CASE WHEN LENGTH(e.payload) <= 65536 THEN e.payload END`
 
-func (s *Store) scanEvent(rows *sql.Rows, more ...any) (storage.EventRecord, error) {
+func (s *Store) scanEvent(t *tx, rows *sql.Rows, more ...any) (storage.EventRecord, error) {
 	var r storage.EventRecord
 	var params []byte
 	var created int64
@@ -224,6 +224,13 @@ func (s *Store) scanEvent(rows *sql.Rows, more ...any) (storage.EventRecord, err
 	if size.Valid {
 		r.RawSize = size.V
 		r.RawLeft = size.V > smallPayload
+	}
+	if raw, err := t.opened(eventColumn, r.ID, r.Raw); err == nil {
+		r.Raw = raw
+	} else {
+		// One that is lost must not hold up the others.
+		s.log.Error("the payload of an event is lost", "event_id", r.ID, "error", err)
+		r.Raw, r.RawSize, r.RawLeft = nil, -1, false
 	}
 	if len(params) > 0 {
 		if err := json.Unmarshal(params, &r.Params); err != nil {
@@ -248,7 +255,7 @@ func (s *Store) readEvents(ctx context.Context, t *tx, query string, args []any,
 		if more != nil {
 			columns = more(&extra)
 		}
-		r, err := s.scanEvent(rows, columns...)
+		r, err := s.scanEvent(t, rows, columns...)
 		if err != nil {
 			return nil, err
 		}
@@ -323,7 +330,12 @@ func (s *Store) ReadEvents(ctx context.Context, scope storage.Scope, q storage.E
 func (s *Store) EventPayload(ctx context.Context, seq int64) ([]byte, error) {
 	var payload []byte
 	err := s.read(ctx, func(ctx context.Context, t *tx) error {
-		return t.queryRow(ctx, `SELECT payload FROM nano_events WHERE seq = ?`, seq).Scan(&payload)
+		var id string
+		err := t.queryRow(ctx, `SELECT event_id, payload FROM nano_events WHERE seq = ?`, seq).Scan(&id, &payload)
+		if err == nil {
+			payload, err = t.opened(eventColumn, id, payload)
+		}
+		return err
 	})
 	if errors.Is(err, sql.ErrNoRows) {
 		return nil, storage.ErrNotFound

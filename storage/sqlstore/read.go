@@ -202,6 +202,7 @@ func readCommands(ctx context.Context, t *tx, due map[*pending]string) error {
 		return nil
 	}
 	commands := make(map[string]*mdm.Command, len(due))
+	unreadable := make(map[string]error)
 	var uuids []string
 	for _, uuid := range due {
 		if _, ok := commands[uuid]; !ok {
@@ -220,13 +221,16 @@ func readCommands(ctx context.Context, t *tx, due map[*pending]string) error {
 		if err := rows.Scan(&c.CommandUUID, &c.RequestType, &c.Raw); err != nil {
 			return fmt.Errorf("reading commands: %w", err)
 		}
+		if c.Raw, err = t.opened(commandColumn, c.CommandUUID, c.Raw); err != nil {
+			unreadable[c.CommandUUID] = err
+		}
 		commands[c.CommandUUID] = c
 	}
 	if err := rows.Err(); err != nil {
 		return fmt.Errorf("reading commands: %w", err)
 	}
 	for p, uuid := range due {
-		p.out.Command = commands[uuid]
+		p.out.Command, p.err = commands[uuid], unreadable[uuid]
 	}
 	return nil
 }
@@ -246,19 +250,22 @@ func readBootstrapTokens(ctx context.Context, t *tx, batch []*pending) error {
 	}
 	defer rows.Close()
 	tokens := make(map[string][]byte, len(batch))
+	unreadable := make(map[string]error)
 	for rows.Next() {
 		var id string
 		var token []byte
 		if err := rows.Scan(&id, &token); err != nil {
 			return fmt.Errorf("reading bootstrap tokens: %w", err)
 		}
-		tokens[id] = token
+		if tokens[id], err = t.opened(bootstrapTokenColumn, id, token); err != nil {
+			unreadable[id] = err
+		}
 	}
 	if err := rows.Err(); err != nil {
 		return fmt.Errorf("reading bootstrap tokens: %w", err)
 	}
 	for _, p := range batch {
-		p.out.BootstrapToken = tokens[p.device]
+		p.out.BootstrapToken, p.err = tokens[p.device], unreadable[p.device]
 	}
 	return nil
 }

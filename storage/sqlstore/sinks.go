@@ -47,6 +47,9 @@ func readSinks(ctx context.Context, t *tx) ([]storage.EventSink, error) {
 		if err := rows.Scan(&k.Name, &k.Configured, &config, &k.Enabled, &reason, &k.Cursor, &created, &updated); err != nil {
 			return nil, err
 		}
+		if config, err = t.opened(sinkColumn, k.Name, config); err != nil {
+			return nil, err
+		}
 		var c sinkConfig
 		if err := json.Unmarshal(config, &c); err != nil {
 			return nil, fmt.Errorf("the configuration of sink %s: %w", k.Name, err)
@@ -70,6 +73,7 @@ func (s *Store) PutEventSink(ctx context.Context, k storage.EventSink) error {
 		return fmt.Errorf("storing event sink %s: %w", k.Name, err)
 	}
 	err = s.write(ctx, func(ctx context.Context, t *tx) error {
+		config := t.sealed(sinkColumn, k.Name, config)
 		var configured bool
 		err := t.queryRow(ctx, `SELECT configured FROM nano_event_sinks WHERE name = ?`+t.d.forUpdate, k.Name).Scan(&configured)
 		switch {

@@ -48,6 +48,13 @@ type Config struct {
 	// MaxOpenConns bounds the connections to a database server, 24 if zero,
 	// and with SQLite the readers.
 	MaxOpenConns int
+	// Sealer encrypts push keys, unlock and bootstrap tokens, the messages that
+	// hold them and the keys of event sinks; nothing is sealed if nil. Values
+	// that were stored before are read as they are. A database with values of
+	// a key that it does not have is refused.
+	Sealer storage.Sealer
+	// SealCommands seals commands, too.
+	SealCommands bool
 	// RecordActivityEvery is how long last-seen times and paid pushes are
 	// gathered before they are written: 500 ms if zero. If negative they are
 	// only written by Flush and Close.
@@ -88,6 +95,7 @@ type Store struct {
 	act     *activityLog
 	polls   *batcher[*pending]
 	changes *batcher[*pending]
+	seal    *sealing
 	retries atomic.Int64
 	sent    atomic.Int64 // statements
 	// What devices' messages shared: commits, and reads.
@@ -167,13 +175,17 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 	}
 	s := &Store{
 		cfg: cfg, d: p.dialect, db: p.write, rdb: p.read,
-		now: cfg.Now, log: cfg.Logger,
+		now: cfg.Now, log: cfg.Logger, seal: newSealing(cfg),
 	}
 	if s.d.prepare {
 		s.stmts = newStmtCache(p.write)
 		s.rstmts = newStmtCache(p.read)
 	}
 	if err := s.migrate(ctx); err != nil {
+		s.closePools()
+		return nil, fmt.Errorf("preparing the %s database: %w", cfg.Driver, err)
+	}
+	if err := s.checkSeal(ctx); err != nil {
 		s.closePools()
 		return nil, fmt.Errorf("preparing the %s database: %w", cfg.Driver, err)
 	}
@@ -328,7 +340,8 @@ type tx struct {
 	d *dialect
 	// now is the store's clock in microseconds, the same for everything in
 	// one transaction.
-	now int64
+	now  int64
+	seal *sealing
 
 	sent *atomic.Int64 // counts statements
 
@@ -433,7 +446,7 @@ func (s *Store) read(ctx context.Context, fn func(ctx context.Context, t *tx) er
 	ctx, cancel := context.WithTimeout(ctx, opTimeout)
 	defer cancel()
 	return s.retry(ctx, func() (bool, error) {
-		t := &tx{d: s.d, now: micros(s.now()), sent: &s.sent, q: s.rdb, stmts: s.rstmts}
+		t := &tx{d: s.d, now: micros(s.now()), seal: s.seal, sent: &s.sent, q: s.rdb, stmts: s.rstmts}
 		err := fn(ctx, t)
 		return s.d.retryable(err) || s.d.unavailable(err), err
 	})
@@ -508,7 +521,7 @@ func (s *Store) attempt(ctx context.Context, fn func(ctx context.Context, t *tx)
 		discard(conn)
 		return s.d.retryable(err) || s.d.unavailable(err), err
 	}
-	t := &tx{d: s.d, now: micros(s.now()), sent: &s.sent, q: sqltx, sqltx: sqltx, stmts: s.stmts}
+	t := &tx{d: s.d, now: micros(s.now()), seal: s.seal, sent: &s.sent, q: sqltx, sqltx: sqltx, stmts: s.stmts}
 	finished := false
 	defer func() {
 		if !finished { // fn panicked

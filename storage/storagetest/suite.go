@@ -43,7 +43,9 @@ func topics() []topic {
 		{"lease", leaseTests()},
 		{"activity", activityTests()},
 		{"enroll", enrollTests()},
+		{"report", reportTests()},
 		{"keys", keyTests()},
+		{"sealing", sealingTests()},
 		{"sweep", sweepTests()},
 	}
 }
