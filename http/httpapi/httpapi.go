@@ -42,6 +42,7 @@ type API struct {
 type Store interface {
 	storage.Enqueuer
 	storage.APIKeys
+	storage.Resealer
 }
 
 // New makes the API behind the main key, which must not be empty, and behind
@@ -71,6 +72,7 @@ func (a *API) Register(mux *http.ServeMux) {
 	mux.Handle("PUT /v1/enqueue/{ids}", enqueue)
 	mux.Handle("POST /v1/enqueue/{ids}", enqueue)
 	a.registerKeys(mux)
+	mux.Handle("POST /v1/reseal", a.requireUnbound(roleAdmin, a.endpoint(a.reseal)))
 }
 
 // Version answers GET /version, without authentication.

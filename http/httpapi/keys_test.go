@@ -3,11 +3,13 @@ package httpapi_test
 import (
 	"bytes"
 	"context"
+	"encoding/base64"
 	"encoding/json"
 	"fmt"
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
+	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
@@ -16,6 +18,7 @@ import (
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
 
+	"github.com/nanomdm/nanomdm/cryptoutil"
 	"github.com/nanomdm/nanomdm/http/httpapi"
 	"github.com/nanomdm/nanomdm/http/requestlog"
 	"github.com/nanomdm/nanomdm/mdm"
@@ -58,8 +61,12 @@ func (l *logged) String() string {
 }
 
 func newOperators(t *testing.T) *operators {
+	return newOperatorsOn(t, sqlstore.Config{Driver: "sqlite", DSN: ":memory:"})
+}
+
+func newOperatorsOn(t *testing.T, cfg sqlstore.Config) *operators {
 	o := &operators{t: t, log: new(logged), now: time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)}
-	store, err := sqlstore.Open(t.Context(), sqlstore.Config{Driver: "sqlite", DSN: ":memory:"})
+	store, err := sqlstore.Open(t.Context(), cfg)
 	require.NoError(t, err)
 	t.Cleanup(func() { require.NoError(t, store.Close()) })
 	o.store = store
@@ -456,4 +463,43 @@ func (s *slowKeys) FindAPIKey(ctx context.Context, hash storage.KeyHash) (*stora
 		<-s.goOn
 	})
 	return k, err
+}
+
+func TestReseal(t *testing.T) {
+	o := newOperators(t)
+	status, answer, _ := o.do(o.admin(), "POST", "/v1/reseal", "")
+	require.Equal(t, 409, status)
+	require.Contains(t, answer, "-seal-key-file")
+
+	cfg := sqlstore.Config{Driver: "sqlite", DSN: filepath.Join(t.TempDir(), "nanomdm.db")}
+	newOperatorsOn(t, cfg).enroll("dev", "topic")
+	var err error
+	cfg.Sealer, err = cryptoutil.ParseSealKeys([]byte(base64.StdEncoding.EncodeToString(make([]byte, cryptoutil.SealKeySize))))
+	require.NoError(t, err)
+	o = newOperatorsOn(t, cfg)
+	rewritten, next := 0, ""
+	for {
+		status, answer, _ := o.do(o.admin(), "POST", "/v1/reseal?limit=1&after="+next, "")
+		require.Equal(t, 200, status, answer)
+		var step struct {
+			Rewritten int
+			Next      string
+		}
+		require.NoError(t, json.Unmarshal([]byte(answer), &step))
+		rewritten += step.Rewritten
+		if next = step.Next; next == "" {
+			break
+		}
+	}
+	require.Equal(t, 2, rewritten, "Authenticate and TokenUpdate")
+
+	for query, want := range map[string]string{"limit=0": "limit", "limit=x": "limit", "limit=1001": "limit", "after=x": "after"} {
+		status, answer, _ := o.do(o.admin(), "POST", "/v1/reseal?"+query, "")
+		require.Equal(t, 400, status, query)
+		require.Contains(t, answer, want)
+	}
+	status, _, _ = o.do(call{key: o.makeKey("e", "enqueue")}, "POST", "/v1/reseal", "")
+	require.Equal(t, 403, status)
+	status, _, _ = o.do(call{key: o.makeKey("bound", "admin", "topic")}, "POST", "/v1/reseal", "")
+	require.Equal(t, 403, status)
 }

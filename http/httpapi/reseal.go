@@ -1,0 +1,46 @@
+package httpapi
+
+import (
+	"context"
+	"errors"
+	"net/http"
+	"strconv"
+
+	"github.com/nanomdm/nanomdm/storage"
+)
+
+// How many rows one call of reseal looks at.
+const (
+	resealRows    = 100
+	maxResealRows = 1000
+)
+
+// reseal takes one step of rewriting what is sealed with an older key, or not
+// at all. The caller repeats it with after=NEXT until next is missing.
+func (a *API) reseal(ctx context.Context, r *http.Request) (int, any, error) {
+	query := r.URL.Query()
+	limit := resealRows
+	if text := query.Get("limit"); text != "" {
+		n, err := strconv.Atoi(text)
+		if err != nil || n < 1 || n > maxResealRows {
+			return 0, nil, badRequest("limit: a number from 1 to %d is wanted", maxResealRows)
+		}
+		limit = n
+	}
+	done, err := a.store.Reseal(ctx, query.Get("after"), limit)
+	switch {
+	case errors.Is(err, storage.ErrNotSealing):
+		return 0, nil, &problem{http.StatusConflict, "sealing is off: start the server with -seal-key-file"}
+	case errors.Is(err, storage.ErrNotFound):
+		return 0, nil, badRequest("after: that is not a next of this endpoint's")
+	case err != nil:
+		return 0, nil, err
+	}
+	return http.StatusOK, struct {
+		Table      string `json:"table"`
+		Looked     int    `json:"looked"`
+		Rewritten  int    `json:"rewritten"`
+		Unreadable int    `json:"unreadable,omitempty"`
+		Next       string `json:"next,omitempty"`
+	}{done.Table, done.Looked, done.Rewritten, done.Unreadable, done.Next}, nil
+}
