@@ -44,8 +44,10 @@ func topics() []topic {
 		{"activity", activityTests()},
 		{"enroll", enrollTests()},
 		{"report", reportTests()},
+		{"enqueue", enqueueTests()},
 		{"keys", keyTests()},
 		{"sealing", sealingTests()},
+		{"push", pushTests()},
 		{"sweep", sweepTests()},
 	}
 }
