@@ -36,6 +36,7 @@ type options struct {
 	intermediate  string
 	certHeader    string // a leading colon asks for RFC 9440, as in NanoMDM
 	tlsClientAuth bool
+	clockSkew     time.Duration
 	retro         bool
 
 	checkin         bool
@@ -53,6 +54,8 @@ type options struct {
 	storage        string // sqlite, pgsql or mysql
 	storageDSN     secret
 	storageOptions storageOptions
+	sealKeyFile    string
+	sealCommands   bool
 	retainCommands storage.Retention
 	retainResults  storage.Retention
 
@@ -171,6 +174,9 @@ func (o *options) table() []option {
 		{name: "tls-client-auth", group: groupIdentity, set: to(&o.tlsClientAuth, parseSwitch),
 			help:   "Take the device certificate from the TLS connection.",
 			detail: "Needs `-tls-cert` and `-tls-key`, excludes `-cert-header`. The certificate is requested and not required, since the API shares the listener."},
+		{name: "clock-skew", arg: "TIME", def: "1m", group: groupIdentity, set: to(&o.clockSkew, parseDuration),
+			help:   "Accept certificates that begin this much later than now.",
+			detail: "For a CA whose clock runs ahead, and a device that enrolls at once. The end of a certificate gets no such grace."},
 		{name: "retro", group: groupIdentity, set: to(&o.retro, parseSwitch),
 			help: "Pin a first certificate to enrollments that have none."},
 
@@ -214,6 +220,12 @@ func (o *options) table() []option {
 		{name: "retain-results", arg: "AGES", def: "0", group: groupStorage, set: to(&o.retainResults, parseRetention),
 			help:   "How long to keep results, as 30d,InstalledApplicationList=2d.",
 			detail: "Of the same form. The command and its state stay."},
+		{name: "seal-key-file", arg: "FILE", group: groupStorage, file: true, set: to(&o.sealKeyFile, parseText),
+			help:   "Seal push keys and devices' tokens with the keys in this file.",
+			detail: "A key is 32 bytes in base64, one in a line, as `openssl rand -base64 32` prints them. The first one seals, all open. A database with values of a key that is not there is refused. See [identity and keys](identity-and-keys.md)."},
+		{name: "seal-commands", group: groupStorage, set: to(&o.sealCommands, parseSwitch),
+			help:   "Seal commands, too. Needs -seal-key-file.",
+			detail: "Profiles often carry passwords and keys. It makes each command a few microseconds dearer, and its text cannot be searched with SQL."},
 		{name: "dsn", arg: "DSN", group: groupStorage, secret: true, oldName: "storage-dsn", set: to(&o.storageDSN, parseSecret),
 			help: "Old name of -storage-dsn."},
 
@@ -562,6 +574,9 @@ func (c *configuration) checkRoles(o *options) {
 }
 
 func (c *configuration) checkStorage(o *options) {
+	if o.sealCommands && o.sealKeyFile == "" {
+		c.mistake("-seal-commands needs keys: give -seal-key-file")
+	}
 	for _, name := range []string{"storage", "storage-dsn", "dsn", "storage-options"} {
 		if len(c.flags[name]) > 1 {
 			c.mistake("-%s is given %d times: this daemon writes to one store, keep one", name, len(c.flags[name]))

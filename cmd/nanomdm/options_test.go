@@ -47,6 +47,7 @@ func TestDefaults(t *testing.T) {
 	require.Equal(t, "https://api.push.apple.com", o.apnsURL.String())
 	o.apnsURL = nil
 	require.Equal(t, options{
+		clockSkew: time.Minute,
 		listen: ":9000", ca: "ca.pem", storage: "sqlite", storageDSN: "nanomdm.db",
 		pushWorkers: 1000, pushExpiration: 7 * 24 * time.Hour, pushTimeout: 10 * time.Second,
 		pushRetry: []time.Duration{3 * time.Minute, time.Hour, 24 * time.Hour},

@@ -25,6 +25,7 @@ import (
 	"github.com/nanomdm/nanomdm/service/core"
 	"github.com/nanomdm/nanomdm/service/dm"
 	"github.com/nanomdm/nanomdm/service/dump"
+	"github.com/nanomdm/nanomdm/storage"
 	"github.com/nanomdm/nanomdm/storage/sqlstore"
 )
 
@@ -40,6 +41,7 @@ type building struct {
 	gate    *gate.Gate
 	metrics *metrics.Metrics
 	systemd *notifier
+	sealer  storage.Sealer // nil: nothing is sealed
 
 	front    *gate.Front // of devices, and of the API without -api-listen
 	apiFront *gate.Front // nil without -api-listen
@@ -56,6 +58,9 @@ func wire(o options, environ []string, log *slog.Logger, stdout io.Writer) (*ser
 	}
 	b := &building{o: o, log: log, stdout: stdout, side: side, gate: gate.New(log), metrics: metrics.New(version)}
 	if b.systemd, err = newNotifier(lookup(environ)); err != nil {
+		return nil, err
+	}
+	if b.sealer, err = loadSealer(o, log); err != nil {
 		return nil, err
 	}
 	listener, err := listen("listen", o.listen)
@@ -114,6 +119,8 @@ func (b *building) addStore() {
 				ConnMaxLifetime: b.o.storageOptions.connMaxLifetime,
 				ConnMaxIdleTime: b.o.storageOptions.connMaxIdleTime,
 				MaxOpenConns:    b.o.storageOptions.maxOpenConns,
+				Sealer:          b.sealer,
+				SealCommands:    b.o.sealCommands,
 			}
 			store, err = openStore(ctx, cfg, b.log, func() { b.tell(notifyWaiting(maxOpenPause)) })
 			if err != nil {
@@ -294,7 +301,7 @@ func loadVerifier(o options) (*certverify.Verifier, time.Time, error) {
 			return nil, time.Time{}, fmt.Errorf("-intermediate: %w", err)
 		}
 	}
-	verifier, err := certverify.New(roots, intermediates, certverify.Config{})
+	verifier, err := certverify.New(roots, intermediates, certverify.Config{ClockSkew: o.clockSkew})
 	if err != nil {
 		return nil, time.Time{}, fmt.Errorf("-ca, -intermediate: %w", err)
 	}
