@@ -45,9 +45,9 @@ func topics() []topic {
 		{"enroll", enrollTests()},
 		{"report", reportTests()},
 		{"enqueue", enqueueTests()},
+		{"concurrency", concurrencyTests()},
 		{"keys", keyTests()},
 		{"sealing", sealingTests()},
-		{"push", pushTests()},
 		{"sweep", sweepTests()},
 	}
 }
