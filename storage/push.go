@@ -13,17 +13,23 @@ type PushTarget struct {
 	Token []byte
 	// TokenAt is when the device last sent the token.
 	TokenAt time.Time
-	// Owed is the number up to which an accepted push pays.
-	Owed int64
-	// Attempts counts the pushes since the device last polled.
-	Attempts int
+	// Owed is the number up to which an accepted push pays, Paid the one up to
+	// which nothing is owed any more.
+	Owed, Paid int64
+	// Attempts counts the pushes in a row, since the device last polled, that
+	// ended as LastClass says: accepted, or not.
+	Attempts  int
+	LastClass string // "" if none
 }
+
+// PushAccepted is the Class of a push that APNs took.
+const PushAccepted = "accepted"
 
 // PushRecord is what became of one push.
 type PushRecord struct {
 	ID    string
-	At    time.Time
-	Class string // apns.Class in words: "accepted", "token_dead", ...
+	At    time.Time // when it began
+	Class string    // apns.Class in words: "accepted", "token_dead", ...
 	// Status and Reason are APNs' own; 0 and an error's text without an answer.
 	Status int
 	Reason string
@@ -33,11 +39,32 @@ type PushRecord struct {
 	// Attempts is the new count.
 	Attempts int
 	// NextAt is when the sweep looks at the enrollment again; zero is never.
-	// A device that polled after the push keeps what its poll said.
+	// A device that polled after the push keeps what its poll said, and so
+	// does a debt that an accepted push does not pay.
 	NextAt time.Time
 	// TokenDeadAt is APNs' word that the token is dead since then; zero if it
-	// is not. It is ignored if the device sent its token later than that.
+	// is not. It is ignored if the device sent a token later than that, or
+	// later than TokenAt, that of the push. With a dead token nothing is
+	// planned, and a push is owed for when a new one comes.
 	TokenDeadAt time.Time
+	TokenAt     time.Time
+}
+
+// PushClaim says which pushes a sweep takes.
+type PushClaim struct {
+	// Now is when a push has to be due by, Until when a later sweep finds it
+	// again if this one comes to nothing.
+	Now, Until time.Time
+	// Skip are topics that are passed over. What is due for them is put off
+	// until SkipUntil; a new certificate brings it back.
+	Skip      []string
+	SkipUntil time.Time
+	// Limit bounds how many are taken; it must be at least 1.
+	Limit int
+	// Silence is how long a device that polled and was left with commands may
+	// stay silent before it is pushed again; 0 pushes no device again that was
+	// pushed since its last debt.
+	Silence time.Duration
 }
 
 // PushState is what is known of an enrollment's pushes, for operators.
@@ -61,12 +88,16 @@ type Pushes interface {
 	// OwePush makes a push owed, as enqueueing does, to pushable ids and plans
 	// it for at. Others are in failed as PushTargets has it.
 	OwePush(ctx context.Context, scope Scope, ids []string, at time.Time) (failed map[string]error, err error)
-	// ClaimDuePushes returns up to limit enrollments whose push time has come,
-	// earliest first, and moves their time to until, so that a sweep that dies
-	// with them is made good by a later one. Topics in skip are passed over.
-	// The lease is checked in the same transaction (ErrLeaseLost).
-	ClaimDuePushes(ctx context.Context, l Lease, now, until time.Time, skip []string, limit int) ([]PushTarget, error)
-	// RecordPushes stores outcomes, in batches and in key order.
+	// ClaimDuePushes returns enrollments whose push time has come and moves
+	// that time to Until, so that a sweep that dies with them is made good by
+	// a later one. Debts come first, earliest first, but a quarter of the
+	// limit is kept for silent devices with commands, of which those that find
+	// no room are put off; so neither kind waits for all of the other. more
+	// says that it is worth to ask again at once. The lease is checked in the
+	// same transaction (ErrLeaseLost).
+	ClaimDuePushes(ctx context.Context, l Lease, c PushClaim) (targets []PushTarget, more bool, err error)
+	// RecordPushes stores outcomes, in batches and in key order. Of several
+	// for one enrollment the last counts.
 	RecordPushes(ctx context.Context, records []PushRecord) error
 	// PushStates reads what is known of ids; unknown ones are left out.
 	PushStates(ctx context.Context, scope Scope, ids []string) (map[string]PushState, error)
@@ -97,7 +128,9 @@ type PushCertInfo struct {
 
 // PushCerts keeps the push certificates.
 type PushCerts interface {
-	// StorePushCert stores or replaces the certificate of its topic.
+	// StorePushCert stores or replaces the certificate of its topic, and sets
+	// Version. Pushes owed to the topic's enrollments that were put off are
+	// due again then.
 	StorePushCert(ctx context.Context, c *PushCert) error
 	// PushCert reads one, or ErrNotFound.
 	PushCert(ctx context.Context, topic string) (*PushCert, error)

@@ -1,0 +1,191 @@
+package sqlstore
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/nanomdm/nanomdm/storage"
+)
+
+var _ storage.PushCerts = (*Store)(nil)
+
+// StorePushCert implements storage.PushCerts.
+func (s *Store) StorePushCert(ctx context.Context, c *storage.PushCert) error {
+	err := s.write(ctx, func(ctx context.Context, t *tx) error {
+		_, err := t.exec(ctx, t.d.upsert("nano_push_certs",
+			[]string{"topic", "cert_pem", "key_pem", "not_after", "version", "last_class", "last_at", "created_at", "updated_at"}, []string{"topic"},
+			[]string{"cert_pem", "key_pem", "not_after", "version = nano_push_certs.version + 1", "last_class", "last_at", "updated_at"}),
+			c.Topic, notNil(c.CertPEM), notNil(t.sealed(pushKeyColumn, c.Topic, c.KeyPEM)), micros(c.NotAfter), 1, nil, nil, t.now, t.now)
+		if err != nil {
+			return err
+		}
+		return t.queryRow(ctx, "SELECT version FROM nano_push_certs WHERE topic = ?", c.Topic).Scan(&c.Version)
+	})
+	if err != nil {
+		return fmt.Errorf("storing a push certificate: %w", err)
+	}
+	if err := s.hasten(ctx, c.Topic); err != nil {
+		return fmt.Errorf("planning pushes for a push certificate: %w", err)
+	}
+	return nil
+}
+
+// hasten makes the debts to a topic's enrollments due now.
+func (s *Store) hasten(ctx context.Context, topic string) error {
+	for after := ""; ; {
+		var ids []string
+		err := s.write(ctx, func(ctx context.Context, t *tx) error {
+			var err error
+			if ids, err = enrollmentsOfTopic(ctx, t, topic, after); err != nil || len(ids) == 0 {
+				return err
+			}
+			if _, err := lock(ctx, t, "nano_enrollment_push", ids); err != nil {
+				return err
+			}
+			place, args := among(ids)
+			_, err = t.exec(ctx, "UPDATE nano_enrollment_push SET push_at = ? WHERE push_at > ? AND paid_seq < owed_seq AND id IN "+place,
+				append([]any{t.now, t.now}, args...)...)
+			return err
+		})
+		if err != nil || len(ids) < pushRows {
+			return err
+		}
+		after = ids[len(ids)-1]
+	}
+}
+
+func enrollmentsOfTopic(ctx context.Context, t *tx, topic, after string) ([]string, error) {
+	rows, err := t.query(ctx, "SELECT id FROM nano_enrollments WHERE topic = ? AND id > ? ORDER BY id LIMIT ?", topic, after, pushRows)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	var ids []string
+	for rows.Next() {
+		var id string
+		if err := rows.Scan(&id); err != nil {
+			return nil, err
+		}
+		ids = append(ids, id)
+	}
+	return ids, rows.Err()
+}
+
+// PushCert implements storage.PushCerts.
+func (s *Store) PushCert(ctx context.Context, topic string) (*storage.PushCert, error) {
+	c := storage.PushCert{Topic: topic}
+	err := s.read(ctx, func(ctx context.Context, t *tx) error {
+		var notAfter int64
+		err := t.queryRow(ctx, "SELECT cert_pem, key_pem, not_after, version FROM nano_push_certs WHERE topic = ?", topic).
+			Scan(&c.CertPEM, &c.KeyPEM, &notAfter, &c.Version)
+		if err != nil {
+			return err
+		}
+		c.NotAfter = fromMicros(notAfter)
+		c.KeyPEM, err = t.opened(pushKeyColumn, topic, c.KeyPEM)
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("reading a push certificate: %w", missing(err))
+	}
+	return &c, nil
+}
+
+// PushCertVersion implements storage.PushCerts.
+func (s *Store) PushCertVersion(ctx context.Context, topic string) (version int64, err error) {
+	err = s.read(ctx, func(ctx context.Context, t *tx) error {
+		return t.queryRow(ctx, "SELECT version FROM nano_push_certs WHERE topic = ?", topic).Scan(&version)
+	})
+	if err != nil {
+		return 0, fmt.Errorf("reading a push certificate's version: %w", missing(err))
+	}
+	return version, nil
+}
+
+// missing turns the absence of a row into storage.ErrNotFound.
+func missing(err error) error {
+	if errors.Is(err, sql.ErrNoRows) {
+		return storage.ErrNotFound
+	}
+	return err
+}
+
+// PushCertInfos implements storage.PushCerts.
+func (s *Store) PushCertInfos(ctx context.Context, scope storage.Scope) (infos []storage.PushCertInfo, err error) {
+	where, args := "", []any(nil)
+	if len(scope.Topics) > 0 {
+		where, args = among(scope.Topics)
+		where = " WHERE c.topic IN " + where
+	}
+	err = s.read(ctx, func(ctx context.Context, t *tx) error {
+		infos, err = scanPushCertInfos(t.query(ctx, `SELECT c.topic, c.not_after, c.version, c.updated_at, c.last_class, c.last_at,
+(SELECT COUNT(*) FROM nano_enrollments e WHERE e.topic = c.topic AND e.enabled = 1) FROM nano_push_certs c`+where+" ORDER BY c.topic", args...))
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("reading push certificates: %w", err)
+	}
+	return infos, nil
+}
+
+func scanPushCertInfos(rows *sql.Rows, err error) ([]storage.PushCertInfo, error) {
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	var infos []storage.PushCertInfo
+	for rows.Next() {
+		var i storage.PushCertInfo
+		var notAfter, updatedAt int64
+		var class sql.Null[string]
+		var lastAt sql.Null[int64]
+		if err := rows.Scan(&i.Topic, &notAfter, &i.Version, &updatedAt, &class, &lastAt, &i.Enrollments); err != nil {
+			return nil, err
+		}
+		i.NotAfter, i.UpdatedAt, i.LastClass, i.LastAt = fromMicros(notAfter), fromMicros(updatedAt), class.V, fromMicros(lastAt.V)
+		infos = append(infos, i)
+	}
+	return infos, rows.Err()
+}
+
+// RecordPushCertOutcome implements storage.PushCerts.
+func (s *Store) RecordPushCertOutcome(ctx context.Context, topic, class string, at time.Time) error {
+	err := s.write(ctx, func(ctx context.Context, t *tx) error {
+		_, err := t.exec(ctx, "UPDATE nano_push_certs SET last_class = ?, last_at = ? WHERE topic = ?", clip(class), micros(at), topic)
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("recording a push certificate's outcome: %w", err)
+	}
+	return nil
+}
+
+// StrandedEnrollments implements storage.PushCerts.
+func (s *Store) StrandedEnrollments(ctx context.Context) (map[string]int64, error) {
+	var counts map[string]int64
+	err := s.read(ctx, func(ctx context.Context, t *tx) error {
+		counts = make(map[string]int64)
+		rows, err := t.query(ctx, `SELECT e.topic, COUNT(*) FROM nano_enrollments e
+WHERE e.enabled = 1 AND NOT EXISTS (SELECT 1 FROM nano_push_certs c WHERE c.topic = e.topic) GROUP BY e.topic`)
+		if err != nil {
+			return err
+		}
+		defer rows.Close()
+		for rows.Next() {
+			var topic string
+			var n int64
+			if err := rows.Scan(&topic, &n); err != nil {
+				return err
+			}
+			counts[topic] = n
+		}
+		return rows.Err()
+	})
+	if err != nil {
+		return nil, fmt.Errorf("counting enrollments without a push certificate: %w", err)
+	}
+	return counts, nil
+}
