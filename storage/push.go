@@ -55,9 +55,12 @@ type PushClaim struct {
 	// Now is when a push has to be due by, Until when a later sweep finds it
 	// again if this one comes to nothing.
 	Now, Until time.Time
-	// Skip are topics that are passed over. What is due for them is put off
-	// until SkipUntil; a new certificate brings it back.
-	Skip      []string
+	// Skip are topics that are passed over, with the version of the
+	// certificate that was refused, 0 if there was none. What is due for them
+	// is put off until SkipUntil; a new certificate brings it back. If there
+	// is one already, it is put off for ten seconds, in which the sweeper
+	// learns of it.
+	Skip      map[string]int64
 	SkipUntil time.Time
 	// Limit bounds how many are taken; it must be at least 1.
 	Limit int

@@ -23,6 +23,9 @@ const (
 	// barred is when the sweep looks again at a debt to an enrollment that may
 	// not be pushed now: an operator disabled it, or it is enrolling anew.
 	barred = time.Hour
+	// renewed is when it looks again at a debt to a topic that it passes over,
+	// although there is a new certificate.
+	renewed = 10 * time.Second
 )
 
 // pushRow is an enrollment as those who push see it.
@@ -182,7 +185,11 @@ func (s *Store) ClaimDuePushes(ctx context.Context, l storage.Lease, c storage.P
 			return err
 		}
 		more = len(due) == window
-		plan := planPushes(due, c)
+		skip, err := skipped(ctx, t, c)
+		if err != nil {
+			return fmt.Errorf("reading push certificates: %w", err)
+		}
+		plan := planPushes(due, c, skip)
 		targets = plan.targets
 		for at, ids := range plan.moves {
 			slices.Sort(ids)
@@ -273,7 +280,37 @@ type pushPlan struct {
 
 func (p *pushPlan) move(r *pushRow, to int64) { p.moves[to] = append(p.moves[to], r.ID) }
 
-func planPushes(due []pushRow, c storage.PushClaim) pushPlan {
+// skipped says until when the topics are put off that are passed over. A
+// certificate that is stored later finds the debts put off, and brings them
+// back.
+func skipped(ctx context.Context, t *tx, c storage.PushClaim) (map[string]int64, error) {
+	if len(c.Skip) == 0 {
+		return nil, nil
+	}
+	until := make(map[string]int64, len(c.Skip))
+	for topic := range c.Skip {
+		until[topic] = micros(c.SkipUntil)
+	}
+	place, args := among(slices.Sorted(maps.Keys(c.Skip)))
+	rows, err := t.query(ctx, "SELECT topic, version FROM nano_push_certs WHERE topic IN "+place, args...)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	for rows.Next() {
+		var topic string
+		var version int64
+		if err := rows.Scan(&topic, &version); err != nil {
+			return nil, err
+		}
+		if version != c.Skip[topic] {
+			until[topic] = micros(c.Now) + renewed.Microseconds()
+		}
+	}
+	return until, rows.Err()
+}
+
+func planPushes(due []pushRow, c storage.PushClaim, skip map[string]int64) pushPlan {
 	plan := pushPlan{moves: make(map[int64][]string)}
 	now, until := micros(c.Now), micros(c.Until)
 	var owed, silent []*pushRow
@@ -287,8 +324,8 @@ func planPushes(due []pushRow, c storage.PushClaim) pushPlan {
 			plan.move(r, now+barred.Microseconds())
 		case !debt && c.Silence <= 0:
 			plan.move(r, 0)
-		case slices.Contains(c.Skip, r.Topic):
-			plan.move(r, micros(c.SkipUntil))
+		case skip[r.Topic] > 0:
+			plan.move(r, skip[r.Topic])
 		case debt:
 			owed = append(owed, r)
 		case r.seenAt > r.pushedAt && quiet > now:

@@ -436,15 +436,22 @@ func pushSkips(t *testing.T, h *Harness) {
 	h.Enroll(t, "A", "B")
 	h.enqueue(t, []string{"A", "B"}, "C1")
 	h.Clock.Advance(time.Minute)
-	require.Empty(t, h.claim(t, l, func(c *storage.PushClaim) { c.Skip = []string{topicA} }))
+	skip := func(version int64) func(*storage.PushClaim) {
+		return func(c *storage.PushClaim) { c.Skip = map[string]int64{topicA: version} }
+	}
+	require.Empty(t, h.claim(t, l, skip(0)))
 	require.Empty(t, h.claim(t, l, nil), "put off")
 	require.EqualValues(t, 2, h.owed(t))
 	require.NoError(t, h.Store.StorePushCert(t.Context(), &storage.PushCert{Topic: topicA, NotAfter: h.Clock.Now()}))
 	require.Equal(t, []string{"A", "B"}, h.claim(t, l, nil), "due with the new certificate")
 	h.Clock.Advance(2 * time.Minute)
-	require.Empty(t, h.claim(t, l, func(c *storage.PushClaim) { c.Skip = []string{topicA} }))
+	require.Empty(t, h.claim(t, l, skip(1)))
 	h.Clock.Advance(15 * time.Minute)
 	require.Equal(t, []string{"A", "B"}, h.claim(t, l, nil), "or after a while")
+	h.Clock.Advance(2 * time.Minute)
+	require.Empty(t, h.claim(t, l, skip(0)), "the sweeper does not know of the certificate yet")
+	h.Clock.Advance(10 * time.Second)
+	require.Equal(t, []string{"A", "B"}, h.claim(t, l, nil))
 }
 
 func pushOwe(t *testing.T, h *Harness) {
