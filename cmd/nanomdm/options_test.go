@@ -48,7 +48,7 @@ func TestDefaults(t *testing.T) {
 	o.apnsURL = nil
 	require.Equal(t, options{
 		clockSkew: time.Minute,
-		listen: ":9000", ca: "ca.pem", storage: "sqlite", storageDSN: "nanomdm.db",
+		listen:    ":9000", ca: "ca.pem", storage: "sqlite", storageDSN: "nanomdm.db",
 		pushWorkers: 1000, pushExpiration: 7 * 24 * time.Hour, pushTimeout: 10 * time.Second,
 		pushRetry: []time.Duration{3 * time.Minute, time.Hour, 24 * time.Hour},
 		maxBody:   16 << 20, maxInFlight: 256 << 20, maxRequests: 4096, drainTimeout: 30 * time.Second,
