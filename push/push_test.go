@@ -640,10 +640,9 @@ func TestClose(t *testing.T) {
 	s := w.service(push.Config{})
 	w.enqueue("C1", "A")
 	results := make(chan push.Result, 2)
-	for range 2 {
-		go func() { results <- w.pushOne(s, "A") }()
-	}
+	go func() { results <- w.pushOne(s, "A") }()
 	<-arrived
+	go func() { results <- w.pushOne(s, "A") }() // a push of its own
 	w.eventually("the other waits", func() bool { return s.Stats().Waiting == 1 })
 	closed := make(chan struct{})
 	go func() {
