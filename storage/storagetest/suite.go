@@ -48,6 +48,7 @@ func topics() []topic {
 		{"concurrency", concurrencyTests()},
 		{"keys", keyTests()},
 		{"sealing", sealingTests()},
+		{"push", pushTests()},
 		{"sweep", sweepTests()},
 	}
 }
