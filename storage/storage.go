@@ -26,6 +26,9 @@ var (
 	// pinned to another one, was retired by a re-enrollment, or is not pinned
 	// and may not be.
 	ErrIdentity = errors.New("certificate does not belong to this enrollment")
+	// ErrUnconfirmed: the certificate may be pinned once Pin.Unconfirmed is
+	// settled.
+	ErrUnconfirmed = errors.New("certificate is not confirmed yet")
 	// ErrTokenDead: APNs said that the push token is no longer valid; the
 	// device has to send a new one.
 	ErrTokenDead = errors.New("push token is dead")
@@ -60,6 +63,12 @@ type Pin struct {
 	// Retro allows to pin this certificate to an enrollment that exists and
 	// has none.
 	Retro bool
+	// Reenroll and Renewal say whether it may take over one that has another.
+	Reenroll Reenroll
+	Renewal  Renewal
+	// Unconfirmed: somebody else has to agree before it is pinned. Where it
+	// would be, the operation fails with ErrUnconfirmed.
+	Unconfirmed bool
 }
 
 // Event is one fact for the outside, committed with the change that it
@@ -100,8 +109,8 @@ type Op interface {
 // device's enrollment and its user channels until their next TokenUpdate,
 // sets their tallies to zero, cancels what waits in their queues and clears
 // the bootstrap token. While a renewal window is open queue, tokens and
-// user channels stay. A certificate that is pinned to another device, or was
-// retired, is ErrIdentity.
+// user channels stay. A certificate that is pinned to another device, was
+// retired, or may not take over (Pin.Reenroll), is ErrIdentity.
 type Authenticate struct {
 	Src     Source
 	Message *mdm.Authenticate

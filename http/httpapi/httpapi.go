@@ -43,6 +43,7 @@ type Store interface {
 	storage.Enqueuer
 	storage.APIKeys
 	storage.Resealer
+	storage.Audit
 }
 
 // New makes the API behind the main key, which must not be empty, and behind
@@ -72,6 +73,7 @@ func (a *API) Register(mux *http.ServeMux) {
 	mux.Handle("PUT /v1/enqueue/{ids}", enqueue)
 	mux.Handle("POST /v1/enqueue/{ids}", enqueue)
 	a.registerKeys(mux)
+	a.registerAudit(mux)
 	mux.Handle("POST /v1/reseal", a.requireUnbound(roleAdmin, a.endpoint(a.reseal)))
 }
 

@@ -149,9 +149,17 @@ func (a *API) createKey(ctx context.Context, r *http.Request) (int, any, error) 
 	}
 	a.cfg.Logger.InfoContext(ctx, "API key made", "request_id", requestlog.ID(ctx),
 		"name", k.Name, "role", k.Role, "topics", k.Scope.Topics, "by", k.CreatedBy)
+	a.audit(ctx, actMakeKey, k.Name, "role "+k.Role+topicsDetail(k.Scope.Topics), nil)
 	info := infoOf(k)
 	info.Key = key
 	return http.StatusCreated, info, nil
+}
+
+func topicsDetail(topics []string) string {
+	if len(topics) == 0 {
+		return ""
+	}
+	return ", topics " + someOf(topics)
 }
 
 // keyTopics checks the topics that a key is to be bound to. An empty list is a
@@ -206,6 +214,7 @@ func (a *API) deleteKey(ctx context.Context, r *http.Request) (int, any, error) 
 	}
 	a.keys.forget()
 	a.cfg.Logger.InfoContext(ctx, "API key revoked", "request_id", requestlog.ID(ctx), "name", name, "by", callerOf(ctx).name)
+	a.audit(ctx, actDeleteKey, name, "", nil)
 	return http.StatusOK, struct {
 		Name string `json:"name"`
 	}{name}, nil

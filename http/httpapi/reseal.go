@@ -36,6 +36,9 @@ func (a *API) reseal(ctx context.Context, r *http.Request) (int, any, error) {
 	case err != nil:
 		return 0, nil, err
 	}
+	if query.Get("after") == "" { // a run is one deed
+		a.audit(ctx, actReseal, "", "begun", nil)
+	}
 	return http.StatusOK, struct {
 		Table      string `json:"table"`
 		Looked     int    `json:"looked"`

@@ -317,6 +317,8 @@ type certificates struct {
 	byHash  map[string]certificate
 	live    map[string]bool // devices that have one
 	devices map[string]bool // devices that exist
+	// claims are of devices that other certificates come from.
+	claims map[string]claim
 }
 
 type certificate struct {
@@ -364,7 +366,10 @@ UNION ALL SELECT 3, d.id, d.id, NULL FROM nano_devices d WHERE d.id IN `+byDevic
 	if err := rows.Err(); err != nil {
 		return nil, fmt.Errorf("reading certificates: %w", err)
 	}
-	return c, nil
+	if err := rows.Close(); err != nil {
+		return nil, fmt.Errorf("reading certificates: %w", err)
+	}
+	return c, c.readClaims(ctx, t, batch)
 }
 
 // judge says whether a certificate may act for the device, and whether it has
@@ -373,15 +378,12 @@ func (c *certificates) judge(p *pending) (pin bool, err error) {
 	if p.src.Pin == nil {
 		return false, nil
 	}
-	if known, ok := c.byHash[p.src.Pin.Hash]; ok {
-		if known.retired || known.device != p.device {
-			return false, storage.ErrIdentity
-		}
+	if known, ok := c.byHash[p.src.Pin.Hash]; ok && known.device == p.device && !known.retired {
 		return false, nil
+	} else if ok && known.device != p.device {
+		return false, storage.ErrIdentity
 	}
 	switch p.op.(type) {
-	case *storage.Authenticate:
-		return true, nil
 	case *storage.CheckOut:
 		if !c.devices[p.device] {
 			return false, nil
@@ -391,10 +393,13 @@ func (c *certificates) judge(p *pending) (pin bool, err error) {
 			return false, storage.ErrNotEnrolled
 		}
 	}
-	if p.src.Pin.Retro && c.devices[p.device] && !c.live[p.device] {
-		return true, nil
+	if !c.mayTakeOver(p) {
+		return false, storage.ErrIdentity
 	}
-	return false, storage.ErrIdentity
+	if p.src.Pin.Unconfirmed {
+		return false, storage.ErrUnconfirmed
+	}
+	return true, nil
 }
 
 // admit locks the devices that operations come from, checks their
@@ -429,21 +434,33 @@ func admit(ctx context.Context, t *tx, batch []*pending) (*certificates, error) 
 			return nil, fmt.Errorf("retiring certificates: %w", err)
 		}
 	}
-	return certs, pinCertificates(ctx, t, pins)
+	return certs, pinCertificates(ctx, t, pins, certs)
 }
 
-// pinCertificates pins certificates that nobody has had. One that another
-// transaction pinned in between violates the key: see change.
-func pinCertificates(ctx context.Context, t *tx, batch []*pending) error {
-	if len(batch) == 0 {
-		return nil
-	}
+// pinCertificates pins certificates that nobody has had, and those that the
+// device itself had before. One that another transaction pinned in between
+// violates the key: see change.
+func pinCertificates(ctx context.Context, t *tx, batch []*pending, certs *certificates) error {
 	var args []any
+	var again []string
 	for _, p := range batch {
 		pin := p.src.Pin
+		if _, had := certs.byHash[pin.Hash]; had {
+			again = append(again, pin.Hash)
+			continue
+		}
 		args = append(args, pin.Hash, p.device, pin.Certificate, null(micros(pin.NotAfter)), t.now)
 	}
-	_, err := t.exec(ctx, "INSERT INTO nano_cert_auth_associations (sha256, id, certificate, not_after, created_at) VALUES "+tuples(5, len(batch)), args...)
+	if len(again) > 0 {
+		place, hashes := among(again)
+		if _, err := t.exec(ctx, "UPDATE nano_cert_auth_associations SET retired_at = NULL WHERE sha256 IN "+place, hashes...); err != nil {
+			return fmt.Errorf("pinning certificates again: %w", err)
+		}
+	}
+	if len(args) == 0 {
+		return nil
+	}
+	_, err := t.exec(ctx, "INSERT INTO nano_cert_auth_associations (sha256, id, certificate, not_after, created_at) VALUES "+tuples(5, len(args)/5), args...)
 	if err != nil {
 		return fmt.Errorf("pinning certificates: %w", err)
 	}

@@ -50,6 +50,7 @@ func topics() []topic {
 		{"sealing", sealingTests()},
 		{"push", pushTests()},
 		{"sweep", sweepTests()},
+		{"audit", auditTests()},
 	}
 }
 

@@ -236,3 +236,19 @@ CREATE TABLE IF NOT EXISTS nano_seal (
     value      {blob} NOT NULL,
     created_at BIGINT NOT NULL
 ) {table};
+
+-- What operators did, in the words of the API.
+CREATE TABLE IF NOT EXISTS nano_audit (
+    id         {id} NOT NULL PRIMARY KEY,
+    created_at BIGINT NOT NULL,
+    who        {id} NOT NULL,
+    action     {id} NOT NULL,
+    target     {id} NOT NULL DEFAULT '',
+    detail     {text} NOT NULL,
+    outcome    {id} NOT NULL DEFAULT '',
+    request_id {id} NOT NULL DEFAULT ''
+) {table};
+CREATE INDEX {if_not_exists} nano_audit_created_at ON nano_audit (created_at, id);
+CREATE INDEX {if_not_exists} nano_audit_who ON nano_audit (who, created_at, id);
+CREATE INDEX {if_not_exists} nano_audit_action ON nano_audit (action, created_at, id);
+CREATE INDEX {if_not_exists} nano_audit_target ON nano_audit (target, created_at, id);

@@ -1,0 +1,157 @@
+package httpapi
+
+import (
+	"context"
+	"encoding/base64"
+	"errors"
+	"net/http"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/nanomdm/nanomdm/http/requestlog"
+	"github.com/nanomdm/nanomdm/storage"
+)
+
+// What operators do, as the audit table has it.
+const (
+	actEnqueue       = "command.enqueue"
+	actCancel        = "command.cancel"
+	actRequeue       = "command.requeue"
+	actClearQueue    = "queue.clear"
+	actPush          = "push"
+	actPushCert      = "pushcert.store"
+	actDisable       = "enrollment.disable"
+	actEnable        = "enrollment.enable"
+	actDelete        = "enrollment.delete"
+	actReadBootstrap = "enrollment.bootstrap_token.read"
+	actReadUnlock    = "enrollment.unlock_token.read"
+	actOpenRenewal   = "enrollment.renewal.open"
+	actCloseRenewal  = "enrollment.renewal.close"
+	actMakeKey       = "key.create"
+	actDeleteKey     = "key.delete"
+	actReseal        = "reseal"
+	actStoreSink     = "sink.store"
+	actDeleteSink    = "sink.delete"
+	actRedeliver     = "events.redeliver"
+	actEscrowUnlock  = "escrowkey.unlock"
+)
+
+// auditTime bounds how long a record is written for.
+const auditTime = 10 * time.Second
+
+// auditRecord is a record of what the caller does, for methods of the store
+// that append it themselves.
+func auditRecord(ctx context.Context, action, target, detail string) *storage.AuditRecord {
+	return &storage.AuditRecord{
+		Who: callerOf(ctx).name, Action: action, Target: target, Detail: detail,
+		Outcome: storage.AuditDone, RequestID: requestlog.ID(ctx),
+	}
+}
+
+// audit appends a record of what the caller did, or, with err, of what was
+// refused. It is for after the deed: that stands, even if the record cannot be
+// written, and then the log has it. A caller who has gone makes no difference.
+func (a *API) audit(ctx context.Context, action, target, detail string, err error) {
+	rec := auditRecord(ctx, action, target, detail)
+	if err != nil {
+		rec.Outcome = outcome(err)
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), auditTime)
+	defer cancel()
+	if err := a.store.AppendAudit(ctx, rec); err != nil {
+		a.cfg.Logger.ErrorContext(ctx, "cannot write an audit record", "who", rec.Who, "action", rec.Action, "target", rec.Target,
+			"detail", rec.Detail, "outcome", rec.Outcome, "request_id", rec.RequestID, "error", err)
+	}
+}
+
+// outcome is what an audit record says of an error: no more than its caller is
+// told.
+func outcome(err error) string {
+	if p := (*problem)(nil); errors.As(err, &p) {
+		return p.text
+	}
+	for _, known := range []error{storage.ErrNotFound, storage.ErrConflict, storage.ErrNotEnrolled, storage.ErrUnavailable, storage.ErrBusy} {
+		if errors.Is(err, known) {
+			return known.Error()
+		}
+	}
+	return "failed"
+}
+
+// someOf names a few of many ids, for a record's detail.
+func someOf(ids []string) string {
+	const few = 20
+	if len(ids) <= few {
+		return strings.Join(ids, ", ")
+	}
+	return strings.Join(ids[:few], ", ") + " and " + strconv.Itoa(len(ids)-few) + " more"
+}
+
+// registerAudit adds the routes of audit records.
+func (a *API) registerAudit(mux *http.ServeMux) {
+	mux.Handle("GET /v1/audit", a.requireUnbound(roleAdmin, a.endpoint(a.listAudit)))
+}
+
+// auditInfo is an audit record as JSON.
+type auditInfo struct {
+	ID        string    `json:"id"`
+	At        time.Time `json:"at"`
+	Who       string    `json:"who"`
+	Action    string    `json:"action"`
+	Target    string    `json:"target,omitempty"`
+	Detail    string    `json:"detail,omitempty"`
+	Outcome   string    `json:"outcome"`
+	RequestID string    `json:"request_id,omitempty"`
+}
+
+func (a *API) listAudit(ctx context.Context, r *http.Request) (int, any, error) {
+	q := queryOf(r)
+	f := storage.AuditFilter{
+		Who: q.text("who"), Action: q.text("action"), Target: q.text("target"), From: q.time("from"), To: q.time("to"),
+	}
+	limit := q.limit()
+	after, err := parseAuditCursor(q.text("after"))
+	if err != nil {
+		q.fail("after: that is not a next of this list's")
+	}
+	if err := q.done(); err != nil {
+		return 0, nil, err
+	}
+	records, err := a.store.AuditRecords(ctx, f, after, limit+1)
+	if err != nil {
+		return 0, nil, err
+	}
+	page := struct {
+		Audit []auditInfo `json:"audit"`
+		Next  string      `json:"next,omitempty"`
+	}{Audit: []auditInfo{}}
+	if len(records) > limit {
+		records = records[:limit]
+		page.Next = auditCursor(records[limit-1])
+	}
+	for _, rec := range records {
+		page.Audit = append(page.Audit, auditInfo(rec))
+	}
+	return http.StatusOK, page, nil
+}
+
+func auditCursor(r storage.AuditRecord) string {
+	return base64.RawURLEncoding.EncodeToString([]byte(strconv.FormatInt(r.At.UnixMicro(), 10) + " " + r.ID))
+}
+
+func parseAuditCursor(text string) (storage.AuditKey, error) {
+	if text == "" {
+		return storage.AuditKey{}, nil
+	}
+	plain, err := base64.RawURLEncoding.DecodeString(text)
+	if err != nil {
+		return storage.AuditKey{}, err
+	}
+	at, id, _ := strings.Cut(string(plain), " ")
+	us, err := strconv.ParseInt(at, 10, 64)
+	if err != nil || id == "" {
+		return storage.AuditKey{}, errors.New("broken cursor")
+	}
+	return storage.AuditKey{At: time.UnixMicro(us).UTC(), ID: id}, nil
+}

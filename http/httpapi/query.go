@@ -1,0 +1,137 @@
+package httpapi
+
+import (
+	"maps"
+	"net/http"
+	"net/url"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// How many items a page of a list has.
+const (
+	pageItems    = 100
+	maxPageItems = 1000
+)
+
+// query reads the parameters of a request. Each method names one that is
+// known; done then says what was wrong with them, or which one is not known.
+type query struct {
+	values url.Values
+	known  map[string]bool
+	err    error
+}
+
+func queryOf(r *http.Request) *query {
+	values, err := url.ParseQuery(r.URL.RawQuery)
+	q := &query{values: values, known: make(map[string]bool)}
+	if err != nil {
+		q.fail("the query cannot be read: %v", err)
+	}
+	return q
+}
+
+func (q *query) fail(format string, args ...any) {
+	if q.err == nil {
+		q.err = badRequest(format, args...)
+	}
+}
+
+// texts is a parameter that may be repeated.
+func (q *query) texts(name string) []string {
+	q.known[name] = true
+	values := q.values[name]
+	if slices.Contains(values, "") {
+		q.fail("%s: it is empty; leave it out", name)
+	}
+	return values
+}
+
+// text is a parameter that comes once; empty if it does not.
+func (q *query) text(name string) string {
+	values := q.texts(name)
+	switch len(values) {
+	case 0:
+		return ""
+	case 1:
+		return values[0]
+	}
+	q.fail("%s: it is given twice", name)
+	return ""
+}
+
+// word is text that must be one of some words.
+func (q *query) word(name string, words ...string) string {
+	text := q.text(name)
+	if text != "" && !slices.Contains(words, text) {
+		q.fail("%s: use %s", name, orList(words))
+	}
+	return text
+}
+
+// flag is true, false, or nil if it was not given.
+func (q *query) flag(name string) *bool {
+	switch q.word(name, "true", "false") {
+	case "true":
+		return new(true)
+	case "false":
+		return new(false)
+	}
+	return nil
+}
+
+// number is usual if it was not given.
+func (q *query) number(name string, usual, least, most int) int {
+	text := q.text(name)
+	if text == "" {
+		return usual
+	}
+	n, err := strconv.Atoi(text)
+	if err != nil || n < least || n > most {
+		q.fail("%s: a number from %d to %d is wanted", name, least, most)
+		return usual
+	}
+	return n
+}
+
+// limit is how many items a page has.
+func (q *query) limit() int { return q.number("limit", pageItems, 1, maxPageItems) }
+
+// time is zero if it was not given.
+func (q *query) time(name string) time.Time {
+	text := q.text(name)
+	if text == "" {
+		return time.Time{}
+	}
+	at, err := time.Parse(time.RFC3339, text)
+	if err != nil {
+		q.fail("%s: %q is not a time such as 2026-03-01T12:00:00Z", name, text)
+	}
+	return at.UTC()
+}
+
+// done says what was wrong.
+func (q *query) done() error {
+	if q.err != nil {
+		return q.err
+	}
+	for _, name := range slices.Sorted(maps.Keys(q.values)) {
+		if !q.known[name] {
+			return badRequest("%s: there is no such query parameter here; there is %s", name, andList(slices.Sorted(maps.Keys(q.known))))
+		}
+	}
+	return nil
+}
+
+func orList(words []string) string  { return list(words, " or ") }
+func andList(words []string) string { return list(words, " and ") }
+
+func list(words []string, last string) string {
+	if len(words) < 2 {
+		return strings.Join(words, "")
+	}
+	n := len(words) - 1
+	return strings.Join(words[:n], ", ") + last + words[n]
+}

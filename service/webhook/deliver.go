@@ -1,0 +1,365 @@
+package webhook
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"maps"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/nanomdm/nanomdm/storage"
+	"github.com/nanomdm/nanomdm/storage/lease"
+)
+
+// leaseName is the lease that the deliverer works under.
+const leaseName = "events"
+
+const (
+	// numberBatch is how many events are numbered in one transaction.
+	numberBatch = 1024
+	// numberPause gathers events for one transaction, numberLook finds those
+	// of other replicas.
+	numberPause = 50 * time.Millisecond
+	numberLook  = 500 * time.Millisecond
+
+	upkeepEvery = 30 * time.Second
+	noticeEvery = time.Hour
+	// expiryNotice is how long before its end a certificate is announced.
+	expiryNotice = 30 * 24 * time.Hour
+	// removeBatch is how many events upkeep removes in one transaction, and
+	// removePause what it leaves to others in between.
+	removeBatch = 500
+	removePause = 50 * time.Millisecond
+	// stormPause is waited after an error of the store.
+	stormPause = time.Second
+)
+
+// Store is what the deliverer needs to have kept.
+type Store interface {
+	storage.Leases
+	storage.Outbox
+	storage.Deliveries
+	storage.EventLog
+	storage.EventUpkeep
+}
+
+// Config is what may be left out; the zero value works.
+type Config struct {
+	// Workers is how many events are sent to one sink at once, 32 if zero.
+	Workers int
+	// Timeout bounds one try, 10 seconds if zero.
+	Timeout time.Duration
+	// MaxAge is how long an event is tried before it becomes a dead letter,
+	// three days if zero.
+	MaxAge time.Duration
+	// MaxBacklog is how many events a sink may be behind, a million if zero.
+	// The oldest beyond it become dead letters without payload.
+	MaxBacklog int64
+	// Retention is how long events stay in the log, a week if zero, and never
+	// less than MaxAge.
+	Retention time.Duration
+	// Backoff is the pause after a first failure, half a second if zero. It
+	// doubles with each further one, up to 5 minutes.
+	Backoff time.Duration
+	// LeaseTTL is how long after a replica died another one takes over, 10
+	// seconds if zero; the same on all replicas.
+	LeaseTTL time.Duration
+	// Logger takes alarms; nothing is logged if nil.
+	Logger *slog.Logger
+}
+
+func (c *Config) setDefaults() {
+	or(&c.Workers, 32)
+	or(&c.Timeout, 10*time.Second)
+	or(&c.MaxAge, 72*time.Hour)
+	or(&c.MaxBacklog, 1_000_000)
+	or(&c.Retention, 7*24*time.Hour)
+	c.Retention = max(c.Retention, c.MaxAge)
+	or(&c.Backoff, 500*time.Millisecond)
+	or(&c.LeaseTTL, 10*time.Second)
+	if c.Logger == nil {
+		c.Logger = slog.New(slog.DiscardHandler)
+	}
+}
+
+func or[T int | int64 | time.Duration](v *T, def T) {
+	if *v <= 0 {
+		*v = def
+	}
+}
+
+// Deliverer numbers committed events and sends them to the sinks, while its
+// replica holds the lease. Any number of replicas run one.
+type Deliverer struct {
+	store  Store
+	sinks  *Sinks
+	holder string
+	cfg    Config
+	send   *sender
+	log    *slog.Logger
+
+	woken chan struct{}
+	last  atomic.Int64 // the last number, as far as is known here
+
+	mu       sync.Mutex
+	running  map[string]*runner
+	counters map[string]*counters
+}
+
+// counters are of one sink, since the process began.
+type counters struct {
+	delivered, failures, dead, dropped atomic.Int64
+	down                               atomic.Bool
+}
+
+// SinkStats is what this replica has done for a sink.
+type SinkStats struct {
+	Sink string
+	// Delivered events, failed tries, events that were given up after MaxAge
+	// and that were given up since there were too many.
+	Delivered, Failures, Dead, Dropped int64
+	// Down: the receiver does not answer as it should, and is only tried now
+	// and then.
+	Down bool
+}
+
+// NewDeliverer makes a deliverer; Run does the work. holder must differ
+// between all replicas and starts.
+func NewDeliverer(store Store, sinks *Sinks, holder string, cfg Config) *Deliverer {
+	cfg.setDefaults()
+	return &Deliverer{
+		store: store, sinks: sinks, holder: holder, cfg: cfg, log: cfg.Logger,
+		woken:    make(chan struct{}, 1),
+		running:  make(map[string]*runner),
+		counters: make(map[string]*counters),
+	}
+}
+
+// Wake says that an event was committed here. Without it events are found
+// half a second later.
+func (d *Deliverer) Wake() {
+	select {
+	case d.woken <- struct{}{}:
+	default:
+	}
+}
+
+// Stats returns the counters by the name of the sink.
+func (d *Deliverer) Stats() []SinkStats {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	var out []SinkStats
+	for _, name := range slices.Sorted(maps.Keys(d.counters)) {
+		c := d.counters[name]
+		out = append(out, SinkStats{Sink: name, Delivered: c.delivered.Load(), Failures: c.failures.Load(),
+			Dead: c.dead.Load(), Dropped: c.dropped.Load(), Down: c.down.Load()})
+	}
+	return out
+}
+
+// Run takes part until ctx ends. It then lets tries under way end for a
+// moment, stores what was delivered and gives the lease back.
+func (d *Deliverer) Run(ctx context.Context) error {
+	return lease.Hold(ctx, d.store, leaseName, d.holder, d.cfg.LeaseTTL, d.log, d.work)
+}
+
+// work is one term of the lease.
+func (d *Deliverer) work(ctx context.Context, current func() storage.Lease) error {
+	d.send = newSender(d.store, d.cfg.Timeout, d.cfg.Workers)
+	defer d.send.close()
+	var wg sync.WaitGroup
+	wg.Go(func() { d.number(ctx, current) })
+	wg.Go(func() { d.upkeep(ctx, current) })
+	d.direct(ctx, current) // waits for the runners
+	wg.Wait()
+	return ctx.Err()
+}
+
+// number gives events their numbers and tells the runners.
+func (d *Deliverer) number(ctx context.Context, current func() storage.Lease) {
+	failing := false
+	for {
+		n, last, err := d.store.NumberEvents(ctx, current(), numberBatch)
+		wait := numberLook
+		switch {
+		case err != nil:
+			if !failing && ctx.Err() == nil && !errors.Is(err, storage.ErrLeaseLost) {
+				d.log.WarnContext(ctx, "cannot number events", "error", err)
+			}
+			wait = stormPause
+		default:
+			if d.last.Swap(last) != last || n > 0 {
+				d.announce()
+			}
+		}
+		failing = err != nil
+		if n == numberBatch {
+			continue
+		}
+		timer := time.NewTimer(wait)
+		select {
+		case <-ctx.Done():
+			timer.Stop()
+			return
+		case <-d.woken:
+		case <-timer.C:
+		}
+		timer.Stop()
+		if !sleep(ctx, numberPause) {
+			return
+		}
+	}
+}
+
+// announce tells the runners that there may be something to read.
+func (d *Deliverer) announce() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for _, r := range d.running {
+		r.poke()
+	}
+}
+
+// direct runs a runner for each sink and restarts those whose sink changed.
+func (d *Deliverer) direct(ctx context.Context, current func() storage.Lease) {
+	for {
+		d.adjust(ctx, current)
+		select {
+		case <-ctx.Done():
+			for _, r := range d.runners() {
+				r.stop()
+			}
+			d.mu.Lock()
+			clear(d.running)
+			d.mu.Unlock()
+			return
+		case <-d.sinks.changed:
+		case <-time.After(refreshEvery): // a runner may have ended
+		}
+	}
+}
+
+func (d *Deliverer) runners() []*runner {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return slices.Collect(maps.Values(d.running))
+}
+
+func (d *Deliverer) adjust(ctx context.Context, current func() storage.Lease) {
+	wanted := make(map[string]storage.EventSink)
+	for _, k := range d.sinks.deliverable() {
+		wanted[k.Name] = k
+	}
+	for _, r := range d.runners() {
+		k, ok := wanted[r.sink.Name]
+		if ok && same(&k, &r.sink) && !r.ended() {
+			delete(wanted, r.sink.Name)
+			continue
+		}
+		r.stop()
+		d.mu.Lock()
+		delete(d.running, r.sink.Name)
+		d.mu.Unlock()
+	}
+	for name, k := range wanted {
+		if ctx.Err() != nil {
+			return
+		}
+		d.mu.Lock()
+		if d.counters[name] == nil {
+			d.counters[name] = new(counters)
+		}
+		r := newRunner(d, k, current, d.counters[name])
+		d.running[name] = r
+		d.mu.Unlock()
+		r.start(ctx)
+	}
+}
+
+// same says whether two states of a sink are delivered to alike.
+func same(a, b *storage.EventSink) bool {
+	return a.URL == b.URL && a.Tokens == b.Tokens && slices.Equal(a.Keys, b.Keys) && a.CreatedAt.Equal(b.CreatedAt) &&
+		slices.Equal(a.Filter.Topics, b.Filter.Topics) && slices.Equal(a.Filter.EnrollmentTypes, b.Filter.EnrollmentTypes) &&
+		slices.Equal(a.Filter.RequestTypes, b.Filter.RequestTypes) && slices.Equal(a.Filter.APNsTopics, b.Filter.APNsTopics) &&
+		a.Filter.Idle == b.Filter.Idle
+}
+
+// upkeep removes what is old, warns of backlogs and announces certificates
+// near their end.
+func (d *Deliverer) upkeep(ctx context.Context, current func() storage.Lease) {
+	alarmed := make(map[string]bool)
+	var noticed time.Time
+	for {
+		if time.Since(noticed) >= noticeEvery {
+			if d.batches(ctx, "announcing certificates near their end", func() (int, error) {
+				return d.store.NoteExpiring(ctx, current(), time.Now().Add(expiryNotice), removeBatch/5)
+			}) {
+				noticed = time.Now()
+			}
+		}
+		d.batches(ctx, "dropping payloads", func() (int, error) {
+			return d.store.DropPayloads(ctx, current(), removeBatch)
+		})
+		d.batches(ctx, "removing old events", func() (int, error) {
+			return d.store.RemoveEvents(ctx, current(), time.Now().Add(-d.cfg.Retention), removeBatch)
+		})
+		d.watch(ctx, alarmed)
+		if !sleep(ctx, upkeepEvery) {
+			return
+		}
+	}
+}
+
+// batches repeats a small transaction until it finds nothing to do.
+func (d *Deliverer) batches(ctx context.Context, what string, step func() (int, error)) bool {
+	for {
+		n, err := step()
+		if err != nil {
+			if ctx.Err() == nil && !errors.Is(err, storage.ErrLeaseLost) {
+				d.log.WarnContext(ctx, "upkeep of events failed", "work", what, "error", err)
+			}
+			return false
+		}
+		if n == 0 {
+			return true
+		}
+		if !sleep(ctx, removePause) {
+			return false
+		}
+	}
+}
+
+// watch raises an alarm, once, when a sink comes near a bound.
+func (d *Deliverer) watch(ctx context.Context, alarmed map[string]bool) {
+	backlogs, err := d.store.EventBacklogs(ctx)
+	if err != nil {
+		return // upkeep said so
+	}
+	for _, b := range backlogs {
+		var age time.Duration
+		if !b.Oldest.IsZero() {
+			age = time.Since(b.Oldest)
+		}
+		near := b.Behind > d.cfg.MaxBacklog/5*4 || age > d.cfg.MaxAge/2
+		if near && !alarmed[b.Sink] {
+			d.log.ErrorContext(ctx, "a webhook receiver is far behind; its oldest events will become dead letters",
+				"sink", b.Sink, "events", b.Behind, "max_events", d.cfg.MaxBacklog, "age", age.Round(time.Second), "max_age", d.cfg.MaxAge)
+		}
+		alarmed[b.Sink] = near
+	}
+}
+
+// sleep waits and says whether ctx still goes on.
+func sleep(ctx context.Context, d time.Duration) bool {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+		return false
+	case <-timer.C:
+		return true
+	}
+}

@@ -1,0 +1,147 @@
+package webhook
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"strconv"
+	"time"
+
+	"golang.org/x/sync/semaphore"
+
+	"github.com/nanomdm/nanomdm/storage"
+)
+
+const (
+	// maxReply is how much of a reply is read so that its connection can be
+	// used again, in bytes.
+	maxReply = 64 << 10
+	// maxSending bounds the bodies of large events in memory, in bytes of
+	// payload; one of them costs about three times as much.
+	maxSending = 32 << 20
+	// maxRetryAfter bounds what a receiver may ask for.
+	maxRetryAfter = time.Hour
+)
+
+// failure is why an event was not delivered.
+type failure struct {
+	text string
+	// gone: the receiver wants no more events (410).
+	gone bool
+	// after is Retry-After; 0 if there was none.
+	after time.Duration
+	// unfit: the event itself cannot be sent, now or later.
+	unfit bool
+}
+
+// sender does the HTTP of all sinks.
+type sender struct {
+	client  *http.Client
+	timeout time.Duration // of one try
+	log     storage.EventLog
+	large   *semaphore.Weighted
+}
+
+func newSender(log storage.EventLog, timeout time.Duration, workers int) *sender {
+	return &sender{
+		log:     log,
+		timeout: timeout,
+		large:   semaphore.NewWeighted(maxSending),
+		client: &http.Client{
+			Transport: &http.Transport{
+				Proxy:                  http.ProxyFromEnvironment,
+				DialContext:            (&net.Dialer{Timeout: 10 * time.Second, KeepAlive: 30 * time.Second}).DialContext,
+				TLSHandshakeTimeout:    10 * time.Second,
+				ForceAttemptHTTP2:      true,
+				MaxIdleConnsPerHost:    workers,
+				IdleConnTimeout:        90 * time.Second,
+				MaxResponseHeaderBytes: 64 << 10,
+			},
+			// Following would make a GET of the POST, or send events to
+			// somebody who was not configured.
+			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+		},
+	}
+}
+
+func (s *sender) close() { s.client.CloseIdleConnections() }
+
+// send tries once.
+func (s *sender) send(ctx context.Context, k *storage.EventSink, r *storage.EventRecord) *failure {
+	ctx, cancel := context.WithTimeout(ctx, s.timeout)
+	defer cancel()
+	if r.RawLeft {
+		weight := min(r.RawSize, maxSending)
+		if err := s.large.Acquire(ctx, weight); err != nil {
+			return &failure{text: "too many large events at once"}
+		}
+		defer s.large.Release(weight)
+		raw, err := s.log.EventPayload(ctx, r.Seq)
+		if err != nil {
+			return &failure{text: err.Error()}
+		}
+		whole := *r
+		whole.Raw = raw
+		r = &whole
+	}
+	body, err := render(r)
+	if err != nil {
+		return &failure{text: err.Error(), unfit: true}
+	}
+	return s.post(ctx, k, r.ID, body)
+}
+
+func (s *sender) post(ctx context.Context, k *storage.EventSink, id string, body []byte) *failure {
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, k.URL, bytes.NewReader(body))
+	if err != nil {
+		return &failure{text: "the sink's URL cannot be used"}
+	}
+	req.Header.Set("Content-Type", "application/json; charset=utf-8")
+	req.Header.Set("User-Agent", "nanomdm")
+	sign(req.Header, k.Keys, id, time.Now(), body)
+	resp, err := s.client.Do(req)
+	if err != nil {
+		return &failure{text: reason(err)}
+	}
+	defer resp.Body.Close()
+	_, _ = io.Copy(io.Discard, io.LimitReader(resp.Body, maxReply))
+	switch {
+	case resp.StatusCode/100 == 2:
+		return nil
+	case resp.StatusCode == http.StatusGone:
+		return &failure{text: "HTTP 410", gone: true}
+	}
+	return &failure{text: fmt.Sprintf("HTTP %d", resp.StatusCode), after: retryAfter(resp.Header.Get("Retry-After"), time.Now())}
+}
+
+// reason leaves the URL out of an error, which may hold a password.
+func reason(err error) string {
+	if errors.Is(err, context.DeadlineExceeded) {
+		return "no answer in time"
+	}
+	var u *url.Error
+	if errors.As(err, &u) {
+		err = u.Err
+	}
+	return err.Error()
+}
+
+// retryAfter reads the header, in seconds or as a date (RFC 9110, 10.2.3).
+func retryAfter(value string, now time.Time) time.Duration {
+	if value == "" {
+		return 0
+	}
+	if seconds, err := strconv.ParseUint(value, 10, 31); err == nil {
+		return min(time.Duration(seconds)*time.Second, maxRetryAfter)
+	}
+	at, err := http.ParseTime(value)
+	if err != nil {
+		return 0
+	}
+	return max(0, min(at.Sub(now), maxRetryAfter))
+}
