@@ -295,7 +295,9 @@ func TestUserAuthenticate(t *testing.T) {
 		resp, err = d.Do(t.Context(), "/mdm", checkinType, second)
 		require.NoError(t, err)
 		require.Equal(t, 200, resp.Status)
-		require.Empty(t, resp.Body)
+		got = nil
+		require.NoError(t, plist.Unmarshal(resp.Body, &got))
+		require.Equal(t, map[string]any{"AuthToken": ""}, got)
 	})
 }
 

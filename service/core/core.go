@@ -119,7 +119,9 @@ func (c *Core) bootstrapToken(ctx context.Context, src storage.Source) (*service
 }
 
 // userAuthenticate answers both messages of the handshake alike for every
-// user, since the server has no passwords to check. The 410 declines this
+// user, since the server has no passwords to check. An empty challenge says
+// that no token is needed, so a digest that comes all the same is not accepted:
+// the empty AuthToken says that. The 410 declines this
 // user and leaves the device alone.
 func (c *Core) userAuthenticate(ctx context.Context, src storage.Source, m *mdm.UserAuthenticate) (*service.Response, error) {
 	if !src.Enroll.IsUserChannel() {
@@ -132,7 +134,9 @@ func (c *Core) userAuthenticate(ctx context.Context, src storage.Source, m *mdm.
 		return &service.Response{Status: http.StatusGone}, nil
 	}
 	if m.HasDigestResponse {
-		return &service.Response{}, nil
+		return plist(struct {
+			AuthToken string `plist:"AuthToken"`
+		}{})
 	}
 	return plist(struct {
 		DigestChallenge string `plist:"DigestChallenge"`
