@@ -88,11 +88,6 @@ func someOf(ids []string) string {
 	return strings.Join(ids[:few], ", ") + " and " + strconv.Itoa(len(ids)-few) + " more"
 }
 
-// registerAudit adds the routes of audit records.
-func (a *API) registerAudit(mux *http.ServeMux) {
-	mux.Handle("GET /v1/audit", a.requireUnbound(roleAdmin, a.endpoint(a.listAudit)))
-}
-
 // auditInfo is an audit record as JSON.
 type auditInfo struct {
 	ID        string    `json:"id"`

@@ -67,16 +67,6 @@ func New(key string, store Store, cfg Config) (*API, error) {
 	}, nil
 }
 
-// Register adds the API's routes to mux.
-func (a *API) Register(mux *http.ServeMux) {
-	enqueue := a.require(roleEnqueue, a.endpoint(a.enqueue))
-	mux.Handle("PUT /v1/enqueue/{ids}", enqueue)
-	mux.Handle("POST /v1/enqueue/{ids}", enqueue)
-	a.registerKeys(mux)
-	a.registerAudit(mux)
-	mux.Handle("POST /v1/reseal", a.requireUnbound(roleAdmin, a.endpoint(a.reseal)))
-}
-
 // Version answers GET /version, without authentication.
 func Version(version string) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
@@ -102,8 +92,11 @@ type errorBody struct {
 	Error string `json:"error"`
 }
 
-// endpoint is the one JSON helper: call gives a status and what to encode.
-func (a *API) endpoint(call func(ctx context.Context, r *http.Request) (int, any, error)) http.Handler {
+// call answers a request with a status and what to encode.
+type call func(ctx context.Context, r *http.Request) (status int, body any, err error)
+
+// endpoint is the one JSON helper.
+func (a *API) endpoint(call call) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		r.Body = http.MaxBytesReader(w, r.Body, a.cfg.MaxBody)
 		status, body, err := call(r.Context(), r)

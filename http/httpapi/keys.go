@@ -84,13 +84,6 @@ func (k *keyring) forget() {
 	k.revoked++
 }
 
-// registerKeys adds the routes of named keys.
-func (a *API) registerKeys(mux *http.ServeMux) {
-	mux.Handle("POST /v1/keys", a.requireUnbound(roleAdmin, a.endpoint(a.createKey)))
-	mux.Handle("GET /v1/keys", a.requireUnbound(roleAdmin, a.endpoint(a.listKeys)))
-	mux.Handle("DELETE /v1/keys/{name}", a.requireUnbound(roleAdmin, a.endpoint(a.deleteKey)))
-}
-
 // keyInfo is what is shown of a key.
 type keyInfo struct {
 	Name      string    `json:"name"`

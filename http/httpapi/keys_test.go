@@ -121,6 +121,7 @@ func (o *operators) do(c call, method, path, body string) (status int, answer st
 		c.handler = o.mux
 	}
 	c.handler.ServeHTTP(w, r)
+	documented(o.t, method, path, body, w.Code, w.Header(), w.Body.String())
 	return w.Code, w.Body.String(), w.Header()
 }
 
@@ -479,7 +480,11 @@ func TestReseal(t *testing.T) {
 	o = newOperatorsOn(t, cfg)
 	rewritten, next := 0, ""
 	for {
-		status, answer, _ := o.do(o.admin(), "POST", "/v1/reseal?limit=1&after="+next, "")
+		path := "/v1/reseal?limit=1"
+		if next != "" {
+			path += "&after=" + next
+		}
+		status, answer, _ := o.do(o.admin(), "POST", path, "")
 		require.Equal(t, 200, status, answer)
 		var step struct {
 			Rewritten int

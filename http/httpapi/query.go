@@ -1,6 +1,7 @@
 package httpapi
 
 import (
+	"context"
 	"maps"
 	"net/http"
 	"net/url"
@@ -119,10 +120,23 @@ func (q *query) done() error {
 	}
 	for _, name := range slices.Sorted(maps.Keys(q.values)) {
 		if !q.known[name] {
+			if len(q.known) == 0 {
+				return badRequest("%s: there are no query parameters here", name)
+			}
 			return badRequest("%s: there is no such query parameter here; there is %s", name, andList(slices.Sorted(maps.Keys(q.known))))
 		}
 	}
 	return nil
+}
+
+// noQuery is for endpoints without parameters.
+func noQuery(next call) call {
+	return func(ctx context.Context, r *http.Request) (int, any, error) {
+		if err := queryOf(r).done(); err != nil {
+			return 0, nil, err
+		}
+		return next(ctx, r)
+	}
 }
 
 func orList(words []string) string  { return list(words, " or ") }

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"net/http"
-	"strconv"
 
 	"github.com/nanomdm/nanomdm/storage"
 )
@@ -18,16 +17,13 @@ const (
 // reseal takes one step of rewriting what is sealed with an older key, or not
 // at all. The caller repeats it with after=NEXT until next is missing.
 func (a *API) reseal(ctx context.Context, r *http.Request) (int, any, error) {
-	query := r.URL.Query()
-	limit := resealRows
-	if text := query.Get("limit"); text != "" {
-		n, err := strconv.Atoi(text)
-		if err != nil || n < 1 || n > maxResealRows {
-			return 0, nil, badRequest("limit: a number from 1 to %d is wanted", maxResealRows)
-		}
-		limit = n
+	q := queryOf(r)
+	limit := q.number("limit", resealRows, 1, maxResealRows)
+	after := q.text("after")
+	if err := q.done(); err != nil {
+		return 0, nil, err
 	}
-	done, err := a.store.Reseal(ctx, query.Get("after"), limit)
+	done, err := a.store.Reseal(ctx, after, limit)
 	switch {
 	case errors.Is(err, storage.ErrNotSealing):
 		return 0, nil, &problem{http.StatusConflict, "sealing is off: start the server with -seal-key-file"}
@@ -36,7 +32,7 @@ func (a *API) reseal(ctx context.Context, r *http.Request) (int, any, error) {
 	case err != nil:
 		return 0, nil, err
 	}
-	if query.Get("after") == "" { // a run is one deed
+	if after == "" { // a run is one deed
 		a.audit(ctx, actReseal, "", "begun", nil)
 	}
 	return http.StatusOK, struct {

@@ -1,0 +1,74 @@
+package httpapi
+
+import (
+	"net/http"
+	"slices"
+	"strings"
+)
+
+// route is one endpoint. docs/openapi.yaml says the same, and a test compares.
+type route struct {
+	method, path string
+	// role is the least that reaches the handler. One that is of all topics is
+	// unbound: it refuses keys that are bound to some. Any other keeps to
+	// callerOf's scope.
+	role    role
+	unbound bool
+	handler http.Handler
+}
+
+// routes is every endpoint behind an API key. Those that NanoMDM has take any
+// query parameter, as it does; the others refuse what they do not know.
+func (a *API) routes() []route {
+	return []route{
+		// Commands.
+		{"PUT", "/v1/enqueue/{ids}", roleEnqueue, false, a.endpoint(a.enqueue)},
+		{"POST", "/v1/enqueue/{ids}", roleEnqueue, false, a.endpoint(a.enqueue)},
+
+		// The API itself.
+		{"GET", "/v1/keys", roleAdmin, true, a.endpoint(noQuery(a.listKeys))},
+		{"POST", "/v1/keys", roleAdmin, true, a.endpoint(noQuery(a.createKey))},
+		{"DELETE", "/v1/keys/{name}", roleAdmin, true, a.endpoint(noQuery(a.deleteKey))},
+		{"GET", "/v1/audit", roleAdmin, true, a.endpoint(a.listAudit)},
+		{"POST", "/v1/reseal", roleAdmin, true, a.endpoint(a.reseal)},
+	}
+}
+
+// Register adds the API's routes to mux, and answers everything else under
+// /v1/ in the API's own words.
+func (a *API) Register(mux *http.ServeMux) {
+	for _, r := range a.routes() {
+		require := a.require
+		if r.unbound {
+			require = a.requireUnbound
+		}
+		mux.Handle(r.method+" "+r.path, require(r.role, r.handler))
+	}
+	mux.Handle(everythingElse, nowhere(mux))
+}
+
+const everythingElse = "/v1/"
+
+// nowhere answers what no route of mux does: 405 where another method would
+// do, else 404.
+func nowhere(mux *http.ServeMux) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		var allowed []string
+		for _, method := range []string{"GET", "PUT", "POST", "DELETE"} {
+			other := r.Clone(r.Context())
+			other.Method = method
+			if _, pattern := mux.Handler(other); pattern != everythingElse {
+				allowed = append(allowed, method)
+			}
+		}
+		if len(allowed) == 0 {
+			writeJSON(w, http.StatusNotFound, errorBody{"there is no such endpoint"})
+			return
+		}
+		if slices.Contains(allowed, "GET") {
+			allowed = append(allowed, "HEAD")
+		}
+		w.Header().Set("Allow", strings.Join(allowed, ", "))
+		writeJSON(w, http.StatusMethodNotAllowed, errorBody{r.Method + " is not for this endpoint; there is " + andList(allowed)})
+	})
+}
