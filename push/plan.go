@@ -16,9 +16,6 @@ const (
 	// faultPause is the pause after a request that APNs finds wrong: somebody
 	// has to mend something first.
 	faultPause = 24 * time.Hour
-	// certificatePause is the pause after a refused certificate; by then the
-	// sweep passes the topic over.
-	certificatePause = time.Minute
 )
 
 // record says what is stored of a push, and when the sweep looks next.
@@ -51,7 +48,7 @@ func (s *Service) record(t storage.PushTarget, at time.Time, o apns.Outcome) pus
 	case apns.OurFault:
 		r.NextAt = now.Add(jittered(faultPause))
 	case apns.CertificateFault:
-		r.NextAt = now.Add(jittered(certificatePause))
+		r.KeepPlan = true // the sweep passes the topic over, and comes back with a new one
 	default:
 		r.NextAt = now.Add(pause(r.Attempts, o.RetryAfter))
 	}

@@ -50,7 +50,8 @@ func (s *Service) Sweep(ctx context.Context, current func() storage.Lease) error
 func (s *Service) sweep(ctx context.Context, l storage.Lease) (more bool, err error) {
 	now := s.cfg.Now()
 	claim := storage.PushClaim{
-		Now: now, Until: now.Add(claimTime), Skip: s.topics.skip(), SkipUntil: now.Add(skipTime), Limit: s.batch,
+		Now: now, Until: now.Add(claimTime), Limit: s.batch, Skip: s.topics.skip(),
+		SkipUntil: now.Add(skipTime), RenewedUntil: now.Add(s.cfg.APNs.CertificateTTL),
 	}
 	if len(s.cfg.Retry) > 0 {
 		claim.Silence = s.cfg.Retry[0]

@@ -42,6 +42,10 @@ type PushRecord struct {
 	// A device that polled after the push keeps what its poll said, and so
 	// does a debt that an accepted push does not pay.
 	NextAt time.Time
+	// KeepPlan leaves the time as it stands, in place of NextAt: for a push
+	// that ended by its topic's certificate, since a new one may have brought
+	// the debt forward before the outcome is stored.
+	KeepPlan bool
 	// TokenDeadAt is APNs' word that the token is dead since then; zero if it
 	// is not. It is ignored if the device sent a token later than that, or
 	// later than TokenAt, that of the push. With a dead token nothing is
@@ -58,10 +62,11 @@ type PushClaim struct {
 	// Skip are topics that are passed over, with the version of the
 	// certificate that was refused, 0 if there was none. What is due for them
 	// is put off until SkipUntil; a new certificate brings it back. If there
-	// is one already, it is put off for ten seconds, in which the sweeper
-	// learns of it.
-	Skip      map[string]int64
-	SkipUntil time.Time
+	// is one already, it is put off until RenewedUntil, by when the sweeper
+	// knows of it.
+	Skip         map[string]int64
+	SkipUntil    time.Time
+	RenewedUntil time.Time
 	// Limit bounds how many are taken; it must be at least 1.
 	Limit int
 	// Silence is how long a device that polled and was left with commands may

@@ -23,9 +23,6 @@ const (
 	// barred is when the sweep looks again at a debt to an enrollment that may
 	// not be pushed now: an operator disabled it, or it is enrolling anew.
 	barred = time.Hour
-	// renewed is when it looks again at a debt to a topic that it passes over,
-	// although there is a new certificate.
-	renewed = 10 * time.Second
 )
 
 // pushRow is an enrollment as those who push see it.
@@ -304,7 +301,7 @@ func skipped(ctx context.Context, t *tx, c storage.PushClaim) (map[string]int64,
 			return nil, err
 		}
 		if version != c.Skip[topic] {
-			until[topic] = micros(c.Now) + renewed.Microseconds()
+			until[topic] = micros(c.RenewedUntil)
 		}
 	}
 	return until, rows.Err()
@@ -457,7 +454,7 @@ func (r *pushedRow) apply(rec *storage.PushRecord) {
 			r.last++
 			r.owed = r.last
 		}
-	case r.lastSeenAt > micros(rec.At), rec.Class == storage.PushAccepted && r.paid < r.owed:
+	case rec.KeepPlan, r.lastSeenAt > micros(rec.At), rec.Class == storage.PushAccepted && r.paid < r.owed:
 	default:
 		r.pushAt = sql.Null[int64]{V: micros(rec.NextAt), Valid: !rec.NextAt.IsZero()}
 	}

@@ -33,6 +33,7 @@ func pushTests() []subtest {
 		{"who checked out is never pushed", pushCheckedOut},
 		{"who is disabled by an operator is not pushed meanwhile", pushDisabled},
 		{"topics without a good certificate are passed over until they have one", pushSkips},
+		{"a certificate's refusal that is stored late does not put off what the new one brings", pushRefusedLate},
 		{"pushes can be made owed", pushOwe},
 		{"records of unknown enrollments and of many are taken", pushRecords},
 		{"push certificates are kept by topic, with a growing version", pushCerts},
@@ -49,7 +50,7 @@ func pushLease(t *testing.T, h *Harness) storage.Lease {
 func (h *Harness) claim(t *testing.T, l storage.Lease, change func(*storage.PushClaim)) []string {
 	t.Helper()
 	now := h.Clock.Now()
-	c := storage.PushClaim{Now: now, Until: now.Add(2 * time.Minute), SkipUntil: now.Add(15 * time.Minute), Limit: 100, Silence: 3 * time.Minute}
+	c := storage.PushClaim{Now: now, Until: now.Add(2 * time.Minute), SkipUntil: now.Add(15 * time.Minute), RenewedUntil: now.Add(10 * time.Second), Limit: 100, Silence: 3 * time.Minute}
 	if change != nil {
 		change(&c)
 	}
@@ -452,6 +453,20 @@ func pushSkips(t *testing.T, h *Harness) {
 	require.Empty(t, h.claim(t, l, skip(0)), "the sweeper does not know of the certificate yet")
 	h.Clock.Advance(10 * time.Second)
 	require.Equal(t, []string{"A", "B"}, h.claim(t, l, nil))
+}
+
+// The outcome of a push with the old certificate is stored after the new one.
+func pushRefusedLate(t *testing.T, h *Harness) {
+	l := pushLease(t, h)
+	h.Enroll(t, "A")
+	h.enqueue(t, []string{"A"}, "C1")
+	began := h.Clock.Now()
+	require.NoError(t, h.Store.StorePushCert(t.Context(), &storage.PushCert{Topic: topicA, NotAfter: began}))
+	require.NoError(t, h.Store.RecordPushes(t.Context(), []storage.PushRecord{{
+		ID: "A", At: began, Class: "certificate_fault", Status: 403, Attempts: 1, KeepPlan: true,
+	}}))
+	require.Equal(t, "certificate_fault", h.pushState(t, "A").LastClass)
+	require.Equal(t, []string{"A"}, h.claim(t, l, nil))
 }
 
 func pushOwe(t *testing.T, h *Harness) {
