@@ -506,6 +506,9 @@ func TestRefusedCertificate(t *testing.T) {
 	require.ErrorIs(t, w.pushOne(s, refused[1]).Err, push.ErrStopped)
 	require.NoError(t, w.pushOne(s, "other").Err)
 	require.Equal(t, []string{topic}, s.Stats().Stopped)
+	w.eventually("the outcomes are stored", func() bool {
+		return w.state("other").LastClass == "accepted" && w.state(refused[0]).LastClass == "certificate_fault"
+	})
 	w.clock.Advance(5 * time.Minute)
 	w.eventually("the sweep passes the topic over", func() bool { return w.state(refused[2]).NextAt.After(w.clock.Now().Add(10 * time.Minute)) })
 	require.Equal(t, 2, w.apns.Counts().Requests)
