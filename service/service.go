@@ -66,11 +66,12 @@ func Chain(h Handler, ms ...Middleware) Handler {
 }
 
 // StatusError is an error that decides the HTTP status of the reply. Its
-// text is for the log; the device gets the status alone. Handlers never use
-// 401, which makes a device unenroll.
+// text is for the log; the device gets the status alone, or with it a
+// document of Apple's. Handlers never use 401, which makes a device unenroll.
 type StatusError struct {
-	Status int
-	Err    error
+	Status   int
+	Document *mdm.ErrorDocument // of a 403; nil if there is none
+	Err      error
 }
 
 // Error implements error.

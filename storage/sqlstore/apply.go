@@ -381,7 +381,7 @@ func (c *certificates) judge(p *pending) (pin bool, err error) {
 	if known, ok := c.byHash[p.src.Pin.Hash]; ok && known.device == p.device && !known.retired {
 		return false, nil
 	} else if ok && known.device != p.device {
-		return false, storage.ErrIdentity
+		return false, errOthers
 	}
 	switch p.op.(type) {
 	case *storage.CheckOut:
@@ -394,7 +394,7 @@ func (c *certificates) judge(p *pending) (pin bool, err error) {
 		}
 	}
 	if !c.mayTakeOver(p) {
-		return false, storage.ErrIdentity
+		return false, c.refusal(p)
 	}
 	if p.src.Pin.Unconfirmed {
 		return false, storage.ErrUnconfirmed

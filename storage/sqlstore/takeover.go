@@ -101,6 +101,33 @@ func (c *certificates) mayTakeOver(p *pending) bool {
 	return false
 }
 
+// What ErrIdentity means, for who reads the log.
+var (
+	errOthers  = fmt.Errorf("%w: it is another device's", storage.ErrIdentity)
+	errRetired = fmt.Errorf("%w: it was retired, and a renewal window is not open", storage.ErrIdentity)
+	errBegin   = fmt.Errorf("%w: another one is pinned, and the policy lets this one not take over", storage.ErrIdentity)
+	errRenew   = fmt.Errorf("%w: another one is pinned; a device that renewed its certificate needs a renewal window", storage.ErrIdentity)
+	errUnknown = fmt.Errorf("%w: the device never sent Authenticate", storage.ErrIdentity)
+	errNone    = fmt.Errorf("%w: none is pinned, and no policy lets this one be", storage.ErrIdentity)
+)
+
+// refusal says why a certificate may not take a device over.
+func (c *certificates) refusal(p *pending) error {
+	_, retired := c.byHash[p.src.Pin.Hash]
+	_, begins := p.op.(*storage.Authenticate)
+	switch {
+	case retired:
+		return errRetired
+	case !c.devices[p.device]:
+		return errUnknown
+	case !c.live[p.device]:
+		return errNone
+	case begins:
+		return errBegin
+	}
+	return errRenew
+}
+
 // sameSubject says whether the certificate names the device, and has the
 // subject of the one that it would replace, as far as that is known. The
 // serial number is the one that the device had before: what the message says

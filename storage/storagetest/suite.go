@@ -43,6 +43,7 @@ func topics() []topic {
 		{"lease", leaseTests()},
 		{"activity", activityTests()},
 		{"enroll", enrollTests()},
+		{"identity", identityTests()},
 		{"report", reportTests()},
 		{"enqueue", enqueueTests()},
 		{"concurrency", concurrencyTests()},
