@@ -38,6 +38,11 @@ type options struct {
 	tlsClientAuth bool
 	clockSkew     time.Duration
 	retro         bool
+	reenroll      storage.Reenroll
+	renewal       storage.Renewal
+
+	authenticateURL *url.URL
+	authenticateKey secret
 
 	checkin         bool
 	disableMDM      bool
@@ -179,6 +184,17 @@ func (o *options) table() []option {
 			detail: "For a CA whose clock runs ahead, and a device that enrolls at once. The end of a certificate gets no such grace."},
 		{name: "retro", group: groupIdentity, set: to(&o.retro, parseSwitch),
 			help: "Pin a first certificate to enrollments that have none."},
+		{name: "reenroll", arg: "POLICY", def: "allow", group: groupIdentity, set: to(&o.reenroll, parseReenroll),
+			help:   "Who may enroll a known device anew: allow, same-subject or deny.",
+			detail: "What a certificate has to be, other than the pinned one, for Authenticate of a device that is known. `allow`: any of `-ca`, as in NanoMDM. `same-subject`: one with the subject of the pinned one that names the device by UDID or serial number, in its subject or alternative names. `deny`: none, until an operator opens a renewal window. See [identity and keys](identity-and-keys.md)."},
+		{name: "renewal", arg: "POLICY", def: "window", group: groupIdentity, set: to(&o.renewal, parseRenewal),
+			help:   "Who may renew a certificate without enrolling: deny, window, same-subject.",
+			detail: "Devices that renew their certificate by themselves come with another one, and no Authenticate. `deny`: they have to enroll anew. `window`: it is taken while an operator's renewal window is open. `same-subject`: besides, at any time, if it has the subject of the pinned one and names the device. Queue and tokens stay."},
+		{name: "authenticate-url", arg: "URL", group: groupIdentity, set: to(&o.authenticateURL, parseURL),
+			help:   "Ask this URL before a certificate is pinned to an enrollment.",
+			detail: "403 refuses: the device gets Apple's document for an unrecognized device. 200 and 204 agree, and while there is no answer devices that need one get 503. See [identity and keys](identity-and-keys.md)."},
+		{name: "authenticate-key", arg: "KEY", group: groupIdentity, secret: true, set: to(&o.authenticateKey, parseSecret),
+			help: "Sign questions to -authenticate-url in X-Hmac-Signature."},
 
 		{name: "checkin", group: groupProtocol, set: to(&o.checkin, parseSwitch),
 			help: "Take check-ins at /checkin; /mdm then takes only reports."},
@@ -568,6 +584,9 @@ func (c *configuration) checkRoles(o *options) {
 	if !c.isGiven("dm") && (o.dmSendHMACKey != "" || o.dmRecvHMACKey != "") {
 		c.warn("-dm-send-hmac-key and -dm-recv-hmac-key do nothing without -dm")
 	}
+	if o.authenticateKey != "" && !c.isGiven("authenticate-url") {
+		c.warn("-authenticate-key does nothing without -authenticate-url")
+	}
 	if o.webhookHMACKey != "" && !c.isGiven("webhook-url") {
 		c.warn("-webhook-hmac-key does nothing without -webhook-url")
 	}
@@ -663,6 +682,30 @@ func parseListen(s string) (string, error) {
 		return "", fmt.Errorf("%q is not HOST:PORT, such as :9000 or 127.0.0.1:9000, and not unix:PATH", s)
 	}
 	return s, nil
+}
+
+func parseReenroll(s string) (storage.Reenroll, error) {
+	switch s {
+	case "allow":
+		return storage.ReenrollAllow, nil
+	case "same-subject":
+		return storage.ReenrollSameSubject, nil
+	case "deny":
+		return storage.ReenrollDeny, nil
+	}
+	return 0, fmt.Errorf("%q is not a policy: use allow, same-subject or deny", s)
+}
+
+func parseRenewal(s string) (storage.Renewal, error) {
+	switch s {
+	case "deny":
+		return storage.RenewalDeny, nil
+	case "window":
+		return storage.RenewalWindow, nil
+	case "same-subject":
+		return storage.RenewalSameSubject, nil
+	}
+	return 0, fmt.Errorf("%q is not a policy: use deny, window or same-subject", s)
 }
 
 func parseHeaderName(s string) (string, error) {

@@ -165,7 +165,9 @@ func (b *building) assemble(store *sqlstore.Store) error {
 		if o.dump {
 			chain = append(chain, dump.New(b.stdout))
 		}
-		chain = append(chain, certauth.New(certauth.Config{Retro: o.retro}))
+		chain = append(chain, certauth.New(certauth.Config{
+			Retro: o.retro, Reenroll: o.reenroll, Renewal: o.renewal, Confirm: side.confirm,
+		}))
 		h := httpmdm.New(service.Chain(protocol, chain...), side.identity, httpmdm.Config{
 			MaxBody: o.maxBody, MaxInFlight: o.maxInFlight, Refused: b.metrics.Refused, Logger: log,
 		})
@@ -243,7 +245,8 @@ type deviceSide struct {
 	identity   *httpmdm.Identity
 	tls        *tls.Config
 	core       core.Config
-	caNotAfter time.Time // of the first of -ca to expire; zero without devices
+	confirm    certauth.Confirmer // nil without -authenticate-url
+	caNotAfter time.Time          // of the first of -ca to expire; zero without devices
 }
 
 func loadDeviceSide(o options, log *slog.Logger) (*deviceSide, error) {
@@ -279,6 +282,14 @@ func loadDeviceSide(o options, log *slog.Logger) (*deviceSide, error) {
 			fail("dm", err)
 		} else {
 			side.core.DeclarativeManagement = backend
+		}
+	}
+	if o.authenticateURL != nil {
+		hook, err := certauth.NewHook(o.authenticateURL.String(), certauth.HookConfig{Key: []byte(o.authenticateKey)})
+		if err != nil {
+			fail("authenticate-url", err)
+		} else {
+			side.confirm = hook
 		}
 	}
 	if o.returnToService != "" {

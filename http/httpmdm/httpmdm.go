@@ -65,7 +65,8 @@ const (
 	ReasonMalformed    = "malformed"
 	ReasonOverload     = "overload" // -max-in-flight
 	ReasonUnavailable  = "unavailable"
-	ReasonOther        = "other" // another middleware's StatusError
+	ReasonUnrecognized = "unrecognized_device" // -authenticate-url refused it
+	ReasonOther        = "other"               // another middleware's StatusError
 	ReasonError        = "error"
 )
 
@@ -73,7 +74,7 @@ const (
 func Reasons() []string {
 	return []string{
 		ReasonMethod, ReasonIdentity, ReasonPeer, ReasonUnusedHeader, ReasonPin, ReasonNotEnrolled, ReasonTooLarge,
-		ReasonSlow, ReasonMalformed, ReasonOverload, ReasonUnavailable, ReasonOther, ReasonError,
+		ReasonSlow, ReasonMalformed, ReasonOverload, ReasonUnavailable, ReasonUnrecognized, ReasonOther, ReasonError,
 	}
 }
 
@@ -306,7 +307,7 @@ func reply(w http.ResponseWriter, resp *service.Response) {
 const retryAfter = "5"
 
 // fail is the one place that maps errors to what a device sees: a status and
-// no text. The cause goes to the log.
+// no text but Apple's own. The cause goes to the log.
 func (h *Handler) fail(w http.ResponseWriter, r *http.Request, enrollID string, err error) {
 	status, level := http.StatusInternalServerError, slog.LevelError
 	var se *service.StatusError
@@ -331,8 +332,20 @@ func (h *Handler) fail(w http.ResponseWriter, r *http.Request, enrollID string, 
 	}
 	h.cfg.Logger.Log(r.Context(), level, "device request refused", "request_id", requestlog.ID(r.Context()),
 		"status", status, "enrollment_id", enrollID, "error", err)
-	w.Header().Set("Content-Length", "0")
-	w.WriteHeader(status)
+	reply(w, refusal(status, se))
+}
+
+// refusal is the reply to what failed: a status, and Apple's document where
+// there is one.
+func refusal(status int, se *service.StatusError) *service.Response {
+	resp := &service.Response{Status: status}
+	if se == nil || se.Document == nil {
+		return resp
+	}
+	if body, err := se.Document.Encode(); err == nil {
+		resp.ContentType, resp.Body = mdm.ContentTypeErrorDocument, body
+	}
+	return resp
 }
 
 // reason is the word under which a refusal is counted.
@@ -358,8 +371,13 @@ func reason(err error) string {
 	case errors.Is(err, errOverload):
 		return ReasonOverload
 	case errors.As(err, &se):
-		if se.Status == http.StatusBadRequest {
+		switch {
+		case se.Document != nil && se.Document.Code == mdm.CodeUnrecognizedDevice:
+			return ReasonUnrecognized
+		case se.Status == http.StatusBadRequest:
 			return ReasonMalformed
+		case se.Status == http.StatusServiceUnavailable:
+			return ReasonUnavailable
 		}
 		return ReasonOther
 	case unavailable(err):

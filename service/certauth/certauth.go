@@ -14,16 +14,33 @@ import (
 	"github.com/nanomdm/nanomdm/storage"
 )
 
-// Config holds the policies; the zero value pins at Authenticate only.
+// Config holds the policies. The zero value pins at Authenticate only, where
+// any certificate may take an enrollment over, and asks nobody.
 type Config struct {
 	// Retro lets an enrollment without any pinned certificate take the one
 	// that it shows, as is needed after a migration that lost the pins.
 	Retro bool
+	// Reenroll and Renewal say which certificates may take over an enrollment
+	// that has another one.
+	Reenroll storage.Reenroll
+	Renewal  storage.Renewal
+	// Confirm is asked before a certificate is pinned; nil asks nobody.
+	Confirm Confirmer
+}
+
+// Confirmer has the last word on who enrolls.
+type Confirmer interface {
+	// Confirm is called for a message whose certificate the policies allow to
+	// be pinned to its enrollment. nil agrees; a *service.StatusError is the
+	// answer to the device. It is called again for each message until one is
+	// pinned, and by any number of goroutines.
+	Confirm(ctx context.Context, r *service.Request) error
 }
 
 var errNoCertificate = errors.New("request without a device certificate")
 
-// New returns the middleware. A request without a certificate is refused
+// New returns the middleware. It belongs innermost, right before core, since
+// it may call what follows twice. A request without a certificate is refused
 // with 400.
 func New(cfg Config) service.Middleware {
 	return func(next service.Handler) service.Handler {
@@ -36,7 +53,20 @@ func New(cfg Config) service.Middleware {
 				Certificate: r.Certificate.Raw,
 				NotAfter:    r.Certificate.NotAfter,
 				Retro:       cfg.Retro,
+				Reenroll:    cfg.Reenroll,
+				Renewal:     cfg.Renewal,
+				Unconfirmed: cfg.Confirm != nil,
 			}
+			resp, err := next.Handle(ctx, r)
+			if cfg.Confirm == nil || !errors.Is(err, storage.ErrUnconfirmed) {
+				return resp, err
+			}
+			// Asked outside of the transaction, which must not wait for
+			// somebody else's server. The second one judges anew.
+			if err := cfg.Confirm.Confirm(ctx, r); err != nil {
+				return nil, err
+			}
+			r.Pin.Unconfirmed = false
 			return next.Handle(ctx, r)
 		})
 	}
