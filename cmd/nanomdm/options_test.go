@@ -16,6 +16,8 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/nanomdm/nanomdm/storage"
 )
 
 var update = flag.Bool("update", false, "write the generated files anew")
@@ -47,8 +49,8 @@ func TestDefaults(t *testing.T) {
 	require.Equal(t, "https://api.push.apple.com", o.apnsURL.String())
 	o.apnsURL = nil
 	require.Equal(t, options{
-		clockSkew: time.Minute,
-		listen:    ":9000", ca: "ca.pem", storage: "sqlite", storageDSN: "nanomdm.db",
+		clockSkew: time.Minute, renewal: storage.RenewalWindow,
+		listen: ":9000", ca: "ca.pem", storage: "sqlite", storageDSN: "nanomdm.db",
 		pushWorkers: 1000, pushExpiration: 7 * 24 * time.Hour, pushTimeout: 10 * time.Second,
 		pushRetry: []time.Duration{3 * time.Minute, time.Hour, 24 * time.Hour},
 		maxBody:   16 << 20, maxInFlight: 256 << 20, maxRequests: 4096, drainTimeout: 30 * time.Second,
