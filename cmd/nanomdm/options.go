@@ -63,6 +63,7 @@ type options struct {
 	sealCommands   bool
 	retainCommands storage.Retention
 	retainResults  storage.Retention
+	retainAudit    time.Duration // 0 is for ever
 
 	apnsURL        *url.URL
 	apnsCA         string
@@ -236,6 +237,9 @@ func (o *options) table() []option {
 		{name: "retain-results", arg: "AGES", def: "0", group: groupStorage, set: to(&o.retainResults, parseRetention),
 			help:   "How long to keep results, as 30d,InstalledApplicationList=2d.",
 			detail: "Of the same form. The command and its state stay."},
+		{name: "retain-audit", arg: "AGE", def: "0", group: groupStorage, set: to(&o.retainAudit, parseAge),
+			help:   "How long to keep the audit records of the API, as 365d.",
+			detail: "An age as above; 0 is for ever."},
 		{name: "seal-key-file", arg: "FILE", group: groupStorage, file: true, set: to(&o.sealKeyFile, parseText),
 			help:   "Seal push keys and devices' tokens with the keys in this file.",
 			detail: "A key is 32 bytes in base64, one in a line, as `openssl rand -base64 32` prints them. The first one seals, all open. A database with values of a key that is not there is refused. See [identity and keys](identity-and-keys.md)."},

@@ -44,6 +44,7 @@ const (
 type sweepStore interface {
 	storage.Leases
 	storage.Sweeps
+	storage.AuditUpkeep
 }
 
 // sweep adds the sweeps of queue and history, each under its lease.
@@ -54,7 +55,7 @@ func (b *building) sweep(store *sqlstore.Store) {
 	})
 	h := &historySweep{
 		store: store, log: b.log, now: time.Now, commands: b.o.retainCommands, results: b.o.retainResults,
-		deleteAcked: b.o.storageOptions.deleteAcked,
+		audit: b.o.retainAudit, deleteAcked: b.o.storageOptions.deleteAcked,
 	}
 	if h.idle() {
 		return
@@ -130,6 +131,7 @@ type historySweep struct {
 	log               *slog.Logger
 	now               func() time.Time
 	commands, results storage.Retention
+	audit             time.Duration
 	deleteAcked       bool
 
 	// looked is where each rule's look through history begins. It belongs to
@@ -139,7 +141,7 @@ type historySweep struct {
 
 // idle says that everything is kept for ever.
 func (h *historySweep) idle() bool {
-	return !h.deleteAcked && len(rules(h.commands)) == 0 && len(rules(h.results)) == 0
+	return !h.deleteAcked && h.audit == 0 && len(rules(h.commands)) == 0 && len(rules(h.results)) == 0
 }
 
 func (h *historySweep) work(ctx context.Context, current func() storage.Lease) error {
@@ -172,6 +174,9 @@ var finishedStates = [...]storage.State{
 
 // retain looks once through history for what is too old.
 func (h *historySweep) retain(ctx context.Context, current func() storage.Lease) error {
+	if err := h.retainAudit(ctx, current); err != nil {
+		return err
+	}
 	var total storage.Removed
 	for _, r := range rules(h.results) {
 		removed, err := h.look(ctx, current, "results "+r.requestType, r, h.store.RemoveResults)
@@ -199,6 +204,32 @@ func (h *historySweep) retain(ctx context.Context, current func() storage.Lease)
 	h.log.InfoContext(ctx, "removed old history",
 		"rows", total.Rows, "results", total.Results, "bytes", total.Bytes, "commands", total.Commands,
 		slog.Group("left", "waiting", size.Waiting, "finished", size.Finished, "results", size.Results, "commands", size.Commands))
+	return nil
+}
+
+// retainAudit removes old audit records.
+func (h *historySweep) retainAudit(ctx context.Context, current func() storage.Lease) error {
+	if h.audit == 0 {
+		return nil
+	}
+	total := 0
+	for {
+		began := time.Now()
+		n, err := h.store.RemoveAudit(ctx, current(), h.now().Add(-h.audit), sweepRows)
+		if err != nil {
+			return err
+		}
+		total += n
+		if n < sweepRows {
+			break
+		}
+		if err := wait(ctx, max(sweepPause, time.Since(began))); err != nil {
+			return err
+		}
+	}
+	if total > 0 {
+		h.log.InfoContext(ctx, "removed old audit records", "records", total)
+	}
 	return nil
 }
 

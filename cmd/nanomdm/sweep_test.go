@@ -149,6 +149,20 @@ func TestHistorySweep(t *testing.T) {
 	}
 }
 
+func TestAuditRetention(t *testing.T) {
+	h := storagetest.NewHarness(t, storagetest.Engines(t)[0])
+	for range sweepRows + 3 { // more than a batch
+		require.NoError(t, h.Store.AppendAudit(t.Context(), &storage.AuditRecord{Who: "ann", Action: "push"}))
+	}
+	h.Clock.Advance(2 * time.Hour)
+	require.NoError(t, h.Store.AppendAudit(t.Context(), &storage.AuditRecord{Who: "bob", Action: "push"}))
+	sweep := historySweep{store: h.Store, log: slog.New(slog.DiscardHandler), now: h.Clock.Now, audit: time.Hour}
+	require.False(t, sweep.idle())
+	hold(t, h.Store, "history", "a", sweep.work)
+	require.Eventually(t, func() bool { return h.Int(t, "SELECT COUNT(*) FROM nano_audit") == 1 }, 10*time.Second, 5*time.Millisecond)
+	require.Equal(t, []string{"bob"}, h.Strings(t, "SELECT who FROM nano_audit"))
+}
+
 // TestQueueSweepOfTwoReplicas: one of them sweeps, and the other one when the
 // first has stopped.
 func TestQueueSweepOfTwoReplicas(t *testing.T) {
