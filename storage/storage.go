@@ -82,6 +82,9 @@ type Event struct {
 	Status      string // reports only
 	CommandUUID string // reports only
 	Params      map[string]string
+	// TraceParent is that of the request, to be sent along; at most 255
+	// characters.
+	TraceParent string
 	Raw         []byte // the body as it came
 	// Volatile marks an event that reports no change (an Idle poll, a Get…):
 	// it may be written with the next activity batch, and a crash may lose it.

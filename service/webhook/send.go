@@ -93,17 +93,20 @@ func (s *sender) send(ctx context.Context, k *storage.EventSink, r *storage.Even
 	if err != nil {
 		return &failure{text: err.Error(), unfit: true}
 	}
-	return s.post(ctx, k, r.ID, body)
+	return s.post(ctx, k, r, body)
 }
 
-func (s *sender) post(ctx context.Context, k *storage.EventSink, id string, body []byte) *failure {
+func (s *sender) post(ctx context.Context, k *storage.EventSink, r *storage.EventRecord, body []byte) *failure {
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, k.URL, bytes.NewReader(body))
 	if err != nil {
 		return &failure{text: "the sink's URL cannot be used"}
 	}
 	req.Header.Set("Content-Type", "application/json; charset=utf-8")
 	req.Header.Set("User-Agent", "nanomdm")
-	sign(req.Header, k.Keys, id, time.Now(), body)
+	if r.TraceParent != "" {
+		req.Header.Set(headerTraceParent, r.TraceParent)
+	}
+	sign(req.Header, k.Keys, r.ID, time.Now(), body)
 	resp, err := s.client.Do(req)
 	if err != nil {
 		return &failure{text: reason(err)}

@@ -10,13 +10,15 @@ import (
 	"time"
 )
 
-// Headers of a delivery. The last three are those of the Standard Webhooks
+// Headers of a delivery. Those that begin with Webhook are those of the Standard Webhooks
 // specification, https://www.standardwebhooks.com.
 const (
 	headerHMAC      = "X-Hmac-Signature"
 	headerID        = "Webhook-Id"
 	headerTimestamp = "Webhook-Timestamp"
 	headerSignature = "Webhook-Signature"
+	// headerTraceParent is that of the device's request (W3C Trace Context).
+	headerTraceParent = "Traceparent"
 )
 
 // secretPrefix marks a key as Standard Webhooks write them, in Base64.

@@ -50,7 +50,7 @@ func outgoing(batch []*pending) []outEvent {
 }
 
 var eventInsertColumns = [...]string{"event_id", "enrollment_id", "enrollment_type", "parent_id", "topic", "event_seq", "udid",
-	"user_enrollment_id", "apns_topic", "request_type", "status", "command_uuid", "tally", "params", "payload", "created_at"}
+	"user_enrollment_id", "apns_topic", "request_type", "status", "command_uuid", "tally", "params", "traceparent", "payload", "created_at"}
 
 // insertEvents puts events into the outbox, unnumbered, each with the next
 // place in the order of its enrollment. Those of an enrollment that does not
@@ -95,7 +95,7 @@ func insertEvents(ctx context.Context, t *tx, events []outEvent, to map[string]*
 		}
 		args = append(args, e.ID, e.enroll.ID, string(e.enroll.Type), e.enroll.ParentID, e.Topic, order, clip(e.UDID),
 			clip(e.Enrollment), clip(topic), requestType, clip(e.Status), clip(e.CommandUUID), e.facts.tally,
-			params, t.sealedEvent(e.Topic, e.ID, e.Raw), micros(e.CreatedAt))
+			params, clip(e.TraceParent), t.sealedEvent(e.Topic, e.ID, e.Raw), micros(e.CreatedAt))
 	}
 	width := len(eventInsertColumns)
 	for rows := range slices.Chunk(args, eventRows*width) {

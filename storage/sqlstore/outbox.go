@@ -205,7 +205,7 @@ func (s *Store) LastEvent(ctx context.Context) (int64, error) {
 
 // eventColumns are those of scanEvent; e is nano_events.
 const eventColumns = `e.seq, e.event_id, e.enrollment_id, e.enrollment_type, e.parent_id, e.topic, e.event_seq,
-	e.udid, e.user_enrollment_id, e.apns_topic, e.request_type, e.status, e.command_uuid, e.tally, e.params, e.created_at,
+	e.udid, e.user_enrollment_id, e.apns_topic, e.request_type, e.status, e.command_uuid, e.tally, e.params, e.traceparent, e.created_at,
 	LENGTH(e.payload), CASE WHEN LENGTH(e.payload) <= 65536 THEN e.payload END`
 
 func (s *Store) scanEvent(t *tx, rows *sql.Rows, more ...any) (storage.EventRecord, error) {
@@ -214,7 +214,7 @@ func (s *Store) scanEvent(t *tx, rows *sql.Rows, more ...any) (storage.EventReco
 	var created int64
 	var size sql.Null[int64]
 	err := rows.Scan(append([]any{&r.Seq, &r.ID, &r.Enroll.ID, &r.Enroll.Type, &r.Enroll.ParentID, &r.Topic, &r.EnrollSeq,
-		&r.UDID, &r.Enrollment, &r.APNsTopic, &r.RequestType, &r.Status, &r.CommandUUID, &r.Tally, &params, &created,
+		&r.UDID, &r.Enrollment, &r.APNsTopic, &r.RequestType, &r.Status, &r.CommandUUID, &r.Tally, &params, &r.TraceParent, &created,
 		&size, &r.Raw}, more...)...)
 	if err != nil {
 		return r, err

@@ -281,6 +281,7 @@ func eventCommits(t *testing.T, h *Harness) {
 	h.enqueue(t, []string{"D"}, "C")
 	report := event("report", "mdm.Connect")
 	report.Status, report.CommandUUID, report.Params = "Acknowledged", "C", map[string]string{"a": "b"}
+	report.TraceParent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 	d.telling(report).reports(t, mdm.StatusAcknowledged, "C")
 	unknown := event("unknown", "mdm.Connect")
 	unknown.Status, unknown.CommandUUID = "Error", "X"
@@ -302,6 +303,20 @@ func eventCommits(t *testing.T, h *Harness) {
 	require.Equal(t, []string{`{"a":"b"}`}, h.Strings(t, `SELECT params FROM nano_events
 WHERE event_id = 'report' AND request_type = 'ProfileList' AND status = 'Acknowledged' AND command_uuid = 'C' AND topic = 'mdm.Connect' AND created_at = ?`,
 		time.Unix(1_700_000_000, 0).UnixMicro()))
+	require.Equal(t, []string{"report"}, h.Strings(t, "SELECT event_id FROM nano_events WHERE traceparent = ?", report.TraceParent))
+	events := h.holdEvents(t, h.Store)
+	_, _, err = h.Store.NumberEvents(t.Context(), events, 100)
+	require.NoError(t, err)
+	page, err := h.Store.SinkPage(t.Context(), 0, 100)
+	require.NoError(t, err)
+	for _, e := range page {
+		want := ""
+		if e.ID == "report" {
+			want = report.TraceParent
+		}
+		require.Equal(t, want, e.TraceParent, e.ID)
+	}
+	require.Len(t, page, 10)
 	require.Equal(t, []string{"raw report"}, h.Strings(t, "SELECT payload FROM nano_events WHERE event_id = 'report'"))
 }
 

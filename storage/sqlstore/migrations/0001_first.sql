@@ -174,6 +174,7 @@ CREATE TABLE IF NOT EXISTS nano_events (
     command_uuid       {id} NOT NULL DEFAULT '',
     tally              BIGINT NOT NULL DEFAULT 0,
     params             {blob} NULL,
+    traceparent        {id} NOT NULL DEFAULT '',
     payload            {blob} NULL,
     created_at         BIGINT NOT NULL
 ) {table};
