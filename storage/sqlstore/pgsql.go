@@ -113,6 +113,7 @@ func pgsqlDialect() *dialect {
 			"blob":          "BYTEA",
 			"table":         "",
 			"if_not_exists": "IF NOT EXISTS",
+			"where":         "WHERE",
 		},
 		// Two replicas may still create the same thing at once, before there
 		// is a lease to take: 42P07 duplicate_table, 42710 duplicate_object for

@@ -169,6 +169,7 @@ func sqliteDialect() *dialect {
 			"blob":          "BLOB",
 			"table":         "",
 			"if_not_exists": "IF NOT EXISTS",
+			"where":         "WHERE",
 		},
 		repeated: func(error) bool { return false },
 		tables:   "SELECT name FROM sqlite_master WHERE type = 'table'",

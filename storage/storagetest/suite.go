@@ -52,6 +52,7 @@ func topics() []topic {
 		{"push", pushTests()},
 		{"sweep", sweepTests()},
 		{"audit", auditTests()},
+		{"inventory", inventoryTests()},
 	}
 }
 

@@ -1,5 +1,5 @@
 -- Each statement is one recorded step and can be repeated. {words} are the
--- dialect's. Times are UTC microseconds, booleans SMALLINT 0 or 1. There are
+-- dialect's; {where} begins the condition of an index where an engine has that. Times are UTC microseconds, booleans SMALLINT 0 or 1. There are
 -- no foreign keys: a check of the parent locks it, and nothing cascades.
 
 CREATE TABLE IF NOT EXISTS nano_devices (
@@ -24,7 +24,11 @@ CREATE TABLE IF NOT EXISTS nano_devices (
     created_at         BIGINT NOT NULL,
     updated_at         BIGINT NOT NULL
 ) {table};
-CREATE INDEX {if_not_exists} nano_devices_serial_number ON nano_devices (serial_number);
+CREATE INDEX {if_not_exists} nano_devices_serial_number ON nano_devices (serial_number, id);
+CREATE INDEX {if_not_exists} nano_devices_model ON nano_devices (model, id);
+CREATE INDEX {if_not_exists} nano_devices_model_name ON nano_devices (model_name, id);
+CREATE INDEX {if_not_exists} nano_devices_product_name ON nano_devices (product_name, id);
+CREATE INDEX {if_not_exists} nano_devices_os_version ON nano_devices (os_version, id);
 
 -- A user channel; id is the enrollment's.
 CREATE TABLE IF NOT EXISTS nano_users (
@@ -41,6 +45,8 @@ CREATE TABLE IF NOT EXISTS nano_users (
     updated_at           BIGINT NOT NULL
 ) {table};
 CREATE INDEX {if_not_exists} nano_users_device_id ON nano_users (device_id);
+CREATE INDEX {if_not_exists} nano_users_user_short_name ON nano_users (user_short_name, id);
+CREATE INDEX {if_not_exists} nano_users_user_id ON nano_users (user_id, id);
 
 CREATE TABLE IF NOT EXISTS nano_enrollments (
     id                     {id} NOT NULL PRIMARY KEY,
@@ -60,8 +66,10 @@ CREATE TABLE IF NOT EXISTS nano_enrollments (
     created_at             BIGINT NOT NULL,
     updated_at             BIGINT NOT NULL
 ) {table};
-CREATE INDEX {if_not_exists} nano_enrollments_device_id ON nano_enrollments (device_id);
+CREATE INDEX {if_not_exists} nano_enrollments_device_id ON nano_enrollments (device_id, id);
 CREATE INDEX {if_not_exists} nano_enrollments_topic ON nano_enrollments (topic, id);
+CREATE INDEX {if_not_exists} nano_enrollments_type ON nano_enrollments (type, id);
+CREATE INDEX {if_not_exists} nano_enrollments_enabled ON nano_enrollments (enabled, operator_disabled, id);
 
 -- Queue order and pushes owed: last_seq numbers queue rows, a push is owed
 -- while paid_seq < owed_seq. push_at is when the sweep looks next, NULL never.
@@ -80,6 +88,7 @@ CREATE TABLE IF NOT EXISTS nano_enrollment_push (
     token_dead_at    BIGINT NULL
 ) {table};
 CREATE INDEX {if_not_exists} nano_enrollment_push_push_at ON nano_enrollment_push (push_at);
+CREATE INDEX {if_not_exists} nano_enrollment_push_last_push_class ON nano_enrollment_push (last_push_class, id) {where} last_push_class <> 'accepted';
 
 -- Written in batches; narrow, so that polls lock nothing else.
 CREATE TABLE IF NOT EXISTS nano_enrollment_activity (
@@ -153,7 +162,7 @@ CREATE TABLE IF NOT EXISTS nano_cert_auth_associations (
     retired_at  BIGINT NULL
 ) {table};
 CREATE INDEX {if_not_exists} nano_cert_auth_associations_id ON nano_cert_auth_associations (id, retired_at);
-CREATE INDEX {if_not_exists} nano_cert_auth_associations_not_after ON nano_cert_auth_associations (not_after);
+CREATE INDEX {if_not_exists} nano_cert_auth_associations_not_after ON nano_cert_auth_associations (retired_at, not_after, id);
 
 -- The outbox. seq is NULL until the holder of the events lease numbers the
 -- row; event_seq is the order inside the enrollment. The index serves both
