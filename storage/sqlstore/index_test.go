@@ -1,0 +1,112 @@
+package sqlstore_test
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/nanomdm/nanomdm/mdm"
+	"github.com/nanomdm/nanomdm/storage"
+	"github.com/nanomdm/nanomdm/storage/storagetest"
+)
+
+// filters has each filter alone, with a value that few rows have.
+func filters() map[string]storage.EnrollmentFilter {
+	return map[string]storage.EnrollmentFilter{
+		"type":                       {Type: mdm.SharediPad},
+		"enabled=true":               {Enabled: new(true)},
+		"enabled=false":              {Enabled: new(false)},
+		"topic":                      {Topic: "rare"},
+		"serial":                     {Serial: "rare"},
+		"user":                       {User: "rare"},
+		"model":                      {Model: "rare"},
+		"os_version":                 {OSVersion: "rare"},
+		"last_seen_before":           {LastSeenBefore: time.UnixMicro(100)},
+		"last_seen_after":            {LastSeenAfter: time.UnixMicro(5_900)},
+		"waiting=true":               {Waiting: new(true)},
+		"push_status=owed":           {Push: storage.PushOwed},
+		"push_status=unanswered":     {Push: storage.PushUnanswered},
+		"push_status=refused":        {Push: storage.PushRefused},
+		"push_status=token_dead":     {Push: storage.PushTokenDead},
+		"certificate_expires_before": {CertificateExpiresBefore: time.UnixMicro(100)},
+	}
+}
+
+// plantFleet inserts enrollments of which one in a hundred is rare in all that
+// can be asked for, with finished and waiting commands.
+func plantFleet(t *testing.T, h *storagetest.Harness, n int) {
+	t.Helper()
+	insert := func(head string, rows [][]any) {
+		for chunk := range slices.Chunk(rows, 500) {
+			place := "(?" + strings.Repeat(", ?", len(chunk[0])-1) + ")"
+			h.Exec(t, "INSERT INTO "+head+" VALUES "+place+strings.Repeat(", "+place, len(chunk)-1), slices.Concat(chunk...)...)
+		}
+	}
+	var devices, users, enrollments, pushes, seen, certs, queue [][]any
+	for i := range n {
+		id := fmt.Sprintf("D%06d", i)
+		rare := i%100 == 7
+		word, typ, class, state := fmt.Sprint("usual-", i%5), string(mdm.Device), "accepted", int(storage.Acknowledged)
+		finished, pushAt, enabled := any(i+1), any(nil), i%3/2
+		if rare {
+			word, typ, class, state = "rare", string(mdm.SharediPad), "retry_later", int(storage.Queued)
+			finished, pushAt, enabled = nil, i+1, 0
+		}
+		devices = append(devices, []any{id, word, word, word, word, word, []byte("raw"), 1, 1, 1})
+		users = append(users, []any{id, id, word, word, 1, 1})
+		enrollments = append(enrollments, []any{id, id, typ, word, enabled, 1, 1})
+		pushes = append(pushes, []any{id, class, pushAt})
+		seen = append(seen, []any{id, i + 1})
+		certs = append(certs, []any{"live-" + id, id, i + 1, 1, nil}, []any{"dead-" + id, id, 1, 1, 2})
+		for c := range 3 {
+			queue = append(queue, []any{id, fmt.Sprint("C", c), c, state, 1, finished})
+		}
+	}
+	insert("nano_devices (id, serial_number, model, model_name, product_name, os_version, authenticate, authenticate_at, created_at, updated_at)", devices)
+	insert("nano_users (id, device_id, user_id, user_short_name, created_at, updated_at)", users)
+	insert("nano_enrollments (id, device_id, type, topic, enabled, created_at, updated_at)", enrollments)
+	insert("nano_enrollment_push (id, last_push_class, push_at)", pushes)
+	insert("nano_enrollment_activity (id, last_seen_at)", seen)
+	insert("nano_cert_auth_associations (sha256, id, not_after, created_at, retired_at)", certs)
+	insert("nano_enrollment_queue (id, command_uuid, seq, state, created_at, finished_at)", queue)
+	for _, table := range []string{"nano_devices", "nano_users", "nano_enrollments", "nano_enrollment_push", "nano_enrollment_activity",
+		"nano_cert_auth_associations", "nano_enrollment_queue"} {
+		analyze := map[string]string{"sqlite": "ANALYZE ", "pgsql": "VACUUM ANALYZE "}[h.Engine.Name]
+		if analyze == "" {
+			analyze = "ANALYZE TABLE "
+		}
+		h.Exec(t, analyze+table)
+	}
+}
+
+// TestFiltersUseTheirIndexes asks the engines how they would find what a
+// filter chooses.
+func TestFiltersUseTheirIndexes(t *testing.T) {
+	for _, engine := range storagetest.Engines(t) {
+		t.Run(engine.Name, func(t *testing.T) {
+			h := storagetest.NewHarness(t, engine)
+			plantFleet(t, h, 3000)
+			for name, f := range filters() {
+				indexes, q, args := h.Store.FilterQueryForTest(storage.Scope{}, f)
+				usesIndexes(t, h, name, indexes, q, args)
+			}
+			indexes, q, args := h.Store.FilterQueryForTest(storage.Scope{Topics: []string{"rare", "none"}}, storage.EnrollmentFilter{})
+			usesIndexes(t, h, "scope", indexes, q, args)
+		})
+	}
+}
+
+func usesIndexes(t *testing.T, h *storagetest.Harness, name string, indexes []string, q string, args []any) {
+	t.Helper()
+	plan, err := h.Store.ExplainForTest(t.Context(), q, args...)
+	require.NoError(t, err, name)
+	for _, index := range indexes {
+		require.NotEmpty(t, index, name)
+		require.Regexp(t, `\b`+index+`\b`, plan, name)
+	}
+	require.NotRegexp(t, `Seq Scan|SCAN nano_|"access_type": "ALL".*nano_`, plan, name)
+}
