@@ -2,7 +2,6 @@ package httpapi
 
 import (
 	"context"
-	"encoding/base64"
 	"errors"
 	"net/http"
 	"strconv"
@@ -106,10 +105,7 @@ func (a *API) listAudit(ctx context.Context, r *http.Request) (int, any, error) 
 		Who: q.text("who"), Action: q.text("action"), Target: q.text("target"), From: q.time("from"), To: q.time("to"),
 	}
 	limit := q.limit()
-	after, err := parseAuditCursor(q.text("after"))
-	if err != nil {
-		q.fail("after: that is not a next of this list's")
-	}
+	after := q.auditPlace()
 	if err := q.done(); err != nil {
 		return 0, nil, err
 	}
@@ -131,22 +127,20 @@ func (a *API) listAudit(ctx context.Context, r *http.Request) (int, any, error) 
 	return http.StatusOK, page, nil
 }
 
-func auditCursor(r storage.AuditRecord) string {
-	return base64.RawURLEncoding.EncodeToString([]byte(strconv.FormatInt(r.At.UnixMicro(), 10) + " " + r.ID))
+// auditPlace is a storage.AuditKey as a cursor.
+type auditPlace struct {
+	At int64  `json:"t"`
+	ID string `json:"i"`
 }
 
-func parseAuditCursor(text string) (storage.AuditKey, error) {
-	if text == "" {
-		return storage.AuditKey{}, nil
+func auditCursor(r storage.AuditRecord) string {
+	return cursor(auditPlace{r.At.UnixMicro(), r.ID})
+}
+
+func (q *query) auditPlace() storage.AuditKey {
+	var p auditPlace
+	if !q.cursor(&p) {
+		return storage.AuditKey{}
 	}
-	plain, err := base64.RawURLEncoding.DecodeString(text)
-	if err != nil {
-		return storage.AuditKey{}, err
-	}
-	at, id, _ := strings.Cut(string(plain), " ")
-	us, err := strconv.ParseInt(at, 10, 64)
-	if err != nil || id == "" {
-		return storage.AuditKey{}, errors.New("broken cursor")
-	}
-	return storage.AuditKey{At: time.UnixMicro(us).UTC(), ID: id}, nil
+	return storage.AuditKey{At: time.UnixMicro(p.At).UTC(), ID: p.ID}
 }

@@ -6,6 +6,7 @@
 package httpapi
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -44,6 +45,7 @@ type Store interface {
 	storage.APIKeys
 	storage.Resealer
 	storage.Audit
+	storage.Enrollments
 }
 
 // New makes the API behind the main key, which must not be empty, and behind
@@ -120,6 +122,8 @@ func (a *API) fail(w http.ResponseWriter, r *http.Request, err error) {
 		writeJSON(w, p.status, errorBody{p.text})
 	case errors.As(err, &tooLarge):
 		writeJSON(w, http.StatusRequestEntityTooLarge, errorBody{fmt.Sprintf("body is larger than %d bytes", tooLarge.Limit)})
+	case errors.Is(err, storage.ErrPlace):
+		writeJSON(w, http.StatusBadRequest, errorBody{"after: that is not a next of this list's"})
 	case errors.Is(err, storage.ErrConflict):
 		writeJSON(w, http.StatusConflict, errorBody{err.Error()})
 	case errors.Is(err, storage.ErrNotFound):
@@ -150,4 +154,22 @@ func readBody(r *http.Request) ([]byte, error) {
 		return nil, badRequest("reading the body: %v", err)
 	}
 	return body, err
+}
+
+// readJSON reads a request's body, which must be one JSON value and have
+// nothing that into has not.
+func readJSON(r *http.Request, into any) error {
+	body, err := readBody(r)
+	if err != nil {
+		return err
+	}
+	dec := json.NewDecoder(bytes.NewReader(body))
+	dec.DisallowUnknownFields()
+	if err := dec.Decode(into); err != nil {
+		return badRequest("body: %v", err)
+	}
+	if dec.More() {
+		return badRequest("body: there is more than one JSON value")
+	}
+	return nil
 }

@@ -1,11 +1,9 @@
 package httpapi
 
 import (
-	"bytes"
 	"context"
 	"crypto/rand"
 	"encoding/base64"
-	"encoding/json"
 	"errors"
 	"net/http"
 	"regexp"
@@ -110,14 +108,8 @@ func (a *API) createKey(ctx context.Context, r *http.Request) (int, any, error) 
 		Role   string    `json:"role"`
 		Topics *[]string `json:"topics"`
 	}
-	body, err := readBody(r)
-	if err != nil {
+	if err := readJSON(r, &ask); err != nil {
 		return 0, nil, err
-	}
-	dec := json.NewDecoder(bytes.NewReader(body))
-	dec.DisallowUnknownFields()
-	if err := dec.Decode(&ask); err != nil {
-		return 0, nil, badRequest("body: %v", err)
 	}
 	k := &storage.APIKey{Name: ask.Name, Role: ask.Role, CreatedBy: callerOf(ctx).name}
 	switch {
@@ -129,6 +121,7 @@ func (a *API) createKey(ctx context.Context, r *http.Request) (int, any, error) 
 		return 0, nil, badRequest("role: use read, push, enqueue or admin")
 	}
 	if ask.Topics != nil {
+		var err error
 		if k.Scope.Topics, err = keyTopics(*ask.Topics); err != nil {
 			return 0, nil, err
 		}

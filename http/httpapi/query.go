@@ -2,6 +2,8 @@ package httpapi
 
 import (
 	"context"
+	"encoding/base64"
+	"encoding/json"
 	"maps"
 	"net/http"
 	"net/url"
@@ -9,6 +11,7 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode/utf8"
 )
 
 // How many items a page of a list has.
@@ -44,10 +47,23 @@ func (q *query) fail(format string, args ...any) {
 func (q *query) texts(name string) []string {
 	q.known[name] = true
 	values := q.values[name]
-	if slices.Contains(values, "") {
-		q.fail("%s: it is empty; leave it out", name)
+	for _, value := range values {
+		if why := unfit(value); why != "" {
+			q.fail("%s: %s", name, why)
+		}
 	}
 	return values
+}
+
+// unfit says why a text cannot be asked for, and nothing if it can.
+func unfit(text string) string {
+	switch {
+	case text == "":
+		return "it is empty; leave it out"
+	case !utf8.ValidString(text) || strings.ContainsRune(text, 0):
+		return "it is not text"
+	}
+	return ""
 }
 
 // text is a parameter that comes once; empty if it does not.
@@ -99,6 +115,29 @@ func (q *query) number(name string, usual, least, most int) int {
 
 // limit is how many items a page has.
 func (q *query) limit() int { return q.number("limit", pageItems, 1, maxPageItems) }
+
+// cursor is what a list says where its next page begins.
+func cursor(place any) string {
+	plain, _ := json.Marshal(place) // it has texts and numbers only
+	return base64.RawURLEncoding.EncodeToString(plain)
+}
+
+// cursor reads the parameter after, which cursor made, and says whether it
+// was given.
+func (q *query) cursor(place any) bool {
+	text := q.text("after")
+	if text == "" {
+		return false
+	}
+	plain, err := base64.RawURLEncoding.DecodeString(text)
+	if err == nil {
+		err = json.Unmarshal(plain, place)
+	}
+	if err != nil {
+		q.fail("after: that is not a next of this list's")
+	}
+	return true
+}
 
 // time is zero if it was not given.
 func (q *query) time(name string) time.Time {

@@ -21,6 +21,9 @@ type route struct {
 // query parameter, as it does; the others refuse what they do not know.
 func (a *API) routes() []route {
 	return []route{
+		// Enrollments.
+		{"GET", "/v1/enrollments", roleRead, false, a.endpoint(a.listEnrollments)},
+
 		// Commands.
 		{"PUT", "/v1/enqueue/{ids}", roleEnqueue, false, a.endpoint(a.enqueue)},
 		{"POST", "/v1/enqueue/{ids}", roleEnqueue, false, a.endpoint(a.enqueue)},
