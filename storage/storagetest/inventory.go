@@ -96,7 +96,7 @@ func inventoryFilters(t *testing.T, h *Harness) {
 	h.enqueue(t, []string{"phone"}, "C2")
 	h.dies(t, h.target(t, "mac:anna"), now)
 	expiry := h.Clock.Now().Add(365*24*time.Hour - 90*time.Minute) // of mac and phone, but not of pad
-	seen := now.Add(-90 * time.Minute)                          // only phone and the user were not seen since
+	seen := now.Add(-90 * time.Minute)                             // only phone and the user were not seen since
 	all := []string{"gone", "mac", "mac:anna", "off", "pad", "phone"}
 	for name, tc := range map[string]struct {
 		f    storage.EnrollmentFilter
