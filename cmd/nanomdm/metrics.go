@@ -23,6 +23,8 @@ func (b *building) observe(store *sqlstore.Store) {
 		ready, _ := b.gate.Ready()
 		emit("nanomdm_ready", truth(ready))
 		emit("nanomdm_store_up", truth(b.gate.StoreUp()))
+		emit("nanomdm_sealing", truth(b.sealer != nil), "secrets")
+		emit("nanomdm_sealing", truth(b.o.sealCommands), "commands")
 		now := time.Now()
 		if cfg := b.side.tls; cfg != nil && cfg.Certificates[0].Leaf != nil {
 			emit("nanomdm_tls_certificate_expiry_seconds", cfg.Certificates[0].Leaf.NotAfter.Sub(now).Seconds())
@@ -79,6 +81,13 @@ func (b *building) observe(store *sqlstore.Store) {
 		}
 		for i, within := range []string{"0d", "7d", "30d"} {
 			emit("nanomdm_identity_certificates_expiring", float64(counts[i]), within)
+		}
+		next, err := store.NextCertificateExpiry(ctx, now)
+		if err != nil {
+			return err
+		}
+		if !next.IsZero() {
+			emit("nanomdm_identity_certificate_expiry_seconds", next.Sub(now).Seconds())
 		}
 		pushCerts, err := store.PushCertificatesExpiry(ctx)
 		if err != nil {

@@ -25,12 +25,16 @@ func TestEveryMetricIsServed(t *testing.T) {
 	require.Equal(t, 200, status)
 	status, _, _ = d.api("PUT", "/mdm", "", "", []byte("no identity"))
 	require.Equal(t, 400, status)
+	status, _, _ = d.api("GET", "/v1/audit", "", "", nil)
+	require.Equal(t, 401, status)
 	status, text, _ := d.api("GET", "/metrics", "nanomdm", testKey, nil)
 	require.Equal(t, 200, status)
+	require.Regexp(t, `(?m)^nanomdm_identity_certificate_expiry_seconds 3\.15\d*e\+07$`, text)
 	for _, line := range []string{
 		`nanomdm_ready 1`, `nanomdm_store_up 1`, `nanomdm_queue_commands{state="queued"} 1`, `nanomdm_queue_commands{state="notnow"} 0`,
 		`nanomdm_device_requests_total{message="TokenUpdate",outcome="ok"} 1`, `nanomdm_device_refusals_total{reason="identity"} 1`,
 		`nanomdm_identity_certificates_expiring{within="0d"} 0`, `nanomdm_push_owed_enrollments 0`,
+		`nanomdm_api_refusals_total{reason="no_key"} 1`, `nanomdm_sealing{what="secrets"} 0`, `nanomdm_sealing{what="commands"} 0`,
 	} {
 		require.Contains(t, text, line+"\n")
 	}

@@ -152,7 +152,7 @@ func (b *building) assemble(store *sqlstore.Store) error {
 	var api *httpapi.API
 	if o.api != "" {
 		var err error
-		if api, err = httpapi.New(string(o.api), store, httpapi.Config{MaxBody: o.maxBody, Logger: log}); err != nil {
+		if api, err = httpapi.New(string(o.api), store, httpapi.Config{MaxBody: o.maxBody, Refused: b.metrics.APIRefused, Logger: log}); err != nil {
 			return err
 		}
 		routes := http.NewServeMux()

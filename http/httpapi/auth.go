@@ -71,6 +71,7 @@ func (a *API) require(need role, next http.Handler) http.Handler {
 			return
 		}
 		if c.role < need {
+			a.cfg.Refused(refusedForbidden)
 			writeJSON(w, http.StatusForbidden, errorBody{"this API key's role does not allow that"})
 			return
 		}
@@ -83,6 +84,7 @@ func (a *API) require(need role, next http.Handler) http.Handler {
 func (a *API) requireUnbound(need role, next http.Handler) http.Handler {
 	return a.require(need, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if len(callerOf(r.Context()).scope.Topics) > 0 {
+			a.cfg.Refused(refusedForbidden)
 			writeJSON(w, http.StatusForbidden, errorBody{"this API key is bound to APNs topics, and that is of all"})
 			return
 		}
@@ -107,14 +109,28 @@ type errSlowDown struct{ wait time.Duration }
 
 func (errSlowDown) Error() string { return "too many wrong API keys from this address" }
 
+// What Config.Refused is told.
+const (
+	refusedNoKey     = "no_key"
+	refusedWrongKey  = "wrong_key"
+	refusedSlowed    = "slowed"
+	refusedForbidden = "forbidden"
+)
+
 // refuse answers a request whose caller is not known.
 func (a *API) refuse(w http.ResponseWriter, r *http.Request, err error) {
 	var slow errSlowDown
 	switch {
 	case errors.As(err, &slow):
+		a.cfg.Refused(refusedSlowed)
 		w.Header().Set("Retry-After", strconv.Itoa(int(math.Ceil(slow.wait.Seconds()))))
 		writeJSON(w, http.StatusTooManyRequests, errorBody{slow.Error()})
 	case errors.Is(err, errNoKey), errors.Is(err, errWrongKey):
+		if errors.Is(err, errWrongKey) {
+			a.cfg.Refused(refusedWrongKey)
+		} else {
+			a.cfg.Refused(refusedNoKey)
+		}
 		w.Header().Set("WWW-Authenticate", `Basic realm="nanomdm"`)
 		writeJSON(w, http.StatusUnauthorized, errorBody{"API user or key is missing or wrong"})
 	default:

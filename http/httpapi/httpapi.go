@@ -24,6 +24,9 @@ import (
 type Config struct {
 	// MaxBody bounds a request's body, in bytes; default 16 MiB.
 	MaxBody int64
+	// Refused is called for each request that is refused for its key, with
+	// one of no_key, wrong_key, slowed and forbidden; may be nil.
+	Refused func(reason string)
 	// Logger; default discards.
 	Logger *slog.Logger
 	// Now is the clock of failed logins and of copied keys; default time.Now.
@@ -59,6 +62,9 @@ func New(key string, store Store, cfg Config) (*API, error) {
 	}
 	if cfg.Logger == nil {
 		cfg.Logger = slog.New(slog.DiscardHandler)
+	}
+	if cfg.Refused == nil {
+		cfg.Refused = func(string) {}
 	}
 	if cfg.Now == nil {
 		cfg.Now = time.Now

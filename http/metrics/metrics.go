@@ -34,6 +34,7 @@ type Metrics struct {
 	durations *prometheus.HistogramVec
 	refusals  *prometheus.CounterVec
 	turned    *prometheus.CounterVec
+	api       *prometheus.CounterVec
 	panics    prometheus.Counter
 	failures  *prometheus.CounterVec
 }
@@ -48,11 +49,12 @@ func New(version string) *Metrics {
 	m.durations = histogramVec("nanomdm_device_request_duration_seconds")
 	m.refusals = counterVec("nanomdm_device_refusals_total")
 	m.turned = counterVec("nanomdm_http_turned_away_total")
+	m.api = counterVec("nanomdm_api_refusals_total")
 	m.failures = counterVec("nanomdm_metrics_source_failures_total")
 	m.panics = counterVec("nanomdm_http_panics_total").WithLabelValues()
 	build := gaugeVec("nanomdm_build_info")
 	build.WithLabelValues(version, runtime.Version()).Set(1)
-	m.registry.MustRegister(m.requests, m.durations, m.refusals, m.turned, m.failures, m.panics, build,
+	m.registry.MustRegister(m.requests, m.durations, m.refusals, m.turned, m.api, m.failures, m.panics, build,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
 }
@@ -65,6 +67,10 @@ func (m *Metrics) Handler() http.Handler {
 // Refused counts a device request that was refused before the service chain,
 // or by an error of it; httpmdm's Config.Refused.
 func (m *Metrics) Refused(reason string) { m.refusals.WithLabelValues(reason).Inc() }
+
+// APIRefused counts an API request that was refused for its key; httpapi's
+// Config.Refused.
+func (m *Metrics) APIRefused(reason string) { m.api.WithLabelValues(reason).Inc() }
 
 // Panicked counts a panic; requestlog's Config.Panicked.
 func (m *Metrics) Panicked() { m.panics.Inc() }

@@ -45,6 +45,8 @@ func Table() []Metric {
 		{"nanomdm_http_turned_away_total", Counter, []string{"side", "reason"}, "Requests answered 503 at the door: side is device or api, reason is limit (-max-requests) or database.", groupHTTP},
 		{"nanomdm_http_panics_total", Counter, nil, "Panics of handlers, each answered 500. Any is a bug.", groupHTTP},
 
+		{"nanomdm_api_refusals_total", Counter, []string{"reason"}, "API requests refused for their key: no_key, wrong_key, slowed (too many wrong ones from the address), forbidden (the role or topics of a right one).", groupHTTP},
+
 		{"nanomdm_store_up", Gauge, nil, "1 while the database answers and its schema is current.", groupStore},
 		{"nanomdm_store_statements_total", Counter, nil, "SQL statements sent.", groupStore},
 		{"nanomdm_store_retries_total", Counter, nil, "Transactions begun again after a deadlock, a lost connection or a failover.", groupStore},
@@ -76,8 +78,10 @@ func Table() []Metric {
 
 		{"nanomdm_push_certificate_expiry_seconds", Gauge, []string{"topic"}, "Time until a topic's push certificate expires; negative when it has. At most 1000 topics.", groupIdentity},
 		{"nanomdm_identity_certificates_expiring", Gauge, []string{"within"}, "Pinned device certificates that expire within 7d or 30d, or have (0d). Counted up to 100000.", groupIdentity},
+		{"nanomdm_identity_certificate_expiry_seconds", Gauge, nil, "Time until the next pinned device certificate expires.", groupIdentity},
 		{"nanomdm_ca_certificate_expiry_seconds", Gauge, nil, "Time until the first of the certificates in -ca expires.", groupIdentity},
 		{"nanomdm_tls_certificate_expiry_seconds", Gauge, nil, "Time until the certificate of -tls-cert expires.", groupIdentity},
+		{"nanomdm_sealing", Gauge, []string{"what"}, "1 if these are sealed at rest: secrets (push keys, tokens) by -seal-key-file, commands by -seal-commands.", groupIdentity},
 
 		{"nanomdm_ready", Gauge, nil, "What /readyz says.", groupDaemon},
 		{"nanomdm_metrics_source_failures_total", Counter, []string{"source"}, "Times that a source of metrics could not answer; its metrics are missing then.", groupDaemon},

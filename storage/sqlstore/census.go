@@ -2,6 +2,8 @@ package sqlstore
 
 import (
 	"context"
+	"database/sql"
+	"errors"
 	"fmt"
 	"time"
 
@@ -78,6 +80,23 @@ func (s *Store) CertificatesExpiring(ctx context.Context, before ...time.Time) (
 		return nil, fmt.Errorf("counting certificates: %w", err)
 	}
 	return counts, nil
+}
+
+// NextCertificateExpiry tells when the next live certificate of a device
+// expires, of those that have not yet; zero if there is none.
+func (s *Store) NextCertificateExpiry(ctx context.Context, now time.Time) (time.Time, error) {
+	var at int64
+	err := s.read(ctx, func(ctx context.Context, t *tx) error {
+		return t.queryRow(ctx, `SELECT not_after FROM nano_cert_auth_associations
+			WHERE not_after >= ? AND retired_at IS NULL ORDER BY not_after LIMIT 1`, micros(now)).Scan(&at)
+	})
+	if errors.Is(err, sql.ErrNoRows) {
+		return time.Time{}, nil
+	}
+	if err != nil {
+		return time.Time{}, fmt.Errorf("reading when certificates expire: %w", err)
+	}
+	return fromMicros(at), nil
 }
 
 // PushCertificatesExpiry tells when the push certificate of each topic

@@ -52,6 +52,12 @@ func TestCensus(t *testing.T) {
 			counts, err := store.CertificatesExpiring(t.Context(), now, now.Add(48*time.Hour))
 			require.NoError(t, err)
 			require.Equal(t, []int64{0, 1}, counts)
+			next, err := store.NextCertificateExpiry(t.Context(), now)
+			require.NoError(t, err)
+			require.Equal(t, now.Add(-2*time.Minute).Add(24*time.Hour), next)
+			next, err = store.NextCertificateExpiry(t.Context(), now.Add(25*time.Hour))
+			require.NoError(t, err)
+			require.Zero(t, next)
 
 			stats := store.Stats()
 			require.Positive(t, stats.Statements)
