@@ -1,7 +1,6 @@
 package push
 
 import (
-	"cmp"
 	"math/rand/v2"
 	"time"
 
@@ -75,8 +74,4 @@ func jittered(d time.Duration) time.Duration { return d*3/4 + rand.N(d/2+1) }
 type pushRecord struct {
 	storage.PushRecord
 	topic string
-}
-
-func byTopic(a, b OutcomeCount) int {
-	return cmp.Or(cmp.Compare(a.Topic, b.Topic), cmp.Compare(a.Class, b.Class), cmp.Compare(a.Reason, b.Reason))
 }

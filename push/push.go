@@ -300,7 +300,7 @@ func (s *Service) send(t storage.PushTarget) Result {
 	if o.Err != nil && s.ctx.Err() != nil {
 		return Result{Err: ErrClosed} // still owed, and not APNs' fault
 	}
-	s.tally.count(t.Topic, o)
+	s.tally.count(o)
 	s.topics.note(t.Topic, version, o)
 	s.book.note(s.record(t, at, o))
 	if o.Class != apns.Accepted {

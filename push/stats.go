@@ -1,6 +1,7 @@
 package push
 
 import (
+	"cmp"
 	"maps"
 	"slices"
 	"sync"
@@ -8,13 +9,12 @@ import (
 	"github.com/nanomdm/nanomdm/push/apns"
 )
 
-// maxCounted bounds the outcomes that are counted apart: topics and reasons
-// come from outside.
-const maxCounted = 1000
+// maxCounted bounds the outcomes that are counted apart, for reasons come from
+// outside: Apple has about thirty.
+const maxCounted = 100
 
-// OutcomeCount counts the pushes of one topic that ended one way.
+// OutcomeCount counts the pushes that ended one way.
 type OutcomeCount struct {
-	Topic  string
 	Class  string // of apns.Class
 	Reason string // APNs' own, "" without one
 	Count  uint64
@@ -22,8 +22,8 @@ type OutcomeCount struct {
 
 // Stats is a snapshot of what a Service is doing and did.
 type Stats struct {
-	// Outcomes by topic, class and reason. What is beyond 1,000 kinds has the
-	// topic and reason "other".
+	// Outcomes by class and reason. What is beyond 100 kinds has the reason
+	// "other".
 	Outcomes []OutcomeCount
 	// Waiting are enrollments that callers want pushed next, Flying those
 	// whose push is under way.
@@ -56,12 +56,12 @@ type tally struct {
 
 func newTally() *tally { return &tally{counts: make(map[OutcomeCount]uint64)} }
 
-func (t *tally) count(topic string, o apns.Outcome) {
-	k := OutcomeCount{Topic: topic, Class: o.Class.String(), Reason: o.Reason}
+func (t *tally) count(o apns.Outcome) {
+	k := OutcomeCount{Class: o.Class.String(), Reason: o.Reason}
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if _, ok := t.counts[k]; !ok && len(t.counts) >= maxCounted {
-		k.Topic, k.Reason = "other", "other"
+		k.Reason = "other"
 	}
 	t.counts[k]++
 }
@@ -74,6 +74,8 @@ func (t *tally) list() []OutcomeCount {
 		k.Count = n
 		out = append(out, k)
 	}
-	slices.SortFunc(out, byTopic)
+	slices.SortFunc(out, func(a, b OutcomeCount) int {
+		return cmp.Or(cmp.Compare(a.Class, b.Class), cmp.Compare(a.Reason, b.Reason))
+	})
 	return out
 }

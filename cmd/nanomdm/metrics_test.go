@@ -27,6 +27,8 @@ func TestEveryMetricIsServed(t *testing.T) {
 	require.Equal(t, 400, status)
 	status, _, _ = d.api("GET", "/v1/audit", "", "", nil)
 	require.Equal(t, 401, status)
+	status, _, _ = d.api("GET", "/v1/push/D1", "nanomdm", testKey, nil)
+	require.Equal(t, 500, status, "there is no push certificate")
 	status, text, _ := d.api("GET", "/metrics", "nanomdm", testKey, nil)
 	require.Equal(t, 200, status)
 	require.Regexp(t, `(?m)^nanomdm_identity_certificate_expiry_seconds 3\.15\d*e\+07$`, text)
@@ -35,6 +37,7 @@ func TestEveryMetricIsServed(t *testing.T) {
 		`nanomdm_device_requests_total{message="TokenUpdate",outcome="ok"} 1`, `nanomdm_device_refusals_total{reason="identity"} 1`,
 		`nanomdm_identity_certificates_expiring{within="0d"} 0`, `nanomdm_push_owed_enrollments 0`,
 		`nanomdm_api_refusals_total{reason="no_key"} 1`, `nanomdm_sealing{what="secrets"} 0`, `nanomdm_sealing{what="commands"} 0`,
+		`nanomdm_pushes_total{class="certificate_fault",reason=""} 1`, `nanomdm_push_stopped_topics 1`,
 	} {
 		require.Contains(t, text, line+"\n")
 	}

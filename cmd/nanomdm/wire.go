@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
@@ -42,6 +43,7 @@ type building struct {
 	metrics *metrics.Metrics
 	systemd *notifier
 	sealer  storage.Sealer // nil: nothing is sealed
+	apnsCA  *x509.CertPool // nil: the system's
 
 	front    *gate.Front // of devices, and of the API without -api-listen
 	apiFront *gate.Front // nil without -api-listen
@@ -61,6 +63,9 @@ func wire(o options, environ []string, log *slog.Logger, stdout io.Writer) (*ser
 		return nil, err
 	}
 	if b.sealer, err = loadSealer(o, log); err != nil {
+		return nil, err
+	}
+	if b.apnsCA, err = loadAPNsCA(o); err != nil {
 		return nil, err
 	}
 	listener, err := listen("listen", o.listen)
@@ -148,11 +153,14 @@ func (b *building) assemble(store *sqlstore.Store) error {
 		operators.Handle("GET /version", httpapi.Version(version))
 	}
 
+	pusher, err := b.push(store)
+	if err != nil {
+		return err
+	}
 	protocol := core.New(store, side.core)
 	var api *httpapi.API
 	if o.api != "" {
-		var err error
-		if api, err = httpapi.New(string(o.api), store, httpapi.Config{MaxBody: o.maxBody, Refused: b.metrics.APIRefused, Logger: log}); err != nil {
+		if api, err = httpapi.New(string(o.api), store, pusher, httpapi.Config{MaxBody: o.maxBody, Refused: b.metrics.APIRefused, Logger: log}); err != nil {
 			return err
 		}
 		routes := http.NewServeMux()

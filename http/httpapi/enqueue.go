@@ -22,9 +22,20 @@ type result struct {
 }
 
 type idResult struct {
-	PushError    string `json:"push_error,omitempty"`
-	PushResult   string `json:"push_result,omitempty"`
+	PushError  string `json:"push_error,omitempty"`
+	PushResult string `json:"push_result,omitempty"`
+	// PushOwed: the push was not waited for, and will be paid.
+	PushOwed     bool   `json:"push_owed,omitempty"`
 	CommandError string `json:"command_error,omitempty"`
+}
+
+// newResult begins with no error for any of ids.
+func newResult(ids []string) *result {
+	res := &result{Status: make(map[string]idResult, len(ids))}
+	for _, id := range ids {
+		res.Status[id] = idResult{}
+	}
+	return res
 }
 
 func (i idResult) failed() bool { return i.PushError != "" || i.CommandError != "" }
@@ -84,12 +95,8 @@ func (a *API) enqueue(ctx context.Context, r *http.Request) (int, any, error) {
 	if err != nil {
 		return 0, nil, badRequest("command: %v", err)
 	}
-	res := &result{
-		Status:      make(map[string]idResult, len(ids)),
-		NoPush:      r.URL.Query().Get("nopush") != "",
-		CommandUUID: cmd.CommandUUID,
-		RequestType: cmd.RequestType,
-	}
+	res := newResult(ids)
+	res.NoPush, res.CommandUUID, res.RequestType = r.URL.Query().Get("nopush") != "", cmd.CommandUUID, cmd.RequestType
 	failed, err := a.store.Enqueue(ctx, callerOf(ctx).scope, &storage.Enqueue{Command: cmd, IDs: ids, NoPush: res.NoPush})
 	switch {
 	case errors.Is(err, storage.ErrConflict):
@@ -97,12 +104,19 @@ func (a *API) enqueue(ctx context.Context, r *http.Request) (int, any, error) {
 	case err != nil:
 		return 0, nil, err
 	}
-	for _, id := range ids {
-		var s idResult
+	a.audit(ctx, actEnqueue, cmd.CommandUUID, cmd.RequestType+" for "+pushDetail(ids, false), nil)
+	queued := make([]string, 0, len(ids))
+	for id := range res.Status {
 		if err := failed[id]; err != nil {
-			s.CommandError = err.Error()
+			res.Status[id] = idResult{CommandError: err.Error()}
+		} else {
+			queued = append(queued, id)
 		}
-		res.Status[id] = s
+	}
+	if !res.NoPush {
+		if err := a.push(ctx, res, queued, true, r.URL.Query().Get("push") == pushAsync); err != nil {
+			return 0, nil, err
+		}
 	}
 	return res.httpStatus(), res, nil
 }

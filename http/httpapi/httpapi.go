@@ -39,6 +39,7 @@ type API struct {
 	keys     *keyring
 	throttle *throttle
 	store    Store
+	pusher   Pusher
 	cfg      Config
 }
 
@@ -49,11 +50,12 @@ type Store interface {
 	storage.Resealer
 	storage.Audit
 	storage.Enrollments
+	storage.PushCerts
 }
 
 // New makes the API behind the main key, which must not be empty, and behind
 // the named keys of the store.
-func New(key string, store Store, cfg Config) (*API, error) {
+func New(key string, store Store, pusher Pusher, cfg Config) (*API, error) {
 	if key == "" {
 		return nil, errors.New("API key is empty")
 	}
@@ -71,7 +73,7 @@ func New(key string, store Store, cfg Config) (*API, error) {
 	}
 	return &API{
 		key: storage.HashKey(key), keys: newKeyring(store, cfg.Now), throttle: newThrottle(cfg.Now),
-		store: store, cfg: cfg,
+		store: store, pusher: pusher, cfg: cfg,
 	}, nil
 }
 
@@ -174,8 +176,21 @@ func readJSON(r *http.Request, into any) error {
 	if err := dec.Decode(into); err != nil {
 		return badRequest("body: %v", err)
 	}
-	if dec.More() {
+	if _, err := dec.Token(); err != io.EOF {
 		return badRequest("body: there is more than one JSON value")
 	}
 	return nil
+}
+
+// slowTime is how long a call may take that is about many enrollments.
+const slowTime = 15 * time.Minute
+
+// slow gives a call more time than the server gives others.
+func slow(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		c := http.NewResponseController(w)
+		// One that cannot be told has no deadline either.
+		_ = errors.Join(c.SetReadDeadline(time.Now().Add(slowTime)), c.SetWriteDeadline(time.Now().Add(slowTime)))
+		next.ServeHTTP(w, r)
+	})
 }

@@ -5,10 +5,12 @@ import (
 	"context"
 	"encoding/base64"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -22,6 +24,9 @@ import (
 	"github.com/nanomdm/nanomdm/http/httpapi"
 	"github.com/nanomdm/nanomdm/http/requestlog"
 	"github.com/nanomdm/nanomdm/mdm"
+	"github.com/nanomdm/nanomdm/push"
+	"github.com/nanomdm/nanomdm/push/apns"
+	"github.com/nanomdm/nanomdm/push/apnstest"
 	"github.com/nanomdm/nanomdm/storage"
 	"github.com/nanomdm/nanomdm/storage/sqlstore"
 )
@@ -34,9 +39,12 @@ const mainKey = "main-key-of-the-test"
 type operators struct {
 	t     *testing.T
 	store *sqlstore.Store
-	api   *httpapi.API
-	mux   http.Handler
-	log   *logged
+	apns  *apnstest.Server
+	// pusher pushes for all replicas.
+	pusher *push.Service
+	api    *httpapi.API
+	mux    http.Handler
+	log    *logged
 
 	mu  sync.Mutex
 	now time.Time
@@ -70,14 +78,25 @@ func newOperatorsOn(t *testing.T, cfg sqlstore.Config) *operators {
 	require.NoError(t, err)
 	t.Cleanup(func() { require.NoError(t, store.Close()) })
 	o.store = store
+	o.apns, err = apnstest.NewServer(apnstest.Config{})
+	require.NoError(t, err)
+	t.Cleanup(o.apns.Close)
+	o.pusher, err = push.New(store, push.Config{Patience: patience, APNs: apns.Config{
+		URL: o.apns.URL(), RootCAs: o.apns.RootCAs(), Proxy: func(*url.URL) (*url.URL, error) { return nil, nil },
+	}})
+	require.NoError(t, err)
+	t.Cleanup(func() { require.NoError(t, o.pusher.Close(context.Background())) })
 	o.api, o.mux = o.replica(store)
 	return o
 }
 
+// patience is how long an API call waits for its pushes.
+const patience = 500 * time.Millisecond
+
 // replica is another server over a store, with the same clock.
 func (o *operators) replica(store httpapi.Store) (*httpapi.API, http.Handler) {
 	log := slog.New(slog.NewTextHandler(o.log, &slog.HandlerOptions{Level: slog.LevelDebug}))
-	api, err := httpapi.New(mainKey, store, httpapi.Config{Logger: log, Now: o.clock})
+	api, err := httpapi.New(mainKey, store, o.pusher, httpapi.Config{Logger: log, Now: o.clock})
 	require.NoError(o.t, err)
 	mux := http.NewServeMux()
 	api.Register(mux)
@@ -262,14 +281,36 @@ func command(uuid string) string {
 		`</string><key>Command</key><dict><key>RequestType</key><string>ProfileList</string></dict></dict></plist>`
 }
 
-// enroll makes an enrollment of a topic behind the API's back.
+// certify stores a push certificate behind the API's back.
+func (o *operators) certify(topic string) {
+	o.t.Helper()
+	cert, key, err := o.apns.PushCertificate(topic)
+	require.NoError(o.t, err)
+	require.NoError(o.t, o.store.StorePushCert(o.t.Context(), &storage.PushCert{
+		Topic: topic, CertPEM: cert, KeyPEM: key, NotAfter: time.Now().AddDate(1, 0, 0),
+	}))
+}
+
+// enroll makes an enrollment of a topic, which has a push certificate, behind
+// the API's back.
 func (o *operators) enroll(id, topic string) {
 	o.t.Helper()
-	src := storage.Source{Enroll: mdm.EnrollID{Type: mdm.Device, ID: id}}
+	if _, err := o.store.PushCert(o.t.Context(), topic); errors.Is(err, storage.ErrNotFound) {
+		o.certify(topic)
+	}
+	o.enrollOnly(id, topic)
+}
+
+func enrollID(id string) mdm.EnrollID { return mdm.EnrollID{Type: mdm.Device, ID: id} }
+
+// enrollOnly is enroll that leaves push certificates alone.
+func (o *operators) enrollOnly(id, topic string) {
+	o.t.Helper()
+	src := storage.Source{Enroll: enrollID(id)}
 	who := mdm.Enrollment{UDID: id}
 	for _, op := range []storage.Op{
 		&storage.Authenticate{Src: src, Message: &mdm.Authenticate{Enrollment: who, Topic: topic, Raw: []byte("raw")}},
-		&storage.TokenUpdate{Src: src, Message: &mdm.TokenUpdate{Enrollment: who, Topic: topic, PushMagic: "m", Token: []byte("t"), Raw: []byte("raw")}},
+		&storage.TokenUpdate{Src: src, Message: &mdm.TokenUpdate{Enrollment: who, Topic: topic, PushMagic: "m", Token: []byte("token of " + id), Raw: []byte("raw")}},
 	} {
 		_, err := o.store.Apply(o.t.Context(), op)
 		require.NoError(o.t, err)
@@ -496,7 +537,7 @@ func TestReseal(t *testing.T) {
 			break
 		}
 	}
-	require.Equal(t, 2, rewritten, "Authenticate and TokenUpdate")
+	require.Equal(t, 3, rewritten, "Authenticate, TokenUpdate and a push certificate's key")
 
 	for query, want := range map[string]string{"limit=0": "limit", "limit=x": "limit", "limit=1001": "limit", "after=x": "after"} {
 		status, answer, _ := o.do(o.admin(), "POST", "/v1/reseal?"+query, "")

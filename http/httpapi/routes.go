@@ -28,6 +28,15 @@ func (a *API) routes() []route {
 		{"PUT", "/v1/enqueue/{ids}", roleEnqueue, false, a.endpoint(a.enqueue)},
 		{"POST", "/v1/enqueue/{ids}", roleEnqueue, false, a.endpoint(a.enqueue)},
 
+		// Push.
+		{"GET", "/v1/push/{ids}", rolePush, false, a.endpoint(a.pushIDs)},
+		{"PUT", "/v1/push/{ids}", rolePush, false, a.endpoint(a.pushIDs)},
+		{"POST", "/v1/push/{ids}", rolePush, false, a.endpoint(a.pushIDs)},
+		{"POST", "/v1/push", rolePush, false, slow(a.endpoint(a.pushMany))},
+		{"PUT", "/v1/pushcert", roleAdmin, false, a.endpoint(a.storePushCert)},
+		{"GET", "/v1/pushcert", roleRead, false, a.endpoint(a.showPushCert)},
+		{"GET", "/v1/pushcerts", roleRead, false, a.endpoint(noQuery(a.listPushCerts))},
+
 		// The API itself.
 		{"GET", "/v1/keys", roleAdmin, true, a.endpoint(noQuery(a.listKeys))},
 		{"POST", "/v1/keys", roleAdmin, true, a.endpoint(noQuery(a.createKey))},

@@ -69,6 +69,14 @@ func Table() []Metric {
 		{"nanomdm_queue_expired_total", Counter, nil, "Commands that expired by this replica's sweep.", groupQueue},
 
 		{"nanomdm_push_owed_enrollments", Gauge, nil, "Enrollments that are owed a push.", groupPush},
+		{"nanomdm_pushes_total", Counter, []string{"class", "reason"}, "Pushes that ended, by class (accepted, token_dead, do_not_retry, our_fault, certificate_fault, retry_later) and by APNs' reason, if it gave one. At most 100 pairs.", groupPush},
+		{"nanomdm_push_enrollments", Gauge, []string{"state"}, "Enrollments that this replica pushes (flying) or will next, because a caller asked for it (waiting).", groupPush},
+		{"nanomdm_push_swept_total", Counter, nil, "Pushes that this replica's sweep claimed: debts that nobody paid, and silent devices.", groupPush},
+		{"nanomdm_push_stopped_topics", Gauge, nil, "Topics that this replica does not push to, because APNs refused their certificate or there is none.", groupPush},
+		{"nanomdm_push_outcomes_dropped_total", Counter, nil, "Outcomes of pushes that were not stored because the database was away for long; those pushes are sent again.", groupPush},
+		{"nanomdm_push_connections", Gauge, nil, "Connections to APNs.", groupPush},
+		{"nanomdm_push_dials_total", Counter, []string{"result"}, "Connections to APNs that were tried, by result: ok, failed.", groupPush},
+		{"nanomdm_push_retries_total", Counter, nil, "Requests to APNs that were sent again within one push, after a cut connection and the like.", groupPush},
 
 		{"nanomdm_events_unnumbered", Gauge, nil, "Committed events that the holder of the events lease has not numbered yet. Counted up to 100000.", groupEvents},
 		{"nanomdm_events_dropped_total", Counter, nil, "Events without a change, such as idle polls, that were dropped because the database was away for long.", groupEvents},

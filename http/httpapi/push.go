@@ -1,0 +1,266 @@
+package httpapi
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"net/http"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/nanomdm/nanomdm/cryptoutil"
+	"github.com/nanomdm/nanomdm/http/requestlog"
+	"github.com/nanomdm/nanomdm/push"
+	"github.com/nanomdm/nanomdm/storage"
+)
+
+// Pusher wakes devices; push.Service does.
+type Pusher interface {
+	Push(ctx context.Context, r push.Request) (map[string]push.Result, error)
+}
+
+// push wakes enrollments and adds to the result what became of each. Those
+// that are owed a push already stay so whatever happens here: then there is
+// no error.
+func (a *API) push(ctx context.Context, res *result, ids []string, owed, async bool) error {
+	results, err := a.pusher.Push(ctx, push.Request{Scope: callerOf(ctx).scope, IDs: ids, Owed: owed, Async: async})
+	if err != nil {
+		if !owed {
+			return err
+		}
+		a.cfg.Logger.WarnContext(ctx, "pushes are left to the sweep", "request_id", requestlog.ID(ctx), "pushes", len(ids), "error", err)
+	}
+	for _, id := range ids {
+		r, s := results[id], res.Status[id]
+		text := pushErrorText(r.Err)
+		ours := r.Err != nil && text == "" || errors.Is(r.Err, push.ErrClosed)
+		switch {
+		case err != nil, r.Owed, owed && ours:
+			s.PushOwed = true
+		case r.Err == nil:
+			s.PushResult = r.APNsID
+		case text == "":
+			return r.Err
+		default:
+			s.PushError = text
+		}
+		res.Status[id] = s
+	}
+	return nil
+}
+
+// pushErrorText is what a caller is told; empty for what is not theirs to
+// know.
+func pushErrorText(err error) string {
+	var refused *push.Refused
+	if errors.As(err, &refused) {
+		return refused.Error()
+	}
+	for _, known := range []error{storage.ErrNotEnrolled, storage.ErrTokenDead, push.ErrStopped, push.ErrClosed} {
+		if errors.Is(err, known) {
+			return known.Error()
+		}
+	}
+	return ""
+}
+
+// wake is a call that only pushes.
+func (a *API) wake(ctx context.Context, ids []string, async bool) (int, any, error) {
+	res := newResult(ids)
+	err := a.push(ctx, res, ids, false, async)
+	a.audit(ctx, actPush, onlyOne(ids), pushDetail(ids, async), err)
+	if err != nil {
+		return 0, nil, err
+	}
+	return res.httpStatus(), res, nil
+}
+
+func pushDetail(ids []string, async bool) string {
+	detail := fmt.Sprintf("%d enrollments: %s", len(ids), someOf(ids))
+	if async {
+		detail += "; not waited for"
+	}
+	return detail
+}
+
+// onlyOne is the target of a record about one enrollment.
+func onlyOne(ids []string) string {
+	if len(ids) == 1 {
+		return ids[0]
+	}
+	return ""
+}
+
+// pushIDs is NanoMDM's push.
+func (a *API) pushIDs(ctx context.Context, r *http.Request) (int, any, error) {
+	ids, err := pathIDs(r)
+	if err != nil {
+		return 0, nil, err
+	}
+	return a.wake(ctx, ids, r.URL.Query().Get("push") == pushAsync)
+}
+
+// pushAsync is the value of the query parameter push for callers that do not
+// wait.
+const pushAsync = "async"
+
+// async reads whether a caller waits for pushes.
+func (q *query) async() bool { return q.word("push", pushAsync) != "" }
+
+func (a *API) pushMany(ctx context.Context, r *http.Request) (int, any, error) {
+	q := queryOf(r)
+	async := q.async()
+	if err := q.done(); err != nil {
+		return 0, nil, err
+	}
+	var ask struct {
+		IDs []string `json:"ids"`
+	}
+	if err := readJSON(r, &ask); err != nil {
+		return 0, nil, err
+	}
+	if len(ask.IDs) == 0 {
+		return 0, nil, badRequest("ids: no enrollment is named")
+	}
+	return a.wake(ctx, ask.IDs, async)
+}
+
+// pushCertAnswer is NanoMDM's answer about one push certificate.
+type pushCertAnswer struct {
+	Topic    string    `json:"topic"`
+	NotAfter time.Time `json:"not_after"`
+	Warning  string    `json:"warning,omitempty"`
+}
+
+func (a *API) storePushCert(ctx context.Context, r *http.Request) (int, any, error) {
+	body, err := readBody(r)
+	if err != nil {
+		return 0, nil, err
+	}
+	pair, err := cryptoutil.ParsePushPair(body, a.cfg.Now())
+	if err != nil {
+		err = badRequest("push certificate: %v", err)
+		a.audit(ctx, actPushCert, "", "", err)
+		return 0, nil, err
+	}
+	answer := pushCertAnswer{Topic: pair.Topic, NotAfter: pair.Certificate.NotAfter.UTC()}
+	if !covers(callerOf(ctx).scope, pair.Topic) {
+		err := &problem{http.StatusForbidden, "this API key is not bound to the certificate's topic, " + pair.Topic}
+		a.audit(ctx, actPushCert, pair.Topic, "", err)
+		return 0, nil, err
+	}
+	cert := &storage.PushCert{Topic: pair.Topic, CertPEM: pair.CertPEM, KeyPEM: pair.KeyPEM, NotAfter: answer.NotAfter}
+	err = a.store.StorePushCert(ctx, cert)
+	a.audit(ctx, actPushCert, pair.Topic, fmt.Sprintf("version %d, expires %s", cert.Version, answer.NotAfter.Format(time.RFC3339)), err)
+	if err != nil {
+		return 0, nil, err
+	}
+	if answer.Warning, err = a.strandedWarning(ctx, pair.Topic); err != nil {
+		// It is stored; a warning more or less does not change that.
+		a.cfg.Logger.WarnContext(ctx, "cannot count who uses a push certificate", "topic", pair.Topic, "error", err)
+	}
+	if answer.Warning != "" {
+		a.cfg.Logger.WarnContext(ctx, "a push certificate was stored whose topic no enrollment uses", "topic", pair.Topic, "warning", answer.Warning)
+	}
+	return http.StatusOK, answer, nil
+}
+
+func covers(scope storage.Scope, topic string) bool {
+	return len(scope.Topics) == 0 || slices.Contains(scope.Topics, topic)
+}
+
+// strandedWarning says that nobody uses the topic, if others are in use: then
+// the certificate was probably made anew in place of being renewed.
+func (a *API) strandedWarning(ctx context.Context, topic string) (string, error) {
+	infos, stranded, err := a.pushTopics(ctx)
+	if err != nil {
+		return "", err
+	}
+	var others, without int64
+	for _, info := range infos {
+		if info.Topic == topic && info.Enrollments > 0 {
+			return "", nil
+		}
+		others += info.Enrollments
+	}
+	for _, n := range stranded {
+		without += n
+	}
+	if others+without == 0 {
+		return "", nil
+	}
+	text := fmt.Sprintf("no enrollment uses the topic %s, while %d use others", topic, others+without)
+	if without > 0 {
+		text += fmt.Sprintf(", of which %d are stranded: there is no push certificate for %s", without, andList(slices.Sorted(maps.Keys(stranded))))
+	}
+	return text + ". A certificate that is renewed keeps its topic; a new one has another, and devices must enroll again to use it.", nil
+}
+
+// pushTopics reads the certificates of the caller's topics and how many
+// enrollments have none.
+func (a *API) pushTopics(ctx context.Context) (infos []storage.PushCertInfo, stranded map[string]int64, err error) {
+	scope := callerOf(ctx).scope
+	if infos, err = a.store.PushCertInfos(ctx, scope); err != nil {
+		return nil, nil, err
+	}
+	if stranded, err = a.store.StrandedEnrollments(ctx); err != nil {
+		return nil, nil, err
+	}
+	maps.DeleteFunc(stranded, func(topic string, _ int64) bool { return !covers(scope, topic) })
+	return infos, stranded, nil
+}
+
+func (a *API) showPushCert(ctx context.Context, r *http.Request) (int, any, error) {
+	topic := r.URL.Query().Get("topic")
+	if topic == "" {
+		return 0, nil, badRequest("topic: it is missing")
+	}
+	scope := callerOf(ctx).scope
+	if !covers(scope, topic) {
+		return 0, nil, storage.ErrNotFound
+	}
+	infos, err := a.store.PushCertInfos(ctx, storage.Scope{Topics: []string{topic}})
+	if err != nil {
+		return 0, nil, err
+	}
+	if len(infos) == 0 {
+		return 0, nil, &problem{http.StatusNotFound, "there is no push certificate for the topic " + topic}
+	}
+	return http.StatusOK, pushCertAnswer{Topic: infos[0].Topic, NotAfter: infos[0].NotAfter}, nil
+}
+
+// pushCertInfo is a push certificate in the list.
+type pushCertInfo struct {
+	Topic       string    `json:"topic"`
+	NotAfter    time.Time `json:"not_after"`
+	Version     int64     `json:"version"`
+	UpdatedAt   time.Time `json:"updated_at"`
+	Enrollments int64     `json:"enrollments"`
+	LastClass   string    `json:"last_class,omitempty"`
+	LastAt      time.Time `json:"last_at,omitzero"`
+}
+
+type strandedInfo struct {
+	Topic       string `json:"topic"`
+	Enrollments int64  `json:"enrollments"`
+}
+
+func (a *API) listPushCerts(ctx context.Context, _ *http.Request) (int, any, error) {
+	infos, stranded, err := a.pushTopics(ctx)
+	if err != nil {
+		return 0, nil, err
+	}
+	list := struct {
+		PushCerts []pushCertInfo `json:"pushcerts"`
+		Stranded  []strandedInfo `json:"stranded"`
+	}{[]pushCertInfo{}, []strandedInfo{}}
+	for _, i := range infos {
+		list.PushCerts = append(list.PushCerts, pushCertInfo(i))
+	}
+	for _, topic := range slices.SortedFunc(maps.Keys(stranded), strings.Compare) {
+		list.Stranded = append(list.Stranded, strandedInfo{topic, stranded[topic]})
+	}
+	return http.StatusOK, list, nil
+}
