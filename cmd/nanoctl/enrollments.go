@@ -1,0 +1,581 @@
+package main
+
+import (
+	"context"
+	"encoding/base64"
+	"encoding/json"
+	"flag"
+	"fmt"
+	"net/http"
+	"net/url"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// enrollment is what the server tells of one.
+type enrollment struct {
+	ID                    string     `json:"id"`
+	Type                  string     `json:"type"`
+	DeviceID              string     `json:"device_id"`
+	ParentID              string     `json:"parent_id"`
+	Enabled               bool       `json:"enabled"`
+	OperatorDisabled      bool       `json:"operator_disabled"`
+	Topic                 string     `json:"topic"`
+	UDID                  string     `json:"udid"`
+	Serial                string     `json:"serial_number"`
+	DeviceName            string     `json:"device_name"`
+	Model                 string     `json:"model"`
+	ModelName             string     `json:"model_name"`
+	ProductName           string     `json:"product_name"`
+	OSVersion             string     `json:"os_version"`
+	BuildVersion          string     `json:"build_version"`
+	IMEI                  string     `json:"imei"`
+	MEID                  string     `json:"meid"`
+	User                  *userInfo  `json:"user"`
+	Tally                 int        `json:"token_update_tally"`
+	AwaitingConfiguration bool       `json:"awaiting_configuration"`
+	EnrolledAt            *time.Time `json:"enrolled_at"`
+	CreatedAt             *time.Time `json:"created_at"`
+	LastSeenAt            *time.Time `json:"last_seen_at"`
+	RenewalUntil          *time.Time `json:"renewal_until"`
+	HasBootstrapToken     bool       `json:"has_bootstrap_token"`
+	HasUnlockToken        bool       `json:"has_unlock_token"`
+	Certificate           *struct {
+		SHA256   string     `json:"sha256"`
+		Subject  string     `json:"subject"`
+		NotAfter *time.Time `json:"not_after"`
+		PinnedAt *time.Time `json:"pinned_at"`
+	} `json:"certificate"`
+	Push *struct {
+		Owed        bool       `json:"owed"`
+		Attempts    int        `json:"attempts"`
+		LastAt      *time.Time `json:"last_at"`
+		LastClass   string     `json:"last_class"`
+		LastStatus  int        `json:"last_status"`
+		LastReason  string     `json:"last_reason"`
+		NextAt      *time.Time `json:"next_at"`
+		TokenDeadAt *time.Time `json:"token_dead_at"`
+	} `json:"push"`
+	Queue *struct {
+		Scheduled int        `json:"scheduled"`
+		Queued    int        `json:"queued"`
+		NotNow    int        `json:"notnow"`
+		Head      *queueItem `json:"head"`
+	} `json:"queue"`
+	Channels  []string `json:"channels"`
+	Diagnosis []string `json:"diagnosis"`
+}
+
+type userInfo struct {
+	ID        string `json:"user_id"`
+	ShortName string `json:"short_name"`
+	LongName  string `json:"long_name"`
+}
+
+// queueItem is a command in the queue of one enrollment.
+type queueItem struct {
+	EnrollmentID string     `json:"enrollment_id"`
+	CommandUUID  string     `json:"command_uuid"`
+	RequestType  string     `json:"request_type"`
+	State        string     `json:"state"`
+	Priority     int        `json:"priority"`
+	CreatedAt    *time.Time `json:"created_at"`
+	NotBefore    *time.Time `json:"not_before"`
+	ExpiresAt    *time.Time `json:"expires_at"`
+	FinishedAt   *time.Time `json:"finished_at"`
+	Attempts     int        `json:"attempts"`
+	NotNowCount  int        `json:"notnow_count"`
+	NotNowAt     *time.Time `json:"notnow_at"`
+	SupersedeKey string     `json:"supersede_key"`
+}
+
+// label is how people know the device.
+func (x *enrollment) label() string {
+	var parts []string
+	for _, part := range []string{x.DeviceName, x.Serial} {
+		if part != "" {
+			parts = append(parts, part)
+		}
+	}
+	if x.User != nil && x.User.ShortName != "" {
+		parts = append(parts, "user "+x.User.ShortName)
+	}
+	if len(parts) == 0 {
+		return x.ID
+	}
+	return x.ID + " (" + strings.Join(parts, ", ") + ")"
+}
+
+func (x *enrollment) status() string {
+	switch {
+	case x.OperatorDisabled:
+		return "disabled"
+	case x.Enabled:
+		return "enabled"
+	}
+	return "not enrolled"
+}
+
+func (x *enrollment) waiting() int {
+	if x.Queue == nil {
+		return 0
+	}
+	return x.Queue.Queued + x.Queue.NotNow + x.Queue.Scheduled
+}
+
+func (x *enrollment) pushed() string {
+	switch {
+	case x.Push == nil:
+		return ""
+	case x.Push.LastReason != "":
+		return x.Push.LastClass + ": " + x.Push.LastReason
+	case x.Push.Owed && x.Push.LastClass == "":
+		return "owed"
+	}
+	return x.Push.LastClass
+}
+
+func enrollmentPath(id string, rest ...string) string {
+	return "/v1/enrollments/" + strings.Join(append([]string{url.PathEscape(id)}, rest...), "/")
+}
+
+// enrollment looks one up by id or serial number.
+func (e *env) enrollment(ctx context.Context, name string) (*enrollment, error) {
+	x := new(enrollment)
+	return x, e.api.get(ctx, enrollmentPath(name), nil, x)
+}
+
+// filter selects enrollments; the names are the server's.
+type filter struct {
+	enabled, waiting                           string
+	kind, topic, serial, user, model           string
+	osVersion                                  string
+	pushStatus                                 string
+	stale, certExpires                         age
+	seenBefore, seenAfter, certificatesExpires moment
+}
+
+func (f *filter) flags(flags *flag.FlagSet) {
+	flags.StringVar(&f.kind, "type", "", "enrollment `type`: Device, User, \"User Enrollment (Device)\", \"User Enrollment\" or \"Shared iPad\"")
+	flags.StringVar(&f.enabled, "enabled", "", "`true or false`")
+	flags.StringVar(&f.topic, "topic", "", "APNs `topic`")
+	flags.StringVar(&f.serial, "serial", "", "serial `number`")
+	flags.StringVar(&f.user, "user", "", "a user's short `name`")
+	flags.StringVar(&f.model, "model", "", "`model`, such as MacBookPro18,3")
+	flags.StringVar(&f.osVersion, "os-version", "", "OS `version`, such as 15.1")
+	flags.Var(&f.stale, "stale", "not seen for so long, such as `7d`")
+	flags.Var(&f.seenBefore, "last-seen-before", "last seen before this `time`")
+	flags.Var(&f.seenAfter, "last-seen-after", "last seen at this `time` or later")
+	flags.StringVar(&f.waiting, "waiting", "", "`true or false`: whether commands wait")
+	flags.StringVar(&f.pushStatus, "push-status", "", "what became of the last push: `owed`, unanswered, refused, token_dead, do_not_retry, our_fault, certificate_fault or retry_later")
+	flags.Var(&f.certExpires, "certificate-expires-in", "device certificate expires within this time, such as `30d`")
+	flags.Var(&f.certificatesExpires, "certificate-expires-before", "device certificate expires before this `time`")
+}
+
+// query is the filter as the server takes it; empty if nothing was asked for.
+func (f *filter) query() url.Values {
+	q := url.Values{}
+	for name, value := range map[string]string{
+		"type": f.kind, "enabled": f.enabled, "topic": f.topic, "serial": f.serial, "user": f.user, "model": f.model,
+		"os_version": f.osVersion, "waiting": f.waiting, "push_status": f.pushStatus,
+	} {
+		if value != "" {
+			q.Set(name, value)
+		}
+	}
+	before, expires := f.seenBefore, f.certificatesExpires
+	if f.stale > 0 {
+		before.Time = time.Now().Add(-time.Duration(f.stale))
+	}
+	if f.certExpires > 0 {
+		expires.Time = time.Now().Add(time.Duration(f.certExpires))
+	}
+	for name, at := range map[string]moment{
+		"last_seen_before": before, "last_seen_after": f.seenAfter, "certificate_expires_before": expires,
+	} {
+		if !at.IsZero() {
+			q.Set(name, at.query())
+		}
+	}
+	return q
+}
+
+var enrollmentColumns = []column[enrollment]{
+	{"ID", func(x *enrollment) string { return x.ID }},
+	{"TYPE", func(x *enrollment) string { return x.Type }},
+	{"SERIAL", func(x *enrollment) string { return x.Serial }},
+	{"NAME", func(x *enrollment) string {
+		if x.User != nil && x.User.ShortName != "" {
+			return x.User.ShortName
+		}
+		return x.DeviceName
+	}},
+	{"MODEL", func(x *enrollment) string { return x.Model }},
+	{"OS", func(x *enrollment) string { return x.OSVersion }},
+	{"STATUS", (*enrollment).status},
+	{"LAST SEEN", func(x *enrollment) string { return ago(x.LastSeenAt) }},
+	{"WAITING", func(x *enrollment) string { return strconv.Itoa(x.waiting()) }},
+	{"PUSH", (*enrollment).pushed},
+}
+
+func enrollmentsLsCommand() command {
+	return command{
+		name:    "enrollments ls",
+		short:   "List enrollments, all of them or those that filters select",
+		example: "nanoctl enrollments ls -stale 7d\nnanoctl enrollments ls -waiting true -push-status token_dead -o json",
+		prepare: func(flags *flag.FlagSet) runner {
+			var f filter
+			f.flags(flags)
+			limit := flags.Int("limit", 0, "list no more than this many; 0 is all")
+			return func(ctx context.Context, e *env, args []string) error {
+				if err := none("enrollments ls", args); err != nil {
+					return err
+				}
+				return showList(ctx, e, "/v1/enrollments", "enrollments", f.query(), *limit, enrollmentColumns)
+			}
+		},
+	}
+}
+
+func showCommand() command {
+	return command{
+		name: "show", args: "ID|SERIAL",
+		short:   "Show all about one enrollment, and why it is stuck if it is",
+		example: "nanoctl show C02XK0AAJG5H",
+		prepare: func(*flag.FlagSet) runner {
+			return func(ctx context.Context, e *env, args []string) error {
+				if len(args) != 1 {
+					return usage("show: name one enrollment by id or serial number")
+				}
+				a, err := e.api.do(ctx, http.MethodGet, enrollmentPath(args[0]), nil, nil)
+				if err != nil {
+					return err
+				}
+				if e.format == "json" {
+					return e.json(a.body)
+				}
+				var x enrollment
+				if err := a.decode(&x); err != nil {
+					return err
+				}
+				return e.showEnrollment(&x)
+			}
+		},
+	}
+}
+
+func (e *env) showEnrollment(x *enrollment) error {
+	rows := [][2]string{
+		{"id", x.ID}, {"type", x.Type}, {"device", other(x.DeviceID, x.ID)}, {"status", x.status()}, {"serial number", x.Serial},
+		{"name", x.DeviceName}, {"model", joined(x.Model, x.ModelName, x.ProductName)}, {"OS", joined(x.OSVersion, x.BuildVersion)},
+		{"IMEI", x.IMEI}, {"MEID", x.MEID}, {"topic", x.Topic},
+	}
+	if x.User != nil {
+		rows = append(rows, [2]string{"user", joined(x.User.ShortName, x.User.LongName)})
+	}
+	rows = append(rows,
+		[2]string{"enrolled", stamp(x.EnrolledAt)}, [2]string{"last seen", stamp(x.LastSeenAt)},
+		[2]string{"token updates", strconv.Itoa(x.Tally)}, [2]string{"renewal window until", stamp(x.RenewalUntil)})
+	if x.AwaitingConfiguration {
+		rows = append(rows, [2]string{"awaiting configuration", "yes"})
+	}
+	if c := x.Certificate; c != nil {
+		rows = append(rows, [2]string{"certificate", joined(c.Subject, c.SHA256)}, [2]string{"certificate expires", stamp(c.NotAfter)})
+	}
+	rows = append(rows, [2]string{"tokens kept", joined(yes(x.HasBootstrapToken, "bootstrap"), yes(x.HasUnlockToken, "unlock"))})
+	if p := x.Push; p != nil {
+		rows = append(rows, [2]string{"last push", joined(stamp(p.LastAt), p.LastClass, p.LastReason)},
+			[2]string{"push owed", yes(p.Owed, "yes")}, [2]string{"next push", stamp(p.NextAt)}, [2]string{"push token dead since", stamp(p.TokenDeadAt)})
+	}
+	if q := x.Queue; q != nil {
+		rows = append(rows, [2]string{"queue", fmt.Sprintf("%d queued, %d answered NotNow, %d scheduled", q.Queued, q.NotNow, q.Scheduled)})
+		if h := q.Head; h != nil {
+			rows = append(rows, [2]string{"head of the queue", fmt.Sprintf("%s %s, %s, offered %d times, NotNow %d times", h.RequestType, h.CommandUUID, h.State, h.Attempts, h.NotNowCount)})
+		}
+	}
+	rows = append(rows, [2]string{"user channels", joined(x.Channels...)})
+	if err := pairs(e.out, rows); err != nil {
+		return err
+	}
+	for i, sentence := range x.Diagnosis {
+		if i == 0 {
+			fmt.Fprintln(e.out)
+		}
+		fmt.Fprintln(e.out, printable(sentence))
+	}
+	return nil
+}
+
+// other is a if it says something that b does not.
+func other(a, b string) string {
+	if a == b {
+		return ""
+	}
+	return a
+}
+
+func yes(is bool, word string) string {
+	if is {
+		return word
+	}
+	return ""
+}
+
+// joined is what there is of the parts, each once.
+func joined(parts ...string) string {
+	var there []string
+	for _, part := range parts {
+		if part != "" && (len(there) == 0 || there[len(there)-1] != part) {
+			there = append(there, part)
+		}
+	}
+	return strings.Join(there, ", ")
+}
+
+var queueColumns = []column[queueItem]{
+	{"COMMAND", func(q *queueItem) string { return q.CommandUUID }},
+	{"REQUEST TYPE", func(q *queueItem) string { return q.RequestType }},
+	{"STATE", func(q *queueItem) string { return q.State }},
+	{"QUEUED", func(q *queueItem) string { return ago(q.CreatedAt) }},
+	{"OFFERED", func(q *queueItem) string { return strconv.Itoa(q.Attempts) }},
+	{"NOTNOW", func(q *queueItem) string { return strconv.Itoa(q.NotNowCount) }},
+	{"EXPIRES", func(q *queueItem) string { return orNothing(q.ExpiresAt) }},
+}
+
+func orNothing(t *time.Time) string {
+	if t == nil {
+		return ""
+	}
+	return ago(t)
+}
+
+func queueCommand() command {
+	return command{
+		name: "queue", args: "ID|SERIAL",
+		short:   "List what waits for an enrollment, in delivery order",
+		example: "nanoctl queue C02XK0AAJG5H\nnanoctl queue C02XK0AAJG5H -state error",
+		prepare: func(flags *flag.FlagSet) runner {
+			state := flags.String("state", "", "list commands in this `state` instead, such as acknowledged, error or cancelled")
+			limit := flags.Int("limit", 0, "list no more than this many; 0 is all")
+			return func(ctx context.Context, e *env, args []string) error {
+				if len(args) != 1 {
+					return usage("queue: name one enrollment by id or serial number")
+				}
+				x, err := e.enrollment(ctx, args[0])
+				if err != nil {
+					return err
+				}
+				q := url.Values{}
+				if *state != "" {
+					q.Set("state", *state)
+				}
+				return showList(ctx, e, enrollmentPath(x.ID, "queue"), "queue", q, *limit, queueColumns)
+			}
+		},
+	}
+}
+
+func clearCommand() command {
+	return command{
+		name: "clear", args: "ID|SERIAL",
+		short:   "Cancel all that waits for an enrollment",
+		example: "nanoctl clear C02XK0AAJG5H",
+		prepare: func(*flag.FlagSet) runner {
+			return func(ctx context.Context, e *env, args []string) error {
+				x, err := e.one(ctx, "clear", args)
+				if err != nil {
+					return err
+				}
+				if err := e.confirm("This cancels the %d commands that wait for %s.", x.waiting(), printable(x.label())); err != nil {
+					return err
+				}
+				a, err := e.api.do(ctx, http.MethodDelete, enrollmentPath(x.ID, "queue"), nil, nil)
+				if err != nil {
+					return err
+				}
+				var done struct{ Cancelled int }
+				return e.tell(a, &done, func() string { return fmt.Sprintf("cancelled %d commands", done.Cancelled) })
+			}
+		},
+	}
+}
+
+// one is the enrollment that the only argument names.
+func (e *env) one(ctx context.Context, name string, args []string) (*enrollment, error) {
+	if len(args) != 1 {
+		return nil, usage("%s: name one enrollment by id or serial number", name)
+	}
+	return e.enrollment(ctx, args[0])
+}
+
+// tell prints what the server said to a change: its JSON for programs, a
+// sentence for people.
+func (e *env) tell(a *answer, into any, sentence func() string) error {
+	if e.format == "json" {
+		return e.json(a.body)
+	}
+	if into != nil {
+		if err := a.decode(into); err != nil {
+			return err
+		}
+	}
+	_, err := fmt.Fprintln(e.out, printable(sentence()))
+	return err
+}
+
+func disableCommand() command {
+	return switchCommand("disable", "Give an enrollment no commands and no pushes until it is enabled again", "is disabled")
+}
+
+func enableCommand() command {
+	return switchCommand("enable", "Undo disable", "is enabled")
+}
+
+// switchCommand is disable or enable.
+func switchCommand(name, short, done string) command {
+	return command{
+		name: name, args: "ID|SERIAL", short: short, example: "nanoctl " + name + " C02XK0AAJG5H",
+		prepare: func(*flag.FlagSet) runner {
+			return func(ctx context.Context, e *env, args []string) error {
+				x, err := e.one(ctx, name, args)
+				if err != nil {
+					return err
+				}
+				a, err := e.api.do(ctx, http.MethodPost, enrollmentPath(x.ID, name), nil, nil)
+				if err != nil {
+					return err
+				}
+				return e.tell(a, nil, func() string { return x.label() + " " + done })
+			}
+		},
+	}
+}
+
+func deleteCommand() command {
+	return command{
+		name: "delete", args: "ID|SERIAL",
+		short:   "Delete an enrollment with its queue, results and certificates",
+		long:    "The device is not told; it stays enrolled on its side, and is not known here any more. Asks for the id to be typed again.",
+		example: "nanoctl delete C02XK0AAJG5H",
+		prepare: func(*flag.FlagSet) runner {
+			return func(ctx context.Context, e *env, args []string) error {
+				x, err := e.one(ctx, "delete", args)
+				if err != nil {
+					return err
+				}
+				if err := e.confirmName(x.ID, "This deletes "+printable(x.label())+" with all that is known of it."); err != nil {
+					return err
+				}
+				a, err := e.api.do(ctx, http.MethodDelete, enrollmentPath(x.ID), url.Values{"confirm": {x.ID}}, nil)
+				if err != nil {
+					return err
+				}
+				return e.tell(a, nil, func() string { return x.label() + " is deleted" })
+			}
+		},
+	}
+}
+
+func renewalOpenCommand() command {
+	return command{
+		name: "renewal open", args: "[ID|SERIAL...]",
+		short:   "Open a renewal window: an identity may be renewed without losing queue and tokens",
+		long:    "While it is open an Authenticate keeps the queue, the bootstrap token and the user channels.",
+		example: "nanoctl renewal open -for 24h C02XK0AAJG5H\nnanoctl renewal open -for 7d -certificate-expires-in 30d",
+		prepare: func(flags *flag.FlagSet) runner {
+			var to targets
+			to.flags(flags)
+			long := age(24 * time.Hour)
+			flags.Var(&long, "for", "how `long` it stays open")
+			return func(ctx context.Context, e *env, args []string) error {
+				chosen, err := to.resolve(ctx, e, args)
+				if err != nil {
+					return err
+				}
+				if err := e.confirmMany(len(chosen), "A renewal window is opened for"); err != nil {
+					return err
+				}
+				until := time.Now().Add(time.Duration(long)).UTC().Truncate(time.Second)
+				return e.eachChunk(ctx, "opening", chosen, func(ctx context.Context, ids []string) error {
+					_, err := e.api.do(ctx, http.MethodPut, "/v1/renewals", nil, map[string]any{"ids": ids, "until": until})
+					return err
+				}, func(n int) error {
+					if e.format == "json" {
+						return e.json(map[string]any{"opened": n, "until": until})
+					}
+					_, err := fmt.Fprintf(e.out, "%d renewal windows are open until %s\n", n, until.Local().Format(time.DateTime))
+					return err
+				})
+			}
+		},
+	}
+}
+
+func renewalCloseCommand() command {
+	return command{
+		name: "renewal close", args: "ID|SERIAL",
+		short: "Close a renewal window", example: "nanoctl renewal close C02XK0AAJG5H",
+		prepare: func(*flag.FlagSet) runner {
+			return func(ctx context.Context, e *env, args []string) error {
+				x, err := e.one(ctx, "renewal close", args)
+				if err != nil {
+					return err
+				}
+				a, err := e.api.do(ctx, http.MethodDelete, enrollmentPath(x.ID, "renewal"), nil, nil)
+				if err != nil {
+					return err
+				}
+				return e.tell(a, nil, func() string { return "the renewal window of " + x.label() + " is closed" })
+			}
+		},
+	}
+}
+
+func bootstrapTokenCommand() command {
+	return tokenCommand("bootstrap-token", "bootstrap_token", "Print the bootstrap token that a Mac escrowed",
+		"It authorises software updates, erasing and more on that Mac: a secret.")
+}
+
+func unlockTokenCommand() command {
+	return tokenCommand("unlock-token", "unlock_token", "Print the unlock token of an iPhone or iPad",
+		"ClearPasscode needs it: nanoctl send ClearPasscode -data UnlockToken=FILE. A secret.")
+}
+
+// tokenCommand prints a secret of an enrollment.
+func tokenCommand(name, endpoint, short, long string) command {
+	return command{
+		name: name, args: "ID|SERIAL", short: short, long: long + " The server writes down who asked.",
+		example: "nanoctl " + name + " C02XK0AAJG5H",
+		prepare: func(flags *flag.FlagSet) runner {
+			raw := flags.Bool("raw", false, "the bytes themselves instead of base64")
+			return func(ctx context.Context, e *env, args []string) error {
+				x, err := e.one(ctx, name, args)
+				if err != nil {
+					return err
+				}
+				a, err := e.api.do(ctx, http.MethodPost, enrollmentPath(x.ID, endpoint), nil, nil)
+				if err != nil {
+					return err
+				}
+				if e.format == "json" {
+					return e.json(a.body)
+				}
+				var tokens map[string]json.RawMessage
+				var token []byte
+				if err := a.decode(&tokens); err != nil {
+					return err
+				}
+				if err := json.Unmarshal(tokens[endpoint], &token); err != nil {
+					return fmt.Errorf("the server's answer has no token: %w", err)
+				}
+				if *raw {
+					_, err = e.out.Write(token)
+				} else {
+					_, err = fmt.Fprintln(e.out, base64.StdEncoding.EncodeToString(token))
+				}
+				return err
+			}
+		},
+	}
+}

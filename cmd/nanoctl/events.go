@@ -1,0 +1,308 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"net/http"
+	"net/url"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// event is one of the server's events: the webhook's JSON with its cursor.
+type event struct {
+	Topic     string     `json:"topic"`
+	CreatedAt *time.Time `json:"created_at"`
+	Cursor    string     `json:"cursor"`
+	Checkin   *struct {
+		eventOf
+		Tally *int `json:"token_update_tally"`
+	} `json:"checkin_event"`
+	Acknowledge *struct {
+		eventOf
+		Status      string `json:"status"`
+		CommandUUID string `json:"command_uuid"`
+	} `json:"acknowledge_event"`
+}
+
+// eventOf says whom an event is about.
+type eventOf struct {
+	IDs struct {
+		ID string `json:"id"`
+	} `json:"ids"`
+	UDID         string `json:"udid"`
+	EnrollmentID string `json:"enrollment_id"`
+}
+
+func (o *eventOf) id() string {
+	for _, id := range []string{o.IDs.ID, o.UDID, o.EnrollmentID} {
+		if id != "" {
+			return id
+		}
+	}
+	return ""
+}
+
+// sentence is the event on a line.
+func (v *event) sentence() string {
+	words := []string{"", v.Topic}
+	if v.CreatedAt != nil {
+		words[0] = v.CreatedAt.Local().Format("2006-01-02 15:04:05")
+	}
+	switch {
+	case v.Checkin != nil:
+		words = append(words, v.Checkin.id())
+		if v.Checkin.Tally != nil {
+			words = append(words, fmt.Sprintf("tally %d", *v.Checkin.Tally))
+		}
+	case v.Acknowledge != nil:
+		words = append(words, v.Acknowledge.id(), v.Acknowledge.Status, v.Acknowledge.CommandUUID)
+	}
+	return printable(strings.TrimSpace(strings.Join(words, "  ")))
+}
+
+func eventsCommand() command {
+	return command{
+		name: "events", short: "List events, and with -follow go on as they happen",
+		long: "With -o json each event is one line: the webhook's JSON with a cursor, from which -after goes on.",
+		example: `nanoctl events -follow
+nanoctl events -topic mdm.Connect -follow -o json | jq .acknowledge_event.status`,
+		prepare: func(flags *flag.FlagSet) runner {
+			follow := flags.Bool("follow", false, "go on as they happen, from now if -after is not given, until interrupted")
+			flags.BoolVar(follow, "f", false, "the same as -follow")
+			after := flags.String("after", "", "begin after this `cursor`")
+			topic := flags.String("topic", "", "only of this event `topic`, such as mdm.TokenUpdate")
+			limit := flags.Int("limit", 0, "end after this many; 0 is all")
+			return func(ctx context.Context, e *env, args []string) error {
+				if err := none("events", args); err != nil {
+					return err
+				}
+				s := &eventStream{e: e, follow: *follow, left: *limit, query: url.Values{}}
+				if *limit == 0 {
+					s.left = -1
+				}
+				if *topic != "" {
+					s.query.Set("topic", *topic)
+				}
+				if *after != "" {
+					s.query.Set("after", *after)
+				}
+				err := s.run(ctx)
+				if *follow && ctx.Err() != nil {
+					return nil // an interruption is how following ends
+				}
+				return err
+			}
+		},
+	}
+}
+
+// eventStream reads the server's events page by page.
+type eventStream struct {
+	e      *env
+	follow bool
+	left   int // how many are still wanted; negative is all
+	query  url.Values
+}
+
+// How long following waits before it asks again a server that is away.
+const (
+	firstRetry = time.Second
+	lastRetry  = 30 * time.Second
+)
+
+func (s *eventStream) run(ctx context.Context) error {
+	if s.follow {
+		s.query.Set("wait", longPoll.String())
+	}
+	retry := firstRetry
+	for s.left != 0 {
+		n, err := s.page(ctx)
+		switch {
+		case err == nil:
+			retry = firstRetry
+			if n == 0 && !s.follow {
+				return nil
+			}
+			continue
+		case ctx.Err() != nil || !s.follow || !passing(err):
+			return err
+		}
+		fmt.Fprintf(s.e.err, "nanoctl: %v; asking again in %v\n", err, retry)
+		select {
+		case <-time.After(retry):
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+		retry = min(2*retry, lastRetry)
+	}
+	return nil
+}
+
+// passing says whether an error may be gone the next time: the server is away
+// or busy.
+func passing(err error) bool {
+	if said := (*statusError)(nil); errors.As(err, &said) {
+		return said.status >= 500
+	}
+	exit := (*exitError)(nil)
+	return !errors.As(err, &exit)
+}
+
+// page prints one page of events and returns how many there were.
+func (s *eventStream) page(ctx context.Context) (int, error) {
+	size := pageSize
+	if s.left > 0 {
+		size = min(size, s.left)
+	}
+	s.query.Set("limit", strconv.Itoa(size))
+	var page struct {
+		Events []json.RawMessage `json:"events"`
+		Next   string            `json:"next"`
+	}
+	if err := s.e.api.get(ctx, "/v1/events", s.query, &page); err != nil {
+		return 0, err
+	}
+	for _, raw := range page.Events {
+		line := string(compact(raw))
+		if s.e.format == "table" {
+			var v event
+			if err := json.Unmarshal(raw, &v); err != nil {
+				return 0, fmt.Errorf("the server's events are not what this version of nanoctl expects: %w", err)
+			}
+			line = v.sentence()
+		}
+		if _, err := fmt.Fprintln(s.e.out, line); err != nil {
+			return 0, err
+		}
+	}
+	if s.left > 0 {
+		s.left -= len(page.Events)
+	}
+	if page.Next != "" {
+		s.query.Set("after", page.Next)
+	}
+	return len(page.Events), nil
+}
+
+// sink is where events go, as the server tells of it.
+type sink struct {
+	Name    string `json:"name"`
+	URL     string `json:"url"`
+	Enabled *bool  `json:"enabled"`
+}
+
+var sinkColumns = []column[sink]{
+	{"NAME", func(s *sink) string { return s.Name }},
+	{"URL", func(s *sink) string { return s.URL }},
+}
+
+func sinksLsCommand() command {
+	return command{
+		name: "sinks ls", short: "List where events are sent", example: "nanoctl sinks ls",
+		prepare: func(*flag.FlagSet) runner {
+			return func(ctx context.Context, e *env, args []string) error {
+				if err := none("sinks ls", args); err != nil {
+					return err
+				}
+				a, err := e.api.do(ctx, http.MethodGet, "/v1/sinks", nil, nil)
+				if err != nil {
+					return err
+				}
+				if e.format == "json" {
+					return e.json(a.body)
+				}
+				return showItems(e, a, "sinks", sinkColumns)
+			}
+		},
+	}
+}
+
+func sinksPutCommand() command {
+	return command{
+		name: "sinks put", args: "NAME FILE",
+		short:   "Make a sink, or change it, from its JSON",
+		long:    "FILE is as nanoctl sinks ls -o json shows a sink, without its state; - is standard input.",
+		example: "nanoctl sinks put audit sink.json",
+		prepare: func(*flag.FlagSet) runner {
+			return func(ctx context.Context, e *env, args []string) error {
+				if len(args) != 2 {
+					return usage("sinks put: give the name and the file of the sink's JSON")
+				}
+				content, err := e.readFile(args[1])
+				if err != nil {
+					return err
+				}
+				if !json.Valid(content) {
+					return usage("sinks put: %s is no JSON", args[1])
+				}
+				a, err := e.api.do(ctx, http.MethodPut, "/v1/sinks/"+url.PathEscape(args[0]), nil, json.RawMessage(content))
+				if err != nil {
+					return err
+				}
+				return e.tell(a, nil, func() string { return "sink " + args[0] + " is stored" })
+			}
+		},
+	}
+}
+
+func sinksRmCommand() command {
+	return command{
+		name: "sinks rm", args: "NAME", short: "Remove a sink", example: "nanoctl sinks rm audit",
+		prepare: func(*flag.FlagSet) runner {
+			return func(ctx context.Context, e *env, args []string) error {
+				if len(args) != 1 {
+					return usage("sinks rm: give the sink's name")
+				}
+				if err := e.confirm("Sink %s is removed, with what it was not sent yet.", printable(args[0])); err != nil {
+					return err
+				}
+				a, err := e.api.do(ctx, http.MethodDelete, "/v1/sinks/"+url.PathEscape(args[0]), nil, nil)
+				if err != nil {
+					return err
+				}
+				return e.tell(a, nil, func() string { return "sink " + args[0] + " is removed" })
+			}
+		},
+	}
+}
+
+func redeliverCommand() command {
+	return command{
+		name: "redeliver", args: "SINK",
+		short:   "Send events to a sink again: a range of them, or those that it has given up",
+		example: "nanoctl redeliver audit -dead\nnanoctl redeliver audit -after 1200 -through 1300",
+		prepare: func(flags *flag.FlagSet) runner {
+			after := flags.String("after", "", "begin after this `cursor`")
+			through := flags.String("through", "", "end with this `cursor`")
+			dead := flags.Bool("dead", false, "those that were given up")
+			return func(ctx context.Context, e *env, args []string) error {
+				if len(args) != 1 {
+					return usage("redeliver: give the sink's name")
+				}
+				if *dead == (*after != "" || *through != "") {
+					return usage("redeliver: give -dead, or a range by -after and -through")
+				}
+				body := map[string]any{"sink": args[0]}
+				if *dead {
+					body["dead"] = true
+				}
+				for name, value := range map[string]string{"after": *after, "through": *through} {
+					if value != "" {
+						body[name] = value
+					}
+				}
+				a, err := e.api.do(ctx, http.MethodPost, "/v1/events/redeliver", nil, body)
+				if err != nil {
+					return err
+				}
+				var done struct{ Redelivering int }
+				return e.tell(a, &done, func() string { return fmt.Sprintf("%d events go to %s again", done.Redelivering, args[0]) })
+			}
+		},
+	}
+}

@@ -1,0 +1,619 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"flag"
+	"fmt"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/nanomdm/nanomdm/mdm"
+	"github.com/nanomdm/nanomdm/mdm/mdmtest"
+)
+
+// ran is one run of nanoctl.
+type ran struct {
+	code     int
+	out, err string
+}
+
+// operator runs nanoctl in the test's process.
+type operator struct {
+	t    *testing.T
+	vars map[string]string
+	dir  string
+}
+
+func newOperator(t *testing.T) *operator {
+	return &operator{t: t, vars: make(map[string]string), dir: t.TempDir()}
+}
+
+func (o *operator) run(stdin string, args ...string) ran {
+	return o.runContext(o.t.Context(), stdin, args...)
+}
+
+func (o *operator) runContext(ctx context.Context, stdin string, args ...string) ran {
+	o.t.Helper()
+	var out, err bytes.Buffer
+	e := &env{
+		in: strings.NewReader(stdin), out: &out, err: &err,
+		getenv: func(name string) string { return o.vars[name] }, home: func() (string, error) { return o.dir, nil },
+	}
+	code := run(ctx, e, args)
+	return ran{code, out.String(), err.String()}
+}
+
+// server is a stand-in for the daemon, for what only nanoctl does.
+func (o *operator) server(handler http.HandlerFunc) {
+	s := httptest.NewServer(handler)
+	o.t.Cleanup(s.Close)
+	o.vars["NANOMDM_URL"], o.vars["NANOMDM_API"] = s.URL, "key"
+}
+
+func TestMistakesOnTheCommandLine(t *testing.T) {
+	o := newOperator(t)
+	o.vars["NANOMDM_URL"], o.vars["NANOMDM_API"] = "http://127.0.0.1:1", "key"
+	empty := filepath.Join(o.dir, "empty")
+	require.NoError(t, os.WriteFile(empty, nil, 0o600))
+	for _, c := range []struct {
+		args string
+		want string
+	}{
+		{"", "no command given"},
+		{"frobnicate", `no command "frobnicate"`},
+		{"enrollments frobnicate", `no command "enrollments frobnicate"`},
+		{"show", "name one enrollment"},
+		{"show a b", "name one enrollment"},
+		{"show -frobnicate", "nanoctl show -help"},
+		{"show a -o yaml", "the formats are table and json"},
+		{"enrollments ls x", `unexpected argument "x"`},
+		{"enrollments ls -stale soon", "no length of time such as 7d"},
+		{"enrollments ls -stale -7d", "no length of time such as 7d"},
+		{"enrollments ls -last-seen-before whenever", "no time such as"},
+		{"send", "give a request type"},
+		{"send ProfileList", "name an enrollment"},
+		{"send ProfileList A -all", "not both"},
+		{"send ProfileList A -model X", "not both"},
+		{"send ProfileList A -set x", "want Key=text or Key:=JSON"},
+		{"send ProfileList A -set x:=nope", "no JSON"},
+		{"send ProfileList A -set x=true", "write x:=true"},
+		{"send ProfileList A -keys [1]", "a JSON object"},
+		{"send ProfileList A -set x:=null", "null has no form in a plist"},
+		{"send ProfileList A -data x=/nowhere", "no such file"},
+		{"send ProfileList A -uuid a\x01b", "a plist cannot hold"},
+		{"send ProfileList A -set x=\xff", "a plist cannot hold"},
+		{"send ProfileList A -not-before noon", "no time such as"},
+		{"send DeviceLock A -set PIN=12345", "six characters"},
+		{"send DeviceLock A -set PIN:=123456", "six characters of text"},
+		{"send -file " + empty + " A", "the command:"},
+		{"send -file /nowhere A", "no such file"},
+		{"send -file x -uuid y A", "-file is a whole command"},
+		{"send ProfileList -from " + empty, "names no enrollment"},
+		{"install-profile", "give the profile's file"},
+		{"install-profile /nowhere A", "no such file"},
+		{"install-profile " + empty + " A", "is empty"},
+		{"remove-profile", "give the profile's identifier"},
+		{"status", "give the CommandUUID"},
+		{"result x", "give the CommandUUID and the enrollment"},
+		{"cancel", "give the CommandUUID"},
+		{"requeue x", "give the CommandUUID and the enrollments"},
+		{"pushcert put", "give the file"},
+		{"pushcert put /nowhere", "no such file"},
+		{"keys create", "give a name and -role"},
+		{"redeliver a", "give -dead, or a range"},
+		{"redeliver a -dead -after 3", "give -dead, or a range"},
+		{"sinks put a", "give the name and the file"},
+		{"escrow-unlock", "-escrow-key-file is missing"},
+		{"completion tcsh", "none of bash, zsh and fish"},
+		{"command", "give one request type, or -random"},
+		{"command ProfileList -r", "give one request type, or -random"},
+		{"command ProfileList x", "nothing is wanted after it"},
+		{"command RemoveProfile", "the profile's identifier is wanted"},
+		{"command DeviceLock 1", "six characters"},
+		{"command ScheduleOSUpdate", "the install action"},
+		{"command ProfileList -deferrals 3", "ScheduleOSUpdate's"},
+		{"command ProfileList -allowbst", "one of Settings"},
+	} {
+		r := o.run("", strings.Fields(c.args)...)
+		require.Equal(t, exitUsage, r.code, "%s: %s", c.args, r.err)
+		require.Contains(t, r.err, c.want, c.args)
+		require.Empty(t, r.out, c.args)
+	}
+}
+
+func TestCredentials(t *testing.T) {
+	var asked string
+	o := newOperator(t)
+	o.server(func(w http.ResponseWriter, r *http.Request) {
+		asked = r.Header.Get("Authorization")
+		_, _ = io.WriteString(w, `{"version":"1"}`)
+	})
+	address := o.vars["NANOMDM_URL"]
+	write := func(name, content string, mode os.FileMode) string {
+		path := filepath.Join(o.dir, name)
+		require.NoError(t, os.MkdirAll(filepath.Dir(path), 0o700))
+		require.NoError(t, os.WriteFile(path, []byte(content), mode))
+		require.NoError(t, os.Chmod(path, mode))
+		return path
+	}
+	require.Zero(t, o.run("", "version").code)
+	require.Equal(t, "Bearer key", asked)
+
+	require.Zero(t, o.run("", "version", "--key-file", write("other", "other\n", 0o600)).code)
+	require.Equal(t, "Bearer other", asked)
+
+	clear(o.vars)
+	r := o.run("", "version")
+	require.Equal(t, exitUsage, r.code)
+	require.Contains(t, r.err, "set NANOMDM_URL and NANOMDM_API")
+
+	config := write("nanoctl/config", "# mine\nurl = "+address+"\nkey = from = file\n", 0o600)
+	require.Zero(t, o.run("", "version").code)
+	require.Equal(t, "Bearer from = file", asked)
+	o.vars["NANOMDM_API"] = "variable"
+	require.Zero(t, o.run("", "version").code)
+	require.Equal(t, "Bearer variable", asked, "the environment goes before the file")
+	clear(o.vars)
+
+	for _, mode := range []os.FileMode{0o640, 0o604, 0o620} {
+		require.NoError(t, os.Chmod(config, mode))
+		r := o.run("", "version")
+		require.Equal(t, exitUsage, r.code)
+		require.Contains(t, r.err, "chmod 600")
+		require.NotContains(t, r.err, "from = file")
+	}
+	write("nanoctl/config", "password = x\n", 0o600)
+	r = o.run("", "version")
+	require.Equal(t, exitUsage, r.code)
+	require.Contains(t, r.err, "line 1")
+	for _, bad := range []string{"ftp://x", "mdm.example.org", "http://"} {
+		r := o.run("", "version", "-url", bad, "-key-file", write("k", "k", 0o600))
+		require.Equal(t, exitUsage, r.code, bad)
+		require.Contains(t, r.err, "no http or https URL")
+	}
+}
+
+// A key does not follow a redirect to another host, and a POST does not become
+// a GET.
+func TestRedirectsAreNotFollowed(t *testing.T) {
+	o := newOperator(t)
+	other := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { t.Error("followed") }))
+	defer other.Close()
+	o.server(func(w http.ResponseWriter, r *http.Request) {
+		http.Redirect(w, r, other.URL, http.StatusMovedPermanently)
+	})
+	r := o.run("", "stats")
+	require.Equal(t, exitFailure, r.code)
+	require.Contains(t, r.err, "redirects to "+other.URL)
+}
+
+func TestWhatServersSay(t *testing.T) {
+	for _, c := range []struct {
+		name, body string
+		status     int
+		code       int
+		want       string
+	}{
+		{"refused key", `{"error":"API user or key is missing or wrong"}`, 401, exitAccess, "does not accept the API key"},
+		{"role", `{"error":"no role"}`, 403, exitAccess, "no role"},
+		{"slowed", `{"error":"too many wrong keys"}`, 429, exitAccess, "try again in 7 seconds"},
+		{"bad request", `{"error":"serial: bad"}`, 400, exitUsage, "serial: bad"},
+		{"missing", `{"error":"not found"}`, 404, exitNotFound, "not found"},
+		{"conflict", `{"error":"exists"}`, 409, exitFailure, "exists"},
+		{"another server's 404", `<html>`, 404, exitFailure, "there is no API at that address"},
+		{"a proxy's error", `<html>`, 502, exitFailure, "the server answers 502 Bad Gateway"},
+		{"no JSON", `<html>`, 200, exitFailure, "not what this version of nanoctl expects"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			o := newOperator(t)
+			o.server(func(w http.ResponseWriter, _ *http.Request) {
+				w.Header().Set("Retry-After", "7")
+				w.WriteHeader(c.status)
+				_, _ = io.WriteString(w, c.body)
+			})
+			r := o.run("", "show", "x")
+			require.Equal(t, c.code, r.code)
+			require.Contains(t, r.err, c.want)
+			require.Empty(t, r.out)
+		})
+	}
+	o := newOperator(t)
+	o.vars["NANOMDM_URL"], o.vars["NANOMDM_API"] = "http://127.0.0.1:1", "key"
+	r := o.run("", "stats")
+	require.Equal(t, exitFailure, r.code)
+	require.Contains(t, r.err, "reaching http://127.0.0.1:1")
+}
+
+// What devices chose does not steer the terminal.
+func TestTerminalIsNotSteered(t *testing.T) {
+	o := newOperator(t)
+	const evil = `\u001b[2J\u202egnp.exe\u0007`
+	o.server(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/v1/enrollments" {
+			_, _ = io.WriteString(w, `{"enrollments":[{"id":"a","device_name":"`+evil+`"}]}`)
+			return
+		}
+		_, _ = io.WriteString(w, `{"id":"a","device_name":"`+evil+`","diagnosis":["`+evil+`"]}`)
+	})
+	for _, args := range [][]string{{"enrollments", "ls"}, {"show", "a"}} {
+		r := o.run("", args...)
+		require.Zero(t, r.code, r.err)
+		require.NotContains(t, r.out, "\x1b")
+		require.NotContains(t, r.out, "\u202e")
+		require.Contains(t, r.out, "gnp.exe")
+	}
+}
+
+func TestFlagsMayStandAnywhere(t *testing.T) {
+	o := newOperator(t)
+	want := o.run("", "command", "-uuid", "u", "DeviceInformation", "-query", "OSVersion").out
+	require.Contains(t, want, "<string>OSVersion</string>")
+	for _, args := range [][]string{
+		{"command", "DeviceInformation", "--query", "OSVersion", "--uuid", "u"},
+		{"command", "DeviceInformation", "-query=OSVersion", "-u", "u"},
+		{"command", "-u=u", "--", "DeviceInformation", "OSVersion"},
+	} {
+		require.Equal(t, want, o.run("", args...).out, args)
+	}
+}
+
+// Everything that cmdr.py makes.
+func TestCommandPlists(t *testing.T) {
+	o := newOperator(t)
+	profile := filepath.Join(o.dir, "p.mobileconfig")
+	require.NoError(t, os.WriteFile(profile, mdmtest.NewProfile("org.example.p", "P"), 0o600))
+	for _, c := range []struct {
+		args string
+		want []string
+	}{
+		{"DeviceInformation", nil},
+		{"DeviceInformation OSVersion Model", []string{"<key>Queries</key><array><string>OSVersion</string><string>Model</string></array>"}},
+		{"InstallProfile " + profile, []string{"<key>Payload</key><data>PD94bWwg"}},
+		{"RemoveProfile org.example.p", []string{"<key>Identifier</key><string>org.example.p</string>"}},
+		{"EraseDevice 123456", []string{"<key>PIN</key><string>123456</string>"}},
+		{"DeviceLock 123456 -set Message=<Lost&found>", []string{"<key>PIN</key><string>123456</string>", "&lt;Lost&amp;found&gt;"}},
+		{"DeviceLock", nil},
+		{"ScheduleOSUpdate InstallASAP -version 15.1 -key K -deferrals 3 -priority High", []string{
+			"<key>Updates</key><array><dict>", "<key>InstallAction</key><string>InstallASAP</string>", "<key>ProductVersion</key><string>15.1</string>",
+			"<key>ProductKey</key><string>K</string>", "<key>MaxUserDeferrals</key><integer>3</integer>", "<key>Priority</key><string>High</string>",
+		}},
+		{"Settings -allowbst", []string{"<key>Item</key><string>MDMOptions</string>", "<key>BootstrapTokenAllowed</key><true/>"}},
+		{"AccountConfiguration -set SkipPrimarySetupAccountCreation:=true", []string{"<key>SkipPrimarySetupAccountCreation</key><true/>"}},
+		{"SomethingNew -keys {\"N\":1,\"R\":1.5,\"L\":[\"a\",{\"b\":false}],\"Big\":9007199254740993}", []string{
+			"<key>N</key><integer>1</integer>", "<key>R</key><real>1.5</real>", "<array><string>a</string><dict><key>b</key><false/></dict></array>",
+			"<integer>9007199254740993</integer>",
+		}},
+		{"SomethingNew -data Blob=" + profile, []string{"<key>Blob</key><data>PD94bWwg"}},
+	} {
+		r := o.run("", append([]string{"command"}, strings.Fields(c.args)...)...)
+		require.Zero(t, r.code, "%s: %s", c.args, r.err)
+		cmd, err := mdm.DecodeCommand([]byte(r.out))
+		require.NoError(t, err, c.args)
+		require.Equal(t, strings.Fields(c.args)[0], cmd.RequestType)
+		require.Len(t, cmd.CommandUUID, 36)
+		for _, want := range c.want {
+			require.Contains(t, r.out, want, c.args)
+		}
+	}
+	for _, requestType := range simpleCommands {
+		r := o.run("", "command", requestType, "-u", "mine")
+		require.Zero(t, r.code, r.err)
+		cmd, err := mdm.DecodeCommand([]byte(r.out))
+		require.NoError(t, err)
+		require.Equal(t, requestType, cmd.RequestType)
+		require.Equal(t, "mine", cmd.CommandUUID)
+	}
+	for range 20 {
+		cmd, err := mdm.DecodeCommand([]byte(o.run("", "command", "-r").out))
+		require.NoError(t, err)
+		require.Contains(t, harmlessCommands, cmd.RequestType)
+	}
+}
+
+func TestAges(t *testing.T) {
+	for text, want := range map[string]time.Duration{
+		"7d": 7 * 24 * time.Hour, "1d12h": 36 * time.Hour, "2w": 14 * 24 * time.Hour, "1w1d1h": 193 * time.Hour, "90m": 90 * time.Minute, "0": 0, "0d": 0,
+	} {
+		got, err := parseAge(text)
+		require.NoError(t, err, text)
+		require.Equal(t, want, got, text)
+	}
+	for _, text := range []string{"", "7", "d", "-7d", "7d-1h", "1h7d", "7 d", "1.5d", "999999999d"} {
+		_, err := parseAge(text)
+		require.Error(t, err, text)
+	}
+}
+
+// Nothing destructive happens without a yes.
+func TestConfirmation(t *testing.T) {
+	o := newOperator(t)
+	var queued [][]byte
+	o.server(func(w http.ResponseWriter, r *http.Request) {
+		switch {
+		case r.Method == "GET":
+			_, _ = io.WriteString(w, `{"id":"U1","device_name":"Mac of Ann","serial_number":"C02X"}`)
+		default:
+			body, _ := io.ReadAll(r.Body)
+			queued = append(queued, body)
+			_, _ = io.WriteString(w, `{"status":{"U1":{}}}`)
+		}
+	})
+	for _, requestType := range destructive {
+		args := []string{"send", requestType, "C02X"}
+		for _, answer := range []string{"", "n\n", "\n", "yess\n", "U1\n"} {
+			r := o.run(answer, args...)
+			require.Equal(t, exitDeclined, r.code)
+			require.Contains(t, r.err, requestType+" goes to U1 (Mac of Ann, C02X). Go on?")
+		}
+		require.Empty(t, queued)
+		require.Zero(t, o.run("y\n", args...).code)
+		require.Zero(t, o.run("", append(args, "-yes")...).code)
+		require.Len(t, queued, 2)
+		queued = nil
+	}
+	require.Zero(t, o.run("", "send", "ProfileList", "C02X").code, "harmless")
+	require.Len(t, queued, 1)
+
+	for _, answer := range []string{"", "y\n", "C02X\n"} {
+		require.Equal(t, exitDeclined, o.run(answer, "delete", "C02X").code, "the id itself is asked for")
+	}
+	require.Len(t, queued, 1)
+	require.Zero(t, o.run("U1\n", "delete", "C02X").code)
+	require.Len(t, queued, 2)
+}
+
+// An interruption ends a fan-out between two calls and says what was queued.
+func TestInterruption(t *testing.T) {
+	o := newOperator(t)
+	ctx, interrupt := context.WithCancel(t.Context())
+	calls := 0
+	o.server(func(w http.ResponseWriter, r *http.Request) {
+		if r.Method == "GET" {
+			if r.URL.Query().Get("type") != "Device" {
+				_, _ = io.WriteString(w, `{"enrollments":[]}`)
+				return
+			}
+			var list []string
+			for range 500 {
+				list = append(list, `{"id":"`+newUUID()+`"}`)
+			}
+			_, _ = io.WriteString(w, `{"enrollments":[`+strings.Join(list, ",")+`]}`)
+			return
+		}
+		if calls++; calls == 1 {
+			interrupt()
+		}
+		_, _ = io.WriteString(w, `{"status":{"U1":{}}}`)
+	})
+	r := o.runContext(ctx, "", "send", "ProfileList", "-all", "-yes")
+	require.Equal(t, exitInterrupted, r.code, r.err)
+	require.Equal(t, 1, calls, "the call under way ends, and no other begins")
+	require.Contains(t, r.out, "queued for 250\n")
+	require.Contains(t, r.err, "250 of 500 enrollments were not reached")
+}
+
+// More enrollments than were confirmed are never reached.
+func TestSelectionIsWhatWasConfirmed(t *testing.T) {
+	o := newOperator(t)
+	var types []string
+	o.server(func(w http.ResponseWriter, r *http.Request) {
+		require.Equal(t, "GET", r.Method, "nothing was confirmed")
+		require.Equal(t, "true", r.URL.Query().Get("enabled"))
+		types = append(types, r.URL.Query().Get("type"))
+		list := strings.Repeat(`{"id":"x"},`, askAbove/2)
+		_, _ = io.WriteString(w, `{"enrollments":[`+list+`{"id":"x"}]}`)
+	})
+	r := o.run("n\n", "send", "ProfileList", "-all")
+	require.Equal(t, exitDeclined, r.code)
+	require.Contains(t, r.err, "ProfileList goes to 102 enrollments. Go on?")
+	require.Equal(t, deviceTypes, types)
+}
+
+func TestBashCompletes(t *testing.T) {
+	script := newOperator(t).run("", "completion", "bash").out
+	complete := func(words ...string) []string {
+		cmd := exec.Command("bash", "-c", script+`
+COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _nanoctl; printf '%s\n' "${COMPREPLY[@]}"`, "bash", "nanoctl")
+		cmd.Args = append(cmd.Args, words...)
+		out, err := cmd.CombinedOutput()
+		require.NoError(t, err, string(out))
+		return strings.Fields(string(out))
+	}
+	require.Equal(t, []string{"enrollments", "enable"}, complete("en"))
+	require.Equal(t, []string{"put", "ls"}, complete("pushcert", ""))
+	require.Equal(t, []string{"-stale"}, complete("enrollments", "ls", "-st"))
+	require.Equal(t, []string{"--stale"}, complete("enrollments", "ls", "--st"))
+	require.Contains(t, complete("send", "X", "-"), "-wait")
+	require.Empty(t, complete("send", "Pro"))
+}
+
+// The scripts of all shells know each command, and are sound where the shell
+// is there to say so.
+func TestCompletionScripts(t *testing.T) {
+	for _, shell := range []string{"bash", "zsh", "fish"} {
+		script := newOperator(t).run("", "completion", shell).out
+		for _, c := range commands() {
+			for word := range strings.SplitSeq(c.name, " ") {
+				require.Regexp(t, `\b`+regexp.QuoteMeta(word)+`\b`, script, shell)
+			}
+		}
+		if _, err := exec.LookPath(shell); err != nil {
+			continue
+		}
+		file := filepath.Join(t.TempDir(), "script")
+		require.NoError(t, os.WriteFile(file, []byte(script), 0o600))
+		out, err := exec.Command(shell, "-n", file).CombinedOutput()
+		require.NoError(t, err, string(out))
+	}
+}
+
+var update = flag.Bool("update", false, "write docs/nanoctl.md")
+
+func TestManual(t *testing.T) {
+	const file = "../../docs/nanoctl.md"
+	page := manual(commands())
+	if *update {
+		require.NoError(t, os.WriteFile(file, []byte(page), 0o644))
+	}
+	committed, err := os.ReadFile(file)
+	require.NoError(t, err)
+	require.Equal(t, page, string(committed), "run: go test ./cmd/nanoctl -run TestManual -update")
+}
+
+// Each command has help with an example that begins with its own name.
+func TestHelp(t *testing.T) {
+	o := newOperator(t)
+	all := o.run("", "help")
+	require.Zero(t, all.code)
+	for _, c := range commands() {
+		require.Contains(t, all.out, "  "+c.name+" ")
+		help := o.run("", append(strings.Fields(c.name), "-help")...)
+		require.Zero(t, help.code, c.name)
+		require.Contains(t, help.out, "Example:\n  ")
+		require.True(t, strings.Contains(c.example, "nanoctl "+c.name), c.name)
+		require.Equal(t, help.out, o.run("", append([]string{"help"}, strings.Fields(c.name)...)...).out)
+	}
+}
+
+// The examples are commands and flags that exist.
+func TestExamples(t *testing.T) {
+	table := commands()
+	for _, c := range table {
+		for line := range strings.SplitSeq(c.example, "\n") {
+			for _, part := range regexp.MustCompile(`[|>]|<\(`).Split(line, -1) {
+				words := strings.Fields(strings.TrimSuffix(strings.TrimSpace(part), ")"))
+				if len(words) == 0 || words[0] != "nanoctl" {
+					continue
+				}
+				found, rest := find(table, words[1:])
+				require.NotNil(t, found, line)
+				_, err := parseAnywhere(flagsOf(found, new(env)), rest)
+				require.NoError(t, err, line)
+			}
+		}
+	}
+}
+
+// manual renders docs/nanoctl.md.
+func manual(table []command) string {
+	var b strings.Builder
+	b.WriteString(manualHead)
+	b.WriteString("\n## All commands\n\n| command | |\n|---|---|\n")
+	for _, c := range table {
+		fmt.Fprintf(&b, "| [`nanoctl %s`](#%s) | %s |\n", c.name, strings.ReplaceAll("nanoctl "+c.name, " ", "-"), c.short)
+	}
+	common := flag.NewFlagSet("", flag.ContinueOnError)
+	new(env).globalFlags(common)
+	b.WriteString("\nFlags that every command has:\n\n")
+	manualFlags(&b, common, nil)
+	for i := range table {
+		c := &table[i]
+		fmt.Fprintf(&b, "\n## nanoctl %s\n\n%s.\n", c.name, c.short)
+		if c.long != "" {
+			fmt.Fprintf(&b, "\n%s\n", c.long)
+		}
+		fmt.Fprintf(&b, "\n```\n%s\n```\n\n`%s`\n", c.example, strings.TrimSpace("nanoctl "+c.name+" [FLAGS] "+c.args))
+		manualFlags(&b, flagsOf(c, new(env)), common)
+	}
+	return b.String()
+}
+
+func manualFlags(b *strings.Builder, flags, without *flag.FlagSet) {
+	first := true
+	flags.VisitAll(func(f *flag.Flag) {
+		if without != nil && without.Lookup(f.Name) != nil {
+			return
+		}
+		if first && without != nil {
+			b.WriteString("\n| flag | default | meaning |\n|---|---|---|\n")
+		} else if first {
+			b.WriteString("| flag | default | meaning |\n|---|---|---|\n")
+		}
+		first = false
+		arg, what := flag.UnquoteUsage(f)
+		def := ""
+		if f.DefValue != "" && f.DefValue != "false" && f.DefValue != "0" {
+			def = "`" + f.DefValue + "`"
+		}
+		fmt.Fprintf(b, "| `%s` | %s | %s |\n", strings.TrimSpace("-"+f.Name+" "+arg), def, strings.ReplaceAll(what, "|", `\|`))
+	})
+}
+
+const manualHead = `# nanoctl
+
+<!-- Generated from the table in cmd/nanoctl/commands.go:
+     go test ./cmd/nanoctl -run TestManual -update -->
+
+The operator's command line: everything that the HTTP API does, for people and for
+scripts. It is one static binary and needs nothing on the machine.
+
+## Where the server is, and the key
+
+From the environment:
+
+` + "```" + `
+export NANOMDM_URL=https://mdm.example.org
+export NANOMDM_API=the-key
+` + "```" + `
+
+or from the file ` + "`nanoctl/config`" + ` in your configuration folder (` + "`~/.config`" + ` on Linux,
+` + "`~/Library/Application Support`" + ` on a Mac), which nobody but you may read (mode 0600, else it
+is refused):
+
+` + "```" + `
+url = https://mdm.example.org
+key = the-key
+` + "```" + `
+
+` + "`-url`" + ` and ` + "`-key-file`" + ` go before the environment, which goes before the file. The key is the
+server's ` + "`-api`" + `, or better a named key with a role: ` + "`nanoctl keys create`" + `.
+
+## How it speaks
+
+- Enrollments are named by id or by serial number, or selected with ` + "`-all`" + ` and filters. A
+  selection is of enabled devices unless ` + "`-enabled` or `-type`" + ` says otherwise.
+- Flags may stand before, between and after arguments, with one dash or two.
+- Tables are for people; ` + "`-o json`" + ` is for programs and is what the server said.
+- Times are ` + "`2026-03-01`, `2026-03-01T12:00:00Z`" + `, or how long ago: ` + "`7d`, `12h`, `1d12h`" + `.
+- It asks before commands that erase, lock, remove or interrupt, and before more than 100
+  enrollments. ` + "`-yes`" + ` goes on without asking; without a terminal and without ` + "`-yes`" + ` nothing is
+  done. Exactly those enrollments are reached that the question counted.
+- On a terminal, work on many enrollments shows a progress bar. Ctrl-C lets the request that is
+  under way end, says how many were reached, and leaves with 130; a second one leaves at once.
+
+## Exit codes
+
+| code | meaning |
+|---|---|
+| 0 | done |
+| 1 | the server or the network failed, or refused |
+| 2 | the command line, the configuration or what it asks for is wrong |
+| 3 | no such enrollment, command, certificate or name |
+| 4 | some enrollments failed, others did not |
+| 5 | a question was answered with no, or there was nobody to ask |
+| 6 | ` + "`-wait`" + `: a device reported an error, or the command ended another way |
+| 7 | the API key is not accepted, or may not do that |
+| 8 | ` + "`-wait`" + `: not all devices have answered in time |
+| 130 | interrupted |
+
+## In place of cmdr.py
+
+` + "`nanoctl command`" + ` prints the plist of a command, with the arguments of NanoMDM's cmdr.py:
+
+` + "```" + `
+nanoctl command -r | curl -T - -u nanomdm:KEY https://mdm.example.org/v1/enqueue/UDID
+` + "```" + `
+
+Keys are given with ` + "`-set Key=text`, `-set Key:=JSON` for numbers, truth values, lists and objects,\n`-data Key=FILE` for data, and `-keys '{...}'`" + ` for all at once.
+`

@@ -1,0 +1,234 @@
+package main
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"net/http"
+	"net/url"
+	"strconv"
+	"strings"
+	"time"
+)
+
+func pushCommand() command {
+	return command{
+		name: "push", args: "[ID|SERIAL...]",
+		short:   "Wake devices, so that they fetch their commands",
+		example: "nanoctl push C02XK0AAJG5H\nnanoctl push -waiting true -stale 1d",
+		prepare: func(flags *flag.FlagSet) runner {
+			var to targets
+			to.flags(flags)
+			return func(ctx context.Context, e *env, args []string) error {
+				chosen, err := to.resolve(ctx, e, args)
+				if err != nil {
+					return err
+				}
+				if err := e.confirmMany(len(chosen), "A push goes to"); err != nil {
+					return err
+				}
+				query := url.Values{}
+				if len(chosen) > askAbove {
+					query.Set("push", "async") // the server goes on by itself
+				}
+				failed := 0
+				return e.eachChunk(ctx, "pushing", chosen, func(ctx context.Context, ids []string) error {
+					a, err := e.api.do(ctx, http.MethodPost, "/v1/push", query, map[string]any{"ids": ids})
+					n, err := e.notWoken(a, err)
+					failed += n
+					return err
+				}, func(n int) error {
+					if e.format == "json" {
+						if err := e.json(map[string]any{"pushed": n - failed, "failed": failed}); err != nil {
+							return err
+						}
+					} else {
+						fmt.Fprintf(e.out, "%d of %d woken\n", n-failed, n)
+					}
+					switch {
+					case failed == 0:
+						return nil
+					case failed == n:
+						return fmt.Errorf("none of %d was woken", n)
+					}
+					return &exitError{exitPartial, fmt.Errorf("%d of %d were not woken", failed, n)}
+				})
+			}
+		},
+	}
+}
+
+// notWoken counts and tells whom one call did not wake.
+func (e *env) notWoken(a *answer, err error) (int, error) {
+	said, err := resultOf(a, err)
+	if err != nil {
+		return 0, err
+	}
+	failed := 0
+	for _, id := range sortedIDs(said.Status) {
+		if why := said.Status[id].PushError; why != "" {
+			fmt.Fprintf(e.err, "nanoctl: %s: %s\n", printable(id), printable(why))
+			failed++
+		}
+	}
+	return failed, nil
+}
+
+func pushCertPutCommand() command {
+	return command{
+		name: "pushcert put", args: "FILE [KEYFILE]",
+		short:   "Upload a push certificate with its private key",
+		long:    "PEM, the key without a password; both in one file in any order, or in two. - is standard input.",
+		example: "nanoctl pushcert put push.pem push.key",
+		prepare: func(*flag.FlagSet) runner {
+			return func(ctx context.Context, e *env, args []string) error {
+				if len(args) < 1 || len(args) > 2 {
+					return usage("pushcert put: give the file of the certificate and its key, or two files")
+				}
+				var pem []byte
+				for _, name := range args {
+					part, err := e.readFile(name)
+					if err != nil {
+						return err
+					}
+					pem = append(append(pem, part...), '\n')
+				}
+				a, err := e.api.do(ctx, http.MethodPut, "/v1/pushcert", nil, pem)
+				if err != nil {
+					return err
+				}
+				var put struct {
+					pushCert
+					Warning string `json:"warning"`
+				}
+				err = e.tell(a, &put, func() string { return "stored for " + put.Topic + ", expires " + stamp(put.NotAfter) })
+				if put.Warning != "" {
+					fmt.Fprintln(e.err, "nanoctl:", printable(put.Warning))
+				}
+				return err
+			}
+		},
+	}
+}
+
+// pushCert is a push certificate as the server tells of it.
+type pushCert struct {
+	Topic       string     `json:"topic"`
+	NotAfter    *time.Time `json:"not_after"`
+	UpdatedAt   *time.Time `json:"updated_at"`
+	Version     int        `json:"version"`
+	Enrollments int        `json:"enrollments"`
+	LastClass   string     `json:"last_class"`
+	LastAt      *time.Time `json:"last_at"`
+}
+
+// expiresSoon is when people should have begun to renew.
+const expiresSoon = 30 * 24 * time.Hour
+
+func (p *pushCert) expiry() string {
+	switch {
+	case p.NotAfter == nil:
+		return ""
+	case time.Until(*p.NotAfter) < 0:
+		return "EXPIRED " + ago(p.NotAfter)
+	case time.Until(*p.NotAfter) < expiresSoon:
+		return ago(p.NotAfter) + ", renew it"
+	}
+	return ago(p.NotAfter)
+}
+
+var pushCertColumns = []column[pushCert]{
+	{"TOPIC", func(p *pushCert) string { return p.Topic }},
+	{"EXPIRES", (*pushCert).expiry},
+	{"DATE", func(p *pushCert) string {
+		if p.NotAfter == nil {
+			return ""
+		}
+		return p.NotAfter.UTC().Format(time.DateOnly)
+	}},
+	{"STORED", func(p *pushCert) string { return ago(p.UpdatedAt) }},
+	{"ENROLLMENTS", func(p *pushCert) string { return strconv.Itoa(p.Enrollments) }},
+	{"LAST PUSH", func(p *pushCert) string {
+		if p.LastClass == "" {
+			return ""
+		}
+		return p.LastClass + " " + ago(p.LastAt)
+	}},
+}
+
+func pushCertLsCommand() command {
+	return command{
+		name: "pushcert ls", short: "List push certificates, when they expire, and topics that have none",
+		example: "nanoctl pushcert ls",
+		prepare: func(*flag.FlagSet) runner {
+			return func(ctx context.Context, e *env, args []string) error {
+				if err := none("pushcert ls", args); err != nil {
+					return err
+				}
+				a, err := e.api.do(ctx, http.MethodGet, "/v1/pushcerts", nil, nil)
+				if err != nil {
+					return err
+				}
+				if e.format == "json" {
+					return e.json(a.body)
+				}
+				if err := showItems(e, a, "pushcerts", pushCertColumns); err != nil {
+					return err
+				}
+				var said struct{ Stranded []pushCert }
+				if err := a.decode(&said); err != nil {
+					return err
+				}
+				for _, s := range said.Stranded {
+					fmt.Fprintf(e.err, "nanoctl: %d enrollments are of topic %s, which has no push certificate: nothing wakes them\n",
+						s.Enrollments, printable(s.Topic))
+				}
+				return nil
+			}
+		},
+	}
+}
+
+func escrowUnlockCommand() command {
+	return command{
+		name: "escrow-unlock", short: "Ask Apple to remove an Activation Lock with an escrow key",
+		long: `The server asks Apple with the topic's push certificate; Apple's answer is printed as it came.
+The escrow key, in the form of 26 symbols with dashes, is read from a file, since other users of
+the machine see command lines.`,
+		example: "nanoctl escrow-unlock -serial C02XK0AAJG5H -product-type iPhone16,1 -topic com.apple.mgmt.External.X -escrow-key-file - -org-name Example -guid 1",
+		prepare: func(flags *flag.FlagSet) runner {
+			values := make(map[string]*string)
+			for _, f := range [][3]string{
+				{"topic", "topic", "APNs `topic` whose push certificate is used"}, {"serial", "serial", "serial `number` of the device"},
+				{"product-type", "productType", "`product` type, such as iPhone16,1"}, {"org-name", "orgName", "`name` of your organisation"},
+				{"guid", "guid", "`id` of who asks"}, {"imei", "imei", "`IMEI`, if it has one"}, {"imei2", "imei2", "second `IMEI`"}, {"meid", "meid", "`MEID`"},
+			} {
+				values[f[1]] = flags.String(f[0], "", f[2])
+			}
+			keyFile := flags.String("escrow-key-file", "", "`file` with the escrow key; - is standard input")
+			return func(ctx context.Context, e *env, args []string) error {
+				if err := none("escrow-unlock", args); err != nil {
+					return err
+				}
+				if *keyFile == "" {
+					return usage("escrow-unlock: -escrow-key-file is missing")
+				}
+				key, err := e.readFile(*keyFile)
+				if err != nil {
+					return err
+				}
+				body := form{"escrowKey": {strings.TrimSpace(string(key))}}
+				for name, value := range values {
+					if *value != "" {
+						body[name] = []string{*value}
+					}
+				}
+				a, err := e.api.do(ctx, http.MethodPost, "/v1/escrowkeyunlock", nil, body)
+				if a != nil {
+					_, _ = e.out.Write(a.body)
+				}
+				return err
+			}
+		},
+	}
+}

@@ -1,0 +1,195 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+)
+
+// errHelped: help was asked for and given.
+var errHelped = errors.New("help given")
+
+// command is one row of the table.
+type command struct {
+	name    string // one or two words
+	args    string // what follows the flags, as the help shows it
+	short   string
+	long    string // further sentences for the command's own help
+	example string
+	// offline commands need no server.
+	offline bool
+	// prepare adds the command's flags and returns what runs it once they
+	// are parsed.
+	prepare func(flags *flag.FlagSet) runner
+}
+
+// runner does a command's work with the arguments that follow its flags.
+type runner func(ctx context.Context, e *env, args []string) error
+
+// dispatch finds the command that args begin with and runs it. Flags may
+// stand before, between and after its arguments.
+func dispatch(ctx context.Context, e *env, args []string) error {
+	table := commands()
+	if len(args) == 0 {
+		writeHelp(e.err, table)
+		return usage("no command given")
+	}
+	if slices.Contains([]string{"help", "-h", "-help", "--help"}, args[0]) {
+		if len(args) > 1 {
+			if c, _ := find(table, args[1:]); c != nil {
+				writeCommandHelp(e.out, c, flagsOf(c, e))
+				return errHelped
+			}
+		}
+		writeHelp(e.out, table)
+		return errHelped
+	}
+	c, rest := find(table, args)
+	if c == nil {
+		return usage("there is no command %q; nanoctl help lists them", strings.Join(args[:min(2, len(args))], " "))
+	}
+	flags := flag.NewFlagSet(c.name, flag.ContinueOnError)
+	flags.SetOutput(io.Discard)
+	e.globalFlags(flags)
+	work := c.prepare(flags)
+	positional, err := parseAnywhere(flags, rest)
+	if errors.Is(err, flag.ErrHelp) {
+		writeCommandHelp(e.out, c, flags)
+		return errHelped
+	}
+	if err != nil {
+		return usage("%s: %w; see nanoctl %s -help", c.name, err, c.name)
+	}
+	if e.format != "table" && e.format != "json" {
+		return usage("-o %s: the formats are table and json", e.format)
+	}
+	if !c.offline {
+		base, key, err := e.credentials()
+		if err != nil {
+			return err
+		}
+		e.api = newClient(base, key)
+		defer e.api.http.CloseIdleConnections()
+	}
+	return work(ctx, e, positional)
+}
+
+func versionCommand() command {
+	return command{
+		name: "version", short: "Print nanoctl's version, and the server's", example: "nanoctl version",
+		prepare: func(*flag.FlagSet) runner {
+			return func(ctx context.Context, e *env, args []string) error {
+				if err := none("version", args); err != nil {
+					return err
+				}
+				var server struct {
+					Version string `json:"version"`
+				}
+				if err := e.api.get(ctx, "/version", nil, &server); err != nil {
+					return err
+				}
+				if e.format == "json" {
+					return e.json(map[string]string{"nanoctl": version, "server": server.Version})
+				}
+				return pairs(e.out, [][2]string{{"nanoctl", version}, {"server", server.Version}})
+			}
+		},
+	}
+}
+
+// none refuses arguments.
+func none(name string, args []string) error {
+	if len(args) > 0 {
+		return usage("%s: unexpected argument %q", name, args[0])
+	}
+	return nil
+}
+
+// find returns the command whose words args begin with, and what follows.
+func find(table []command, args []string) (*command, []string) {
+	for _, words := range []int{2, 1} {
+		if len(args) < words {
+			continue
+		}
+		name := strings.Join(args[:words], " ")
+		for i := range table {
+			if table[i].name == name {
+				return &table[i], args[words:]
+			}
+		}
+	}
+	return nil, nil
+}
+
+// parseAnywhere lets flags follow arguments; -- ends them.
+func parseAnywhere(flags *flag.FlagSet, args []string) (positional []string, err error) {
+	for {
+		if err := flags.Parse(args); err != nil {
+			return nil, err
+		}
+		rest := flags.Args()
+		if len(rest) == 0 {
+			return positional, nil
+		}
+		if parsed := len(args) - len(rest); parsed > 0 && args[parsed-1] == "--" {
+			return append(positional, rest...), nil
+		}
+		positional = append(positional, rest[0])
+		args = rest[1:]
+	}
+}
+
+func (e *env) globalFlags(flags *flag.FlagSet) {
+	flags.StringVar(&e.url, "url", "", "`address` of the server (NANOMDM_URL)")
+	flags.StringVar(&e.keyFile, "key-file", "", "`file` with the API key (or NANOMDM_API)")
+	flags.StringVar(&e.format, "o", "table", "output `format`: table or json")
+	flags.BoolVar(&e.yes, "yes", false, "do not ask before what cannot be undone")
+}
+
+func flagsOf(c *command, e *env) *flag.FlagSet {
+	flags := flag.NewFlagSet(c.name, flag.ContinueOnError)
+	e.globalFlags(flags)
+	c.prepare(flags)
+	return flags
+}
+
+func writeHelp(w io.Writer, table []command) {
+	fmt.Fprint(w, `nanoctl steers a NanoMDM server over its HTTP API.
+
+Usage: nanoctl COMMAND [FLAGS] [ARGUMENTS]
+
+`)
+	for _, c := range table {
+		fmt.Fprintf(w, "  %-20s %s\n", c.name, c.short)
+	}
+	fmt.Fprint(w, `
+nanoctl help COMMAND shows a command's flags and an example.
+
+The server's address and the API key come from NANOMDM_URL and NANOMDM_API, or
+from the lines "url = ..." and "key = ..." of nanoctl/config in your
+configuration folder (mode 0600). Enrollments are named by id or by serial
+number.
+
+Exit codes: 0 done, 1 the server failed or refused, 2 wrong usage, 3 not found,
+4 some enrollments failed, 5 not confirmed, 6 a device reported an error, 7 the
+API key is wrong or may not do that, 8 no answer in time, 130 interrupted.
+`)
+}
+
+func writeCommandHelp(w io.Writer, c *command, flags *flag.FlagSet) {
+	fmt.Fprintf(w, "%s\n\nUsage: nanoctl %s [FLAGS]", c.short, c.name)
+	if c.args != "" {
+		fmt.Fprint(w, " "+c.args)
+	}
+	fmt.Fprintln(w)
+	if c.long != "" {
+		fmt.Fprintf(w, "\n%s\n", c.long)
+	}
+	fmt.Fprintf(w, "\nExample:\n  %s\n\nFlags:\n", strings.ReplaceAll(c.example, "\n", "\n  "))
+	flags.SetOutput(w)
+	flags.PrintDefaults()
+}

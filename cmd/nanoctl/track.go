@@ -1,0 +1,395 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"maps"
+	"net/http"
+	"net/url"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// commandInfo is a command with the states that it is in.
+type commandInfo struct {
+	CommandUUID string         `json:"command_uuid"`
+	RequestType string         `json:"request_type"`
+	CreatedAt   *time.Time     `json:"created_at"`
+	States      map[string]int `json:"states"`
+	Done        bool           `json:"done"`
+}
+
+// counts is "3 queued, 2 acknowledged".
+func (c *commandInfo) counts() string {
+	var parts []string
+	for _, state := range slices.Sorted(maps.Keys(c.States)) {
+		if n := c.States[state]; n > 0 {
+			parts = append(parts, fmt.Sprintf("%d %s", n, state))
+		}
+	}
+	return strings.Join(parts, ", ")
+}
+
+// waiting is how many enrollments have not ended it.
+func (c *commandInfo) waiting() int {
+	return c.States["scheduled"] + c.States["queued"] + c.States["notnow"]
+}
+
+func (c *commandInfo) total() int {
+	n := 0
+	for _, count := range c.States {
+		n += count
+	}
+	return n
+}
+
+func commandPath(uuid string, rest ...string) string {
+	return "/v1/commands/" + strings.Join(append([]string{url.PathEscape(uuid)}, rest...), "/")
+}
+
+var commandColumns = []column[commandInfo]{
+	{"COMMAND", func(c *commandInfo) string { return c.CommandUUID }},
+	{"REQUEST TYPE", func(c *commandInfo) string { return c.RequestType }},
+	{"CREATED", func(c *commandInfo) string { return ago(c.CreatedAt) }},
+	{"STATES", (*commandInfo).counts},
+}
+
+func commandsLsCommand() command {
+	return command{
+		name: "commands ls", short: "List commands, the newest first",
+		example: "nanoctl commands ls -request-type InstallProfile -since 2d",
+		prepare: func(flags *flag.FlagSet) runner {
+			var since, before moment
+			requestType := flags.String("request-type", "", "only of this request `type`")
+			state := flags.String("state", "", "only those that are in this `state` for an enrollment")
+			flags.Var(&since, "since", "made at this `time` or later")
+			flags.Var(&before, "before", "made before this `time`")
+			limit := flags.Int("limit", 100, "list no more than this many; 0 is all")
+			return func(ctx context.Context, e *env, args []string) error {
+				if err := none("commands ls", args); err != nil {
+					return err
+				}
+				q := url.Values{}
+				for name, value := range map[string]string{"request_type": *requestType, "state": *state} {
+					if value != "" {
+						q.Set(name, value)
+					}
+				}
+				for name, at := range map[string]moment{"created_after": since, "created_before": before} {
+					if !at.IsZero() {
+						q.Set(name, at.query())
+					}
+				}
+				return showList(ctx, e, "/v1/commands", "commands", q, *limit, commandColumns)
+			}
+		},
+	}
+}
+
+var commandQueueColumns = []column[queueItem]{
+	{"ENROLLMENT", func(q *queueItem) string { return q.EnrollmentID }},
+	{"STATE", func(q *queueItem) string { return q.State }},
+	{"OFFERED", func(q *queueItem) string { return strconv.Itoa(q.Attempts) }},
+	{"NOTNOW", func(q *queueItem) string { return strconv.Itoa(q.NotNowCount) }},
+	{"ENDED", func(q *queueItem) string { return orNothing(q.FinishedAt) }},
+}
+
+func statusCommand() command {
+	return command{
+		name: "status", args: "COMMAND_UUID",
+		short:   "Show where a command stands, for each of its enrollments",
+		example: "nanoctl status 5F0C3A3E-4C5B-4B0E-9E6C-0C4C2F1D7B11 -wait",
+		prepare: func(flags *flag.FlagSet) runner {
+			limit := flags.Int("limit", 0, "list no more than this many enrollments; 0 is all")
+			wait := flags.Bool("wait", false, "wait until it has ended for all, and print the answers")
+			timeout := age(5 * time.Minute)
+			flags.Var(&timeout, "timeout", "how `long` -wait waits")
+			return func(ctx context.Context, e *env, args []string) error {
+				if len(args) != 1 {
+					return usage("status: give the CommandUUID")
+				}
+				if *wait {
+					return e.awaitAnswers(ctx, args[0], time.Duration(timeout))
+				}
+				if e.format == "json" {
+					return showList(ctx, e, commandPath(args[0]), "enrollments", nil, *limit, commandQueueColumns)
+				}
+				var c commandInfo
+				if err := e.api.get(ctx, commandPath(args[0]), nil, &c); err != nil {
+					return err
+				}
+				fmt.Fprintf(e.out, "%s, made %s: %s\n\n", printable(c.RequestType), ago(c.CreatedAt), c.counts())
+				return showList(ctx, e, commandPath(args[0]), "enrollments", nil, *limit, commandQueueColumns)
+			}
+		},
+	}
+}
+
+func resultCommand() command {
+	return command{
+		name: "result", args: "COMMAND_UUID ID|SERIAL",
+		short:   "Print what a device answered",
+		example: "nanoctl result 5F0C3A3E-4C5B-4B0E-9E6C-0C4C2F1D7B11 C02XK0AAJG5H -o json",
+		prepare: func(flags *flag.FlagSet) runner {
+			raw := flags.Bool("raw", false, "the plist, as the device sent it")
+			return func(ctx context.Context, e *env, args []string) error {
+				if len(args) != 2 {
+					return usage("result: give the CommandUUID and the enrollment")
+				}
+				x, err := e.enrollment(ctx, args[1])
+				if err != nil {
+					return err
+				}
+				q := url.Values{}
+				if *raw {
+					q.Set("raw", "1")
+				}
+				a, err := e.api.do(ctx, http.MethodGet, commandPath(args[0], "results", url.PathEscape(x.ID)), q, nil)
+				if err != nil {
+					return err
+				}
+				switch {
+				case *raw:
+					_, err = e.out.Write(a.body)
+					return err
+				case e.format == "json":
+					return e.json(a.body)
+				}
+				var r result
+				if err := a.decode(&r); err != nil {
+					return err
+				}
+				return e.showResult(&r)
+			}
+		},
+	}
+}
+
+// result is what a device answered to a command.
+type result struct {
+	EnrollmentID string          `json:"enrollment_id"`
+	State        string          `json:"state"`
+	Status       string          `json:"status"`
+	Late         bool            `json:"late,omitempty"`
+	Result       json.RawMessage `json:"result,omitempty"`
+}
+
+func (e *env) showResult(r *result) error {
+	late := ""
+	if r.Late {
+		late = ", too late"
+	}
+	fmt.Fprintf(e.out, "%s: %s%s\n", printable(r.EnrollmentID), printable(r.Status), late)
+	var keys map[string]any
+	if json.Unmarshal(r.Result, &keys) != nil {
+		return nil
+	}
+	// What every report has, and was said already.
+	for _, name := range []string{"UDID", "EnrollmentID", "EnrollmentUserID", "UserID", "UserShortName", "UserLongName", "CommandUUID", "Status"} {
+		delete(keys, name)
+	}
+	e.showValue("  ", keys)
+	return nil
+}
+
+// showValue prints a value of a property list for people.
+func (e *env) showValue(indent string, v any) {
+	switch v := v.(type) {
+	case map[string]any:
+		for _, name := range slices.Sorted(maps.Keys(v)) {
+			e.showItem(indent+printable(name)+":", indent, v[name])
+		}
+	case []any:
+		for _, item := range v {
+			e.showItem(indent+"-", indent, item)
+		}
+	}
+}
+
+func (e *env) showItem(head, indent string, v any) {
+	switch v.(type) {
+	case map[string]any, []any:
+		fmt.Fprintln(e.out, head)
+		e.showValue(indent+"  ", v)
+	default:
+		fmt.Fprintln(e.out, head, printable(fmt.Sprint(v)))
+	}
+}
+
+// longPoll is how long the server is asked to wait at once.
+const longPoll = 30 * time.Second
+
+// awaitAnswers waits until a command has ended for all its enrollments and
+// prints their answers.
+func (e *env) awaitAnswers(ctx context.Context, uuid string, timeout time.Duration) error {
+	bar := e.progress()
+	var c commandInfo
+	for deadline := time.Now().Add(timeout); ; {
+		left := max(0, min(longPoll, time.Until(deadline).Truncate(time.Millisecond)))
+		if err := e.api.get(ctx, commandPath(uuid), url.Values{"wait": {left.String()}, "limit": {"1"}}, &c); err != nil {
+			bar.end()
+			if ctx.Err() != nil {
+				return &exitError{exitInterrupted, fmt.Errorf("interrupted; the command stays queued: nanoctl status %s", uuid)}
+			}
+			return err
+		}
+		bar.bar("waiting", c.total()-c.waiting(), c.total())
+		if c.Done || left == 0 {
+			break
+		}
+	}
+	bar.end()
+	answers, err := e.answers(ctx, uuid)
+	if err != nil {
+		return err
+	}
+	if err := e.showAnswers(&c, answers); err != nil {
+		return err
+	}
+	if c.waiting() > 0 {
+		return &exitError{exitTimeout, fmt.Errorf("%d of %d have not answered yet: nanoctl status %s", c.waiting(), c.total(), uuid)}
+	}
+	if failed := c.total() - c.States["acknowledged"]; failed > 0 {
+		return &exitError{exitDevice, fmt.Errorf("%d of %d did not acknowledge it: %s", failed, c.total(), c.counts())}
+	}
+	return nil
+}
+
+// maxAnswers is up to how many answers are fetched and printed in full.
+const maxAnswers = 20
+
+// answers fetches where a command stands for each enrollment and, if there
+// are few, what each said.
+func (e *env) answers(ctx context.Context, uuid string) ([]result, error) {
+	var answers []result
+	err := e.pages(ctx, commandPath(uuid), "enrollments", nil, 0, func(items []json.RawMessage) error {
+		for _, item := range items {
+			var q queueItem
+			if err := json.Unmarshal(item, &q); err != nil {
+				return err
+			}
+			answers = append(answers, result{EnrollmentID: q.EnrollmentID, State: q.State})
+		}
+		return nil
+	})
+	if err != nil || len(answers) > maxAnswers {
+		return answers, err
+	}
+	for i := range answers {
+		err := e.api.get(ctx, commandPath(uuid, "results", url.PathEscape(answers[i].EnrollmentID)), nil, &answers[i])
+		if exit := (*exitError)(nil); errors.As(err, &exit) && exit.code == exitNotFound {
+			continue // none yet, or it ended without one
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
+	return answers, nil
+}
+
+func (e *env) showAnswers(c *commandInfo, answers []result) error {
+	if e.format == "json" {
+		return e.json(map[string]any{
+			"command_uuid": c.CommandUUID, "request_type": c.RequestType, "states": c.States, "enrollments": answers,
+		})
+	}
+	if len(answers) > maxAnswers {
+		fmt.Fprintf(e.out, "%s %s: %s\n", printable(c.RequestType), printable(c.CommandUUID), c.counts())
+		return nil
+	}
+	for i := range answers {
+		if answers[i].Status == "" {
+			fmt.Fprintf(e.out, "%s: %s\n", printable(answers[i].EnrollmentID), answers[i].State)
+			continue
+		}
+		if err := e.showResult(&answers[i]); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func cancelCommand() command {
+	return command{
+		name: "cancel", args: "COMMAND_UUID [ID|SERIAL...]",
+		short:   "Cancel a command for all enrollments that have not ended it, or for some",
+		example: "nanoctl cancel 5F0C3A3E-4C5B-4B0E-9E6C-0C4C2F1D7B11",
+		prepare: func(*flag.FlagSet) runner {
+			return func(ctx context.Context, e *env, args []string) error {
+				if len(args) == 0 {
+					return usage("cancel: give the CommandUUID; nanoctl clear cancels all of an enrollment")
+				}
+				if len(args) > 1 {
+					return e.steerSome(ctx, http.MethodDelete, args, "", "cancelled")
+				}
+				a, err := e.api.do(ctx, http.MethodDelete, commandPath(args[0]), nil, nil)
+				if err != nil {
+					return err
+				}
+				var done struct{ Cancelled, Finished int }
+				return e.tell(a, &done, func() string {
+					return fmt.Sprintf("cancelled for %d; %d had ended before", done.Cancelled, done.Finished)
+				})
+			}
+		},
+	}
+}
+
+func requeueCommand() command {
+	return command{
+		name: "requeue", args: "COMMAND_UUID ID|SERIAL...",
+		short:   "Queue a command again that ended with an error, expired or was cancelled",
+		example: "nanoctl requeue 5F0C3A3E-4C5B-4B0E-9E6C-0C4C2F1D7B11 C02XK0AAJG5H",
+		prepare: func(*flag.FlagSet) runner {
+			return func(ctx context.Context, e *env, args []string) error {
+				if len(args) < 2 {
+					return usage("requeue: give the CommandUUID and the enrollments")
+				}
+				return e.steerSome(ctx, http.MethodPost, args, "requeue", "queued again")
+			}
+		},
+	}
+}
+
+// steerSome cancels or requeues a command for single enrollments. One that
+// cannot be is told, and the others go on.
+func (e *env) steerSome(ctx context.Context, method string, args []string, verb, done string) error {
+	chosen, err := e.named(ctx, args[1:])
+	if err != nil {
+		return err
+	}
+	var failed error
+	n := 0
+	for i := range chosen {
+		rest := []string{"enrollments", url.PathEscape(chosen[i].ID)}
+		if verb != "" {
+			rest = append(rest, verb)
+		}
+		if _, err := e.api.do(ctx, method, commandPath(args[0], rest...), nil, nil); err != nil {
+			failed = fmt.Errorf("%s: %w", chosen[i].ID, err)
+			fmt.Fprintln(e.err, "nanoctl:", printable(failed.Error()))
+			continue
+		}
+		n++
+		if e.format == "table" {
+			fmt.Fprintf(e.out, "%s: %s\n", printable(chosen[i].label()), done)
+		}
+	}
+	if e.format == "json" {
+		if err := e.json(map[string]any{"done": n, "failed": len(chosen) - n}); err != nil {
+			return err
+		}
+	}
+	switch {
+	case failed == nil:
+		return nil
+	case n == 0 && len(chosen) == 1:
+		return failed
+	}
+	return &exitError{exitPartial, fmt.Errorf("%d of %d failed", len(chosen)-n, len(chosen))}
+}
