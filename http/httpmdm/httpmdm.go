@@ -42,8 +42,10 @@ const (
 type Config struct {
 	// MaxBody bounds one request's body, in bytes; default 16 MiB.
 	MaxBody int64
-	// MaxInFlight bounds the bytes of all bodies held at once; past it
-	// requests get 503 with Retry-After. Default 256 MiB, at least MaxBody.
+	// MaxInFlight bounds the bytes of all bodies held at once, beyond the
+	// first 16 KiB of each; past it requests get 503 with Retry-After. Polls
+	// and most reports are smaller, so that those who send much do not crowd
+	// them out. Default 256 MiB, at least MaxBody.
 	MaxInFlight int64
 	// Refused is called for each request that is not answered by the service
 	// chain, with one of Reasons; may be nil.
@@ -195,9 +197,9 @@ func (h *Handler) Migration(next service.Handler) http.Handler {
 	})
 }
 
-// readBody reads the whole body. The bytes that it holds are taken from the
-// budget as they arrive, so that a client that announces much and sends
-// little costs little. release gives them back and must always be called.
+// readBody reads the whole body. The bytes that it holds beyond firstRead are
+// taken from the budget as they arrive, so that a client that announces much
+// and sends little costs little. release gives them back and must always be called.
 func (h *Handler) readBody(w http.ResponseWriter, r *http.Request) (body []byte, release func(), err error) {
 	var held int64
 	release = func() { h.budget.Release(held) }
@@ -216,10 +218,12 @@ func (h *Handler) readBody(w http.ResponseWriter, r *http.Request) (body []byte,
 	for {
 		// A ResponseWriter of tests may have no deadline to set.
 		_ = control.SetReadDeadline(start.Add(min(bodyLongest, bodyGrace+time.Duration(room)*time.Second/bodyMinRate)))
-		if !h.budget.TryAcquire(room - held) {
-			return nil, release, errOverload
+		if more := room - firstRead - held; more > 0 {
+			if !h.budget.TryAcquire(more) {
+				return nil, release, errOverload
+			}
+			held += more
 		}
-		held = room
 		body = append(make([]byte, 0, room), body...)
 		var n int
 		for err == nil && len(body) < cap(body) {

@@ -619,7 +619,8 @@ func TestBudget(t *testing.T) {
 	require.NoError(t, err)
 	d, err := mdmtest.NewDevice(srv.URL, id, mdmtest.Config{UDID: "D1"})
 	require.NoError(t, err)
-	big := report("D1", "Idle", "", "<key>Pad</key><string>"+strings.Repeat("p", 60<<10)+"</string>")
+	big := report("D1", "Idle", "", "<key>Pad</key><string></string>")
+	big = report("D1", "Idle", "", "<key>Pad</key><string>"+strings.Repeat("p", 64<<10-1-len(big))+"</string>")
 	var wg sync.WaitGroup
 	wg.Go(func() {
 		resp, err := d.Do(t.Context(), "", reportType, big)
@@ -632,6 +633,14 @@ func TestBudget(t *testing.T) {
 	require.NoError(t, err)
 	require.Equal(t, 503, resp.Status)
 	require.NotEmpty(t, resp.Header.Get("Retry-After"))
+	// A poll is not crowded out by who sends much.
+	wg.Go(func() {
+		resp, err := d.Do(t.Context(), "", reportType, report("D1", "Idle", "", ""))
+		if err != nil || resp.Status != 200 {
+			t.Errorf("poll: %v %v", resp, err)
+		}
+	})
+	<-entered
 	close(leave)
 	wg.Wait()
 }
