@@ -6,12 +6,18 @@ import (
 	"context"
 	"encoding/base64"
 	"fmt"
+	"go/ast"
+	"go/parser"
+	"go/token"
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptest"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -171,84 +177,189 @@ func hostileBodies() map[string][]byte {
 	}
 }
 
+// watcher scrapes and probes until it is stopped.
+type watcher struct {
+	cancel  context.CancelFunc
+	done    sync.WaitGroup
+	rounds  atomic.Int64
+	trouble atomic.Pointer[string]
+}
+
+func (d *daemon) watch() *watcher {
+	ctx, cancel := context.WithCancel(d.t.Context())
+	w := &watcher{cancel: cancel}
+	client := &http.Client{Transport: &http.Transport{}}
+	w.done.Go(func() {
+		defer client.CloseIdleConnections()
+		for ctx.Err() == nil {
+			for _, path := range []string{"/healthz", "/readyz", "/metrics"} {
+				req, err := http.NewRequestWithContext(ctx, "GET", d.url+path, nil)
+				if err != nil {
+					panic(err)
+				}
+				req.SetBasicAuth("nanomdm", testKey)
+				trouble := ""
+				if resp, err := client.Do(req); err != nil {
+					trouble = err.Error()
+				} else {
+					_, _ = io.Copy(io.Discard, resp.Body)
+					resp.Body.Close()
+					if resp.StatusCode != 200 {
+						trouble = resp.Status
+					}
+				}
+				if trouble != "" && ctx.Err() == nil {
+					text := path + ": " + trouble
+					w.trouble.Store(&text)
+				}
+			}
+			w.rounds.Add(1)
+			select {
+			case <-time.After(50 * time.Millisecond): // a pace
+			case <-ctx.Done():
+			}
+		}
+	})
+	return w
+}
+
+func (w *watcher) stop() {
+	w.cancel()
+	w.done.Wait()
+}
+
+// attacks are what a daemon has to bear while others go on. Each begins and
+// returns what ends it.
+func attacks(hostile *mdmtest.Device, address string) map[string]func(t *testing.T) (end func()) {
+	sign := func(t *testing.T, body string) string {
+		signature, err := mdmtest.Sign(hostile.Identity(), []byte(body), mdmtest.SignOptions{})
+		require.NoError(t, err)
+		return "Mdm-Signature: " + strings.ReplaceAll(signature, "\n", "") + "\r\n"
+	}
+	// connect opens connections that stay as they are.
+	connect := func(t *testing.T, n int, send func(i int) string) func() {
+		conns := make([]net.Conn, n)
+		for i := range conns {
+			conns[i] = dialTCP(t, address)
+			_, err := io.WriteString(conns[i], send(i))
+			require.NoError(t, err)
+		}
+		return func() {
+			for _, conn := range conns {
+				conn.Close()
+			}
+		}
+	}
+	// storm sends bodies from a client each, over and over.
+	storm := func(t *testing.T, bodies map[string][]byte, send func(ctx context.Context, body []byte) (int, error)) func() {
+		ctx, cancel := context.WithCancel(t.Context())
+		var attackers sync.WaitGroup
+		for name, body := range bodies {
+			attackers.Go(func() {
+				for ctx.Err() == nil {
+					status, err := send(ctx, body)
+					if err != nil { // the answer came while the body was being sent
+						continue
+					}
+					if status < 400 || status >= 500 {
+						t.Errorf("%s: %d", name, status)
+					}
+				}
+			})
+		}
+		return func() {
+			cancel()
+			attackers.Wait()
+		}
+	}
+	return map[string]func(t *testing.T) func(){
+		"200 half-sent requests": func(t *testing.T) func() {
+			// Half of them with a signature that is good for another body.
+			signature := sign(t, "x")
+			return connect(t, 200, func(i int) string {
+				return "PUT /mdm HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n" + []string{"", signature}[i%2] + "\r\nhalf of it"
+			})
+		},
+		"2,000 connections": func(t *testing.T) func() {
+			return connect(t, 2000, func(i int) string { // idle, or stuck in their header
+				return []string{"", "PUT /mdm HTTP/1.1\r\nHost: x\r\nX-Slow: "}[i%2]
+			})
+		},
+		"hostile bodies": func(t *testing.T) func() {
+			return storm(t, hostileBodies(), func(ctx context.Context, body []byte) (int, error) {
+				resp, err := hostile.Do(ctx, "", "", body)
+				if err != nil {
+					return 0, err
+				}
+				return resp.Status, nil
+			})
+		},
+		"hostile bodies of nobody": func(t *testing.T) func() {
+			client := &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 16}}
+			end := storm(t, hostileBodies(), func(ctx context.Context, body []byte) (int, error) {
+				req, err := http.NewRequestWithContext(ctx, "PUT", "http://"+address+"/mdm", bytes.NewReader(body))
+				if err != nil {
+					return 0, err
+				}
+				req.Header.Set("Content-Encoding", "gzip")
+				resp, err := client.Do(req)
+				if err != nil {
+					return 0, err
+				}
+				resp.Body.Close()
+				return resp.StatusCode, nil
+			})
+			return func() {
+				end()
+				client.CloseIdleConnections()
+			}
+		},
+	}
+}
+
+// Honest devices get their answers, probes and scrapes theirs, and memory
+// stays bounded, whatever others do meanwhile. Times are compared with those
+// of the same daemon at ease, since machines differ and the race detector
+// multiplies all.
 func TestHostileClients(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes some seconds")
 	}
-	d, pid := startProcess(t)
+	d, pid := startProcess(t, "-max-in-flight", "64M")
 	honest := d.honest(10)
 	defer honest.stop()
-	n, quietP99 := honest.wait(t, 500)
+	watcher := d.watch()
+	defer watcher.stop()
+	n, quiet := honest.wait(t, 500)
 	before := memory(t, pid, "VmRSS")
-	t.Logf("at ease: p99 of %d honest polls %v, %d MiB", n, quietP99, before)
-	address := strings.TrimPrefix(d.url, "http://")
+	t.Logf("at ease: p99 of %d honest polls %v, %d MiB", n, quiet, before)
 
 	hostile := d.device("HOSTILE", mdmtest.Config{})
 	require.NoError(t, hostile.Enroll(t.Context()))
-	report := func(what string) {
-		t.Helper()
-		n, p99 := honest.wait(t, 300)
+	for name, attack := range attacks(hostile, strings.TrimPrefix(d.url, "http://")) {
+		scrapes := watcher.rounds.Load()
+		end := attack(t)
+		n, p99 := honest.wait(t, 400)
 		now := memory(t, pid, "VmRSS")
-		t.Logf("%s: p99 of %d honest polls %v, %d MiB", what, n, p99, now)
-		require.Zero(t, honest.refused.Load(), "honest devices are refused")
-		require.Less(t, p99, 2*time.Second)
-		// In units of a daemon at ease, since the race detector multiplies all.
-		require.Less(t, now, 64+8*before, "memory grows")
-		require.Equal(t, 200, d.probe("/healthz"))
-		require.Equal(t, 200, d.probe("/readyz"))
-	}
-
-	// 200 requests that announce a megabyte and send some bytes of it, half
-	// of them with a signature that is good for another body.
-	signature, err := mdmtest.Sign(hostile.Identity(), []byte("x"), mdmtest.SignOptions{})
-	require.NoError(t, err)
-	for i := range 200 {
-		conn := dialTCP(t, address)
-		head := "PUT /mdm HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n"
-		if i%2 == 0 {
-			head += "Mdm-Signature: " + strings.ReplaceAll(signature, "\n", "") + "\r\n"
+		end()
+		t.Logf("%s: p99 of %d honest polls %v, %d MiB", name, n, p99, now)
+		require.Zero(t, honest.refused.Load(), "honest devices are refused during %s", name)
+		require.Less(t, p99, time.Second+50*quiet, name)
+		require.Less(t, now, 256+8*before, name)
+		require.Eventually(t, func() bool { return watcher.rounds.Load() > scrapes }, time.Minute, 5*time.Millisecond)
+		if trouble := watcher.trouble.Load(); trouble != nil {
+			t.Errorf("during %s: %s", name, *trouble)
 		}
-		_, err := io.WriteString(conn, head+"\r\nhalf of it")
-		require.NoError(t, err)
-	}
-	report("200 half-sent requests")
-
-	// 2,000 connections: idle, or stuck in their header.
-	for i := range 2000 {
-		conn := dialTCP(t, address)
-		if i%2 == 0 {
-			_, err := io.WriteString(conn, "PUT /mdm HTTP/1.1\r\nHost: x\r\nX-Slow: ")
-			require.NoError(t, err)
-		}
-	}
-	report("2,000 connections")
-
-	// Every hostile body, from several clients at once, over and over.
-	var attackers sync.WaitGroup
-	for name, body := range hostileBodies() {
-		attackers.Go(func() {
-			for range 3 {
-				resp, err := hostile.Do(t.Context(), "", "", body)
-				if err != nil { // the answer came while the body was being sent
-					continue
-				}
-				if resp.Status < 400 || resp.Status >= 500 {
-					t.Errorf("%s: %d", name, resp.Status)
-				}
-			}
-		})
 	}
 	n, p99 := honest.wait(t, 300)
-	t.Logf("during hostile bodies: p99 of %d honest polls %v", n, p99)
-	require.Less(t, p99, 3*time.Second)
-	attackers.Wait()
-	report("after hostile bodies")
-	t.Logf("peak memory %d MiB", memory(t, pid, "VmHWM"))
+	t.Logf("afterwards: p99 of %d honest polls %v; peak memory %d MiB", n, p99, memory(t, pid, "VmHWM"))
+	require.Zero(t, honest.refused.Load())
+	require.Less(t, memory(t, pid, "VmHWM"), 512+8*before)
 
 	status, text, _ := d.api("GET", "/metrics", "nanomdm", testKey, nil)
 	require.Equal(t, 200, status)
 	require.Contains(t, text, "nanomdm_http_panics_total 0")
-	for _, reason := range []string{"malformed", "too_large", "certificate_not_pinned"} {
+	for _, reason := range []string{"malformed", "too_large", "certificate_not_pinned", "identity"} {
 		require.Contains(t, text, `nanomdm_device_refusals_total{reason="`+reason+`"}`)
 	}
 	require.NotContains(t, d.log.String(), "panic")
@@ -322,40 +433,250 @@ func TestSlowClientsAreCut(t *testing.T) {
 	require.Contains(t, text, `nanomdm_device_refusals_total{reason="slow_body"} 1`)
 }
 
-// The certificate of one device with the body of another, for every message.
-func TestNoDeviceSpeaksForAnother(t *testing.T) {
-	d := start(t, "http")
-	victim := d.device("VICTIM", mdmtest.Config{})
-	require.NoError(t, victim.Enroll(t.Context()))
-	attacker := d.device("ATTACKER", mdmtest.Config{})
-	require.NoError(t, attacker.Enroll(t.Context()))
-	plist := func(kind, more string) string {
-		return `<plist version="1.0"><dict><key>MessageType</key><string>` + kind + `</string><key>UDID</key><string>VICTIM</string>` + more + `</dict></plist>`
-	}
-	data := "<data>" + base64.StdEncoding.EncodeToString([]byte("token")) + "</data>"
-	messages := map[string]string{
-		"Authenticate":          plist("Authenticate", "<key>Topic</key><string>t</string>"),
-		"GetToken":              plist("GetToken", "<key>TokenServiceType</key><string>com.apple.maid</string>"),
-		"ReturnToService":       plist("ReturnToService", ""),
-		"TokenUpdate":           plist("TokenUpdate", "<key>Topic</key><string>t</string><key>PushMagic</key><string>m</string><key>Token</key>"+data),
-		"CheckOut":              plist("CheckOut", ""),
-		"SetBootstrapToken":     plist("SetBootstrapToken", "<key>BootstrapToken</key>"+data),
-		"GetBootstrapToken":     plist("GetBootstrapToken", ""),
-		"DeclarativeManagement": plist("DeclarativeManagement", "<key>Endpoint</key><string>tokens</string>"),
-		"UserAuthenticate":      plist("UserAuthenticate", "<key>UserID</key><string>U</string><key>UserShortName</key><string>u</string>"),
-		"user's TokenUpdate":    plist("TokenUpdate", "<key>UserID</key><string>U</string><key>UserShortName</key><string>u</string><key>Topic</key><string>t</string><key>PushMagic</key><string>m</string><key>Token</key>"+data),
-	}
-	for _, status := range []string{"Idle", "Acknowledged", "Error", "NotNow", "CommandFormatError"} {
-		messages["report "+status] = `<plist version="1.0"><dict><key>Status</key><string>` + status + `</string><key>CommandUUID</key><string>C</string><key>UDID</key><string>VICTIM</string></dict></plist>`
-	}
-	for name, body := range messages {
-		resp, err := attacker.Do(t.Context(), "", "", []byte(body))
-		require.NoError(t, err)
-		require.Equal(t, 400, resp.Status, name)
-		require.Empty(t, resp.Body, name)
-	}
-	_, err := victim.Poll(t.Context())
+// messageKinds are the kinds of messages that package mdm declares, from its
+// source, so that a new one is not forgotten here.
+func messageKinds(t *testing.T) []string {
+	t.Helper()
+	file, err := parser.ParseFile(token.NewFileSet(), "../../mdm/mdm.go", nil, 0)
 	require.NoError(t, err)
+	var kinds []string
+	ast.Inspect(file, func(n ast.Node) bool {
+		spec, ok := n.(*ast.ValueSpec)
+		if !ok {
+			return true
+		}
+		if typ, ok := spec.Type.(*ast.Ident); ok && typ.Name == "Kind" {
+			kind, err := strconv.Unquote(spec.Values[0].(*ast.BasicLit).Value)
+			require.NoError(t, err)
+			kinds = append(kinds, kind)
+		}
+		return true
+	})
+	require.Greater(t, len(kinds), 9)
+	return kinds
+}
+
+// keysOf are what each kind of message has besides who sends it.
+func keysOf() map[string][]string {
+	data := "<data>" + base64.StdEncoding.EncodeToString([]byte("stolen")) + "</data>"
+	var reports []string
+	for _, status := range []string{"Idle", "Acknowledged", "Error", "NotNow", "CommandFormatError", "Whatever"} {
+		reports = append(reports, "<key>Status</key><string>"+status+"</string><key>CommandUUID</key><string>C1</string>")
+	}
+	var endpoints []string
+	for _, endpoint := range []string{"tokens", "declaration-items", "declaration/configuration/x", "status"} {
+		endpoints = append(endpoints, "<key>Endpoint</key><string>"+endpoint+"</string>")
+	}
+	return map[string][]string{
+		"Authenticate":          {"<key>Topic</key><string>t</string>"},
+		"TokenUpdate":           {"<key>Topic</key><string>t</string><key>PushMagic</key><string>stolen</string><key>Token</key>" + data},
+		"CheckOut":              {""},
+		"SetBootstrapToken":     {"<key>BootstrapToken</key>" + data, ""},
+		"GetBootstrapToken":     {""},
+		"UserAuthenticate":      {"", "<key>DigestResponse</key><string>x</string>"},
+		"DeclarativeManagement": endpoints,
+		"GetToken":              {"<key>TokenServiceType</key><string>com.apple.maid</string>"},
+		"ReturnToService":       {""},
+		"Report":                reports,
+	}
+}
+
+// The certificate of one device with the body of another, for every kind of
+// message, every channel and every way to have got hold of a certificate.
+func TestNoDeviceSpeaksForAnother(t *testing.T) {
+	called := make(chan string, 100)
+	backend := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { called <- r.URL.Path }))
+	defer backend.Close()
+	d := start(t, "http", "-reenroll", "same-subject", "-renewal", "same-subject", "-retro", "-dm", backend.URL+"/")
+	const victimID = "VICTIM-0123456789"
+	victim := d.device(victimID, mdmtest.Config{})
+	require.NoError(t, victim.Enroll(t.Context()))
+	require.NoError(t, victim.User("alice").TokenUpdate(t.Context()))
+	require.NoError(t, victim.SetBootstrapToken(t.Context(), []byte("bootstrap")))
+	status, body, _ := d.api("PUT", "/v1/enqueue/"+victimID+"?nopush=1", "nanomdm", testKey, mdmtest.NewCommand("C1", "ProfileList", nil))
+	require.Equal(t, 200, status, body)
+
+	attackers := map[string]*mdmtest.Device{
+		"enrolled":        d.device("ATTACKER-1", mdmtest.Config{}),
+		"a stranger":      d.device("ATTACKER-2", mdmtest.Config{}),
+		"has checked out": d.device("ATTACKER-3", mdmtest.Config{}),
+	}
+	require.NoError(t, attackers["enrolled"].Enroll(t.Context()))
+	require.NoError(t, attackers["has checked out"].Enroll(t.Context()))
+	require.NoError(t, attackers["has checked out"].CheckOut(t.Context()))
+	// One that was the victim's until it enrolled anew.
+	attackers["retired"] = d.device(victimID, mdmtest.Config{})
+	require.NoError(t, attackers["retired"].Enroll(t.Context()))
+	require.NoError(t, d.device(victimID, mdmtest.Config{}).Enroll(t.Context()))
+	victim = d.device(victimID, mdmtest.Config{})
+	require.NoError(t, victim.Enroll(t.Context()))
+	require.NoError(t, victim.User("alice").TokenUpdate(t.Context()))
+	require.NoError(t, victim.SetBootstrapToken(t.Context(), []byte("bootstrap")))
+	status, body, _ = d.api("PUT", "/v1/enqueue/"+victimID+"?nopush=1", "nanomdm", testKey, mdmtest.NewCommand("C2", "ProfileList", nil))
+	require.Equal(t, 200, status, body)
+
+	bodies := keysOf()
+	for _, kind := range messageKinds(t) {
+		require.Contains(t, bodies, kind, "a kind that is not tried")
+		for _, more := range bodies[kind] {
+			if kind != "Report" {
+				more += "<key>MessageType</key><string>" + kind + "</string>"
+			}
+			for channel, who := range map[string]string{
+				"device":               "<key>UDID</key><string>" + victimID + "</string>",
+				"user":                 "<key>UDID</key><string>" + victimID + "</string><key>UserID</key><string>alice</string><key>UserShortName</key><string>alice</string>",
+				"Shared iPad":          "<key>UDID</key><string>" + victimID + "</string><key>UserID</key><string>FFFFFFFF-FFFF-FFFF-FFFF-FFFFFFFFFFFF</string><key>UserShortName</key><string>alice</string>",
+				"User Enrollment":      "<key>EnrollmentID</key><string>" + victimID + "</string>",
+				"User Enrollment user": "<key>EnrollmentID</key><string>" + victimID + "</string><key>EnrollmentUserID</key><string>alice</string>",
+			} {
+				for name, attacker := range attackers {
+					name := fmt.Sprintf("%s, %s, %s, %s", kind, channel, name, more)
+					logged := len(d.log.String())
+					resp, err := attacker.Do(t.Context(), "", "", []byte(`<plist version="1.0"><dict>`+who+more+`</dict></plist>`))
+					require.NoError(t, err)
+					require.Equal(t, 400, resp.Status, name)
+					require.Empty(t, resp.Body, name)
+					if channel == "device" && kind != "UserAuthenticate" || channel == "user" && kind == "UserAuthenticate" {
+						// And for no other reason.
+						require.Contains(t, d.log.String()[logged:], "certificate does not belong to this enrollment", name)
+					}
+				}
+			}
+		}
+	}
+	require.Empty(t, called, "the backend was asked")
+	// Nothing of it left a trace.
+	token, err := victim.GetBootstrapToken(t.Context())
+	require.NoError(t, err)
+	require.Equal(t, "bootstrap", string(token))
+	visit, err := victim.Poll(t.Context())
+	require.NoError(t, err)
+	require.Len(t, visit.Exchanges, 1)
+	require.Equal(t, "C2", visit.Exchanges[0].Command.UUID)
+	_, err = victim.User("alice").Poll(t.Context())
+	require.NoError(t, err)
+	require.NoError(t, victim.Enroll(t.Context()), "and nothing is pinned that would keep it out")
+}
+
+// A certificate header is believed from the proxy alone, once, and whole.
+func TestForgedCertificateHeaders(t *testing.T) {
+	idle := `<plist version="1.0"><dict><key>Status</key><string>Idle</string><key>UDID</key><string>D1</string></dict></plist>`
+	send := func(d *daemon, header http.Header) int {
+		req, err := http.NewRequest("PUT", d.url+"/mdm", strings.NewReader(idle))
+		require.NoError(t, err)
+		req.Header = header
+		resp, err := http.DefaultClient.Do(req)
+		require.NoError(t, err)
+		defer resp.Body.Close()
+		body, err := io.ReadAll(resp.Body)
+		require.NoError(t, err)
+		if resp.StatusCode != 200 {
+			require.Empty(t, body)
+		}
+		return resp.StatusCode
+	}
+	refusals := func(d *daemon, reason string) string {
+		_, text, _ := d.api("GET", "/metrics", "nanomdm", testKey, nil)
+		m := regexp.MustCompile(`nanomdm_device_refusals_total\{reason="` + reason + `"\} (\d+)`).FindStringSubmatch(text)
+		if m == nil {
+			return "0"
+		}
+		return m[1]
+	}
+	enroll := func(d *daemon) *mdmtest.Identity {
+		id, err := d.ca.Issue("D1")
+		require.NoError(t, err)
+		message := `<plist version="1.0"><dict><key>MessageType</key><string>Authenticate</string><key>UDID</key><string>D1</string><key>Topic</key><string>t</string></dict></plist>`
+		req, err := http.NewRequest("PUT", d.url+"/mdm", strings.NewReader(message))
+		require.NoError(t, err)
+		req.Header.Set("Client-Cert", headerForms(id.Cert)[0])
+		resp, err := http.DefaultClient.Do(req)
+		require.NoError(t, err)
+		resp.Body.Close()
+		require.Equal(t, 200, resp.StatusCode)
+		return id
+	}
+
+	// Of a peer that is not a trusted proxy, in whichever form, and whatever
+	// it says of itself.
+	outside := start(t, "http", "-cert-header", "Client-Cert", "-trusted-proxies", "192.0.2.0/24,2001:db8::/32")
+	stolen, err := outside.ca.Issue("D1")
+	require.NoError(t, err)
+	n := 0
+	for _, form := range headerForms(stolen.Cert) {
+		for _, more := range []http.Header{{}, {"X-Forwarded-For": {"192.0.2.1"}}, {"Forwarded": {"for=192.0.2.1"}}, {"X-Real-Ip": {"192.0.2.1"}}} {
+			more = more.Clone()
+			more.Set("Client-Cert", form)
+			require.Equal(t, 400, send(outside, more))
+			n++
+			require.Equal(t, strconv.Itoa(n), refusals(outside, "untrusted_peer"))
+		}
+	}
+	require.NotContains(t, outside.log.String(), "client=192.0.2.1")
+
+	// Of a trusted one.
+	d := start(t, "http", "-cert-header", "Client-Cert", "-trusted-proxies", "127.0.0.0/8")
+	id := enroll(d)
+	other, err := d.ca.Issue("D2")
+	require.NoError(t, err)
+	strangers, err := mdmtest.NewCA()
+	require.NoError(t, err)
+	stranger, err := strangers.Issue("D1")
+	require.NoError(t, err)
+	good, second, foreign := headerForms(id.Cert), headerForms(other.Cert), headerForms(stranger.Cert)
+	for _, form := range good {
+		require.Equal(t, 200, send(d, http.Header{"Client-Cert": {form}}))
+	}
+	n = 0
+	for name, values := range map[string][]string{
+		"none":                       nil,
+		"empty":                      {""},
+		"twice":                      {good[0], good[0]},
+		"twice, the proxy's last":    {second[0], good[0]},
+		"twice, the proxy's first":   {good[0], second[0]},
+		"an empty one first":         {"", good[0]},
+		"of another CA":              {foreign[0]},
+		"another's":                  {second[0]},
+		"two in one, the other":      {second[1] + "," + good[1]},
+		"two in one, RFC 9440":       {second[0] + ", " + good[0]},
+		"cut":                        {good[0][:len(good[0])/2]},
+		"cut, closed":                {good[0][:len(good[0])/2] + ":"},
+		"no colon at the end":        {strings.TrimSuffix(good[0], ":")},
+		"another's behind rubbish":   {"x" + good[0]},
+		"parameters":                 {good[0] + ";a=1"},
+		"broken escape":              {strings.Replace(good[2], "%20", "%2", 1)},
+		"PEM of a key":               {url.PathEscape("-----BEGIN PRIVATE KEY-----\nMC4=\n-----END PRIVATE KEY-----\n")},
+		"text before PEM":            {"x" + good[2]},
+		"XFCC without a certificate": {"Hash=ab"},
+		"XFCC with two":              {`Cert="` + second[2] + `",Cert="` + good[2] + `"`},
+		"XFCC, quotes open":          {`Cert="` + good[2]},
+		"the subject alone":          {"CN=D1"},
+		"(null)":                     {"(null)"},
+		"much of nothing":            {strings.Repeat("M", 60<<10)},
+	} {
+		header := http.Header{}
+		if values != nil {
+			header["Client-Cert"] = values
+		}
+		require.Equal(t, 400, send(d, header), name)
+		n++
+	}
+	require.Equal(t, n-2, atoi(t, refusals(d, "identity")))
+	require.Equal(t, 2, atoi(t, refusals(d, "certificate_not_pinned")), "another's is a good certificate")
+
+	// A signature does not stand in for the header, and is not looked at.
+	signature, err := mdmtest.Sign(id, []byte(idle), mdmtest.SignOptions{})
+	require.NoError(t, err)
+	require.Equal(t, 400, send(d, http.Header{"Mdm-Signature": {signature}}))
+	require.Equal(t, 400, send(d, http.Header{"Mdm-Signature": {signature}, "Client-Cert": {second[0]}}))
+	require.Equal(t, 200, send(d, http.Header{"Mdm-Signature": {"nonsense"}, "Client-Cert": {good[0]}}))
+}
+
+func atoi(t *testing.T, s string) int {
+	t.Helper()
+	n, err := strconv.Atoi(s)
+	require.NoError(t, err)
+	return n
 }
 
 // A certificate header is refused where the mode does not use it, and counted.
