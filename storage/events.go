@@ -138,13 +138,15 @@ type EventSink struct {
 	// log, for readers of ReadEvents.
 	URL string
 	// Keys sign; the first one alone signs X-Hmac-Signature. They are secret
-	// and sealed. A Configured sink has none in the store.
+	// and sealed.
 	Keys []string
 	// Tokens lets events through that BearsTokens.
 	Tokens bool
 	Filter EventFilter
-	// Configured: the sink comes from flags or a file, not from the API.
+	// Configured: the sink comes from flags or a file, not from the API. It
+	// counts while a replica runs that has it there: SeenAt then grows.
 	Configured bool
+	SeenAt     time.Time
 	// Enabled is cleared when a receiver says that it is gone; Reason then
 	// says so.
 	Enabled bool
@@ -179,6 +181,9 @@ type EventSinks interface {
 	// DeleteEventSink removes a sink and what waits for it, or fails with
 	// ErrNotFound.
 	DeleteEventSink(ctx context.Context, name string) error
+	// SeeEventSinks sets SeenAt of configured sinks to the present. Names that
+	// are not there are left out.
+	SeeEventSinks(ctx context.Context, names []string) error
 }
 
 // EventQuery asks for events of the log.
@@ -255,12 +260,16 @@ type Settlement struct {
 	Done   []int64    // numbers whose rows are to go: delivered
 }
 
+// MaxCounted is where EventBacklogs stops counting rows: an operator need not
+// know which million it is, and counting them all keeps the database busy.
+const MaxCounted = 100_000
+
 // SinkBacklog is how much a sink has before it.
 type SinkBacklog struct {
 	Sink    string
 	Behind  int64     // numbers behind the last one
-	Oldest  time.Time // of those; zero: none
-	Waiting int64     // rows, by state
+	Oldest  time.Time // of those and of the waiting ones; zero: none
+	Waiting int64     // rows, by state, up to MaxCounted each
 	Again   int64
 	Dead    int64
 	Dropped int64
@@ -276,10 +285,16 @@ type Outbox interface {
 	// SinkPage reads up to limit events after a number, for any sink. Payloads
 	// over 64 KiB are left (RawLeft).
 	SinkPage(ctx context.Context, after int64, limit int) ([]EventRecord, error)
-	// Settle writes what a deliverer did.
-	Settle(ctx context.Context, l Lease, sink string, s Settlement) error
-	// TurnOffEventSink disables a sink, for a reason.
-	TurnOffEventSink(ctx context.Context, l Lease, name, reason string) error
+	// Settle writes what a deliverer did for a sink as it read it. It fails
+	// with ErrNotFound, and writes nothing, if that was deleted, also if there
+	// is a new one of its name.
+	Settle(ctx context.Context, l Lease, sink *EventSink, s Settlement) error
+	// GiveUp makes up to limit waiting events of a sink, that are from before a
+	// time, dead letters, and returns how many.
+	GiveUp(ctx context.Context, l Lease, sink *EventSink, before time.Time, text string, limit int) (int, error)
+	// TurnOffEventSink disables a sink, for a reason, unless it has another
+	// URL by now than the one that the caller read.
+	TurnOffEventSink(ctx context.Context, l Lease, sink *EventSink, reason string) error
 }
 
 // Deliveries reads what a sink has not got.
@@ -293,16 +308,16 @@ type Deliveries interface {
 	// RedeliveredEvents reads up to limit of those that are to be sent again
 	// and are due, in order.
 	RedeliveredEvents(ctx context.Context, sink string, limit int) ([]EventRecord, error)
-	// EventBacklogs counts, for each sink with a URL, by name.
+	// EventBacklogs counts, for each enabled sink with a URL, by name.
 	EventBacklogs(ctx context.Context) ([]SinkBacklog, error)
 }
 
 // Redeliverer asks for events again.
 type Redeliverer interface {
-	// Redeliver marks events for a sink as DeliveryAgain and returns how
-	// many, in chunks of a transaction each. ErrNotFound if there is no such
-	// sink. Repeating it is safe. Events that wait already, and those whose
-	// payload was removed, stay as they are.
+	// Redeliver marks events that a sink takes as DeliveryAgain and returns
+	// how many, in chunks of a transaction each. ErrNotFound if there is no
+	// such sink. Repeating it is safe. Events that wait already, and those
+	// whose payload was removed, stay as they are.
 	Redeliver(ctx context.Context, r Redelivery) (int64, error)
 }
 
@@ -321,4 +336,7 @@ type EventUpkeep interface {
 	// a sink names the topic. Up to limit of each kind are taken; it returns
 	// how many.
 	NoteExpiring(ctx context.Context, l Lease, before time.Time, limit int) (int, error)
+	// ForgetEventSinks removes configured sinks, with their deliveries, that
+	// no replica had in its configuration since a time, and returns how many.
+	ForgetEventSinks(ctx context.Context, l Lease, before time.Time) (int, error)
 }

@@ -27,8 +27,6 @@ const (
 
 	upkeepEvery = 30 * time.Second
 	noticeEvery = time.Hour
-	// expiryNotice is how long before its end a certificate is announced.
-	expiryNotice = 30 * 24 * time.Hour
 	// removeBatch is how many events upkeep removes in one transaction, and
 	// removePause what it leaves to others in between.
 	removeBatch = 500
@@ -58,9 +56,12 @@ type Config struct {
 	// MaxBacklog is how many events a sink may be behind, a million if zero.
 	// The oldest beyond it become dead letters without payload.
 	MaxBacklog int64
-	// Retention is how long events stay in the log, a week if zero, and never
-	// less than MaxAge.
+	// Retention is how long events stay in the log, a week if zero, for ever
+	// if negative, and never less than MaxAge.
 	Retention time.Duration
+	// Notice is how long before its end a certificate is announced, 30 days if
+	// zero.
+	Notice time.Duration
 	// Backoff is the pause after a first failure, half a second if zero. It
 	// doubles with each further one, up to 5 minutes.
 	Backoff time.Duration
@@ -76,8 +77,13 @@ func (c *Config) setDefaults() {
 	or(&c.Timeout, 10*time.Second)
 	or(&c.MaxAge, 72*time.Hour)
 	or(&c.MaxBacklog, 1_000_000)
-	or(&c.Retention, 7*24*time.Hour)
-	c.Retention = max(c.Retention, c.MaxAge)
+	or(&c.Notice, 30*24*time.Hour)
+	if c.Retention == 0 {
+		c.Retention = 7 * 24 * time.Hour
+	}
+	if c.Retention > 0 {
+		c.Retention = max(c.Retention, c.MaxAge)
+	}
 	or(&c.Backoff, 500*time.Millisecond)
 	or(&c.LeaseTTL, 10*time.Second)
 	if c.Logger == nil {
@@ -103,6 +109,7 @@ type Deliverer struct {
 
 	woken chan struct{}
 	last  atomic.Int64 // the last number, as far as is known here
+	dial  dialer       // nil but in tests
 
 	mu       sync.Mutex
 	running  map[string]*runner
@@ -168,7 +175,7 @@ func (d *Deliverer) Run(ctx context.Context) error {
 
 // work is one term of the lease.
 func (d *Deliverer) work(ctx context.Context, current func() storage.Lease) error {
-	d.send = newSender(d.store, d.cfg.Timeout, d.cfg.Workers)
+	d.send = newSender(d.store, d.cfg.Timeout, d.cfg.Workers, d.dial)
 	defer d.send.close()
 	var wg sync.WaitGroup
 	wg.Go(func() { d.number(ctx, current) })
@@ -229,8 +236,9 @@ func (d *Deliverer) direct(ctx context.Context, current func() storage.Lease) {
 		d.adjust(ctx, current)
 		select {
 		case <-ctx.Done():
+			// They end at once, not one after the other.
 			for _, r := range d.runners() {
-				r.stop()
+				<-r.done
 			}
 			d.mu.Lock()
 			clear(d.running)
@@ -264,6 +272,11 @@ func (d *Deliverer) adjust(ctx context.Context, current func() storage.Lease) {
 		delete(d.running, r.sink.Name)
 		d.mu.Unlock()
 	}
+	d.mu.Lock()
+	maps.DeleteFunc(d.counters, func(name string, _ *counters) bool {
+		return !slices.ContainsFunc(d.sinks.all(), func(k storage.EventSink) bool { return k.Name == name })
+	})
+	d.mu.Unlock()
 	for name, k := range wanted {
 		if ctx.Err() != nil {
 			return
@@ -295,7 +308,7 @@ func (d *Deliverer) upkeep(ctx context.Context, current func() storage.Lease) {
 	for {
 		if time.Since(noticed) >= noticeEvery {
 			if d.batches(ctx, "announcing certificates near their end", func() (int, error) {
-				return d.store.NoteExpiring(ctx, current(), time.Now().Add(expiryNotice), removeBatch/5)
+				return d.store.NoteExpiring(ctx, current(), time.Now().Add(d.cfg.Notice), removeBatch/5)
 			}) {
 				noticed = time.Now()
 			}
@@ -303,8 +316,13 @@ func (d *Deliverer) upkeep(ctx context.Context, current func() storage.Lease) {
 		d.batches(ctx, "dropping payloads", func() (int, error) {
 			return d.store.DropPayloads(ctx, current(), removeBatch)
 		})
-		d.batches(ctx, "removing old events", func() (int, error) {
-			return d.store.RemoveEvents(ctx, current(), time.Now().Add(-d.cfg.Retention), removeBatch)
+		if d.cfg.Retention > 0 {
+			d.batches(ctx, "removing old events", func() (int, error) {
+				return d.store.RemoveEvents(ctx, current(), time.Now().Add(-d.cfg.Retention), removeBatch)
+			})
+		}
+		d.batches(ctx, "forgetting sinks", func() (int, error) {
+			return d.store.ForgetEventSinks(ctx, current(), time.Now().Add(-d.cfg.MaxAge))
 		})
 		d.watch(ctx, alarmed)
 		if !sleep(ctx, upkeepEvery) {

@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"maps"
 	"math/rand/v2"
+	"slices"
 	"time"
 
 	"github.com/nanomdm/nanomdm/storage"
@@ -15,11 +17,13 @@ const (
 	// from a receiver that is down.
 	pageRows  = 256
 	probeRows = 8
+	// giveUpRows is how many waiting events are given up at once.
+	giveUpRows = 512
 	// laneRows is how many waiting events of one enrollment are read at once.
 	laneRows = 32
 	// maxBlocked bounds the enrollments with waiting events that are kept in
 	// memory; with more of them the sink reads nothing new.
-	maxBlocked = 1000
+	maxBlocked = 10_000
 	// pagePatience is how long the next page waits for slow lanes of this
 	// one. What is left of them then waits in the database.
 	pagePatience = 500 * time.Millisecond
@@ -67,13 +71,15 @@ type result struct {
 	lane    *lane
 	sent    int
 	failure *failure
+	cut     bool // it failed since the work ends
 }
 
 // blocked is an enrollment whose waiting events have rows.
 type blocked struct {
-	nextAt time.Time
-	busy   bool // a lane is under way
-	behind bool // rows were added since the lane was read
+	enrollment string
+	nextAt     time.Time
+	busy       bool // a lane is under way
+	behind     bool // rows were added since the lane was read
 }
 
 // page is a stretch of the log that is being delivered.
@@ -104,14 +110,16 @@ type runner struct {
 	cursor   int64 // as far as pages were read and settled
 	saved    int64 // as it stands in the database
 	savedAt  time.Time
-	put      []storage.Delivery
-	gone     []int64
+	rows     map[int64]*storage.Delivery // to be stored; nil: its row is to go
 	page     *page
-	again    map[string]*lane // redeliveries under way
+	again    map[string]*lane // redeliveries, until they are settled
+	ready    []*lane          // of those, not started
 	againAt  time.Time
 	blocked  map[string]*blocked
-	laneAt   time.Time // when lanes are looked at next
+	laneAt   time.Time // when blocked is looked through next
+	lookedAt time.Time // and when it was last
 	failures int       // without a success in between
+	dropping bool      // events, since the last success
 	probeAt  time.Time // while down
 	probes   int
 	pausedTo time.Time // the receiver's Retry-After
@@ -122,7 +130,7 @@ func newRunner(d *Deliverer, k storage.EventSink, current func() storage.Lease, 
 		d: d, sink: k, lease: current, count: count, log: d.log.With("sink", k.Name),
 		news: make(chan struct{}, 1), done: make(chan struct{}),
 		results: make(chan result, d.cfg.Workers),
-		blocked: make(map[string]*blocked), again: make(map[string]*lane),
+		rows:    make(map[int64]*storage.Delivery), blocked: make(map[string]*blocked), again: make(map[string]*lane),
 		cursor: k.Cursor, saved: k.Cursor,
 	}
 }
@@ -135,6 +143,7 @@ func (r *runner) start(ctx context.Context) {
 	}()
 }
 
+// stop waits until nothing is sent any more and what was is stored.
 func (r *runner) stop() {
 	r.cancel()
 	<-r.done
@@ -161,22 +170,29 @@ func (r *runner) run(ctx context.Context) {
 	sending, cut := context.WithCancel(context.WithoutCancel(ctx))
 	defer cut()
 	defer context.AfterFunc(ctx, func() { time.AfterFunc(grace, cut) })()
+	r.count.down.Store(false)
 	for !r.load(ctx) {
 		if !sleep(ctx, stormPause) {
 			return
 		}
 	}
-	var err error
-	for err == nil && ctx.Err() == nil {
-		if err = r.step(ctx, sending); err != nil && ctx.Err() == nil && !errors.Is(err, errGone) {
-			if !errors.Is(err, storage.ErrLeaseLost) {
-				r.log.WarnContext(ctx, "delivering events is held up by the store", "error", err)
-			}
-			err = nil
+	failing, gone := false, false
+	for ctx.Err() == nil && !gone {
+		err := r.step(ctx, sending)
+		switch {
+		case err == nil || ctx.Err() != nil:
+		case errors.Is(err, errGone), errors.Is(err, storage.ErrNotFound):
+			gone = true
+			continue
+		case !failing && !errors.Is(err, storage.ErrLeaseLost):
+			r.log.WarnContext(ctx, "delivering events is held up by the store", "error", err)
+		}
+		if failing = err != nil; failing {
 			sleep(ctx, stormPause)
 		}
 	}
-	r.finish(ctx, errors.Is(err, errGone))
+	r.finish(ctx, gone)
+	r.count.down.Store(false)
 }
 
 // errGone ends a runner whose receiver wants no more.
@@ -194,13 +210,37 @@ func (r *runner) load(ctx context.Context) bool {
 		var lanes []storage.Lane
 		lanes, err = r.d.store.WaitingLanes(ctx, r.sink.Name, maxBlocked+pageRows)
 		for _, l := range lanes {
-			r.blocked[l.Enrollment] = &blocked{nextAt: l.NextAt}
+			r.block(l.Enrollment, l.NextAt)
 		}
 	}
 	if err != nil && ctx.Err() == nil {
 		r.log.WarnContext(ctx, "cannot read where the sink stands", "error", err)
 	}
 	return err == nil
+}
+
+// block remembers that an enrollment has waiting events, to be tried at a
+// time.
+func (r *runner) block(enrollment string, at time.Time) *blocked {
+	b := r.blocked[enrollment]
+	if b == nil {
+		b = &blocked{enrollment: enrollment}
+		r.blocked[enrollment] = b
+	}
+	b.nextAt = at
+	r.look(at)
+	return b
+}
+
+// look sees to it that the blocked enrollments are looked through at a time,
+// but not at every turn.
+func (r *runner) look(at time.Time) {
+	if soonest := r.lookedAt.Add(laneTick); at.Before(soonest) {
+		at = soonest
+	}
+	if at.Before(r.laneAt) {
+		r.laneAt = at
+	}
 }
 
 // step does what can be done now and waits for the next thing to happen.
@@ -211,11 +251,18 @@ func (r *runner) step(ctx, sending context.Context) error {
 	now := time.Now()
 	read := false
 	if !now.Before(r.pausedTo) {
+		probe := r.down() && !now.Before(r.probeAt)
+		if probe {
+			r.postpone(now)
+			if err := r.giveUp(ctx, now); err != nil {
+				return err
+			}
+		}
 		var err error
-		if read, err = r.feed(ctx, now); err != nil {
+		if read, err = r.feed(ctx, now, probe); err != nil {
 			return err
 		}
-		if err := r.startBlocked(ctx, sending, now); err != nil {
+		if err := r.startBlocked(ctx, sending, now, probe); err != nil {
 			return err
 		}
 		r.startReady(sending)
@@ -263,21 +310,14 @@ func (r *runner) nextLook(now time.Time) time.Duration {
 	if r.page != nil {
 		sooner(r.page.since.Add(pagePatience))
 	}
-	if r.cursor > r.saved || len(r.put)+len(r.gone) > 0 {
+	if r.cursor > r.saved || len(r.rows) > 0 {
 		sooner(r.savedAt.Add(saveEvery))
 	}
-	if r.flying < r.d.cfg.Workers && !r.down() {
-		for _, b := range r.blocked {
-			if !b.busy && b.nextAt.Before(at) {
-				at = b.nextAt
-			}
-		}
-		if at.Before(r.laneAt) {
-			at = r.laneAt
-		}
-	}
-	if r.down() {
+	switch {
+	case r.down():
 		sooner(r.probeAt)
+	case len(r.blocked) > 0 && r.flying < r.d.cfg.Workers:
+		sooner(r.laneAt)
 	}
 	if r.pausedTo.After(now) && at.Before(r.pausedTo) {
 		at = r.pausedTo
@@ -290,37 +330,50 @@ func (r *runner) nextLook(now time.Time) time.Duration {
 
 func (r *runner) down() bool { return r.count.down.Load() }
 
-// feed reads the next page if there is none, and redeliveries. It says
-// whether a page was read.
-func (r *runner) feed(ctx context.Context, now time.Time) (bool, error) {
+// feed reads the next page if there is none, and redeliveries. While the
+// receiver is down it does so for a probe only. It says whether it got ahead.
+func (r *runner) feed(ctx context.Context, now time.Time, probe bool) (bool, error) {
 	if !r.down() && len(r.again) == 0 && now.Sub(r.againAt) >= lookAgain {
 		if err := r.readAgain(ctx, now); err != nil {
 			return false, err
 		}
 	}
-	if r.page != nil || len(r.blocked) >= maxBlocked {
-		return false, nil
-	}
 	last := r.d.last.Load()
-	if r.cursor >= last {
+	if r.page != nil || len(r.blocked) >= maxBlocked || r.cursor >= last {
 		return false, nil
 	}
 	if excess := last - r.cursor - r.d.cfg.MaxBacklog; excess > 0 {
+		if !r.dropping {
+			r.dropping = true
+			r.log.ErrorContext(ctx, "too many events wait for a webhook receiver; the oldest are dead letters now, without their payload",
+				"max_events", r.d.cfg.MaxBacklog)
+		}
 		return true, r.skip(ctx, min(excess, pageRows), storage.DeliveryDropped)
 	}
-	rows := pageRows
-	if r.down() {
-		if now.Before(r.probeAt) {
-			return false, nil
-		}
-		r.postpone(now)
-		rows = probeRows
-		old, err := r.tooOld(ctx, now)
-		if err != nil || old {
-			return old, err
-		}
+	if !r.down() {
+		return true, r.readPage(ctx, pageRows, now)
 	}
-	return true, r.readPage(ctx, rows, now)
+	if !probe {
+		return false, nil
+	}
+	if old, err := r.tooOld(ctx, now); err != nil || old {
+		return old, err
+	}
+	return true, r.readPage(ctx, probeRows, now)
+}
+
+const tooLong = "given up: the receiver was away for too long"
+
+// giveUp gives up waiting events that got too old while the receiver was down,
+// of which few are tried. They get some more time than others, so that what
+// stands behind one that is refused for ever is tried before.
+func (r *runner) giveUp(ctx context.Context, now time.Time) error {
+	if err := r.save(ctx); err != nil {
+		return err
+	}
+	n, err := r.d.store.GiveUp(ctx, r.lease(), &r.sink, now.Add(-r.d.cfg.MaxAge-2*maxBackoff), tooLong, giveUpRows)
+	r.count.dead.Add(int64(n))
+	return err
 }
 
 // tooOld gives up what got too old while the receiver was down.
@@ -352,14 +405,14 @@ func (r *runner) skip(ctx context.Context, rows int64, state storage.DeliverySta
 		if !r.sink.Match(e) {
 			continue
 		}
-		text := "given up: the receiver was away for too long"
+		text := tooLong
 		if state == storage.DeliveryDropped {
 			text = "given up: too many events waited"
 			r.count.dropped.Add(1)
 		} else {
 			r.count.dead.Add(1)
 		}
-		r.put = append(r.put, storage.Delivery{Seq: e.Seq, Enrollment: e.Enroll.ID, State: state, Error: text})
+		r.rows[e.Seq] = &storage.Delivery{Seq: e.Seq, Enrollment: e.Enroll.ID, State: state, Error: text}
 	}
 	return r.save(ctx)
 }
@@ -413,61 +466,75 @@ func (r *runner) readAgain(ctx context.Context, now time.Time) error {
 		r.againAt = now
 	}
 	for _, e := range events {
-		if !r.sink.Match(&e) {
-			r.gone = append(r.gone, e.Seq)
-			continue
-		}
 		l := r.again[e.Enroll.ID]
 		if l == nil {
 			l = &lane{enrollment: e.Enroll.ID, from: fromAgain}
 			r.again[e.Enroll.ID] = l
+			r.ready = append(r.ready, l)
 		}
 		l.events = append(l.events, e)
 	}
 	return nil
 }
 
-// startBlocked reads and starts lanes that are due.
-func (r *runner) startBlocked(ctx, sending context.Context, now time.Time) error {
-	if now.Before(r.laneAt) {
+// startBlocked reads and starts lanes that are due, or, to probe a receiver
+// that is down, the one that is due first.
+func (r *runner) startBlocked(ctx, sending context.Context, now time.Time, probe bool) error {
+	free := r.d.cfg.Workers - r.flying
+	switch {
+	case free <= 0, r.down() && (!probe || r.flying > 0), !r.down() && now.Before(r.laneAt):
 		return nil
 	}
-	free := r.d.cfg.Workers - r.flying
-	if r.down() {
-		free = 0
-		if r.flying == 0 && !now.Before(r.probeAt) {
-			free = 1
-			r.postpone(now)
-		}
+	due := r.dueLanes(now, free)
+	if len(due) == 0 {
+		return nil
 	}
-	stored := false
-	for id, b := range r.blocked {
-		if free <= 0 {
-			break
-		}
-		if b.busy || b.nextAt.After(now) && !r.down() {
-			continue
-		}
-		r.laneAt = now.Add(laneTick)
-		if !stored {
-			if err := r.save(ctx); err != nil {
-				return err
-			}
-			stored = true
-		}
-		events, err := r.d.store.WaitingEvents(ctx, r.sink.Name, id, laneRows)
+	if err := r.save(ctx); err != nil {
+		return err
+	}
+	for _, b := range due {
+		events, err := r.d.store.WaitingEvents(ctx, r.sink.Name, b.enrollment, laneRows)
 		if err != nil {
 			return err
 		}
 		if len(events) == 0 {
-			delete(r.blocked, id)
+			delete(r.blocked, b.enrollment)
 			continue
 		}
 		b.busy, b.behind = true, false
-		free--
-		r.launch(sending, &lane{enrollment: id, events: events, from: fromRows, more: len(events) == laneRows})
+		r.launch(sending, &lane{enrollment: b.enrollment, events: events, from: fromRows, more: len(events) == laneRows})
 	}
 	return nil
+}
+
+// dueLanes looks blocked enrollments through for some that are due.
+func (r *runner) dueLanes(now time.Time, limit int) (due []*blocked) {
+	r.laneAt, r.lookedAt = now.Add(lookAgain), now
+	if r.down() {
+		var first *blocked
+		for _, b := range r.blocked {
+			if !b.busy && (first == nil || b.nextAt.Before(first.nextAt)) {
+				first = b
+			}
+		}
+		if first != nil {
+			due = append(due, first)
+		}
+		return due
+	}
+	for _, b := range r.blocked {
+		switch {
+		case b.busy:
+		case b.nextAt.After(now):
+			r.look(b.nextAt)
+		default:
+			if due = append(due, b); len(due) == limit {
+				r.look(now) // there may be more
+				return due
+			}
+		}
+	}
+	return due
 }
 
 // startReady starts lanes of the page, and redeliveries.
@@ -481,29 +548,27 @@ func (r *runner) startReady(sending context.Context) {
 			r.launch(sending, l)
 		}
 	}
-	for _, l := range r.again {
-		if r.flying >= workers {
-			return
-		}
-		if l != nil && !l.more { // more marks those that fly
-			l.more = true
-			r.launch(sending, l)
-		}
+	for len(r.ready) > 0 && r.flying < workers && !r.down() {
+		l := r.ready[0]
+		r.ready = r.ready[1:]
+		r.launch(sending, l)
 	}
 }
 
-// launch sends a lane's events one after the other in a goroutine.
+// launch sends a lane's events one after the other in a goroutine. Those that
+// the sink does not take, since its filter has changed, count as sent.
 func (r *runner) launch(sending context.Context, l *lane) {
 	r.flying++
 	go func() {
 		res := result{lane: l}
 		for i := range l.events {
 			e := &l.events[i]
-			if l.from != fromPage && !r.sink.Match(e) {
-				res.sent++ // the filter has changed
+			if !r.sink.Match(e) {
+				res.sent++
 				continue
 			}
 			if res.failure = r.d.send.send(sending, &r.sink, e); res.failure != nil {
+				res.cut = sending.Err() != nil
 				break
 			}
 			e.Raw = nil
@@ -516,8 +581,8 @@ func (r *runner) launch(sending context.Context, l *lane) {
 
 // wait puts an event behind what waits.
 func (r *runner) wait(e *storage.EventRecord, attempts int, at time.Time, text string) {
-	r.put = append(r.put, storage.Delivery{Seq: e.Seq, Enrollment: e.Enroll.ID, State: storage.DeliveryWaiting,
-		Attempts: attempts, NextAt: at, Error: text})
+	r.rows[e.Seq] = &storage.Delivery{Seq: e.Seq, Enrollment: e.Enroll.ID, State: storage.DeliveryWaiting,
+		Attempts: attempts, NextAt: at, Error: text}
 }
 
 // settle takes a lane's result.
@@ -528,22 +593,29 @@ func (r *runner) settle(ctx context.Context, res result) error {
 	if res.sent > 0 {
 		r.worked(ctx, now)
 	}
-	if res.failure != nil {
-		r.count.failures.Add(1)
-	}
-	if l.from != fromPage {
-		for i := range res.sent {
-			r.gone = append(r.gone, l.events[i].Seq)
-		}
-	} else if r.page != nil {
+	if l.from == fromPage {
 		delete(r.page.flying, l.enrollment)
+	} else {
+		for i := range res.sent {
+			r.rows[l.events[i].Seq] = nil
+		}
 	}
 	if l.from == fromAgain {
 		delete(r.again, l.enrollment)
 	}
-	if res.failure == nil {
+	switch {
+	case res.failure == nil:
 		r.laneEnded(l, now)
 		return nil
+	case res.cut:
+		if l.from == fromPage {
+			r.leave(l.events[res.sent:], l.enrollment, now)
+		}
+		return nil
+	}
+	r.count.failures.Add(1)
+	if res.failure.after > 0 && now.Add(res.failure.after).After(r.pausedTo) {
+		r.pausedTo = now.Add(res.failure.after)
 	}
 	r.laneFailed(l, res, now)
 	if res.failure.gone {
@@ -559,10 +631,12 @@ func (r *runner) laneEnded(l *lane, now time.Time) {
 	if l.from != fromRows || b == nil {
 		return
 	}
-	b.busy, b.nextAt = false, now
 	if !l.more && !b.behind {
 		delete(r.blocked, l.enrollment)
+		return
 	}
+	b.busy = false
+	r.block(l.enrollment, now)
 }
 
 // laneFailed keeps what a lane could not deliver.
@@ -573,33 +647,32 @@ func (r *runner) laneFailed(l *lane, res result, now time.Time) {
 	if next.Before(r.pausedTo) {
 		next = r.pausedTo
 	}
-	old := now.Sub(e.CreatedAt) > r.d.cfg.MaxAge || res.failure.unfit
+	d := storage.Delivery{Seq: e.Seq, Enrollment: e.Enroll.ID, State: storage.DeliveryWaiting, Attempts: attempts, NextAt: next, Error: res.failure.text}
+	dead := now.Sub(e.CreatedAt) > r.d.cfg.MaxAge
 	if l.from == fromAgain {
-		d := storage.Delivery{Seq: e.Seq, Enrollment: e.Enroll.ID, State: storage.DeliveryAgain, Attempts: attempts, NextAt: next, Error: res.failure.text}
-		if attempts >= againTries || res.failure.unfit {
-			d.State = storage.DeliveryDead
-			r.count.dead.Add(1)
-		}
-		r.put = append(r.put, d)
-		return
+		d.State, dead = storage.DeliveryAgain, attempts >= againTries
 	}
-	b := r.blocked[l.enrollment]
-	if b == nil {
-		b = new(blocked)
-		r.blocked[l.enrollment] = b
-	}
-	b.busy, b.nextAt = false, next
-	if old {
+	if dead || res.failure.unfit {
+		d.State, d.NextAt = storage.DeliveryDead, time.Time{}
+		next = now // the next one is not to blame
 		r.count.dead.Add(1)
-		r.put = append(r.put, storage.Delivery{Seq: e.Seq, Enrollment: e.Enroll.ID, State: storage.DeliveryDead, Attempts: attempts, Error: res.failure.text})
-		b.nextAt = now // the next one is not to blame
-	} else {
-		r.wait(e, attempts, next, res.failure.text)
 	}
-	if l.from == fromPage {
-		for i := res.sent + 1; i < len(l.events); i++ {
-			r.wait(&l.events[i], 0, time.Time{}, "")
-		}
+	r.rows[e.Seq] = &d
+	switch l.from {
+	case fromPage:
+		r.leave(l.events[res.sent+1:], l.enrollment, next)
+	case fromRows:
+		r.blocked[l.enrollment].busy = false
+		r.block(l.enrollment, next)
+	}
+}
+
+// leave makes events of the page, which were not tried, and the enrollment
+// wait in the database.
+func (r *runner) leave(events []storage.EventRecord, enrollment string, next time.Time) {
+	r.block(enrollment, next)
+	for i := range events {
+		r.wait(&events[i], 0, time.Time{}, "")
 	}
 }
 
@@ -620,7 +693,7 @@ func jitter(p time.Duration) time.Duration { return p - rand.N(p/2+1) }
 // worked notes a success: a receiver that was down is back, and everything
 // that waits is due.
 func (r *runner) worked(ctx context.Context, now time.Time) {
-	r.failures = 0
+	r.failures, r.dropping = 0, false
 	if !r.down() {
 		return
 	}
@@ -629,14 +702,12 @@ func (r *runner) worked(ctx context.Context, now time.Time) {
 	for _, b := range r.blocked {
 		b.nextAt = now
 	}
+	r.look(now)
 }
 
 // failed notes a failure. Too many in a row mean that the receiver is down:
 // what is left of the page waits, and only now and then something is tried.
 func (r *runner) failed(ctx context.Context, f *failure, now time.Time) {
-	if f.after > 0 && now.Add(f.after).After(r.pausedTo) {
-		r.pausedTo = now.Add(f.after)
-	}
 	if r.failures++; r.failures < breakAfter || r.down() {
 		return
 	}
@@ -659,23 +730,18 @@ func (r *runner) park(now time.Time) {
 		return
 	}
 	for _, l := range r.page.ready {
-		r.blocked[l.enrollment] = &blocked{nextAt: now}
-		for i := range l.events {
-			r.wait(&l.events[i], 0, time.Time{}, "")
-		}
+		r.leave(l.events, l.enrollment, now)
 	}
 	r.page.ready = nil
 }
 
 // detach leaves the lanes of the page that take long to themselves: their
 // events get rows, and the result says which of those may go.
-func (r *runner) detach() {
+func (r *runner) detach(now time.Time) {
 	for id, l := range r.page.flying {
 		l.from = fromRows
-		r.blocked[id] = &blocked{busy: true}
-		for i := range l.events {
-			r.put = append(r.put, storage.Delivery{Seq: l.events[i].Seq, Enrollment: id, State: storage.DeliveryWaiting})
-		}
+		r.leave(l.events, id, now)
+		r.blocked[id].busy = true
 	}
 	clear(r.page.flying)
 }
@@ -685,15 +751,15 @@ func (r *runner) detach() {
 func (r *runner) turnPage(ctx context.Context, now time.Time) error {
 	if p := r.page; p != nil {
 		if len(p.ready) == 0 && len(p.flying) > 0 && now.Sub(p.since) >= pagePatience {
-			r.detach()
+			r.detach(now)
 		}
 		if len(p.ready)+len(p.flying) == 0 {
 			r.cursor, r.page = p.through, nil
 			r.poke() // there may be more
 		}
 	}
-	due := r.cursor > r.saved || len(r.put)+len(r.gone) > 0
-	if due && (now.Sub(r.savedAt) >= saveEvery || len(r.put)+len(r.gone) >= pageRows) {
+	due := r.cursor > r.saved || len(r.rows) > 0
+	if due && (now.Sub(r.savedAt) >= saveEvery || len(r.rows) >= pageRows) {
 		return r.save(ctx)
 	}
 	return nil
@@ -701,42 +767,31 @@ func (r *runner) turnPage(ctx context.Context, now time.Time) error {
 
 // save stores what is known. The cursor never passes a page that is not done.
 func (r *runner) save(ctx context.Context) error {
-	s := storage.Settlement{Put: r.put, Done: r.gone}
+	var s storage.Settlement
 	if r.cursor > r.saved {
 		s.Cursor = r.cursor
 	}
-	if s.Cursor == 0 && len(s.Put)+len(s.Done) == 0 {
+	for _, seq := range slices.Sorted(maps.Keys(r.rows)) {
+		if d := r.rows[seq]; d != nil {
+			s.Put = append(s.Put, *d)
+		} else {
+			s.Done = append(s.Done, seq)
+		}
+	}
+	if s.Cursor == 0 && len(r.rows) == 0 {
 		return nil
 	}
-	// A row may have been written and be delivered since; the last word
-	// counts, and the store does what is done first.
-	s.Put = lastWords(s.Put)
-	if err := r.d.store.Settle(ctx, r.lease(), r.sink.Name, s); err != nil {
+	if err := r.d.store.Settle(ctx, r.lease(), &r.sink, s); err != nil {
 		return err
 	}
 	r.saved, r.savedAt = r.cursor, time.Now()
-	r.put, r.gone = nil, nil
+	clear(r.rows)
 	return nil
-}
-
-// lastWords keeps the last delivery of each number.
-func lastWords(put []storage.Delivery) []storage.Delivery {
-	at := make(map[int64]int, len(put))
-	out := put[:0:0]
-	for _, d := range put {
-		if i, ok := at[d.Seq]; ok {
-			out[i] = d
-			continue
-		}
-		at[d.Seq] = len(out)
-		out = append(out, d)
-	}
-	return out
 }
 
 // turnOff ends the sink, as its receiver asked.
 func (r *runner) turnOff(ctx context.Context) error {
-	if err := r.d.store.TurnOffEventSink(ctx, r.lease(), r.sink.Name, "the receiver answered 410 Gone"); err != nil {
+	if err := r.d.store.TurnOffEventSink(ctx, r.lease(), &r.sink, "the receiver answered 410 Gone"); err != nil {
 		return err
 	}
 	r.log.ErrorContext(ctx, "a webhook receiver answered 410: its sink is off until it is turned on again")
@@ -747,15 +802,17 @@ func (r *runner) turnOff(ctx context.Context) error {
 func (r *runner) finish(ctx context.Context, gone bool) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), grace+r.d.cfg.Timeout+finalSave)
 	defer cancel()
-	if r.page != nil {
-		r.page.ready = nil // of a page that is not done; the cursor stays before it
-	}
 	for r.flying > 0 {
 		if err := r.settle(ctx, <-r.results); err != nil && !errors.Is(err, errGone) {
 			r.log.DebugContext(ctx, "could not settle on the way out", "error", err)
 		}
 	}
-	if err := r.save(ctx); err != nil && !errors.Is(err, storage.ErrLeaseLost) {
+	if r.page != nil {
+		r.park(time.Now())
+		r.cursor, r.page = r.page.through, nil
+	}
+	err := r.save(ctx)
+	if err != nil && !errors.Is(err, storage.ErrLeaseLost) && !errors.Is(err, storage.ErrNotFound) {
 		r.log.WarnContext(ctx, "could not store what was delivered; it will be sent again", "error", err)
 	}
 	if gone {

@@ -47,7 +47,13 @@ type sender struct {
 	large   *semaphore.Weighted
 }
 
-func newSender(log storage.EventLog, timeout time.Duration, workers int) *sender {
+// dialer makes connections.
+type dialer func(ctx context.Context, network, address string) (net.Conn, error)
+
+func newSender(log storage.EventLog, timeout time.Duration, workers int, dial dialer) *sender {
+	if dial == nil {
+		dial = (&net.Dialer{Timeout: 10 * time.Second, KeepAlive: 30 * time.Second}).DialContext
+	}
 	return &sender{
 		log:     log,
 		timeout: timeout,
@@ -55,7 +61,7 @@ func newSender(log storage.EventLog, timeout time.Duration, workers int) *sender
 		client: &http.Client{
 			Transport: &http.Transport{
 				Proxy:                  http.ProxyFromEnvironment,
-				DialContext:            (&net.Dialer{Timeout: 10 * time.Second, KeepAlive: 30 * time.Second}).DialContext,
+				DialContext:            dial,
 				TLSHandshakeTimeout:    10 * time.Second,
 				ForceAttemptHTTP2:      true,
 				MaxIdleConnsPerHost:    workers,

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -18,68 +19,129 @@ import (
 // sinks that was made through another one.
 const refreshEvery = 3 * time.Second
 
+// seeEvery is how often a replica says that it has sinks in its configuration,
+// and staleAfter how long others believe it after the last time.
+const (
+	seeEvery   = 9 * time.Second
+	staleAfter = 45 * time.Second
+)
+
 // Sinks is what this replica knows of who is told events. It may be asked by
 // any number of goroutines, and answers without the database.
+//
+// A configured sink counts on every replica for as long as one of them has it
+// in its configuration: replicas may differ while they are restarted one by
+// one, and one that serves the API alone may have no sinks at all. It is kept
+// for some time after that, in case they were just all down.
 type Sinks struct {
 	store      storage.EventSinks
 	configured map[string]storage.EventSink
 	log        *slog.Logger
 
 	mu      sync.Mutex // one load at a time
+	watched map[string]sighting
+	seenAt  time.Time // when ours were last said to be configured
 	known   atomic.Pointer[[]storage.EventSink]
 	changed chan struct{}
 }
 
-// OpenSinks makes the configured sinks, with their keys, known to the store,
-// forgets those that are configured no more, and reads all. Run keeps them
-// up to date.
+// sighting is since when a sink of another replica's has the same SeenAt, by
+// the clock of this one.
+type sighting struct {
+	seen  time.Time
+	since time.Time
+	stale bool
+}
+
+// OpenSinks stores the configured sinks and reads all. Run keeps them up to
+// date.
 func OpenSinks(ctx context.Context, store storage.EventSinks, configured []storage.EventSink, logger *slog.Logger) (*Sinks, error) {
-	s := &Sinks{store: store, configured: make(map[string]storage.EventSink), log: logger, changed: make(chan struct{}, 1)}
+	s := &Sinks{
+		store: store, configured: make(map[string]storage.EventSink), log: logger,
+		watched: make(map[string]sighting), changed: make(chan struct{}, 1),
+	}
 	for _, k := range configured {
 		k.Configured, k.Enabled, k.Reason = true, true, ""
 		s.configured[k.Name] = k
-		err := store.PutEventSink(ctx, k)
-		if errors.Is(err, storage.ErrConflict) {
-			return nil, fmt.Errorf("a sink named %s was made through the API: delete it there, or give the configured one another name", k.Name)
-		}
-		if err != nil {
+		if err := s.put(ctx, k); err != nil {
 			return nil, err
 		}
 	}
-	stored, err := store.EventSinks(ctx)
-	if err != nil {
-		return nil, err
-	}
-	for _, k := range stored {
-		if _, ok := s.configured[k.Name]; ok || !k.Configured {
-			continue
-		}
-		if err := store.DeleteEventSink(ctx, k.Name); err != nil && !errors.Is(err, storage.ErrNotFound) {
-			return nil, err
-		}
-	}
+	s.seenAt = time.Now()
 	return s, s.Refresh(ctx)
+}
+
+func (s *Sinks) put(ctx context.Context, k storage.EventSink) error {
+	err := s.store.PutEventSink(ctx, k)
+	if errors.Is(err, storage.ErrConflict) {
+		return fmt.Errorf("a sink named %s was made through the API: delete it there, or give the configured one another name", k.Name)
+	}
+	return err
 }
 
 // Refresh reads the sinks at once.
 func (s *Sinks) Refresh(ctx context.Context) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	stored, err := s.store.EventSinks(ctx)
+	stored, err := s.read(ctx)
 	if err != nil {
 		return err
 	}
-	for i, k := range stored {
-		if c, ok := s.configured[k.Name]; ok {
-			stored[i].Keys = c.Keys // the store has none
+	if now := time.Now(); len(s.configured) > 0 && now.Sub(s.seenAt) >= seeEvery {
+		if err := s.store.SeeEventSinks(ctx, slices.Collect(maps.Keys(s.configured))); err != nil {
+			return err
 		}
+		s.seenAt = now
 	}
+	stored = slices.DeleteFunc(stored, func(k storage.EventSink) bool { return s.stale(ctx, k) })
 	s.known.Store(&stored)
 	select {
 	case s.changed <- struct{}{}:
 	default: // whoever waits has not looked yet
 	}
 	return nil
+}
+
+// read lists all sinks. Configured ones that are missing are stored again: a
+// database may have been restored from a backup.
+func (s *Sinks) read(ctx context.Context) ([]storage.EventSink, error) {
+	stored, err := s.store.EventSinks(ctx)
+	if err != nil {
+		return nil, err
+	}
+	missing := maps.Clone(s.configured)
+	for _, k := range stored {
+		delete(missing, k.Name)
+	}
+	if len(missing) == 0 {
+		return stored, nil
+	}
+	for _, k := range missing {
+		s.log.WarnContext(ctx, "a configured event sink is not in the database, and is stored again", "sink", k.Name)
+		if err := s.put(ctx, k); err != nil {
+			return nil, err
+		}
+	}
+	return s.store.EventSinks(ctx)
+}
+
+// stale says whether no running replica has the sink in its configuration.
+// Clocks of machines are not compared: it is watched here.
+func (s *Sinks) stale(ctx context.Context, k storage.EventSink) bool {
+	if _, ours := s.configured[k.Name]; ours || !k.Configured {
+		return false
+	}
+	w := s.watched[k.Name]
+	now := time.Now()
+	if w.since.IsZero() || !w.seen.Equal(k.SeenAt) {
+		w = sighting{seen: k.SeenAt, since: now}
+	}
+	if stale := now.Sub(w.since) >= staleAfter; stale && !w.stale {
+		w.stale = true
+		s.log.WarnContext(ctx, "an event sink is in no running replica's configuration any more, and is told nothing", "sink", k.Name)
+	}
+	s.watched[k.Name] = w
+	return w.stale
 }
 
 // Run refreshes until ctx ends.
@@ -111,15 +173,7 @@ func (s *Sinks) Wants(e *storage.Event, typ mdm.EnrollType) bool {
 	return slices.ContainsFunc(s.all(), func(k storage.EventSink) bool { return k.Wants(e, typ) })
 }
 
-// deliverable lists those that this replica can send to: one that is
-// configured elsewhere only has its keys there.
+// deliverable lists those that events are sent to.
 func (s *Sinks) deliverable() []storage.EventSink {
-	var out []storage.EventSink
-	for _, k := range s.all() {
-		_, here := s.configured[k.Name]
-		if k.Enabled && k.URL != "" && k.Configured == here {
-			out = append(out, k)
-		}
-	}
-	return out
+	return slices.DeleteFunc(slices.Clone(s.all()), func(k storage.EventSink) bool { return !k.Enabled || k.URL == "" })
 }

@@ -172,12 +172,16 @@ func (s *Store) NoteExpiring(ctx context.Context, l storage.Lease, before time.T
 			return err
 		}
 		var all []expiring
-		for _, kind := range [...]struct{ topic, query string }{
+		for _, kind := range [...]struct {
+			topic, query string
+			args         []any
+		}{
+			// There are few of these, so that all are looked at.
 			{storage.TopicPushCertExpiring, `SELECT c.topic, c.topic, c.not_after FROM nano_push_certs c
-				WHERE c.not_after < ? ORDER BY c.not_after, c.topic LIMIT ?`},
+				WHERE c.not_after < ? ORDER BY c.not_after, c.topic`, []any{micros(before)}},
 			{storage.TopicIdentityExpiring, `SELECT a.sha256, a.id, a.not_after FROM nano_cert_auth_associations a
 				LEFT JOIN nano_event_notices n ON n.name = a.sha256
-				WHERE a.not_after < ? AND a.retired_at IS NULL AND n.name IS NULL ORDER BY a.not_after, a.sha256 LIMIT ?`},
+				WHERE a.not_after < ? AND a.retired_at IS NULL AND n.name IS NULL ORDER BY a.not_after, a.sha256 LIMIT ?`, []any{micros(before), limit}},
 		} {
 			want, err := announced(ctx, t, kind.topic)
 			if err != nil {
@@ -186,7 +190,7 @@ func (s *Store) NoteExpiring(ctx context.Context, l storage.Lease, before time.T
 			if !want {
 				continue
 			}
-			found, err := expiringSoon(ctx, t, kind.topic, kind.query, micros(before), limit)
+			found, err := expiringSoon(ctx, t, kind.topic, kind.query, kind.args...)
 			if err != nil {
 				return err
 			}
@@ -211,8 +215,8 @@ func (s *Store) NoteExpiring(ctx context.Context, l storage.Lease, before time.T
 	return n, nil
 }
 
-func expiringSoon(ctx context.Context, t *tx, topic, query string, before int64, limit int) ([]expiring, error) {
-	rows, err := t.query(ctx, query, before, limit)
+func expiringSoon(ctx context.Context, t *tx, topic, query string, args ...any) ([]expiring, error) {
+	rows, err := t.query(ctx, query, args...)
 	if err != nil {
 		return nil, err
 	}

@@ -347,18 +347,15 @@ func (s *Store) EventPayload(ctx context.Context, seq int64) ([]byte, error) {
 }
 
 // Settle implements storage.Outbox.
-func (s *Store) Settle(ctx context.Context, l storage.Lease, sink string, st storage.Settlement) error {
-	err := s.write(ctx, func(ctx context.Context, t *tx) error {
-		if err := t.checkLease(ctx, l); err != nil {
+func (s *Store) Settle(ctx context.Context, l storage.Lease, k *storage.EventSink, st storage.Settlement) error {
+	sink := k.Name
+	err := s.sweep(ctx, l, func(ctx context.Context, t *tx) error {
+		if err := lockSink(ctx, t, k); err != nil {
 			return err
 		}
 		if st.Cursor > 0 {
-			n, err := t.exec(ctx, `UPDATE nano_event_sinks SET cursor_seq = ? WHERE name = ?`, st.Cursor, sink)
-			if err != nil {
+			if _, err := t.exec(ctx, `UPDATE nano_event_sinks SET cursor_seq = ? WHERE name = ?`, st.Cursor, sink); err != nil {
 				return err
-			}
-			if n == 0 {
-				return nil // deleted in between, and its deliveries with it
 			}
 		}
 		for chunk := range slices.Chunk(st.Done, deliveryRows) {
@@ -378,6 +375,36 @@ func (s *Store) Settle(ctx context.Context, l storage.Lease, sink string, st sto
 		return fmt.Errorf("settling events of sink %s: %w", sink, err)
 	}
 	return nil
+}
+
+// GiveUp implements storage.Outbox.
+func (s *Store) GiveUp(ctx context.Context, l storage.Lease, k *storage.EventSink, before time.Time, text string, limit int) (int, error) {
+	var n int
+	err := s.sweep(ctx, l, func(ctx context.Context, t *tx) error {
+		if err := lockSink(ctx, t, k); err != nil {
+			return err
+		}
+		seqs, err := deliveryNumbers(ctx, t, `SELECT d.seq FROM nano_event_deliveries d JOIN nano_events e ON e.seq = d.seq
+			WHERE d.sink = ? AND d.state = ? AND e.created_at < ? ORDER BY d.seq LIMIT ?`,
+			k.Name, int(storage.DeliveryWaiting), micros(before), limit)
+		if err != nil {
+			return err
+		}
+		n = len(seqs)
+		for chunk := range slices.Chunk(seqs, deliveryRows) {
+			place, args := amongNumbers(chunk)
+			_, err := t.exec(ctx, `UPDATE nano_event_deliveries SET state = ?, next_at = NULL, last_error = ?, updated_at = ? WHERE sink = ? AND seq IN `+place,
+				append([]any{int(storage.DeliveryDead), text, t.now, k.Name}, args...)...)
+			if err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return 0, fmt.Errorf("giving events of sink %s up: %w", k.Name, err)
+	}
+	return n, nil
 }
 
 var (
@@ -469,24 +496,23 @@ func (s *Store) deliveries(ctx context.Context, where string, args ...any) ([]st
 
 // Redeliver implements storage.Redeliverer.
 func (s *Store) Redeliver(ctx context.Context, r storage.Redelivery) (int64, error) {
-	var cursor int64
-	err := s.read(ctx, func(ctx context.Context, t *tx) error {
-		return t.queryRow(ctx, `SELECT cursor_seq FROM nano_event_sinks WHERE name = ?`, r.Sink).Scan(&cursor)
-	})
-	if errors.Is(err, sql.ErrNoRows) {
+	sinks, err := s.EventSinks(ctx)
+	if err != nil {
+		return 0, err
+	}
+	i := slices.IndexFunc(sinks, func(k storage.EventSink) bool { return k.Name == r.Sink })
+	if i < 0 {
 		return 0, fmt.Errorf("sink %s: %w", r.Sink, storage.ErrNotFound)
 	}
-	if err != nil {
-		return 0, fmt.Errorf("reading sink %s: %w", r.Sink, err)
-	}
+	sink := &sinks[i]
 	// What is behind the cursor comes by itself.
-	through := cursor
+	through := sink.Cursor
 	if r.Through > 0 {
 		through = min(through, r.Through)
 	}
 	var total int64
 	for after := r.After; after < through; {
-		n, next, err := s.redeliverSome(ctx, r, after, through)
+		n, next, err := s.redeliverSome(ctx, sink, r, total, after, through)
 		if err != nil {
 			return total, fmt.Errorf("asking for events again: %w", err)
 		}
@@ -501,49 +527,42 @@ func (s *Store) Redeliver(ctx context.Context, r storage.Redelivery) (int64, err
 
 // redeliverSome marks events of the next numbers that there are. next is 0 at
 // the end.
-func (s *Store) redeliverSome(ctx context.Context, r storage.Redelivery, after, through int64) (n, next int64, err error) {
-	limit := redeliverRows
-	if r.Limit > 0 {
-		limit = min(limit, r.Limit)
-	}
-	table, where := `nano_events e LEFT JOIN nano_event_deliveries d ON d.sink = ? AND d.seq = e.seq`, ``
+func (s *Store) redeliverSome(ctx context.Context, sink *storage.EventSink, r storage.Redelivery, total, after, through int64) (n, next int64, err error) {
+	table, where, column := `nano_events e LEFT JOIN nano_event_deliveries d ON d.sink = ? AND d.seq = e.seq`, ``, "e.seq"
 	if r.Dead {
 		table = `nano_event_deliveries d JOIN nano_events e ON e.seq = d.seq`
 		where = `d.sink = ? AND d.state IN (` + strconv.Itoa(int(storage.DeliveryDead)) + `, ` + strconv.Itoa(int(storage.DeliveryDropped)) + `) AND `
-	}
-	column := "e.seq"
-	if r.Dead {
 		column = "d.seq"
 	}
 	err = s.write(ctx, func(ctx context.Context, t *tx) error {
 		n, next = 0, 0
-		rows, err := t.query(ctx, `SELECT e.seq, e.enrollment_id, e.topic, d.state, e.payload IS NULL FROM `+table+` WHERE `+where+
-			column+` > ? AND `+column+` <= ? ORDER BY `+column+` LIMIT ?`, r.Sink, after, through, limit)
+		rows, err := t.query(ctx, `SELECT e.seq, e.enrollment_id, e.enrollment_type, e.topic, e.apns_topic, e.request_type, e.status, e.command_uuid,
+			d.state, e.payload IS NULL FROM `+table+` WHERE `+where+column+` > ? AND `+column+` <= ? ORDER BY `+column+` LIMIT ?`,
+			r.Sink, after, through, redeliverRows)
 		if err != nil {
 			return err
 		}
 		defer rows.Close()
 		var put []storage.Delivery
 		read := 0
-		for rows.Next() {
-			d := storage.Delivery{State: storage.DeliveryAgain, NextAt: fromMicros(t.now)}
-			var topic string
+		for rows.Next() && (r.Limit == 0 || total+int64(len(put)) < int64(r.Limit)) {
+			var e storage.EventRecord
 			var state sql.Null[storage.DeliveryState]
 			var bare bool
-			if err := rows.Scan(&d.Seq, &d.Enrollment, &topic, &state, &bare); err != nil {
+			if err := rows.Scan(&e.Seq, &e.Enroll.ID, &e.Enroll.Type, &e.Topic, &e.APNsTopic, &e.RequestType, &e.Status, &e.CommandUUID, &state, &bare); err != nil {
 				return err
 			}
-			read, next = read+1, d.Seq
-			if state.V == storage.DeliveryWaiting || bare && !storage.ServerTopic(topic) {
+			read, next = read+1, e.Seq
+			if state.V == storage.DeliveryWaiting || bare && !storage.ServerTopic(e.Topic) || !sink.Match(&e) {
 				continue
 			}
-			put = append(put, d)
+			put = append(put, storage.Delivery{Seq: e.Seq, Enrollment: e.Enroll.ID, State: storage.DeliveryAgain, NextAt: fromMicros(t.now)})
 		}
 		if err := rows.Err(); err != nil {
 			return err
 		}
 		rows.Close()
-		if read < limit {
+		if read < redeliverRows {
 			next = 0
 		}
 		n = int64(len(put))
@@ -574,8 +593,8 @@ func (s *Store) DropPayloads(ctx context.Context, l storage.Lease, limit int) (i
 			return err
 		}
 		for _, sink := range sinks {
-			var seqs []int64
-			seqs, err = droppedRows(ctx, t, sink.Name, settled, limit-n)
+			seqs, err := deliveryNumbers(ctx, t, `SELECT seq FROM nano_event_deliveries WHERE sink = ? AND state = ? AND seq <= ? LIMIT ?`,
+				sink.Name, int(storage.DeliveryDropped), settled, limit-n)
 			if err != nil {
 				return err
 			}
@@ -601,14 +620,12 @@ func (s *Store) DropPayloads(ctx context.Context, l storage.Lease, limit int) (i
 	return n, nil
 }
 
-func droppedRows(ctx context.Context, t *tx, sink string, through int64, limit int) ([]int64, error) {
-	rows, err := t.query(ctx, `SELECT seq FROM nano_event_deliveries WHERE sink = ? AND state = ? AND seq <= ? LIMIT ?`,
-		sink, int(storage.DeliveryDropped), through, limit)
+func deliveryNumbers(ctx context.Context, t *tx, query string, args ...any) (seqs []int64, err error) {
+	rows, err := t.query(ctx, query, args...)
 	if err != nil {
 		return nil, err
 	}
 	defer rows.Close()
-	var seqs []int64
 	for rows.Next() {
 		var seq int64
 		if err := rows.Scan(&seq); err != nil {
@@ -714,16 +731,13 @@ func (s *Store) EventBacklogs(ctx context.Context) ([]storage.SinkBacklog, error
 			return err
 		}
 		for _, sink := range sinks {
-			if sink.URL == "" {
+			if sink.URL == "" || !sink.Enabled {
 				continue
 			}
 			b := storage.SinkBacklog{Sink: sink.Name, Behind: max(0, last-sink.Cursor)}
-			var oldest int64
-			err := t.queryRow(ctx, `SELECT created_at FROM nano_events WHERE seq > ? ORDER BY seq LIMIT 1`, sink.Cursor).Scan(&oldest)
-			if err != nil && !errors.Is(err, sql.ErrNoRows) {
+			if b.Oldest, err = oldestUnsettled(ctx, t, &sink); err != nil {
 				return err
 			}
-			b.Oldest = fromMicros(oldest)
 			if err := countDeliveries(ctx, t, &b); err != nil {
 				return err
 			}
@@ -737,28 +751,38 @@ func (s *Store) EventBacklogs(ctx context.Context) ([]storage.SinkBacklog, error
 	return backlogs, nil
 }
 
-func countDeliveries(ctx context.Context, t *tx, b *storage.SinkBacklog) error {
-	rows, err := t.query(ctx, `SELECT state, COUNT(*) FROM nano_event_deliveries WHERE sink = ? GROUP BY state`, b.Sink)
+// oldestUnsettled is when the oldest event that a sink has before it, or that
+// waits for it, came in; zero if there is none.
+func oldestUnsettled(ctx context.Context, t *tx, sink *storage.EventSink) (time.Time, error) {
+	var first, created sql.Null[int64]
+	err := t.queryRow(ctx, `SELECT MIN(seq) FROM nano_event_deliveries WHERE sink = ? AND state = ?`, sink.Name, int(storage.DeliveryWaiting)).Scan(&first)
 	if err != nil {
-		return err
+		return time.Time{}, err
 	}
-	defer rows.Close()
-	for rows.Next() {
-		var state storage.DeliveryState
+	from := sink.Cursor + 1
+	if first.Valid {
+		from = min(from, first.V)
+	}
+	err = t.queryRow(ctx, `SELECT created_at FROM nano_events WHERE seq >= ? ORDER BY seq LIMIT 1`, from).Scan(&created)
+	if err != nil && !errors.Is(err, sql.ErrNoRows) {
+		return time.Time{}, err
+	}
+	return fromMicros(created.V), nil
+}
+
+// countDeliveries counts the rows of each state, as far as it is worth it.
+func countDeliveries(ctx context.Context, t *tx, b *storage.SinkBacklog) error {
+	for state, into := range map[storage.DeliveryState]*int64{
+		storage.DeliveryWaiting: &b.Waiting, storage.DeliveryAgain: &b.Again, storage.DeliveryDead: &b.Dead,
+		storage.DeliveryDropped: &b.Dropped, storage.DeliveryGone: &b.Dropped,
+	} {
 		var n int64
-		if err := rows.Scan(&state, &n); err != nil {
+		err := t.queryRow(ctx, `SELECT COUNT(*) FROM (SELECT 1 AS one FROM nano_event_deliveries WHERE sink = ? AND state = ? LIMIT ?) AS counted`,
+			b.Sink, int(state), storage.MaxCounted).Scan(&n)
+		if err != nil {
 			return err
 		}
-		switch state {
-		case storage.DeliveryWaiting:
-			b.Waiting = n
-		case storage.DeliveryAgain:
-			b.Again = n
-		case storage.DeliveryDead:
-			b.Dead = n
-		case storage.DeliveryDropped, storage.DeliveryGone:
-			b.Dropped += n
-		}
+		*into = min(*into+n, storage.MaxCounted)
 	}
-	return rows.Err()
+	return nil
 }

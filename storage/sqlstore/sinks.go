@@ -6,6 +6,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
+	"time"
 
 	"github.com/nanomdm/nanomdm/storage"
 )
@@ -33,7 +35,7 @@ func (s *Store) EventSinks(ctx context.Context) ([]storage.EventSink, error) {
 }
 
 func readSinks(ctx context.Context, t *tx) ([]storage.EventSink, error) {
-	rows, err := t.query(ctx, `SELECT name, configured, config, enabled, reason, cursor_seq, created_at, updated_at FROM nano_event_sinks ORDER BY name`)
+	rows, err := t.query(ctx, `SELECT name, configured, seen_at, config, enabled, reason, cursor_seq, created_at, updated_at FROM nano_event_sinks ORDER BY name`)
 	if err != nil {
 		return nil, err
 	}
@@ -43,8 +45,8 @@ func readSinks(ctx context.Context, t *tx) ([]storage.EventSink, error) {
 		var k storage.EventSink
 		var config []byte
 		var reason sql.Null[string]
-		var created, updated int64
-		if err := rows.Scan(&k.Name, &k.Configured, &config, &k.Enabled, &reason, &k.Cursor, &created, &updated); err != nil {
+		var seen, created, updated int64
+		if err := rows.Scan(&k.Name, &k.Configured, &seen, &config, &k.Enabled, &reason, &k.Cursor, &created, &updated); err != nil {
 			return nil, err
 		}
 		if config, err = t.opened(sinkColumn, k.Name, config); err != nil {
@@ -56,7 +58,7 @@ func readSinks(ctx context.Context, t *tx) ([]storage.EventSink, error) {
 		}
 		k.URL, k.Keys, k.Tokens, k.Filter = c.URL, c.Keys, c.Tokens, c.Filter
 		k.Reason = reason.V
-		k.CreatedAt, k.UpdatedAt = fromMicros(created), fromMicros(updated)
+		k.SeenAt, k.CreatedAt, k.UpdatedAt = fromMicros(seen), fromMicros(created), fromMicros(updated)
 		sinks = append(sinks, k)
 	}
 	return sinks, rows.Err()
@@ -64,16 +66,16 @@ func readSinks(ctx context.Context, t *tx) ([]storage.EventSink, error) {
 
 // PutEventSink implements storage.EventSinks.
 func (s *Store) PutEventSink(ctx context.Context, k storage.EventSink) error {
-	c := sinkConfig{URL: k.URL, Keys: k.Keys, Tokens: k.Tokens, Filter: k.Filter}
-	if k.Configured {
-		c.Keys = nil
-	}
-	config, err := json.Marshal(c)
+	config, err := json.Marshal(sinkConfig{URL: k.URL, Keys: k.Keys, Tokens: k.Tokens, Filter: k.Filter})
 	if err != nil {
 		return fmt.Errorf("storing event sink %s: %w", k.Name, err)
 	}
 	err = s.write(ctx, func(ctx context.Context, t *tx) error {
 		config := t.sealed(sinkColumn, k.Name, config)
+		var seen int64
+		if k.Configured {
+			seen = t.now
+		}
 		var configured bool
 		err := t.queryRow(ctx, `SELECT configured FROM nano_event_sinks WHERE name = ?`+t.d.forUpdate, k.Name).Scan(&configured)
 		switch {
@@ -83,17 +85,17 @@ func (s *Store) PutEventSink(ctx context.Context, k storage.EventSink) error {
 				return err
 			}
 			_, err = t.exec(ctx, t.d.upsert("nano_event_sinks",
-				[]string{"name", "configured", "config", "enabled", "reason", "cursor_seq", "created_at", "updated_at"},
-				[]string{"name"}, []string{"config", "enabled", "reason", "updated_at"}),
-				k.Name, k.Configured, config, k.Enabled, k.Reason, last, t.now, t.now)
+				[]string{"name", "configured", "seen_at", "config", "enabled", "reason", "cursor_seq", "created_at", "updated_at"},
+				[]string{"name"}, []string{"seen_at", "config", "enabled", "reason", "updated_at"}),
+				k.Name, k.Configured, seen, config, k.Enabled, k.Reason, last, t.now, t.now)
 			return err
 		case err != nil:
 			return err
 		case configured != k.Configured:
 			return storage.ErrConflict
 		}
-		_, err = t.exec(ctx, `UPDATE nano_event_sinks SET config = ?, enabled = ?, reason = ?, updated_at = ? WHERE name = ?`,
-			config, k.Enabled, k.Reason, t.now, k.Name)
+		_, err = t.exec(ctx, `UPDATE nano_event_sinks SET seen_at = ?, config = ?, enabled = ?, reason = ?, updated_at = ? WHERE name = ?`,
+			seen, config, k.Enabled, k.Reason, t.now, k.Name)
 		return err
 	})
 	if err != nil {
@@ -105,15 +107,7 @@ func (s *Store) PutEventSink(ctx context.Context, k storage.EventSink) error {
 // DeleteEventSink implements storage.EventSinks.
 func (s *Store) DeleteEventSink(ctx context.Context, name string) error {
 	err := s.write(ctx, func(ctx context.Context, t *tx) error {
-		n, err := t.exec(ctx, `DELETE FROM nano_event_sinks WHERE name = ?`, name)
-		if err != nil {
-			return err
-		}
-		if n == 0 {
-			return storage.ErrNotFound
-		}
-		_, err = t.exec(ctx, `DELETE FROM nano_event_deliveries WHERE sink = ?`, name)
-		return err
+		return deleteSink(ctx, t, name)
 	})
 	if err != nil {
 		return fmt.Errorf("deleting event sink %s: %w", name, err)
@@ -121,17 +115,98 @@ func (s *Store) DeleteEventSink(ctx context.Context, name string) error {
 	return nil
 }
 
-// TurnOffEventSink implements storage.Outbox.
-func (s *Store) TurnOffEventSink(ctx context.Context, l storage.Lease, name, reason string) error {
+func deleteSink(ctx context.Context, t *tx, name string) error {
+	n, err := t.exec(ctx, `DELETE FROM nano_event_sinks WHERE name = ?`, name)
+	if err != nil {
+		return err
+	}
+	if n == 0 {
+		return storage.ErrNotFound
+	}
+	_, err = t.exec(ctx, `DELETE FROM nano_event_deliveries WHERE sink = ?`, name)
+	return err
+}
+
+// SeeEventSinks implements storage.EventSinks.
+func (s *Store) SeeEventSinks(ctx context.Context, names []string) error {
+	if len(names) == 0 {
+		return nil
+	}
 	err := s.write(ctx, func(ctx context.Context, t *tx) error {
-		if err := t.checkLease(ctx, l); err != nil {
-			return err
-		}
-		_, err := t.exec(ctx, `UPDATE nano_event_sinks SET enabled = 0, reason = ?, updated_at = ? WHERE name = ?`, reason, t.now, name)
+		place, args := among(slices.Sorted(slices.Values(names)))
+		_, err := t.exec(ctx, `UPDATE nano_event_sinks SET seen_at = ? WHERE configured = 1 AND name IN `+place, append([]any{t.now}, args...)...)
 		return err
 	})
 	if err != nil {
-		return fmt.Errorf("turning event sink %s off: %w", name, err)
+		return fmt.Errorf("noting that event sinks are configured: %w", err)
+	}
+	return nil
+}
+
+// ForgetEventSinks implements storage.EventUpkeep.
+func (s *Store) ForgetEventSinks(ctx context.Context, l storage.Lease, before time.Time) (int, error) {
+	sinks, err := s.EventSinks(ctx)
+	if err != nil {
+		return 0, err
+	}
+	sinks = slices.DeleteFunc(sinks, func(k storage.EventSink) bool { return !k.Configured || !k.SeenAt.Before(before) })
+	if len(sinks) == 0 {
+		return 0, nil
+	}
+	var n int
+	err = s.sweep(ctx, l, func(ctx context.Context, t *tx) error {
+		n = 0
+		for _, k := range sinks {
+			var seen int64
+			err := t.queryRow(ctx, `SELECT seen_at FROM nano_event_sinks WHERE name = ?`+t.d.forUpdate, k.Name).Scan(&seen)
+			if errors.Is(err, sql.ErrNoRows) || err == nil && seen >= micros(before) {
+				continue
+			}
+			if err == nil {
+				err = deleteSink(ctx, t, k.Name)
+			}
+			if err != nil {
+				return err
+			}
+			n++
+		}
+		return nil
+	})
+	if err != nil {
+		return 0, fmt.Errorf("forgetting event sinks: %w", err)
+	}
+	return n, nil
+}
+
+// lockSink locks a sink's row, or fails with storage.ErrNotFound if the sink
+// was deleted since it was read.
+func lockSink(ctx context.Context, t *tx, k *storage.EventSink) error {
+	var created int64
+	err := t.queryRow(ctx, `SELECT created_at FROM nano_event_sinks WHERE name = ?`+t.d.forUpdate, k.Name).Scan(&created)
+	if errors.Is(err, sql.ErrNoRows) || err == nil && created != micros(k.CreatedAt) {
+		return storage.ErrNotFound
+	}
+	return err
+}
+
+// TurnOffEventSink implements storage.Outbox.
+func (s *Store) TurnOffEventSink(ctx context.Context, l storage.Lease, k *storage.EventSink, reason string) error {
+	err := s.sweep(ctx, l, func(ctx context.Context, t *tx) error {
+		if err := lockSink(ctx, t, k); err != nil {
+			return err
+		}
+		sinks, err := readSinks(ctx, t)
+		if err != nil {
+			return err
+		}
+		if !slices.ContainsFunc(sinks, func(now storage.EventSink) bool { return now.Name == k.Name && now.URL == k.URL }) {
+			return nil
+		}
+		_, err = t.exec(ctx, `UPDATE nano_event_sinks SET enabled = 0, reason = ?, updated_at = ? WHERE name = ?`, reason, t.now, k.Name)
+		return err
+	})
+	if err != nil && !errors.Is(err, storage.ErrNotFound) {
+		return fmt.Errorf("turning event sink %s off: %w", k.Name, err)
 	}
 	return nil
 }

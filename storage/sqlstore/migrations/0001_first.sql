@@ -195,10 +195,12 @@ CREATE TABLE IF NOT EXISTS nano_event_counters (
     value BIGINT NOT NULL
 ) {table};
 
--- config is JSON, keys included. Events up to cursor_seq are settled.
+-- config is JSON, keys included. Events up to cursor_seq are settled. seen_at
+-- is when a replica last had a configured one in its configuration.
 CREATE TABLE IF NOT EXISTS nano_event_sinks (
     name       {id} NOT NULL PRIMARY KEY,
     configured SMALLINT NOT NULL DEFAULT 0,
+    seen_at    BIGINT NOT NULL DEFAULT 0,
     config     {blob} NOT NULL,
     enabled    SMALLINT NOT NULL DEFAULT 1,
     reason     {text} NULL,
