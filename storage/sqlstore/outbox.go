@@ -68,20 +68,19 @@ func (s *Store) NumberEvents(ctx context.Context, l storage.Lease, limit int) (n
 		if err := t.checkLease(ctx, l); err != nil {
 			return err
 		}
-		base, err := lastNumber(ctx, t, t.d.forUpdate)
+		base, err := lockCounter(ctx, t)
 		if err != nil {
 			return err
 		}
 		last = base
-		// Going on behind the last enrollment gives each its turn, however
-		// many events come in.
-		from := s.numberFrom.Load()
-		ids, next, err := unnumbered(ctx, t, *cmp.Or(from, new(string)), limit)
+		// Going on at the last enrollment gives each its turn, however many
+		// events come in.
+		ids, next, err := unnumbered(ctx, t, *cmp.Or(s.numberFrom.Load(), new(numberPlace)), limit)
 		if err != nil {
 			return err
 		}
 		if len(ids) == 0 {
-			if ids, next, err = unnumbered(ctx, t, "", limit); err != nil || len(ids) == 0 {
+			if ids, next, err = unnumbered(ctx, t, numberPlace{}, limit); err != nil || len(ids) == 0 {
 				return err
 			}
 		}
@@ -98,6 +97,25 @@ func (s *Store) NumberEvents(ctx context.Context, l storage.Lease, limit int) (n
 	return n, last, nil
 }
 
+// numberPlace is where numbering goes on: at an enrollment, or behind it.
+type numberPlace struct {
+	enrollment string
+	behind     bool
+}
+
+// lockCounter locks the last number and reads it. Its row is made if need be,
+// so that there is one to lock.
+func lockCounter(ctx context.Context, t *tx) (int64, error) {
+	last, err := lastNumber(ctx, t, t.d.forUpdate)
+	if err != nil || last > 0 {
+		return last, err
+	}
+	if _, err := t.exec(ctx, t.d.upsert("nano_event_counters", []string{"name", "value"}, []string{"name"}, nil), seqCounter, 0); err != nil {
+		return 0, err
+	}
+	return lastNumber(ctx, t, t.d.forUpdate)
+}
+
 // lastNumber reads the last number, with a lock if one is asked for.
 func lastNumber(ctx context.Context, t *tx, lock string) (int64, error) {
 	var last int64
@@ -108,14 +126,18 @@ func lastNumber(ctx context.Context, t *tx, lock string) (int64, error) {
 	return last, err
 }
 
-// unnumbered reads the ids of events of enrollments after from, in the order
-// in which they are to be numbered. next is where to go on, empty if nothing
-// is left behind them.
-func unnumbered(ctx context.Context, t *tx, from string, limit int) (ids []string, next string, err error) {
+// unnumbered reads the ids of events from a place on, in the order in which
+// they are to be numbered. next is where to go on, the beginning if nothing is
+// left behind them.
+func unnumbered(ctx context.Context, t *tx, from numberPlace, limit int) (ids []string, next numberPlace, err error) {
+	compare := ">="
+	if from.behind {
+		compare = ">"
+	}
 	rows, err := t.query(ctx, `SELECT event_id, enrollment_id, created_at FROM nano_events
-		WHERE seq IS NULL AND enrollment_id >= ? ORDER BY enrollment_id, event_seq, created_at, event_id LIMIT ?`, from, limit)
+		WHERE seq IS NULL AND enrollment_id `+compare+` ? ORDER BY enrollment_id, event_seq, created_at, event_id LIMIT ?`, from.enrollment, limit)
 	if err != nil {
-		return nil, "", err
+		return nil, next, err
 	}
 	defer rows.Close()
 	type event struct {
@@ -125,12 +147,14 @@ func unnumbered(ctx context.Context, t *tx, from string, limit int) (ids []strin
 	var events []event
 	var enrollment string
 	var latest int64
+	several := false
 	for rows.Next() {
 		var e event
 		var of string
 		if err := rows.Scan(&e.id, &of, &e.at); err != nil {
-			return nil, "", err
+			return nil, next, err
 		}
+		several = several || len(events) > 0 && of != enrollment
 		// The clocks of replicas differ, the order inside an enrollment is
 		// the database's.
 		if of == enrollment {
@@ -140,10 +164,10 @@ func unnumbered(ctx context.Context, t *tx, from string, limit int) (ids []strin
 		events = append(events, e)
 	}
 	if err := rows.Err(); err != nil {
-		return nil, "", err
+		return nil, next, err
 	}
 	if len(events) == limit {
-		next = enrollment
+		next = numberPlace{enrollment: enrollment, behind: !several}
 	}
 	slices.SortStableFunc(events, func(a, b event) int { return cmp.Compare(a.at, b.at) })
 	for _, e := range events {
@@ -165,11 +189,6 @@ func numberStatement(n int) string {
 }
 
 func giveNumbers(ctx context.Context, t *tx, base int64, ids []string) error {
-	if base == 0 {
-		if _, err := t.exec(ctx, t.d.upsert("nano_event_counters", []string{"name", "value"}, []string{"name"}, nil), seqCounter, 0); err != nil {
-			return err
-		}
-	}
 	for chunk := range slices.Chunk(ids, numberRows) {
 		// A place that repeats the last id is never reached by CASE.
 		place, args := among(chunk)

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -369,12 +370,35 @@ type pushedRow struct {
 }
 
 func recordPushes(ctx context.Context, t *tx, ids []string, records map[string]*storage.PushRecord) error {
+	dead := slices.DeleteFunc(slices.Clone(ids), func(id string) bool { return records[id].TokenDeadAt.IsZero() })
+	told := false
+	if len(dead) > 0 {
+		var err error
+		if told, err = announced(ctx, t, storage.TopicPushFailed); err != nil {
+			return err
+		}
+		if told { // enrollments are locked before push rows
+			if _, err := lock(ctx, t, "nano_enrollments", dead); err != nil {
+				return err
+			}
+		}
+	}
 	standing, err := lockPushed(ctx, t, ids)
 	if err != nil {
 		return fmt.Errorf("locking push rows: %w", err)
 	}
+	var failed []announcement
 	for i := range standing {
-		standing[i].apply(records[standing[i].id])
+		r, rec := &standing[i], records[standing[i].id]
+		alive := !r.deadAt.Valid
+		if r.apply(rec); told && alive && r.deadAt.Valid {
+			failed = append(failed, announcement{topic: storage.TopicPushFailed, enrollment: r.id, detail: map[string]string{
+				"class": rec.Class, "status": strconv.Itoa(rec.Status), "reason": rec.Reason, "apns_id": rec.APNsID,
+			}})
+		}
+	}
+	if err := announce(ctx, t, failed); err != nil {
+		return err
 	}
 	columns := []string{"last_seq", "owed_seq", "paid_seq", "push_at", "attempts", "last_push_at", "last_push_class",
 		"last_push_status", "last_push_reason", "last_apns_id", "token_dead_at"}

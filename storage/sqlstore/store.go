@@ -104,7 +104,7 @@ type Store struct {
 	swept             swept
 
 	// numberFrom is the enrollment where NumberEvents goes on.
-	numberFrom atomic.Pointer[string]
+	numberFrom atomic.Pointer[numberPlace]
 
 	closed    atomic.Bool
 	closeOnce sync.Once

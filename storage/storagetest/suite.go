@@ -53,6 +53,10 @@ func topics() []topic {
 		{"sweep", sweepTests()},
 		{"audit", auditTests()},
 		{"inventory", inventoryTests()},
+		{"outbox", outboxTests()},
+		{"sinks", sinkTests()},
+		{"deliveries", deliveryTests()},
+		{"upkeep", upkeepTests()},
 	}
 }
 
