@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/base64"
 	"encoding/json"
 	"io"
 	"net/http"
@@ -252,9 +253,26 @@ func TestTLSClientCertificates(t *testing.T) {
 }
 
 func TestDump(t *testing.T) {
-	d := start(t, "http", "-dump")
-	require.NoError(t, d.device("D1", mdmtest.Config{}).Enroll(t.Context()))
-	require.Contains(t, d.stdout.String(), "<string>Authenticate</string>")
+	d := start(t, "http", "-dump", "-debug", "-dm", "http://127.0.0.1:1/", "-dm-send-hmac-key", "a-key-of-the-daemon")
+	dev := d.device("D1", mdmtest.Config{})
+	require.NoError(t, dev.Enroll(t.Context()))
+	require.NoError(t, dev.SetBootstrapToken(t.Context(), []byte("the bootstrap token")))
+	status, _, _ := d.api("PUT", "/v1/enqueue/D1?nopush=1", "nanomdm", testKey, mdmtest.NewCommand("C1", "ProfileList", nil))
+	require.Equal(t, 200, status)
+	_, err := dev.Poll(t.Context())
+	require.NoError(t, err)
+	token := base64.StdEncoding.EncodeToString([]byte("the bootstrap token"))
+	for _, want := range []string{"<string>Authenticate</string>", "<string>ProfileList</string>", token} {
+		require.Contains(t, d.stdout.String(), want)
+		// They go there alone: logs are kept and sent about.
+		require.NotContains(t, d.log.String(), want)
+	}
+	require.Contains(t, d.log.String(), "-dump writes")
+	// Secrets of the daemon's own are no part of what devices say.
+	for _, secret := range []string{testKey, "a-key-of-the-daemon"} {
+		require.NotContains(t, d.stdout.String(), secret)
+		require.NotContains(t, d.log.String(), secret)
+	}
 }
 
 func TestBadFilesAreNamedAtOnce(t *testing.T) {

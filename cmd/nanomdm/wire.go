@@ -171,6 +171,7 @@ func (b *building) assemble(store *sqlstore.Store) error {
 	if side.identity != nil {
 		chain := []service.Middleware{b.metrics.Middleware()}
 		if o.dump {
+			log.Warn("-dump writes what devices say and are told to standard output, their tokens and passwords with it: not for production")
 			chain = append(chain, dump.New(b.stdout))
 		}
 		chain = append(chain, certauth.New(certauth.Config{

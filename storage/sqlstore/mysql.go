@@ -23,7 +23,8 @@ var (
 func openMySQL(ctx context.Context, cfg Config) (*pools, error) {
 	mc, err := mysql.ParseDSN(cfg.DSN)
 	if err != nil {
-		return nil, fmt.Errorf("the data source name is not one of go-sql-driver/mysql: %w", err)
+		// Not wrapped: some errors quote what may be a piece of the password.
+		return nil, errors.New("the data source name is not user:password@tcp(host:port)/name?param=value, as go-sql-driver/mysql has it")
 	}
 	mc.Logger = &mysql.NopLogger{} // what it says comes back as errors, too
 	mc.ParseTime = false
