@@ -34,6 +34,9 @@ var (
 	ErrTokenDead = errors.New("push token is dead")
 	// ErrConflict: a record of that name exists with other contents.
 	ErrConflict = errors.New("exists with other contents")
+	// ErrKeyUsed: a call with that idempotency key was made before, with other
+	// contents or another CommandUUID.
+	ErrKeyUsed = errors.New("idempotency key was used for another call")
 	// ErrBusy: a bounded queue in front of the database is full; the caller
 	// should ask its client to come again later.
 	ErrBusy = errors.New("too busy")
@@ -277,6 +280,31 @@ type Enqueue struct {
 	// SupersedeKey replaces rows of the same key that wait for the same
 	// enrollment; empty replaces none.
 	SupersedeKey string
+	// Once, if not nil, makes the call take effect once, however often it is
+	// repeated.
+	Once *Once
+	// Audit, if not nil, is appended together with the first rows. A repeated
+	// call appends none.
+	Audit *AuditRecord
+}
+
+// Once is the idempotency key of a call.
+type Once struct {
+	Caller string // whose key it is
+	Key    string
+	Digest string // of everything that the caller asked for
+	// Repeated is set by Enqueue: all had been done before.
+	Repeated bool
+}
+
+// Enqueued is what is remembered of a call with an idempotency key.
+type Enqueued struct {
+	CommandUUID string
+	Digest      string
+	Count       int // of the ids that were asked for, each once
+	Done        bool
+	// Failed are ids that failed, up to 10,000 of them.
+	Failed []string
 }
 
 // Enqueuer takes commands in.
@@ -288,7 +316,21 @@ type Enqueuer interface {
 	// it, and queued for those that have not; with other bytes the call fails
 	// with ErrConflict. An error of the call itself means that the ids after
 	// some chunk were not queued; repeating the call is safe.
+	//
+	// With Once a chunk that was done stays done, whatever became of its rows
+	// since: a repeated call does what is left, which is usually nothing, and
+	// several at once do each chunk once. The first of them decides about
+	// Digest and CommandUUID; others are ErrKeyUsed.
 	Enqueue(ctx context.Context, scope Scope, e *Enqueue) (failed map[string]error, err error)
+	// FindEnqueued reads what is remembered of a call, or ErrNotFound.
+	FindEnqueued(ctx context.Context, caller, key string) (*Enqueued, error)
+}
+
+// EnqueueUpkeep bounds what is remembered of calls.
+type EnqueueUpkeep interface {
+	// ForgetEnqueued forgets up to limit of the oldest calls from before a
+	// time and returns how many, under a lease (ErrLeaseLost).
+	ForgetEnqueued(ctx context.Context, l Lease, before time.Time, limit int) (int, error)
 }
 
 // Lease is the right to do one piece of periodic work, held by one replica.

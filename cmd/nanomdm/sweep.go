@@ -24,6 +24,10 @@ const (
 	// queueEvery is how late a command may become due, or expire for those who
 	// look at its state; a device is never offered an expired one.
 	queueEvery = time.Second
+	// keysAge is how long an idempotency key is remembered, and keysEvery how
+	// often old ones are looked for.
+	keysAge   = 7 * 24 * time.Hour
+	keysEvery = time.Hour
 	// historyEvery is how often history is looked through.
 	historyEvery = time.Hour
 	// ackedEvery and ackedAge are when an acknowledged command goes with
@@ -45,13 +49,14 @@ type sweepStore interface {
 	storage.Leases
 	storage.Sweeps
 	storage.AuditUpkeep
+	storage.EnqueueUpkeep
 }
 
 // sweep adds the sweeps of queue and history, each under its lease.
 func (b *building) sweep(store *sqlstore.Store) {
 	holder := rand.Text()
 	b.s.background("queue sweep", func(ctx context.Context) error {
-		return lease.Hold(ctx, store, "queue", holder, sweepTTL, b.log, (&queueSweep{store: store, log: b.log}).work)
+		return lease.Hold(ctx, store, "queue", holder, sweepTTL, b.log, (&queueSweep{store: store, log: b.log, now: time.Now}).work)
 	})
 	h := &historySweep{
 		store: store, log: b.log, now: time.Now, commands: b.o.retainCommands, results: b.o.retainResults,
@@ -65,17 +70,30 @@ func (b *building) sweep(store *sqlstore.Store) {
 	})
 }
 
-// queueSweep ends commands whose time is over and queues those whose time has
-// come.
+// queueSweep ends commands whose time is over, queues those whose time has
+// come and forgets old idempotency keys.
 type queueSweep struct {
 	store sweepStore
 	log   *slog.Logger
+	now   func() time.Time
 }
 
 func (q *queueSweep) work(ctx context.Context, current func() storage.Lease) error {
+	var forgot time.Time // when keys were last looked for; another holder begins anew
+	forget := func(ctx context.Context, l storage.Lease, limit int) (int, error) {
+		now := q.now()
+		if now.Sub(forgot) < keysEvery {
+			return 0, nil
+		}
+		n, err := q.store.ForgetEnqueued(ctx, l, now.Add(-keysAge), limit)
+		if err == nil && n < limit {
+			forgot = now
+		}
+		return n, err
+	}
 	return repeat(ctx, queueEvery, q.log, "cannot sweep the queue", func() error {
 		for _, step := range []func(context.Context, storage.Lease, int) (int, error){
-			q.store.ExpireCommands, q.store.PromoteCommands,
+			q.store.ExpireCommands, q.store.PromoteCommands, forget,
 		} {
 			for {
 				n, err := step(ctx, current(), sweepRows)

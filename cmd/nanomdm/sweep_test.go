@@ -187,17 +187,30 @@ func TestQueueSweepOfTwoReplicas(t *testing.T) {
 				}, 10*time.Second, 10*time.Millisecond)
 			}
 			t.Run("first", func(t *testing.T) {
-				hold(t, h.Store, "queue", "a", (&queueSweep{store: h.Store, log: log}).work)
-				hold(t, second, "queue", "b", (&queueSweep{store: second, log: log}).work)
+				hold(t, h.Store, "queue", "a", (&queueSweep{store: h.Store, log: log, now: h.Clock.Now}).work)
+				hold(t, second, "queue", "b", (&queueSweep{store: second, log: log, now: h.Clock.Now}).work)
 				plan("1")
 				queued(1)
 			})
-			hold(t, second, "queue", "b2", (&queueSweep{store: second, log: log}).work)
+			hold(t, second, "queue", "b2", (&queueSweep{store: second, log: log, now: h.Clock.Now}).work)
 			plan("2")
 			queued(2)
 			require.Eventually(t, func() bool { // counted once it is committed
 				return h.Store.Stats().Promoted+second.Stats().Promoted == 2
 			}, 10*time.Second, time.Millisecond)
+
+			_, err := h.Store.Enqueue(t.Context(), storage.Scope{}, &storage.Enqueue{
+				Command: &mdm.Command{CommandUUID: "3", RequestType: "ProfileList", Raw: []byte("<plist/>")}, IDs: []string{"D"},
+				Once: &storage.Once{Caller: "ann", Key: "k", Digest: "d"},
+			})
+			require.NoError(t, err)
+			_, err = h.Store.FindEnqueued(t.Context(), "ann", "k")
+			require.NoError(t, err)
+			h.Clock.Advance(keysAge + keysEvery)
+			require.Eventually(t, func() bool {
+				_, err := h.Store.FindEnqueued(t.Context(), "ann", "k")
+				return errors.Is(err, storage.ErrNotFound)
+			}, 10*time.Second, 10*time.Millisecond, "old keys are forgotten")
 		})
 	}
 }

@@ -26,23 +26,41 @@ const (
 // Enqueue implements storage.Enqueuer.
 func (s *Store) Enqueue(ctx context.Context, scope storage.Scope, e *storage.Enqueue) (map[string]error, error) {
 	failed := make(map[string]error)
-	ids := slices.Sorted(slices.Values(e.IDs))
-	ids = slices.DeleteFunc(slices.Compact(ids), func(id string) bool {
-		if !storable(id) {
-			failed[id] = storage.ErrNotEnrolled
-		}
-		return !storable(id)
-	})
-	for chunk := range slices.Chunk(ids, enqueueRows) {
+	ids := storableAmong(e.IDs, failed)
+	record, did := e.Audit, false
+	for i := 0; i < len(ids); i += enqueueRows {
+		chunk := ids[i:min(i+enqueueRows, len(ids))]
+		var todo []string
 		var missed map[string]error
-		err := s.write(ctx, func(ctx context.Context, t *tx) (err error) {
-			missed, err = enqueue(ctx, t, scope, e, chunk)
-			return err
+		err := s.write(ctx, func(ctx context.Context, t *tx) error {
+			call, err := openCall(ctx, t, e, len(ids))
+			if err != nil {
+				return err
+			}
+			if todo = call.left(chunk); len(todo) == 0 {
+				missed = call.missed()
+				return nil
+			}
+			if missed, err = enqueue(ctx, t, scope, e, todo); err != nil {
+				return err
+			}
+			if record != nil {
+				if err := audit(ctx, t, record); err != nil {
+					return fmt.Errorf("appending an audit record: %w", err)
+				}
+			}
+			return call.close(ctx, t, missed, todo[len(todo)-1], i+enqueueRows >= len(ids))
 		})
 		if err != nil {
 			return failed, fmt.Errorf("queueing a command: %w", err)
 		}
+		if len(todo) > 0 {
+			record, did = nil, true
+		}
 		maps.Copy(failed, missed)
+	}
+	if e.Once != nil {
+		e.Once.Repeated = !did
 	}
 	return failed, nil
 }

@@ -46,6 +46,7 @@ func topics() []topic {
 		{"identity", identityTests()},
 		{"report", reportTests()},
 		{"enqueue", enqueueTests()},
+		{"once", onceTests()},
 		{"concurrency", concurrencyTests()},
 		{"keys", keyTests()},
 		{"sealing", sealingTests()},

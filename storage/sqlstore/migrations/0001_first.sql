@@ -128,6 +128,22 @@ CREATE INDEX {if_not_exists} nano_enrollment_queue_finished_at ON nano_enrollmen
 CREATE INDEX {if_not_exists} nano_enrollment_queue_not_before ON nano_enrollment_queue (state, not_before);
 CREATE INDEX {if_not_exists} nano_enrollment_queue_expires_at ON nano_enrollment_queue (state, expires_at);
 
+-- Calls that came with an idempotency key, name. Ids up to through are done,
+-- and all of them if it is finished; failed is a JSON list of ids.
+CREATE TABLE IF NOT EXISTS nano_enqueue_calls (
+    caller       {id} NOT NULL,
+    name         {id} NOT NULL,
+    digest       {id} NOT NULL,
+    command_uuid {id} NOT NULL,
+    ids          BIGINT NOT NULL,
+    through      {id} NOT NULL DEFAULT '',
+    finished     SMALLINT NOT NULL DEFAULT 0,
+    failed       {blob} NULL,
+    created_at   BIGINT NOT NULL,
+    PRIMARY KEY (caller, name)
+) {table};
+CREATE INDEX {if_not_exists} nano_enqueue_calls_created_at ON nano_enqueue_calls (created_at);
+
 -- late: the result of a row that had been cancelled, expired or superseded.
 CREATE TABLE IF NOT EXISTS nano_command_results (
     id           {id} NOT NULL,
