@@ -74,6 +74,7 @@ func newOperators(t *testing.T) *operators {
 
 func newOperatorsOn(t *testing.T, cfg sqlstore.Config) *operators {
 	o := &operators{t: t, log: new(logged), now: time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)}
+	cfg.Now = o.clock
 	store, err := sqlstore.Open(t.Context(), cfg)
 	require.NoError(t, err)
 	t.Cleanup(func() { require.NoError(t, store.Close()) })
@@ -81,7 +82,7 @@ func newOperatorsOn(t *testing.T, cfg sqlstore.Config) *operators {
 	o.apns, err = apnstest.NewServer(apnstest.Config{})
 	require.NoError(t, err)
 	t.Cleanup(o.apns.Close)
-	o.pusher, err = push.New(store, push.Config{Patience: patience, APNs: apns.Config{
+	o.pusher, err = push.New(store, push.Config{Patience: patience, Now: o.clock, APNs: apns.Config{
 		URL: o.apns.URL(), RootCAs: o.apns.RootCAs(), Proxy: func(*url.URL) (*url.URL, error) { return nil, nil },
 	}})
 	require.NoError(t, err)

@@ -99,7 +99,12 @@ func (a *API) pushIDs(ctx context.Context, r *http.Request) (int, any, error) {
 	if err != nil {
 		return 0, nil, err
 	}
-	return a.wake(ctx, ids, r.URL.Query().Get("push") == pushAsync)
+	q := queryOf(r)
+	async := q.async()
+	if q.err != nil {
+		return 0, nil, q.err
+	}
+	return a.wake(ctx, ids, async)
 }
 
 // pushAsync is the value of the query parameter push for callers that do not
@@ -115,16 +120,21 @@ func (a *API) pushMany(ctx context.Context, r *http.Request) (int, any, error) {
 	if err := q.done(); err != nil {
 		return 0, nil, err
 	}
-	var ask struct {
-		IDs []string `json:"ids"`
-	}
-	if err := readJSON(r, &ask); err != nil {
+	var whom audience
+	if err := readJSON(r, &whom); err != nil {
 		return 0, nil, err
 	}
-	if len(ask.IDs) == 0 {
-		return 0, nil, badRequest("ids: no enrollment is named")
+	if err := whom.check(); err != nil {
+		return 0, nil, err
 	}
-	return a.wake(ctx, ask.IDs, async)
+	ids, refusal, err := a.resolve(ctx, &whom)
+	switch {
+	case err != nil:
+		return 0, nil, err
+	case refusal != nil:
+		return http.StatusConflict, refusal, nil
+	}
+	return a.wake(ctx, ids, async)
 }
 
 // pushCertAnswer is NanoMDM's answer about one push certificate.

@@ -71,6 +71,7 @@ func TestPush(t *testing.T) {
 		{"POST", "/v1/push", `ids`, 400},
 		{"POST", "/v1/push?push=later", `{"ids":["A"]}`, 400},
 	} {
+		o.advance(time.Millisecond) // so that records have an order
 		status, a := o.ask(o.admin(), c.method, c.path, c.body)
 		require.Equal(t, c.want, status, "%s %s %s: %+v", c.method, c.path, c.body, a)
 		if status < 300 {
@@ -83,6 +84,7 @@ func TestPush(t *testing.T) {
 	}
 	require.Equal(t, 6, o.apns.Accepted(tokenOf("A")))
 
+	o.advance(time.Millisecond)
 	status, a := o.ask(o.admin(), "POST", "/v1/push?push=async", `{"ids":["A","nobody"]}`)
 	require.Equal(t, 207, status)
 	require.True(t, a.Status["A"].PushOwed)
@@ -92,6 +94,7 @@ func TestPush(t *testing.T) {
 
 	// APNs' word comes through.
 	o.apns.SetAnswer(func(apnstest.Push) apnstest.Answer { return apnstest.Answer{Status: 400, Reason: "BadDeviceToken"} })
+	o.advance(time.Millisecond)
 	status, a = o.ask(o.admin(), "GET", "/v1/push/A", "")
 	require.Equal(t, 500, status)
 	require.Contains(t, a.Status["A"].PushError, "BadDeviceToken")
@@ -205,6 +208,7 @@ func TestPushCert(t *testing.T) {
 		"key first":   string(good.key) + string(good.cert),
 		"glued":       strings.TrimSuffix(string(good.cert), "\n") + strings.TrimSuffix(string(good.key), "\n"),
 	} {
+		o.advance(time.Millisecond)
 		status, text, _ := o.do(o.admin(), "PUT", "/v1/pushcert", body)
 		require.Equal(t, 200, status, name)
 		require.JSONEq(t, want, text, name)
@@ -218,6 +222,7 @@ func TestPushCert(t *testing.T) {
 	require.Equal(t, 404, status)
 
 	// A key that is bound to a topic handles that one.
+	o.advance(time.Millisecond)
 	bound := call{key: o.makeKey("bound", "admin", "com.apple.mgmt.External.2")}
 	status, _, _ = o.do(bound, "PUT", "/v1/pushcert", string(good.cert)+string(good.key))
 	require.Equal(t, 403, status)

@@ -25,8 +25,10 @@ func (a *API) routes() []route {
 		{"GET", "/v1/enrollments", roleRead, false, a.endpoint(a.listEnrollments)},
 
 		// Commands.
-		{"PUT", "/v1/enqueue/{ids}", roleEnqueue, false, a.endpoint(a.enqueue)},
-		{"POST", "/v1/enqueue/{ids}", roleEnqueue, false, a.endpoint(a.enqueue)},
+		{"PUT", "/v1/enqueue/{ids}", roleEnqueue, false, a.endpoint(a.enqueueIDs)},
+		{"POST", "/v1/enqueue/{ids}", roleEnqueue, false, a.endpoint(a.enqueueIDs)},
+		{"POST", "/v1/enqueue", roleEnqueue, false, slow(a.endpoint(a.enqueue))},
+		{"POST", "/v1/commands", roleEnqueue, false, slow(a.endpoint(a.enqueueJSON))},
 
 		// Push.
 		{"GET", "/v1/push/{ids}", rolePush, false, a.endpoint(a.pushIDs)},
