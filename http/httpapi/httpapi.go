@@ -8,6 +8,7 @@ package httpapi
 import (
 	"bytes"
 	"context"
+	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -27,6 +28,10 @@ type Config struct {
 	// Refused is called for each request that is refused for its key, with
 	// one of no_key, wrong_key, slowed and forbidden; may be nil.
 	Refused func(reason string)
+	// EscrowURL is where Apple takes Activation Lock off devices, and
+	// EscrowCAs are whom to trust there; default Apple's, and the system's.
+	EscrowURL string
+	EscrowCAs *x509.CertPool
 	// Logger; default discards.
 	Logger *slog.Logger
 	// Now is the clock of failed logins and of copied keys; default time.Now.

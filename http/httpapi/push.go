@@ -229,14 +229,14 @@ func (a *API) showPushCert(ctx context.Context, r *http.Request) (int, any, erro
 	}
 	scope := callerOf(ctx).scope
 	if !covers(scope, topic) {
-		return 0, nil, storage.ErrNotFound
+		return 0, nil, noPushCert(topic)
 	}
 	infos, err := a.store.PushCertInfos(ctx, storage.Scope{Topics: []string{topic}})
 	if err != nil {
 		return 0, nil, err
 	}
 	if len(infos) == 0 {
-		return 0, nil, &problem{http.StatusNotFound, "there is no push certificate for the topic " + topic}
+		return 0, nil, noPushCert(topic)
 	}
 	return http.StatusOK, pushCertAnswer{Topic: infos[0].Topic, NotAfter: infos[0].NotAfter}, nil
 }

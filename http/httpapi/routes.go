@@ -37,6 +37,7 @@ func (a *API) routes() []route {
 		{"POST", "/v1/push", rolePush, false, slow(a.endpoint(a.pushMany))},
 		{"PUT", "/v1/pushcert", roleAdmin, false, a.endpoint(a.storePushCert)},
 		{"GET", "/v1/pushcert", roleRead, false, a.endpoint(a.showPushCert)},
+		{"POST", "/v1/escrowkeyunlock", roleAdmin, false, http.HandlerFunc(a.escrowKeyUnlock)},
 		{"GET", "/v1/pushcerts", roleRead, false, a.endpoint(noQuery(a.listPushCerts))},
 
 		// The API itself.
