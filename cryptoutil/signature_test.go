@@ -487,6 +487,36 @@ func FuzzMdmSignature(f *testing.F) {
 	f.Fuzz(func(t *testing.T, raw []byte) { requireNoLaxer(t, raw, body) })
 }
 
+// FuzzMdmSignatureHeader: white space is ignored and nothing else is: a value
+// that is accepted is Base64 of what is accepted without it.
+func FuzzMdmSignatureHeader(f *testing.F) {
+	eachVector(f, func(_ string, der []byte) {
+		value := header(der)
+		f.Add(value)
+		f.Add(strings.ReplaceAll(value, "A", "A \t\r\n"))
+		f.Add(strings.TrimRight(value, "="))
+		f.Add(base64.URLEncoding.EncodeToString(der))
+		f.Add("=" + value)
+	})
+	f.Fuzz(func(t *testing.T, value string) {
+		sig, err := ParseMdmSignature(value)
+		cache := NewCertificateCache(1)
+		cached, cacheErr := cache.ParseMdmSignature(value)
+		require.Equal(t, err == nil, cacheErr == nil, "the cache decides nothing")
+		if err != nil {
+			require.ErrorIs(t, err, ErrSignatureMalformed)
+			return
+		}
+		require.True(t, sig.Certificate().Equal(cached.Certificate()))
+		bare := strings.Join(strings.Fields(value), "")
+		_, err = base64.StdEncoding.DecodeString(bare)
+		require.NoError(t, err)
+		again, err := ParseMdmSignature(bare)
+		require.NoError(t, err)
+		require.True(t, again.Certificate().Equal(sig.Certificate()))
+	})
+}
+
 // node is one ASN.1 element; a primitive one has bytes, another one children.
 type node struct {
 	tag      byte

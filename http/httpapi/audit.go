@@ -99,14 +99,18 @@ type auditInfo struct {
 	RequestID string    `json:"request_id,omitempty"`
 }
 
-func (a *API) listAudit(ctx context.Context, r *http.Request) (int, any, error) {
-	q := queryOf(r)
-	f := storage.AuditFilter{
+// auditQuery reads which records are asked for.
+func auditQuery(q *query) (f storage.AuditFilter, after storage.AuditKey, limit int, err error) {
+	f = storage.AuditFilter{
 		Who: q.text("who"), Action: q.text("action"), Target: q.text("target"), From: q.time("from"), To: q.time("to"),
 	}
-	limit := q.limit()
-	after := q.auditPlace()
-	if err := q.done(); err != nil {
+	limit, after = q.limit(), q.auditPlace()
+	return f, after, limit, q.done()
+}
+
+func (a *API) listAudit(ctx context.Context, r *http.Request) (int, any, error) {
+	f, after, limit, err := auditQuery(queryOf(r))
+	if err != nil {
 		return 0, nil, err
 	}
 	records, err := a.store.AuditRecords(ctx, f, after, limit+1)
@@ -141,6 +145,9 @@ func (q *query) auditPlace() storage.AuditKey {
 	var p auditPlace
 	if !q.cursor(&p) {
 		return storage.AuditKey{}
+	}
+	if unfit(p.ID) != "" {
+		q.fail("after: that is not a next of this list's")
 	}
 	return storage.AuditKey{At: time.UnixMicro(p.At).UTC(), ID: p.ID}
 }

@@ -199,3 +199,36 @@ func FuzzParseCertHeader(f *testing.F) {
 		require.Len(t, rest, len(chain))
 	})
 }
+
+// FuzzXFCC puts two certificates into whatever a proxy, or who talks to it,
+// might write, in places that the text names: C and D are certificates, K both
+// as a chain. What is accepted names one device: if both stand there as the
+// client's own, in whatever element, neither is taken.
+func FuzzXFCC(f *testing.F) {
+	one, two := headerCert(f), headerCert(f)
+	for _, seed := range []string{
+		`Cert="{C}"`, `Hash=1;Cert="{C}";Chain="{K}"`, `Cert="{C}",Cert="{D}"`, `By=a;Cert={C};Subject="x\";Cert={D}"`, `Chain="{K}"`,
+		`Cert="{C}";Cert="{D}"`, `Cert="{C}";Chain="{D}"`, `URI=a;DNS=b;cert="{C}" , CERT="{C}"`, `Cert="{C}{D}"`, `Cert="\{C}"`, `Subject="Cert={C}";Hash=a`,
+		`Subject="a,Cert={D},b";Cert="{C}"`, `Cert="{C}`, `,Cert="{C}"`, `Cert="{C}";`, `Hash=a,Cert="{C}"`,
+	} {
+		f.Add(seed)
+	}
+	f.Fuzz(func(t *testing.T, text string) {
+		value := strings.NewReplacer("{C}", escape(armoured(one), ""), "{D}", escape(armoured(two), ""), "{K}", escape(armoured(one, two), "")).Replace(text)
+		got, _, err := parseCertHeader([]string{value})
+		if err != nil {
+			require.Nil(t, got)
+			return
+		}
+		require.True(t, got.Equal(one) || got.Equal(two))
+		elements, err := splitQuoted(value, ',')
+		if err != nil || !isXFCC(value) {
+			return // another form
+		}
+		for _, element := range elements {
+			certs, err := parseXFCCElement(element)
+			require.NoError(t, err)
+			require.True(t, certs[0].Equal(got), "each element is of the same device")
+		}
+	})
+}
