@@ -14,6 +14,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -22,7 +23,7 @@ import (
 // options is what the command line says.
 type options struct {
 	program, out, profiles string
-	engines                string
+	engines, only          string
 	devices, fleet         int
 	history, historyFleet  int
 	rounds                 int
@@ -47,8 +48,9 @@ func run(ctx context.Context, args []string) error {
 	flags := flag.NewFlagSet("mdmbench", flag.ContinueOnError)
 	flags.StringVar(&o.program, "nanomdm", "bin/nanomdm", "the daemon's `program`")
 	flags.StringVar(&o.out, "out", "", "`file` for the results in Markdown; standard output unless given")
-	flags.StringVar(&o.profiles, "profiles", "", "`directory` for profiles by perf(1) of idle and of fetch and acknowledge")
+	flags.StringVar(&o.profiles, "profiles", "", "`directory` for profiles by perf(1) of the daemon in each measurement")
 	flags.StringVar(&o.engines, "engines", "pgsql,mariadb,mysql,sqlite", "the `engines` to measure")
+	flags.StringVar(&o.only, "only", "", "the `measurements` to make, of "+strings.Join(measurements(), ",")+"; all unless given")
 	flags.IntVar(&o.devices, "devices", 2000, "how many devices")
 	flags.IntVar(&o.fleet, "fleet", 200_000, "how many enrollments the large fleet has; 0 leaves it out")
 	flags.IntVar(&o.history, "history", 500, "how many finished commands a device has in the end; 0 leaves it out")
@@ -65,6 +67,11 @@ func run(ctx context.Context, args []string) error {
 	}
 	if o.devices < 1 || o.rounds < 1 || o.duration <= 0 || o.history < 0 || o.fleet < 0 || (o.history > 0 && o.historyFleet < 1) {
 		return errors.New("-devices, -rounds, -duration and -history-devices are above zero, -fleet and -history not below")
+	}
+	for name := range strings.SplitSeq(o.only, ",") {
+		if name != "" && !slices.Contains(measurements(), name) {
+			return fmt.Errorf("-only %s is none of %s", name, strings.Join(measurements(), ", "))
+		}
 	}
 
 	var reports []*report

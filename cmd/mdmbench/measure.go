@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strings"
 	"syscall"
 	"time"
 
@@ -108,41 +109,55 @@ func measureEngine(ctx context.Context, o *options, e engine) (_ *report, err er
 	return b.report, err
 }
 
-// all measures everything, in an order in which nothing disturbs what follows:
-// commands that wait come last.
+// measurement is one of those that -only chooses from.
+type measurement struct {
+	name string
+	make func(b *bench, ctx context.Context, devices []device) error
+}
+
+// inOrder are the measurements in an order in which nothing disturbs what
+// follows: commands that wait come last. Enrolling, which gives the others
+// their devices, goes before them.
+var inOrder = [...]measurement{
+	{"idle", (*bench).idles},
+	{"history", (*bench).history},
+	{"fetch", (*bench).fetch},
+	{"mixed", (*bench).mixed},
+	{"fleet", (*bench).largeFleet},
+	{"enqueue", (*bench).enqueue},
+}
+
+func measurements() []string {
+	names := []string{"enroll"}
+	for _, m := range inOrder {
+		names = append(names, m.name)
+	}
+	return names
+}
+
+func (o *options) wants(name string) bool {
+	return o.only == "" || slices.Contains(strings.Split(o.only, ","), name)
+}
+
+// all measures everything that is wanted.
 func (b *bench) all(ctx context.Context) error {
-	devices, err := b.enroll(ctx)
+	enroll := b.enroll
+	if !b.o.wants("enroll") {
+		enroll = func(ctx context.Context) ([]device, error) { return b.add(ctx, b.o.devices) }
+	}
+	devices, err := enroll(ctx)
 	if err != nil {
 		return err
 	}
-	for _, connections := range []int{8, 128, 256} {
-		if err := b.idle(ctx, "idle", devices, connections); err != nil {
+	for _, m := range inOrder {
+		if !b.o.wants(m.name) {
+			continue
+		}
+		if err := m.make(b, ctx, devices); err != nil {
 			return err
 		}
 	}
-	if err := b.profile(ctx, "idle", devices, func() error {
-		polls, err := polls(ctx, devices)
-		if err != nil {
-			return err
-		}
-		_, err = drive(ctx, b.daemon.addr, 8, polls, b.o.duration, false)
-		return err
-	}); err != nil {
-		return err
-	}
-	if err := b.history(ctx); err != nil {
-		return err
-	}
-	if err := b.fetch(ctx, devices); err != nil {
-		return err
-	}
-	if err := b.mixed(ctx, devices); err != nil {
-		return err
-	}
-	if err := b.largeFleet(ctx, devices); err != nil {
-		return err
-	}
-	return b.enqueue(ctx, devices)
+	return nil
 }
 
 // sample is one round against one server.
@@ -199,7 +214,11 @@ func (b *bench) compare(ctx context.Context, name string, connections int, durat
 		if err != nil {
 			return err
 		}
-		s, err := b.drive(ctx, b.daemon, connections, visits, duration, lax)
+		var s sample
+		err = b.profiled(ctx, fmt.Sprintf("%s-%d", name, connections), func() (err error) {
+			s, err = b.drive(ctx, b.daemon, connections, visits, duration, lax)
+			return err
+		})
 		if err != nil {
 			return err
 		}
@@ -238,9 +257,9 @@ func (b *bench) compare(ctx context.Context, name string, connections int, durat
 	m.referenceCPU = reference / time.Duration(referenceRequests)
 	m.statements, m.commits, m.allocations, m.dbCommits = statements/n, commits/n, allocations/n, dbCommits/n
 	b.report.rows = append(b.report.rows, m)
-	fmt.Fprintf(os.Stderr, "%-10s  %-32s %3d connections  %6.0f/s  %.2f of the reference (%.2f to %.2f)  daemon %v + database %v  %d failed %s\n",
+	fmt.Fprintf(os.Stderr, "%-10s  %-32s %3d connections  %6.0f/s  %.2f of the reference (%.2f to %.2f)  daemon %v + database %v (%v)  %d failed %s\n",
 		b.db.label, name, connections, m.rate, m.ratio, m.low, m.high,
-		m.daemon.Round(time.Microsecond), m.db.Round(time.Microsecond), m.failed, m.failure)
+		m.daemon.Round(time.Microsecond), m.db.Round(time.Microsecond), m.referenceCPU.Round(time.Microsecond), m.failed, m.failure)
 	return nil
 }
 
@@ -303,6 +322,15 @@ func polls(ctx context.Context, devices []device) ([][]message, error) {
 	})
 }
 
+func (b *bench) idles(ctx context.Context, devices []device) error {
+	for _, connections := range []int{2, 8, 64, 128, 256} {
+		if err := b.idle(ctx, "idle", devices, connections); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 func (b *bench) idle(ctx context.Context, name string, devices []device, connections int) error {
 	visits, err := polls(ctx, devices)
 	if err != nil {
@@ -330,17 +358,8 @@ func (b *bench) visits(ctx context.Context, devices []device, commands int) ([][
 }
 
 func (b *bench) fetch(ctx context.Context, devices []device) error {
-	if err := b.compare(ctx, "fetch and acknowledge", 64, 0, false, func(int) ([][]message, error) {
+	return b.compare(ctx, "fetch and acknowledge", 64, 0, false, func(int) ([][]message, error) {
 		return b.visits(ctx, devices, commandsEach)
-	}); err != nil {
-		return err
-	}
-	return b.profile(ctx, "fetch", devices, func() error {
-		visits, err := b.visits(ctx, devices, commandsEach)
-		if err != nil {
-			return err
-		}
-		return b.flawless(ctx, visits)
 	})
 }
 
@@ -376,7 +395,7 @@ func (b *bench) mixed(ctx context.Context, devices []device) error {
 }
 
 // history measures idle of devices with none, some and many finished commands.
-func (b *bench) history(ctx context.Context) error {
+func (b *bench) history(ctx context.Context, _ []device) error {
 	if b.o.history == 0 {
 		return nil
 	}
@@ -448,16 +467,16 @@ func (b *bench) enqueue(ctx context.Context, devices []device) error {
 	return nil
 }
 
-// profile runs work under perf(1), if profiles were asked for, and leaves the
-// functions that cost most in a text file.
-func (b *bench) profile(ctx context.Context, name string, devices []device, work func() error) error {
+// profiled runs work, if profiles were asked for under perf(1), and leaves the
+// functions that cost most in text files.
+func (b *bench) profiled(ctx context.Context, name string, work func() error) error {
 	if b.o.profiles == "" {
-		return nil
+		return work()
 	}
 	if err := os.MkdirAll(b.o.profiles, 0o755); err != nil {
 		return err
 	}
-	base := filepath.Join(b.o.profiles, b.db.engine.name+"-"+name)
+	base := filepath.Join(b.o.profiles, b.db.engine.name+"-"+strings.ReplaceAll(name, " ", "-"))
 	record := exec.Command("perf", "record", "-q", "-F", "499", "-g",
 		"-p", fmt.Sprint(b.daemon.cmd.Process.Pid), "-o", base+".perf")
 	record.Stderr = os.Stderr
