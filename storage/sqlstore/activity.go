@@ -238,10 +238,8 @@ func storeSeen(ctx context.Context, t *tx, chunk []activity) error {
 		return nil
 	}
 	const table = "nano_enrollment_activity"
-	_, err := t.exec(ctx, t.d.upsertRows(table, []string{"id", "last_seen_at"}, []string{"id"},
-		[]string{"last_seen_at = " + t.d.greatest + "(" + table + ".last_seen_at, new.last_seen_at)"},
-		len(args)/2), args...)
-	return err
+	return t.upsert(ctx, table, []string{"id", "last_seen_at"}, []string{"id"},
+		[]string{"last_seen_at = " + t.d.greatest + "(" + table + ".last_seen_at, new.last_seen_at)"}, args)
 }
 
 // storePaid writes the payments that do, or do not, also set the time of the
@@ -269,6 +267,5 @@ func storePaid(ctx context.Context, t *tx, chunk []activity, setPushAt bool) err
 	if len(args) == 0 {
 		return nil
 	}
-	_, err := t.exec(ctx, t.d.upsertRows(table, cols, []string{"id"}, set, len(args)/len(cols)), args...)
-	return err
+	return t.upsert(ctx, table, cols, []string{"id"}, set, args)
 }

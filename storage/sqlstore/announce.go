@@ -106,7 +106,7 @@ func announceSome(ctx context.Context, t *tx, list []announcement) error {
 		args = append(args, eventID(t.now), a.enrollment, e.typ, parent, a.topic, e.eventSeq+e.raised, udid,
 			userEnrollment, e.topic, clip(a.requestType), a.commandUUID, params, t.now)
 	}
-	_, err = t.exec(ctx, t.d.upsertRows("nano_events", columns, []string{"event_id"}, nil, len(list)), args...)
+	err = t.upsert(ctx, "nano_events", columns, []string{"event_id"}, nil, args)
 	if err != nil {
 		return err
 	}

@@ -95,15 +95,13 @@ func (p *pending) readOnly() bool {
 	return false
 }
 
-// Bounds of the two batchers. Texts of at most batchRows ids keep within every
+// Bounds of the two batchers; how many run at once is the dialect's. Texts of at most batchRows ids keep within every
 // engine's limit of arguments, batches of batchBytes within MySQL's packet,
 // also where each byte has to be escaped.
 const (
-	pollsInFlight   = 4
-	changesInFlight = 2
-	batchRows       = 256
-	batchBytes      = 4 << 20
-	batchWaiting    = 16_384
+	batchRows    = 256
+	batchBytes   = 4 << 20
+	batchWaiting = 16_384
 )
 
 // startBatches makes the batchers that Apply works with. A single connection,
@@ -111,9 +109,9 @@ const (
 // wait there instead of growing.
 func (s *Store) startBatches() {
 	cfg := batchConfig{rows: batchRows, bytes: batchBytes, waiting: batchWaiting, hopeless: hopeless}
-	cfg.inFlight = min(pollsInFlight, s.rdb.Stats().MaxOpenConnections)
+	cfg.inFlight = min(s.d.polls, s.rdb.Stats().MaxOpenConnections)
 	s.polls = newBatcher(cfg, inTime(&s.polled, s.poll))
-	cfg.inFlight = min(changesInFlight, s.db.Stats().MaxOpenConnections)
+	cfg.inFlight = min(s.d.changes, s.db.Stats().MaxOpenConnections)
 	s.changes = newBatcher(cfg, inTime(&s.committed, s.change))
 }
 
@@ -256,42 +254,35 @@ type subject struct {
 	queued, notnow sql.Null[string]
 }
 
-// subjectColumns and subjectTables are shared by the two texts that read
-// subjects. The heads are one index seek each.
-const (
-	subjectColumns = `SELECT e.id, e.enabled, e.operator_disabled, a.sha256, p.owed_seq, p.paid_seq, p.push_at`
-	subjectTables  = `
-FROM nano_enrollments e
+// subjectsText reads subjects of the derived table r, each with the heads of
+// its lists. A head is one index seek: it needs all the columns in its order,
+// since MySQL would sort what waits otherwise, and to be told the index.
+func (d *dialect) subjectsText() string {
+	head := func(state storage.State) string {
+		return fmt.Sprintf(`, (SELECT q.command_uuid FROM nano_enrollment_queue q%s
+WHERE q.id = e.id AND q.state = %d AND q.command_uuid <> r.command_uuid AND (q.expires_at IS NULL OR q.expires_at > ?)
+ORDER BY q.id, q.state, q.priority DESC, q.seq LIMIT 1)`, d.by("nano_enrollment_queue_next"), state)
+	}
+	return `SELECT e.id, e.enabled, e.operator_disabled, a.sha256, p.owed_seq, p.paid_seq, p.push_at` +
+		head(storage.Queued) + head(storage.NotNow) + `
+FROM ` + d.pairs + ` nano_enrollments e ON e.id = r.id
 LEFT JOIN nano_cert_auth_associations a ON a.id = e.device_id AND a.retired_at IS NULL
-LEFT JOIN nano_enrollment_push p ON p.id = e.id
-WHERE e.id IN `
-)
-
-// headColumn reads the first row in one of the waiting states.
-func headColumn(state storage.State) string {
-	return fmt.Sprintf(`, (SELECT q.command_uuid FROM nano_enrollment_queue q
-WHERE q.id = e.id AND q.state = %d AND (q.expires_at IS NULL OR q.expires_at > ?)
-ORDER BY q.priority DESC, q.seq LIMIT 1)`, state)
+LEFT JOIN nano_enrollment_push p ON p.id = e.id`
 }
 
-// subjects reads enrollments by id; those that do not exist are missing. With
-// heads it also reads the next commands, as of the same moment.
-func subjects(ctx context.Context, t *tx, ids []string, heads bool) (map[string]*subject, error) {
-	place, idArgs := among(ids)
-	q := subjectColumns
-	var args []any
-	if heads {
-		q += headColumn(storage.Queued) + headColumn(storage.NotNow)
-		args = append(args, t.now, t.now)
-	} else {
-		q += ", NULL, NULL"
+// subjects reads enrollments, and the next command of each besides that of the
+// key, all as of the same moment. Enrollments that do not exist are missing.
+func subjects(ctx context.Context, t *tx, keys []queueKey) (map[string]*subject, error) {
+	pairs, err := t.d.pairArgs(keys)
+	if err != nil {
+		return nil, fmt.Errorf("reading enrollments: %w", err)
 	}
-	rows, err := t.query(ctx, q+subjectTables+place, append(args, idArgs...)...)
+	rows, err := t.query(ctx, t.d.subjects, append([]any{t.now, t.now}, pairs...)...)
 	if err != nil {
 		return nil, fmt.Errorf("reading enrollments: %w", err)
 	}
 	defer rows.Close()
-	out := make(map[string]*subject, len(ids))
+	out := make(map[string]*subject, len(keys))
 	for rows.Next() {
 		var s subject
 		var enabled, disabled bool
@@ -332,11 +323,11 @@ func readCertificates(ctx context.Context, t *tx, batch []*pending) (*certificat
 		hashes = append(hashes, p.hash())
 		devices = append(devices, p.device)
 	}
-	byHash, hashArgs := among(hashes)
-	byDevice, deviceArgs := among(devices)
-	rows, err := t.query(ctx, `SELECT 1, a.sha256, a.id, a.retired_at FROM nano_cert_auth_associations a WHERE a.sha256 IN `+byHash+`
-UNION ALL SELECT 2, a.sha256, a.id, a.retired_at FROM nano_cert_auth_associations a WHERE a.retired_at IS NULL AND a.id IN `+byDevice+`
-UNION ALL SELECT 3, d.id, d.id, NULL FROM nano_devices d WHERE d.id IN `+byDevice,
+	byHash, hashArgs := t.among(hashes)
+	byDevice, deviceArgs := t.among(devices)
+	rows, err := t.query(ctx, `SELECT 1, a.sha256, a.id, a.retired_at FROM nano_cert_auth_associations a WHERE a.sha256 `+byHash+`
+UNION ALL SELECT 2, a.sha256, a.id, a.retired_at FROM nano_cert_auth_associations a WHERE a.retired_at IS NULL AND a.id `+byDevice+`
+UNION ALL SELECT 3, d.id, d.id, NULL FROM nano_devices d WHERE d.id `+byDevice,
 		slices.Concat(hashArgs, deviceArgs, deviceArgs)...)
 	if err != nil {
 		return nil, fmt.Errorf("reading certificates: %w", err)
@@ -427,8 +418,8 @@ func admit(ctx context.Context, t *tx, batch []*pending) (*certificates, error) 
 		}
 	}
 	if len(renewed) > 0 {
-		place, args := among(renewed)
-		_, err := t.exec(ctx, "UPDATE nano_cert_auth_associations SET retired_at = ? WHERE retired_at IS NULL AND id IN "+place,
+		is, args := t.among(renewed)
+		_, err := t.exec(ctx, "UPDATE nano_cert_auth_associations SET retired_at = ? WHERE retired_at IS NULL AND id "+is,
 			append([]any{t.now}, args...)...)
 		if err != nil {
 			return nil, fmt.Errorf("retiring certificates: %w", err)
@@ -452,15 +443,15 @@ func pinCertificates(ctx context.Context, t *tx, batch []*pending, certs *certif
 		args = append(args, pin.Hash, p.device, pin.Certificate, null(micros(pin.NotAfter)), t.now)
 	}
 	if len(again) > 0 {
-		place, hashes := among(again)
-		if _, err := t.exec(ctx, "UPDATE nano_cert_auth_associations SET retired_at = NULL WHERE sha256 IN "+place, hashes...); err != nil {
+		is, hashes := t.among(again)
+		if _, err := t.exec(ctx, "UPDATE nano_cert_auth_associations SET retired_at = NULL WHERE sha256 "+is, hashes...); err != nil {
 			return fmt.Errorf("pinning certificates again: %w", err)
 		}
 	}
 	if len(args) == 0 {
 		return nil
 	}
-	_, err := t.exec(ctx, "INSERT INTO nano_cert_auth_associations (sha256, id, certificate, not_after, created_at) VALUES "+tuples(5, len(args)/5), args...)
+	err := t.insert(ctx, "nano_cert_auth_associations", []string{"sha256", "id", "certificate", "not_after", "created_at"}, args)
 	if err != nil {
 		return fmt.Errorf("pinning certificates: %w", err)
 	}
@@ -494,8 +485,8 @@ func lock(ctx context.Context, t *tx, table string, ids []string) (locked []stri
 	if len(ids) == 0 || t.d.forUpdate == "" {
 		return nil, nil
 	}
-	place, args := among(ids)
-	rows, err := t.query(ctx, "SELECT id FROM "+table+" WHERE id IN "+place+" ORDER BY id"+t.d.forUpdate, args...)
+	is, args := t.among(ids)
+	rows, err := t.query(ctx, "SELECT id FROM "+table+" WHERE id "+is+" ORDER BY id"+t.d.forUpdate, args...)
 	if err != nil {
 		return nil, fmt.Errorf("locking rows of %s: %w", table, err)
 	}
@@ -513,47 +504,8 @@ func lock(ctx context.Context, t *tx, table string, ids []string) (locked []stri
 	return locked, nil
 }
 
-// among returns the places and arguments of an IN list. Its length is a power
-// of two, with the last id repeated, so that there are few different texts to
-// prepare and to plan. There must be an id.
-func among(ids []string) (place string, args []any) {
-	n := 1
-	for n < len(ids) {
-		n *= 2
-	}
-	args = make([]any, n)
-	for i := range args {
-		args[i] = ids[min(i, len(ids)-1)]
-	}
-	return in(n), args
-}
-
-// tuples returns the places of rows to insert.
-func tuples(columns, rows int) string {
-	one := in(columns)
-	return one + strings.Repeat(", "+one, rows-1)
-}
-
-// queueKey is the key of a queue row or a result.
-type queueKey struct{ id, uuid string }
-
 func compareKeys(a, b queueKey) int {
 	return cmp.Or(strings.Compare(a.id, b.id), strings.Compare(a.uuid, b.uuid))
-}
-
-// amongKeys is among for the keys of queue rows. It is no IN list of tuples
-// since MariaDB scans the table for that.
-func amongKeys(keys []queueKey) (where string, args []any) {
-	const one = "(id = ? AND command_uuid = ?)"
-	n := 1
-	for n < len(keys) {
-		n *= 2
-	}
-	for i := range n {
-		k := keys[min(i, len(keys)-1)]
-		args = append(args, k.id, k.uuid)
-	}
-	return "(" + one + strings.Repeat(" OR "+one, n-1) + ")", args
 }
 
 // storable says whether a name can be a key. Others are of nothing that was

@@ -35,6 +35,21 @@ type dialect struct {
 	greatest string
 	// maxArgs is how many arguments a statement may have, with some room.
 	maxArgs int
+	// polls and changes are how many batches of devices' messages run at
+	// once. Fewer make larger ones, which cost less.
+	polls, changes int
+
+	// arrays: a list of values is one argument, an array, and so is each
+	// column of rows to insert, so that a statement has one text and one plan
+	// whatever their number. kinds are the arrays' types by table and column;
+	// columns reads them.
+	arrays  bool
+	columns string
+	kinds   map[string]string
+	// pairs begins a FROM with the derived table r (id, command_uuid), joined
+	// to what follows, in that order; pairArgs are its arguments.
+	pairs    string
+	pairArgs func(keys []queueKey) ([]any, error)
 
 	// conflict writes what follows INSERT ... VALUES (...) in an upsert, and
 	// proposed names a column of the row that was to be inserted.
@@ -60,6 +75,7 @@ type dialect struct {
 	// release closes what else was opened; may be nil.
 	release func() error
 
+	subjects  string   // the text that reads who speaks, made at the start
 	texts     sync.Map // string to string, filled by rebind
 	textCount atomic.Int64
 }
@@ -138,6 +154,11 @@ func (d *dialect) upsert(table string, cols, conflictCols, setCols []string) str
 
 // upsertRows is upsert for several rows of different keys at once.
 func (d *dialect) upsertRows(table string, cols, conflictCols, setCols []string, rows int) string {
+	return "INSERT INTO " + table + " (" + strings.Join(cols, ", ") + ") VALUES " + tuples(len(cols), rows) + d.onConflict(conflictCols, setCols)
+}
+
+// onConflict is the end of an upsert.
+func (d *dialect) onConflict(conflictCols, setCols []string) string {
 	var set strings.Builder
 	for i, c := range setCols {
 		if i > 0 {
@@ -149,14 +170,7 @@ func (d *dialect) upsertRows(table string, cols, conflictCols, setCols []string,
 			set.WriteString(c + " = " + d.proposed(c))
 		}
 	}
-	place := in(len(cols))
-	var b strings.Builder
-	b.WriteString("INSERT INTO " + table + " (" + strings.Join(cols, ", ") + ") VALUES " + place)
-	for range rows - 1 {
-		b.WriteString(", " + place)
-	}
-	b.WriteString(d.values + d.conflict(conflictCols, set.String()))
-	return b.String()
+	return d.values + d.conflict(conflictCols, set.String())
 }
 
 // replaceNew turns each new.col into the engine's name for it.

@@ -91,8 +91,8 @@ func enqueue(ctx context.Context, t *tx, scope storage.Scope, e *storage.Enqueue
 	if err := putCommand(ctx, t, e); err != nil {
 		return nil, err
 	}
-	place, args := among(eligible)
-	had, err := queueKeys(ctx, t, "SELECT id, command_uuid FROM nano_enrollment_queue WHERE command_uuid = ? AND id IN "+place,
+	is, args := t.among(eligible)
+	had, err := queueKeys(ctx, t, "SELECT id, command_uuid FROM nano_enrollment_queue WHERE command_uuid = ? AND id "+is,
 		append([]any{e.Command.CommandUUID}, args...)...)
 	if err != nil {
 		return nil, fmt.Errorf("reading queue rows: %w", err)
@@ -112,8 +112,8 @@ func enqueue(ctx context.Context, t *tx, scope storage.Scope, e *storage.Enqueue
 
 // lockNumbers locks push rows and reads the last number of each queue.
 func lockNumbers(ctx context.Context, t *tx, ids []string) (map[string]int64, error) {
-	place, args := among(ids)
-	rows, err := t.query(ctx, "SELECT id, last_seq FROM nano_enrollment_push WHERE id IN "+place+" ORDER BY id"+t.d.forUpdate, args...)
+	is, args := t.among(ids)
+	rows, err := t.query(ctx, "SELECT id, last_seq FROM nano_enrollment_push WHERE id "+is+" ORDER BY id"+t.d.forUpdate, args...)
 	if err != nil {
 		return nil, fmt.Errorf("locking push rows: %w", err)
 	}
@@ -136,11 +136,11 @@ func lockNumbers(ctx context.Context, t *tx, ids []string) (map[string]int64, er
 // enrolledAmong says which enrollments are there for the scope. Those that an
 // operator disabled are.
 func enrolledAmong(ctx context.Context, t *tx, scope storage.Scope, ids []string) (map[string]bool, error) {
-	place, args := among(ids)
-	q := "SELECT id FROM nano_enrollments WHERE enabled = 1 AND id IN " + place
+	is, args := t.among(ids)
+	q := "SELECT id FROM nano_enrollments WHERE enabled = 1 AND id " + is
 	if len(scope.Topics) > 0 {
-		topics, more := among(scope.Topics)
-		q += " AND topic IN " + topics
+		topics, more := t.among(scope.Topics)
+		q += " AND topic " + topics
 		args = append(args, more...)
 	}
 	rows, err := t.query(ctx, q, args...)
@@ -195,10 +195,10 @@ func supersede(ctx context.Context, t *tx, key string, ids []string) error {
 	if key == "" {
 		return nil
 	}
-	place, args := among(ids)
+	is, args := t.among(ids)
 	old, err := queueKeys(ctx, t, fmt.Sprintf(`SELECT id, command_uuid FROM nano_enrollment_queue
-WHERE supersede_key = ? AND state IN (%d, %d, %d) AND id IN `, storage.Scheduled, storage.Queued, storage.NotNow)+
-		place+" ORDER BY id, command_uuid"+t.d.forUpdate, append([]any{key}, args...)...)
+WHERE supersede_key = ? AND state IN (%d, %d, %d) AND id `, storage.Scheduled, storage.Queued, storage.NotNow)+
+		is+" ORDER BY id, command_uuid"+t.d.forUpdate, append([]any{key}, args...)...)
 	if err != nil {
 		return fmt.Errorf("locking commands that are replaced: %w", err)
 	}
@@ -225,8 +225,8 @@ func insertRows(ctx context.Context, t *tx, e *storage.Enqueue, ids []string, nu
 	for _, id := range ids {
 		args = append(args, id, e.Command.CommandUUID, numbers[id]+1, e.Priority, int(state), key, t.now, notBefore, null(micros(e.ExpiresAt)))
 	}
-	_, err := t.exec(ctx, `INSERT INTO nano_enrollment_queue (id, command_uuid, seq, priority, state, supersede_key, created_at, not_before, expires_at)
-VALUES `+tuples(9, len(ids)), args...)
+	err := t.insert(ctx, "nano_enrollment_queue", []string{"id", "command_uuid", "seq", "priority", "state", "supersede_key",
+		"created_at", "not_before", "expires_at"}, args)
 	if err != nil {
 		return fmt.Errorf("storing queue rows: %w", err)
 	}
@@ -239,8 +239,8 @@ VALUES `+tuples(9, len(ids)), args...)
 		at := t.now + firstPush.Microseconds()
 		args = append(args, at, at)
 	}
-	place, idArgs := among(ids)
-	if _, err := t.exec(ctx, "UPDATE nano_enrollment_push SET "+set+"last_seq = last_seq + 1 WHERE id IN "+place, append(args, idArgs...)...); err != nil {
+	is, idArgs := t.among(ids)
+	if _, err := t.exec(ctx, "UPDATE nano_enrollment_push SET "+set+"last_seq = last_seq + 1 WHERE id "+is, append(args, idArgs...)...); err != nil {
 		return fmt.Errorf("owing pushes: %w", err)
 	}
 	return nil

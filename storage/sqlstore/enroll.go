@@ -6,7 +6,6 @@ import (
 	"database/sql"
 	"fmt"
 	"slices"
-	"strings"
 
 	"github.com/nanomdm/nanomdm/mdm"
 	"github.com/nanomdm/nanomdm/storage"
@@ -28,9 +27,9 @@ type enrollments struct {
 
 // readEnrollments locks and reads all enrollments of devices.
 func readEnrollments(ctx context.Context, t *tx, devices []string) (*enrollments, error) {
-	place, args := among(devices)
+	is, args := t.among(devices)
 	rows, err := t.query(ctx, `SELECT id, device_id, token_update_tally, renewal_until, enrolled_at
-FROM nano_enrollments WHERE device_id IN `+place+" ORDER BY id"+t.d.forUpdate, args...)
+FROM nano_enrollments WHERE device_id `+is+" ORDER BY id"+t.d.forUpdate, args...)
 	if err != nil {
 		return nil, fmt.Errorf("locking enrollments: %w", err)
 	}
@@ -145,23 +144,18 @@ func authenticate(ctx context.Context, t *tx, batch []*pending, certs *certifica
 			begun = append(begun, p.id(), p.id(), string(p.src.Enroll.Type), clip(m.Topic), t.now, t.now)
 		}
 	}
-	width := len(authenticateColumns)
 	if len(fresh) > 0 {
-		_, err := t.exec(ctx, "INSERT INTO nano_devices ("+strings.Join(authenticateColumns[:], ", ")+") VALUES "+
-			tuples(width, len(fresh)/width), fresh...)
-		if err != nil {
+		if err := t.insert(ctx, "nano_devices", authenticateColumns[:], fresh); err != nil {
 			return fmt.Errorf("storing devices: %w", err)
 		}
 	}
 	if len(known) > 0 {
-		q := t.d.upsertRows("nano_devices", authenticateColumns[:], []string{"id"}, authenticateSets[:], len(known)/width)
-		if _, err := t.exec(ctx, q, known...); err != nil {
+		if err := t.upsert(ctx, "nano_devices", authenticateColumns[:], []string{"id"}, authenticateSets[:], known); err != nil {
 			return fmt.Errorf("storing devices: %w", err)
 		}
 	}
 	if len(begun) > 0 {
-		_, err := t.exec(ctx, "INSERT INTO nano_enrollments (id, device_id, type, topic, created_at, updated_at) VALUES "+
-			tuples(6, len(begun)/6), begun...)
+		err := t.insert(ctx, "nano_enrollments", []string{"id", "device_id", "type", "topic", "created_at", "updated_at"}, begun)
 		if err != nil {
 			return fmt.Errorf("storing enrollments: %w", err)
 		}
@@ -194,8 +188,8 @@ func end(ctx context.Context, t *tx, authenticates, checkOuts []*pending, all *e
 	if len(clear) == 0 {
 		return nil // devices that are new, or unknown
 	}
-	place, args := among(devices)
-	_, err := t.exec(ctx, `UPDATE nano_devices SET bootstrap_token = NULL, bootstrap_token_at = NULL, updated_at = ? WHERE id IN `+place,
+	is, args := t.among(devices)
+	_, err := t.exec(ctx, `UPDATE nano_devices SET bootstrap_token = NULL, bootstrap_token_at = NULL, updated_at = ? WHERE id `+is,
 		append([]any{t.now}, args...)...)
 	if err != nil {
 		return fmt.Errorf("clearing bootstrap tokens: %w", err)
@@ -207,8 +201,8 @@ func disableEnrollments(ctx context.Context, t *tx, ids []string) error {
 	if len(ids) == 0 {
 		return nil
 	}
-	place, args := among(ids)
-	_, err := t.exec(ctx, `UPDATE nano_enrollments SET enabled = 0, token_update_tally = 0, updated_at = ? WHERE id IN `+place,
+	is, args := t.among(ids)
+	_, err := t.exec(ctx, `UPDATE nano_enrollments SET enabled = 0, token_update_tally = 0, updated_at = ? WHERE id `+is,
 		append([]any{t.now}, args...)...)
 	if err != nil {
 		return fmt.Errorf("disabling enrollments: %w", err)
@@ -224,13 +218,13 @@ func clearQueues(ctx context.Context, t *tx, ids []string) error {
 	if _, err := lock(ctx, t, "nano_enrollment_push", ids); err != nil {
 		return err
 	}
-	place, args := among(ids)
-	_, err := t.exec(ctx, `UPDATE nano_enrollment_push SET paid_seq = owed_seq, push_at = NULL, attempts = 0 WHERE id IN `+place, args...)
+	is, args := t.among(ids)
+	_, err := t.exec(ctx, `UPDATE nano_enrollment_push SET paid_seq = owed_seq, push_at = NULL, attempts = 0 WHERE id `+is, args...)
 	if err != nil {
 		return fmt.Errorf("forgetting pushes owed: %w", err)
 	}
-	_, err = t.exec(ctx, fmt.Sprintf(`UPDATE nano_enrollment_queue SET state = %d, finished_at = ? WHERE state IN (%d, %d, %d) AND id IN `,
-		storage.Cancelled, storage.Scheduled, storage.Queued, storage.NotNow)+place, append([]any{t.now}, args...)...)
+	_, err = t.exec(ctx, fmt.Sprintf(`UPDATE nano_enrollment_queue SET state = %d, finished_at = ? WHERE state IN (%d, %d, %d) AND id `,
+		storage.Cancelled, storage.Scheduled, storage.Queued, storage.NotNow)+is, append([]any{t.now}, args...)...)
 	if err != nil {
 		return fmt.Errorf("cancelling commands: %w", err)
 	}
@@ -283,13 +277,13 @@ func updateTokens(ctx context.Context, t *tx, batch []*pending, all *enrollments
 	if err := putUsers(ctx, t, users); err != nil {
 		return err
 	}
-	q := t.d.upsertRows("nano_enrollments",
+	err := t.upsert(ctx, "nano_enrollments",
 		[]string{"id", "device_id", "type", "topic", "push_magic", "token", "token_at", "enabled", "token_update_tally",
 			"awaiting_configuration", "enrolled_at", "created_at", "updated_at"},
 		[]string{"id"},
 		[]string{"device_id", "type", "topic", "push_magic", "token", "token_at", "enabled", "token_update_tally",
-			"awaiting_configuration", "enrolled_at", "updated_at"}, len(batch))
-	if _, err := t.exec(ctx, q, args...); err != nil {
+			"awaiting_configuration", "enrolled_at", "updated_at"}, args)
+	if err != nil {
 		return fmt.Errorf("storing enrollments: %w", err)
 	}
 	return revive(ctx, t, ids, repeating)
@@ -302,15 +296,15 @@ func revive(ctx context.Context, t *tx, ids, repeating []string) error {
 	for _, id := range ids {
 		args = append(args, id)
 	}
-	q := t.d.upsertRows("nano_enrollment_push", []string{"id"}, []string{"id"}, []string{"token_dead_at = NULL", "attempts = 0"}, len(ids))
-	if _, err := t.exec(ctx, q, args...); err != nil {
+	err := t.upsert(ctx, "nano_enrollment_push", []string{"id"}, []string{"id"}, []string{"token_dead_at = NULL", "attempts = 0"}, args)
+	if err != nil {
 		return fmt.Errorf("storing push rows: %w", err)
 	}
 	if len(repeating) == 0 {
 		return nil
 	}
-	place, args := among(repeating)
-	_, err := t.exec(ctx, `UPDATE nano_enrollment_push SET push_at = ? WHERE owed_seq > paid_seq AND id IN `+place, append([]any{t.now}, args...)...)
+	is, args := t.among(repeating)
+	_, err = t.exec(ctx, `UPDATE nano_enrollment_push SET push_at = ? WHERE owed_seq > paid_seq AND id `+is, append([]any{t.now}, args...)...)
 	if err != nil {
 		return fmt.Errorf("planning pushes: %w", err)
 	}
@@ -330,8 +324,8 @@ func updateDevices(ctx context.Context, t *tx, columns []string, batch []*pendin
 		args = append(args, p.device, []byte{}, 0, t.now, t.now)
 		args = append(args, row(p)...)
 	}
-	q := t.d.upsertRows("nano_devices", slices.Concat(required, columns), []string{"id"}, append(columns, "updated_at"), len(batch))
-	if _, err := t.exec(ctx, q, args...); err != nil {
+	err := t.upsert(ctx, "nano_devices", slices.Concat(required, columns), []string{"id"}, append(columns, "updated_at"), args)
+	if err != nil {
 		return fmt.Errorf("storing devices: %w", err)
 	}
 	return nil
@@ -367,11 +361,11 @@ func putUsers(ctx context.Context, t *tx, batch []*pending) error {
 		args = append(args, p.id(), p.device, clip(cmp.Or(who.UserID, who.EnrollmentUserID)), clip(who.UserShortName),
 			clip(who.UserLongName), t.sealed(column, p.id(), notNil(raw)), t.now, t.now, t.now)
 	}
-	q := t.d.upsertRows("nano_users",
+	err := t.upsert(ctx, "nano_users",
 		[]string{"id", "device_id", "user_id", "user_short_name", "user_long_name", message, message + "_at", "created_at", "updated_at"},
 		[]string{"id"},
-		[]string{"device_id", "user_id", "user_short_name", "user_long_name", message, message + "_at", "updated_at"}, len(batch))
-	if _, err := t.exec(ctx, q, args...); err != nil {
+		[]string{"device_id", "user_id", "user_short_name", "user_long_name", message, message + "_at", "updated_at"}, args)
+	if err != nil {
 		return fmt.Errorf("storing users: %w", err)
 	}
 	return nil

@@ -99,8 +99,7 @@ func insertEvents(ctx context.Context, t *tx, events []outEvent, to map[string]*
 	}
 	width := len(eventInsertColumns)
 	for rows := range slices.Chunk(args, eventRows*width) {
-		q := t.d.upsertRows("nano_events", eventInsertColumns[:], []string{"event_id"}, nil, len(rows)/width)
-		if _, err := t.exec(ctx, q, rows...); err != nil {
+		if err := t.upsert(ctx, "nano_events", eventInsertColumns[:], []string{"event_id"}, nil, rows); err != nil {
 			return fmt.Errorf("storing events: %w", err)
 		}
 	}
@@ -119,8 +118,8 @@ func requestTypes(ctx context.Context, t *tx, events []outEvent) (map[string]str
 		return nil, nil
 	}
 	slices.Sort(uuids)
-	place, args := among(slices.Compact(uuids))
-	rows, err := t.query(ctx, "SELECT command_uuid, request_type FROM nano_commands WHERE command_uuid IN "+place, args...)
+	is, args := t.among(slices.Compact(uuids))
+	rows, err := t.query(ctx, "SELECT command_uuid, request_type FROM nano_commands WHERE command_uuid "+is, args...)
 	if err != nil {
 		return nil, fmt.Errorf("reading request types: %w", err)
 	}
@@ -147,8 +146,8 @@ func raiseOrder(ctx context.Context, t *tx, raised map[string]int64) error {
 		byCount[raised[id]] = append(byCount[raised[id]], id)
 	}
 	for _, n := range slices.Sorted(maps.Keys(byCount)) {
-		place, args := among(byCount[n])
-		_, err := t.exec(ctx, "UPDATE nano_enrollments SET event_seq = event_seq + ? WHERE id IN "+place, append([]any{n}, args...)...)
+		is, args := t.among(byCount[n])
+		_, err := t.exec(ctx, "UPDATE nano_enrollments SET event_seq = event_seq + ? WHERE id "+is, append([]any{n}, args...)...)
 		if err != nil {
 			return fmt.Errorf("ordering events: %w", err)
 		}

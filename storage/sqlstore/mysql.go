@@ -150,6 +150,7 @@ func mysqlDialect() *dialect {
 	d.words["text"] = "LONGTEXT CHARACTER SET utf8mb4 COLLATE utf8mb4_0900_bin"
 	d.words["table"] = "ENGINE=InnoDB DEFAULT CHARSET=utf8mb4 COLLATE=utf8mb4_0900_bin"
 	d.words["if_not_exists"] = "" // not for indexes; see repeated
+	d.pairs = jsonTable(d)
 	return d
 }
 
@@ -168,7 +169,13 @@ func mariadbDialect() *dialect {
 	d.words["text"] = "LONGTEXT CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin"
 	d.words["table"] = "ENGINE=InnoDB DEFAULT CHARSET=utf8mb4 COLLATE=utf8mb4_nopad_bin"
 	d.words["if_not_exists"] = "IF NOT EXISTS"
+	d.pairs = jsonTable(d)
 	return d
+}
+
+func jsonTable(d *dialect) string {
+	id := d.words["id"]
+	return "JSON_TABLE(?, '$[*]' COLUMNS (id " + id + " PATH '$[0]', command_uuid " + id + " PATH '$[1]')) r STRAIGHT_JOIN"
 }
 
 // mysqlCommon is what MySQL and MariaDB share.
@@ -180,6 +187,9 @@ func mysqlCommon() *dialect {
 		forceIndex: func(index string) string { return " FORCE INDEX (" + index + ")" },
 		greatest:   "GREATEST",
 		maxArgs:    60000, // interpolated; prepared ones are limited to 65535
+		polls:      1,
+		changes:    1,
+		pairArgs:   jsonPairs,
 
 		unique: func(err error) bool {
 			n := mysqlNumber(err)

@@ -436,9 +436,7 @@ func putDeliveries(ctx context.Context, t *tx, sink string, deliveries []storage
 	for _, d := range deliveries {
 		args = append(args, sink, d.Seq, d.Enrollment, int(d.State), d.Attempts, null(micros(d.NextAt)), d.Error, t.now)
 	}
-	_, err := t.exec(ctx, t.d.upsertRows("nano_event_deliveries", deliveryColumns[:], []string{"sink", "seq"},
-		deliverySets[:], len(deliveries)), args...)
-	return err
+	return t.upsert(ctx, "nano_event_deliveries", deliveryColumns[:], []string{"sink", "seq"}, deliverySets[:], args)
 }
 
 // amongNumbers is among for numbers.

@@ -75,6 +75,15 @@ func pgsqlDialect() *dialect {
 		forShare:  " FOR SHARE",
 		greatest:  "GREATEST",
 		maxArgs:   60000, // the protocol's limit is 65535
+		polls:     1,
+		changes:   1,
+
+		arrays: true,
+		columns: `SELECT table_name || '.' || column_name, CASE data_type WHEN 'bytea' THEN 'bytea[]'
+WHEN 'bigint' THEN 'bigint[]' WHEN 'smallint' THEN 'bigint[]' ELSE 'text[]' END
+FROM information_schema.columns WHERE table_schema = current_schema()`,
+		pairs:    "unnest(?::text[], ?::text[]) AS r (id, command_uuid) JOIN",
+		pairArgs: arrayPairs,
 
 		conflict: onConflict,
 		proposed: excluded,

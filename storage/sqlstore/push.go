@@ -414,7 +414,7 @@ func recordPushes(ctx context.Context, t *tx, ids []string, records map[string]*
 			args = append(args, r.id, r.last, r.owed, r.paid, r.pushAt, rec.Attempts, micros(rec.At), clip(rec.Class), rec.Status,
 				clip(rec.Reason), clip(rec.APNsID), r.deadAt)
 		}
-		_, err := t.exec(ctx, t.d.upsertRows("nano_enrollment_push", append([]string{"id"}, columns...), []string{"id"}, columns, n), args...)
+		err := t.upsert(ctx, "nano_enrollment_push", append([]string{"id"}, columns...), []string{"id"}, columns, args)
 		if err != nil {
 			return fmt.Errorf("storing push rows: %w", err)
 		}

@@ -48,11 +48,11 @@ func (s *Store) poll(ctx context.Context, batch []*pending) error {
 }
 
 func pollBatch(ctx context.Context, t *tx, batch []*pending) error {
-	ids := make([]string, len(batch))
+	of := make([]queueKey, len(batch))
 	for i, p := range batch {
-		ids[i] = p.id()
+		of[i].id = p.id()
 	}
-	subs, err := subjects(ctx, t, ids, true)
+	subs, err := subjects(ctx, t, of)
 	if err != nil {
 		return err
 	}
@@ -175,8 +175,8 @@ func readPlaces(ctx context.Context, t *tx, keys []queueKey) (map[queueKey]place
 	if len(keys) == 0 {
 		return nil, nil
 	}
-	where, args := amongKeys(keys)
-	rows, err := t.query(ctx, "SELECT id, command_uuid, priority, seq FROM nano_enrollment_queue WHERE "+where, args...)
+	where, args := t.amongKeys(keys)
+	rows, err := t.query(ctx, "SELECT id, command_uuid, priority, seq FROM nano_enrollment_queue"+t.d.by("PRIMARY")+" WHERE "+where, args...)
 	if err != nil {
 		return nil, fmt.Errorf("reading queue rows: %w", err)
 	}
@@ -210,8 +210,8 @@ func readCommands(ctx context.Context, t *tx, due map[*pending]string) error {
 			uuids = append(uuids, uuid)
 		}
 	}
-	places, args := among(uuids)
-	rows, err := t.query(ctx, "SELECT command_uuid, request_type, command FROM nano_commands WHERE command_uuid IN "+places, args...)
+	is, args := t.among(uuids)
+	rows, err := t.query(ctx, "SELECT command_uuid, request_type, command FROM nano_commands WHERE command_uuid "+is, args...)
 	if err != nil {
 		return fmt.Errorf("reading commands: %w", err)
 	}
@@ -243,8 +243,8 @@ func readBootstrapTokens(ctx context.Context, t *tx, batch []*pending) error {
 	for i, p := range batch {
 		devices[i] = p.device
 	}
-	places, args := among(devices)
-	rows, err := t.query(ctx, "SELECT id, bootstrap_token FROM nano_devices WHERE id IN "+places, args...)
+	is, args := t.among(devices)
+	rows, err := t.query(ctx, "SELECT id, bootstrap_token FROM nano_devices WHERE id "+is, args...)
 	if err != nil {
 		return fmt.Errorf("reading bootstrap tokens: %w", err)
 	}

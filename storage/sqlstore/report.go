@@ -2,6 +2,7 @@ package sqlstore
 
 import (
 	"context"
+	"database/sql"
 	"fmt"
 	"slices"
 
@@ -25,11 +26,12 @@ func takeReports(ctx context.Context, t *tx, reports []*pending) error {
 	if len(reports) == 0 {
 		return nil
 	}
-	var ids []string
+	of := make([]queueKey, len(reports))
 	var keys []queueKey
-	for _, p := range reports {
-		ids = append(ids, p.id())
+	for i, p := range reports {
+		of[i].id = p.id()
 		if k, ok := reportedKey(p); ok {
+			of[i] = k
 			keys = append(keys, k)
 		}
 	}
@@ -37,7 +39,7 @@ func takeReports(ctx context.Context, t *tx, reports []*pending) error {
 	if err != nil {
 		return err
 	}
-	subs, err := subjects(ctx, t, ids, false)
+	subs, err := subjects(ctx, t, of)
 	if err != nil {
 		return err
 	}
@@ -45,10 +47,10 @@ func takeReports(ctx context.Context, t *tx, reports []*pending) error {
 		return err
 	}
 	admitted := slices.DeleteFunc(slices.Clone(reports), func(p *pending) bool { return p.err != nil })
-	if err := moveRows(ctx, t, admitted, states); err != nil {
+	if err := moveRows(ctx, t, admitted, states, subs); err != nil {
 		return err
 	}
-	return answer(ctx, t, admitted)
+	return answer(ctx, t, admitted, subs)
 }
 
 // reportedKey is the row that a report may change, if it names one.
@@ -65,8 +67,8 @@ func lockQueueRows(ctx context.Context, t *tx, keys []queueKey) (map[queueKey]st
 	if len(keys) == 0 {
 		return nil, nil
 	}
-	where, args := amongKeys(keys)
-	rows, err := t.query(ctx, "SELECT id, command_uuid, state FROM nano_enrollment_queue WHERE "+where+" ORDER BY id, command_uuid"+t.d.forUpdate, args...)
+	where, args := t.amongKeys(keys)
+	rows, err := t.query(ctx, "SELECT id, command_uuid, state FROM nano_enrollment_queue"+t.d.by("PRIMARY")+" WHERE "+where+" ORDER BY id, command_uuid"+t.d.forUpdate, args...)
 	if err != nil {
 		return nil, fmt.Errorf("locking queue rows: %w", err)
 	}
@@ -95,7 +97,7 @@ func admitReports(ctx context.Context, t *tx, reports []*pending, subs map[strin
 
 // moveRows ends the rows of results, stores the results, and puts off the
 // rows of NotNow. What repeats or comes late changes no state.
-func moveRows(ctx context.Context, t *tx, reports []*pending, states map[queueKey]storage.State) error {
+func moveRows(ctx context.Context, t *tx, reports []*pending, states map[queueKey]storage.State, subs map[string]*subject) error {
 	moves := make(map[storage.State][]queueKey)
 	var results, late []*pending
 	for _, p := range reports {
@@ -110,6 +112,9 @@ func moveRows(ctx context.Context, t *tx, reports []*pending, states map[queueKe
 		case r.Status == mdm.StatusNotNow:
 			if state == storage.Queued || state == storage.NotNow {
 				moves[storage.NotNow] = append(moves[storage.NotNow], k)
+				if sub := subs[k.id]; sub != nil && !sub.notnow.Valid { // it was read without this one
+					sub.notnow = sql.Null[string]{V: k.uuid, Valid: true}
+				}
 			}
 		case !state.Terminal():
 			to := terminalState(r.Status)
@@ -152,8 +157,8 @@ func moveTo(ctx context.Context, t *tx, to storage.State, keys []queueKey) error
 	if to == storage.NotNow {
 		set = "state = ?, notnow_at = ?, notnow_count = notnow_count + 1"
 	}
-	where, args := amongKeys(keys)
-	_, err := t.exec(ctx, "UPDATE nano_enrollment_queue SET "+set+" WHERE "+where, append([]any{int(to), t.now}, args...)...)
+	where, args := t.amongKeys(keys)
+	_, err := t.exec(ctx, "UPDATE nano_enrollment_queue"+t.d.by("PRIMARY")+" SET "+set+" WHERE "+where, append([]any{int(to), t.now}, args...)...)
 	if err != nil {
 		return fmt.Errorf("moving queue rows to %s: %w", to, err)
 	}
@@ -169,8 +174,8 @@ func storedResults(ctx context.Context, t *tx, reports []*pending) (map[queueKey
 	for i, p := range reports {
 		keys[i], _ = reportedKey(p)
 	}
-	where, args := amongKeys(keys)
-	rows, err := t.query(ctx, "SELECT id, command_uuid, status FROM nano_command_results WHERE "+where, args...)
+	where, args := t.amongKeys(keys)
+	rows, err := t.query(ctx, "SELECT id, command_uuid, status FROM nano_command_results"+t.d.by("PRIMARY")+" WHERE "+where, args...)
 	if err != nil {
 		return nil, fmt.Errorf("reading results: %w", err)
 	}
@@ -200,30 +205,19 @@ func insertResults(ctx context.Context, t *tx, reports []*pending, states map[qu
 		late := states[queueKey{p.id(), r.CommandUUID}].Terminal()
 		args = append(args, p.id(), r.CommandUUID, string(r.Status), notNil(r.Raw), late, t.now)
 	}
-	q := t.d.upsertRows("nano_command_results",
+	err := t.upsert(ctx, "nano_command_results",
 		[]string{"id", "command_uuid", "status", "result", "late", "created_at"},
-		[]string{"id", "command_uuid"}, nil, len(reports))
-	if _, err := t.exec(ctx, q, args...); err != nil {
+		[]string{"id", "command_uuid"}, nil, args)
+	if err != nil {
 		return fmt.Errorf("storing results: %w", err)
 	}
 	return nil
 }
 
-// answer gives the reports their next commands, as they stand after the
-// results are in, and owes a push to devices that would not come back for
-// what they refused before.
-func answer(ctx context.Context, t *tx, reports []*pending) error {
-	if len(reports) == 0 {
-		return nil
-	}
-	ids := make([]string, len(reports))
-	for i, p := range reports {
-		ids[i] = p.id()
-	}
-	subs, err := subjects(ctx, t, ids, true)
-	if err != nil {
-		return err
-	}
+// answer gives the reports their next commands, which are not the ones that
+// they report, and owes a push to devices that would not come back for what
+// they refused before.
+func answer(ctx context.Context, t *tx, reports []*pending, subs map[string]*subject) error {
 	var debts []string
 	for _, p := range reports {
 		sub := subs[p.id()]
@@ -258,10 +252,10 @@ func owe(ctx context.Context, t *tx, ids []string) error {
 	if _, err := lock(ctx, t, "nano_enrollment_push", ids); err != nil {
 		return err
 	}
-	places, args := among(ids)
+	is, args := t.among(ids)
 	// MySQL assigns from left to right, so last_seq must come last.
 	_, err := t.exec(ctx, `UPDATE nano_enrollment_push
-SET owed_seq = last_seq + 1, push_at = ?, last_seq = last_seq + 1 WHERE id IN `+places, append([]any{t.now}, args...)...)
+SET owed_seq = last_seq + 1, push_at = ?, last_seq = last_seq + 1 WHERE id `+is, append([]any{t.now}, args...)...)
 	if err != nil {
 		return fmt.Errorf("owing pushes: %w", err)
 	}

@@ -140,6 +140,10 @@ func sqliteDialect() *dialect {
 		prepare:  true,
 		greatest: "MAX",
 		maxArgs:  30000, // the library's limit is 32766
+		polls:    4,     // readers need not wait for each other
+		changes:  1,
+		pairs:    "(SELECT value ->> 0 AS id, value ->> 1 AS command_uuid FROM json_each(?)) r CROSS JOIN",
+		pairArgs: jsonPairs,
 
 		conflict: onConflict,
 		proposed: excluded,

@@ -177,11 +177,16 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 		cfg: cfg, d: p.dialect, db: p.write, rdb: p.read,
 		now: cfg.Now, log: cfg.Logger, seal: newSealing(cfg),
 	}
+	s.d.subjects = s.d.subjectsText()
 	if s.d.prepare {
 		s.stmts = newStmtCache(p.write)
 		s.rstmts = newStmtCache(p.read)
 	}
 	if err := s.migrate(ctx); err != nil {
+		s.closePools()
+		return nil, fmt.Errorf("preparing the %s database: %w", cfg.Driver, err)
+	}
+	if err := s.readKinds(ctx); err != nil {
 		s.closePools()
 		return nil, fmt.Errorf("preparing the %s database: %w", cfg.Driver, err)
 	}

@@ -76,8 +76,8 @@ func expire(ctx context.Context, t *tx, due []queueKey) (int, error) {
 			return 0, err
 		}
 	}
-	where, args := amongKeys(due)
-	due, err = queueKeys(ctx, t, "SELECT id, command_uuid FROM nano_enrollment_queue WHERE "+where+
+	where, args := t.amongKeys(due)
+	due, err = queueKeys(ctx, t, "SELECT id, command_uuid FROM nano_enrollment_queue"+t.d.by("PRIMARY")+" WHERE "+where+
 		fmt.Sprintf(" AND state < %d AND expires_at <= ? ORDER BY id, command_uuid", storage.Acknowledged)+t.d.forUpdate,
 		append(args, t.now)...)
 	if err != nil {
@@ -98,8 +98,8 @@ func announceExpired(ctx context.Context, t *tx, expired []queueKey) error {
 	if len(expired) == 0 {
 		return nil
 	}
-	where, args := amongKeys(expired)
-	rows, err := t.query(ctx, "SELECT q.id, q.command_uuid, COALESCE(c.request_type, '') FROM (SELECT id, command_uuid FROM nano_enrollment_queue WHERE "+where+
+	where, args := t.amongKeys(expired)
+	rows, err := t.query(ctx, "SELECT q.id, q.command_uuid, COALESCE(c.request_type, '') FROM (SELECT id, command_uuid FROM nano_enrollment_queue"+t.d.by("PRIMARY")+" WHERE "+where+
 		") q LEFT JOIN nano_commands c ON c.command_uuid = q.command_uuid ORDER BY q.id, q.command_uuid", args...)
 	if err != nil {
 		return fmt.Errorf("reading commands that expired: %w", err)
@@ -173,8 +173,8 @@ func promote(ctx context.Context, t *tx, due []queueKey) (int, error) {
 	if _, err := lock(ctx, t, "nano_enrollment_push", enrollmentsOf(due)); err != nil {
 		return 0, err
 	}
-	where, args := amongKeys(due)
-	locked, err := queueKeys(ctx, t, "SELECT id, command_uuid FROM nano_enrollment_queue WHERE "+where+
+	where, args := t.amongKeys(due)
+	locked, err := queueKeys(ctx, t, "SELECT id, command_uuid FROM nano_enrollment_queue"+t.d.by("PRIMARY")+" WHERE "+where+
 		fmt.Sprintf(" AND state = %d AND not_before <= ? ORDER BY id, command_uuid", storage.Scheduled)+t.d.forUpdate,
 		append(args, t.now)...)
 	if err != nil {
@@ -184,8 +184,8 @@ func promote(ctx context.Context, t *tx, due []queueKey) (int, error) {
 		return 0, nil
 	}
 	// The order inside an enrollment, read now that it stands still.
-	where, args = amongKeys(locked)
-	ordered, err := queueKeys(ctx, t, "SELECT id, command_uuid FROM nano_enrollment_queue WHERE "+where+" ORDER BY id, not_before, seq", args...)
+	where, args = t.amongKeys(locked)
+	ordered, err := queueKeys(ctx, t, "SELECT id, command_uuid FROM nano_enrollment_queue"+t.d.by("PRIMARY")+" WHERE "+where+" ORDER BY id, not_before, seq", args...)
 	if err != nil {
 		return 0, fmt.Errorf("reading commands that are due: %w", err)
 	}
@@ -202,7 +202,7 @@ func promote(ctx context.Context, t *tx, due []queueKey) (int, error) {
 		nth[n] = append(nth[n], k)
 	}
 	for n, keys := range nth {
-		where, args := amongKeys(keys)
+		where, args := t.amongKeys(keys)
 		_, err := t.exec(ctx, fmt.Sprintf(`UPDATE nano_enrollment_queue SET state = %d,
 seq = (SELECT p.last_seq FROM nano_enrollment_push p WHERE p.id = nano_enrollment_queue.id) + ? WHERE `, storage.Queued)+where,
 			append([]any{n + 1}, args...)...)
@@ -317,9 +317,9 @@ func removeResults(ctx context.Context, t *tx, keys []queueKey, out *storage.Rem
 	if len(keys) == 0 {
 		return nil
 	}
-	where, args := amongKeys(keys)
+	where, args := t.amongKeys(keys)
 	var bytes int64
-	err := t.queryRow(ctx, "SELECT COALESCE(SUM(LENGTH(result)), 0) FROM nano_command_results WHERE "+where, args...).Scan(&bytes)
+	err := t.queryRow(ctx, "SELECT COALESCE(SUM(LENGTH(result)), 0) FROM nano_command_results"+t.d.by("PRIMARY")+" WHERE "+where, args...).Scan(&bytes)
 	if err != nil {
 		return fmt.Errorf("measuring results: %w", err)
 	}
@@ -347,8 +347,8 @@ func removeFinished(ctx context.Context, t *tx, state storage.State, before int6
 	if err := lockCommands(ctx, t, uuids); err != nil {
 		return err
 	}
-	where, args := amongKeys(old)
-	old, err := queueKeys(ctx, t, "SELECT id, command_uuid FROM nano_enrollment_queue WHERE "+where+
+	where, args := t.amongKeys(old)
+	old, err := queueKeys(ctx, t, "SELECT id, command_uuid FROM nano_enrollment_queue"+t.d.by("PRIMARY")+" WHERE "+where+
 		" AND state = ? AND finished_at < ? ORDER BY id, command_uuid"+t.d.forUpdate, append(args, int(state), before)...)
 	if err != nil {
 		return fmt.Errorf("locking old queue rows: %w", err)
@@ -357,7 +357,7 @@ func removeFinished(ctx context.Context, t *tx, state storage.State, before int6
 		return err
 	}
 	if len(old) > 0 {
-		where, args = amongKeys(old)
+		where, args = t.amongKeys(old)
 		n, err := t.exec(ctx, "DELETE FROM nano_enrollment_queue WHERE "+where, args...)
 		if err != nil {
 			return fmt.Errorf("removing queue rows: %w", err)
