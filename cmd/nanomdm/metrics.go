@@ -71,6 +71,13 @@ func (b *building) observe(store *sqlstore.Store) {
 			emit("nanomdm_webhook_events", float64(sink.Dead), sink.Sink, "dead")
 			emit("nanomdm_webhook_events", float64(sink.Dropped), sink.Sink, "dropped")
 		}
+		sinks, err := store.EventSinks(ctx)
+		if err != nil {
+			return err
+		}
+		for _, sink := range sinks {
+			emit("nanomdm_webhook_off", truth(!sink.Enabled), sink.Name)
+		}
 		return nil
 	}})
 	b.metrics.Add(metrics.Source{Name: "certificates", Every: certificatesEvery, Collect: func(ctx context.Context, emit metrics.Emit) error {

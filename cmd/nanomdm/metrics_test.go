@@ -51,6 +51,11 @@ func TestEveryMetricIsServed(t *testing.T) {
 		"nanomdm_webhook_backlog_events":          "TestStoredThingsAreServed",
 		"nanomdm_webhook_oldest_seconds":          "TestStoredThingsAreServed",
 		"nanomdm_webhook_events":                  "TestStoredThingsAreServed",
+		"nanomdm_webhook_off":                     "TestStoredThingsAreServed",
+		"nanomdm_webhook_delivered_total":         "TestWebhook",
+		"nanomdm_webhook_failures_total":          "TestWebhook",
+		"nanomdm_webhook_given_up_total":          "TestWebhook",
+		"nanomdm_webhook_down":                    "TestWebhook",
 	}
 	for _, m := range metrics.Table() {
 		if elsewhere[m.Name] == "" {
@@ -106,6 +111,7 @@ func TestStoredThingsAreServed(t *testing.T) {
 	store, err := sqlstore.Open(t.Context(), sqlstore.Config{Driver: "sqlite", DSN: file})
 	require.NoError(t, err)
 	require.NoError(t, store.PutEventSink(t.Context(), storage.EventSink{Name: "hook", URL: "http://127.0.0.1:1/", Enabled: true}))
+	require.NoError(t, store.PutEventSink(t.Context(), storage.EventSink{Name: "off", URL: "http://127.0.0.1:1/"}))
 	require.NoError(t, store.Close())
 	sqliteExec(t, file, fmt.Sprintf(`INSERT INTO nano_push_certs (topic, cert_pem, key_pem, not_after, created_at, updated_at)
 		VALUES ('com.apple.mgmt.x', x'00', x'00', %d, 1, 1)`, time.Now().Add(-time.Hour).UnixMicro()))
@@ -114,6 +120,8 @@ func TestStoredThingsAreServed(t *testing.T) {
 	_, text, _ := d.api("GET", "/metrics", "nanomdm", testKey, nil)
 	require.Contains(t, text, `nanomdm_webhook_backlog_events{sink="hook"} 0`)
 	require.Contains(t, text, `nanomdm_webhook_oldest_seconds{sink="hook"} 0`)
+	require.Contains(t, text, `nanomdm_webhook_off{sink="hook"} 0`)
+	require.Contains(t, text, `nanomdm_webhook_off{sink="off"} 1`)
 	require.Regexp(t, `nanomdm_push_certificate_expiry_seconds\{topic="com.apple.mgmt.x"\} -360\d`, text)
 	for _, state := range []string{"waiting", "again", "dead", "dropped"} {
 		require.Contains(t, text, `nanomdm_webhook_events{sink="hook",state="`+state+`"} 0`)

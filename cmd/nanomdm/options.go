@@ -64,6 +64,7 @@ type options struct {
 	retainCommands storage.Retention
 	retainResults  storage.Retention
 	retainAudit    time.Duration // 0 is for ever
+	retainEvents   time.Duration // 0 is for ever
 
 	apnsURL        *url.URL
 	apnsCA         string
@@ -73,8 +74,15 @@ type options struct {
 	pushRetry      []time.Duration // empty is off
 	pushTimeout    time.Duration
 
-	webhookURL     *url.URL
-	webhookHMACKey secret
+	webhookURL        *url.URL
+	webhookHMACKey    secret
+	webhookOldHMACKey secret
+	webhookConfig     string
+	webhookWorkers    int // 0: this replica sends nothing
+	webhookTimeout    time.Duration
+	webhookMaxAge     time.Duration
+	webhookMaxBacklog int
+	expiryNotice      time.Duration
 
 	maxBody      int64 // bytes
 	maxInFlight  int64 // bytes
@@ -237,6 +245,9 @@ func (o *options) table() []option {
 		{name: "retain-results", arg: "AGES", def: "0", group: groupStorage, set: to(&o.retainResults, parseRetention),
 			help:   "How long to keep results, as 30d,InstalledApplicationList=2d.",
 			detail: "Of the same form. The command and its state stay."},
+		{name: "retain-events", arg: "AGE", def: "7d", group: groupStorage, set: to(&o.retainEvents, parseAge),
+			help:   "How long to keep events in the log; 0 is for ever.",
+			detail: "At least as long as `-webhook-max-age`: what a receiver is still to get stays until then. Without a receiver there are no events."},
 		{name: "retain-audit", arg: "AGE", def: "0", group: groupStorage, set: to(&o.retainAudit, parseAge),
 			help:   "How long to keep the audit records of the API, as 365d.",
 			detail: "An age as above; 0 is for ever."},
@@ -269,7 +280,28 @@ func (o *options) table() []option {
 		{name: "webhook-url", arg: "URL", group: groupWebhook, set: to(&o.webhookURL, parseURL),
 			help: "Send each device event to this URL."},
 		{name: "webhook-hmac-key", arg: "KEY", group: groupWebhook, secret: true, set: to(&o.webhookHMACKey, parseSecret),
-			help: "Sign events in X-Hmac-Signature."},
+			help:   "Sign events with this key.",
+			detail: "`X-Hmac-Signature` is NanoMDM's, `webhook-signature` that of the Standard Webhooks specification. See [webhooks](webhooks.md)."},
+		{name: "webhook-old-hmac-key", arg: "KEY", group: groupWebhook, secret: true, set: to(&o.webhookOldHMACKey, parseSecret),
+			help:   "Sign with this key, too, while receivers change theirs.",
+			detail: "In `webhook-signature` alone, which may hold several. Receivers that check `X-Hmac-Signature` have to change at the same moment."},
+		{name: "webhook-config", arg: "FILE", group: groupWebhook, file: true, set: to(&o.webhookConfig, parseText),
+			help:   "JSON file of further receivers, with keys and filters.",
+			detail: "Its form is in [webhooks](webhooks.md). It holds keys: keep others from reading it. Receivers can also be made through the API."},
+		{name: "webhook-workers", arg: "N", def: "32", group: groupWebhook, set: to(&o.webhookWorkers, parseCountOrNone),
+			help:   "Events sent at once to each receiver; 0: none from here.",
+			detail: "One replica at a time sends. One with 0 leaves it, and the keeping of the event log, to the others."},
+		{name: "webhook-timeout", arg: "TIME", def: "10s", group: groupWebhook, set: to(&o.webhookTimeout, parsePositive),
+			help: "How long a receiver may take to answer."},
+		{name: "webhook-max-age", arg: "AGE", def: "3d", group: groupWebhook, set: to(&o.webhookMaxAge, parsePositiveAge),
+			help:   "How long an event is tried before it is a dead letter.",
+			detail: "Dead letters are kept like other events, and can be sent again through the API."},
+		{name: "webhook-max-backlog", arg: "N", def: "1000000", group: groupWebhook, set: to(&o.webhookMaxBacklog, parseCount),
+			help:   "How many events may wait for a receiver.",
+			detail: "The oldest beyond it become dead letters at once, and lose their payload."},
+		{name: "expiry-notice", arg: "AGE", def: "30d", group: groupWebhook, set: to(&o.expiryNotice, parsePositiveAge),
+			help:   "How long before its end a certificate is announced.",
+			detail: "To receivers that ask for `nanomdm.PushCertificateExpiring` or `nanomdm.IdentityCertificateExpiring`."},
 
 		{name: "max-body", arg: "BYTES", def: "16M", group: groupLimits, set: to(&o.maxBody, parseSize),
 			help: "Largest request body; k, M and G are powers of 1024."},
@@ -595,6 +627,12 @@ func (c *configuration) checkRoles(o *options) {
 	if o.webhookHMACKey != "" && !c.isGiven("webhook-url") {
 		c.warn("-webhook-hmac-key does nothing without -webhook-url")
 	}
+	if c.isGiven("webhook-old-hmac-key") && !c.isGiven("webhook-hmac-key") && !c.isGiven("webhook-hmac-key-file") {
+		c.mistake("-webhook-old-hmac-key is a second key: give -webhook-hmac-key, too")
+	}
+	if o.retainEvents > 0 && o.retainEvents < o.webhookMaxAge {
+		c.mistake("-retain-events is shorter than -webhook-max-age: make it at least as long")
+	}
 }
 
 func (c *configuration) checkStorage(o *options) {
@@ -800,6 +838,17 @@ func parseCount(s string) (int, error) {
 	n, err := strconv.Atoi(s)
 	if err != nil || n < 1 {
 		return 0, fmt.Errorf("%q is not a number of 1 or more", s)
+	}
+	return n, nil
+}
+
+func parseCountOrNone(s string) (int, error) {
+	if s == "0" {
+		return 0, nil
+	}
+	n, err := parseCount(s)
+	if err != nil {
+		return 0, fmt.Errorf("%q is not a number of 0 or more", s)
 	}
 	return n, nil
 }

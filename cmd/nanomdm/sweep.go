@@ -365,3 +365,11 @@ func parseAge(s string) (time.Duration, error) {
 	}
 	return 0, fmt.Errorf("%q is not an age such as 30d or 12h; 0 is for ever", s)
 }
+
+func parsePositiveAge(s string) (time.Duration, error) {
+	d, err := parseAge(s)
+	if err != nil || d == 0 {
+		return 0, fmt.Errorf("%q is not an age above zero, such as 3d or 12h", s)
+	}
+	return d, nil
+}

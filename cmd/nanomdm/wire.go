@@ -44,6 +44,7 @@ type building struct {
 	systemd *notifier
 	sealer  storage.Sealer // nil: nothing is sealed
 	apnsCA  *x509.CertPool // nil: the system's
+	sinks   []storage.EventSink
 
 	front    *gate.Front // of devices, and of the API without -api-listen
 	apiFront *gate.Front // nil without -api-listen
@@ -66,6 +67,9 @@ func wire(o options, environ []string, log *slog.Logger, stdout io.Writer) (*ser
 		return nil, err
 	}
 	if b.apnsCA, err = loadAPNsCA(o); err != nil {
+		return nil, err
+	}
+	if b.sinks, err = loadSinks(o); err != nil {
 		return nil, err
 	}
 	listener, err := listen("listen", o.listen)
@@ -131,7 +135,7 @@ func (b *building) addStore() {
 			if err != nil {
 				return err
 			}
-			if err := b.assemble(store); err != nil {
+			if err := b.assemble(ctx, store); err != nil {
 				return errors.Join(err, store.Close())
 			}
 			return nil
@@ -143,7 +147,7 @@ func (b *building) addStore() {
 // assemble puts together what needs the store. It runs while the server
 // starts: components that it adds start next, in order, and requests are let
 // in when all of them have.
-func (b *building) assemble(store *sqlstore.Store) error {
+func (b *building) assemble(ctx context.Context, store *sqlstore.Store) error {
 	o, log, s, side := b.o, b.log, b.s, b.side
 	mux := http.NewServeMux() // the device side's
 	operators := mux
@@ -157,10 +161,16 @@ func (b *building) assemble(store *sqlstore.Store) error {
 	if err != nil {
 		return err
 	}
+	sinks, events, err := b.events(ctx, store)
+	if err != nil {
+		return err
+	}
 	protocol := core.New(store, side.core)
 	var api *httpapi.API
 	if o.api != "" {
-		if api, err = httpapi.New(string(o.api), store, pusher, httpapi.Config{MaxBody: o.maxBody, Refused: b.metrics.APIRefused, Logger: log}); err != nil {
+		if api, err = httpapi.New(string(o.api), store, pusher, httpapi.Config{
+			MaxBody: o.maxBody, Refused: b.metrics.APIRefused, SinksChanged: sinks.Refresh, Draining: s.draining(), Logger: log,
+		}); err != nil {
 			return err
 		}
 		routes := http.NewServeMux()
@@ -176,7 +186,7 @@ func (b *building) assemble(store *sqlstore.Store) error {
 		}
 		chain = append(chain, certauth.New(certauth.Config{
 			Retro: o.retro, Reenroll: o.reenroll, Renewal: o.renewal, Confirm: side.confirm,
-		}))
+		}), events)
 		h := httpmdm.New(service.Chain(protocol, chain...), side.identity, httpmdm.Config{
 			MaxBody: o.maxBody, MaxInFlight: o.maxInFlight, Refused: b.metrics.Refused, Logger: log,
 		})

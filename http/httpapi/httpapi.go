@@ -32,6 +32,12 @@ type Config struct {
 	// EscrowCAs are whom to trust there; default Apple's, and the system's.
 	EscrowURL string
 	EscrowCAs *x509.CertPool
+	// SinksChanged is called after a sink was stored or deleted; default
+	// nothing.
+	SinksChanged func(context.Context) error
+	// Draining is closed when the server is about to stop: calls that wait for
+	// something to happen answer then.
+	Draining <-chan struct{}
 	// Logger; default discards.
 	Logger *slog.Logger
 	// Now is the clock of failed logins and of copied keys; default time.Now.
@@ -56,6 +62,10 @@ type Store interface {
 	storage.Audit
 	storage.Enrollments
 	storage.PushCerts
+	storage.EventSinks
+	storage.EventLog
+	storage.Redeliverer
+	EventBacklogs(ctx context.Context) ([]storage.SinkBacklog, error)
 }
 
 // New makes the API behind the main key, which must not be empty, and behind

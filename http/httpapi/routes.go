@@ -40,6 +40,14 @@ func (a *API) routes() []route {
 		{"POST", "/v1/escrowkeyunlock", roleAdmin, false, http.HandlerFunc(a.escrowKeyUnlock)},
 		{"GET", "/v1/pushcerts", roleRead, false, a.endpoint(noQuery(a.listPushCerts))},
 
+		// Events.
+		{"GET", "/v1/events", roleRead, false, slow(a.endpoint(a.listEvents))},
+		{"POST", "/v1/events/redeliver", roleAdmin, true, slow(a.endpoint(noQuery(a.redeliver)))},
+		{"GET", "/v1/sinks", roleAdmin, true, a.endpoint(noQuery(a.listSinks))},
+		{"GET", "/v1/sinks/{name}", roleAdmin, true, a.endpoint(noQuery(a.showSink))},
+		{"PUT", "/v1/sinks/{name}", roleAdmin, true, a.endpoint(noQuery(a.storeSink))},
+		{"DELETE", "/v1/sinks/{name}", roleAdmin, true, a.endpoint(noQuery(a.deleteSink))},
+
 		// The API itself.
 		{"GET", "/v1/keys", roleAdmin, true, a.endpoint(noQuery(a.listKeys))},
 		{"POST", "/v1/keys", roleAdmin, true, a.endpoint(noQuery(a.createKey))},

@@ -80,9 +80,14 @@ func Table() []Metric {
 
 		{"nanomdm_events_unnumbered", Gauge, nil, "Committed events that the holder of the events lease has not numbered yet. Counted up to 100000.", groupEvents},
 		{"nanomdm_events_dropped_total", Counter, nil, "Events without a change, such as idle polls, that were dropped because the database was away for long.", groupEvents},
-		{"nanomdm_webhook_backlog_events", Gauge, []string{"sink"}, "Events that a sink's cursor has before it.", groupEvents},
-		{"nanomdm_webhook_oldest_seconds", Gauge, []string{"sink"}, "Age of the oldest of those.", groupEvents},
-		{"nanomdm_webhook_events", Gauge, []string{"sink", "state"}, "Events that a sink did not take at once, by state: waiting (for the next try), again (asked for again), dead (given up), dropped (too many).", groupEvents},
+		{"nanomdm_webhook_backlog_events", Gauge, []string{"sink"}, "Numbered events that a sink has before it.", groupEvents},
+		{"nanomdm_webhook_oldest_seconds", Gauge, []string{"sink"}, "Age of the oldest event that a sink has before it or that waits for its next try; 0 if there is none.", groupEvents},
+		{"nanomdm_webhook_events", Gauge, []string{"sink", "state"}, "Events that a sink did not take at once, by state: waiting (for the next try), again (asked for again), dead (given up), dropped (too many). Counted up to 100000 each.", groupEvents},
+		{"nanomdm_webhook_delivered_total", Counter, []string{"sink"}, "Events that this replica delivered.", groupEvents},
+		{"nanomdm_webhook_failures_total", Counter, []string{"sink"}, "Tries of this replica that failed.", groupEvents},
+		{"nanomdm_webhook_given_up_total", Counter, []string{"sink", "why"}, "Events that this replica gave up, because of their age or their count.", groupEvents},
+		{"nanomdm_webhook_down", Gauge, []string{"sink"}, "1 if the sink's receiver does not answer as it should, as seen by the replica that delivers.", groupEvents},
+		{"nanomdm_webhook_off", Gauge, []string{"sink"}, "1 if the sink is off: an operator turned it off, or its receiver answered 410.", groupEvents},
 
 		{"nanomdm_push_certificate_expiry_seconds", Gauge, []string{"topic"}, "Time until a topic's push certificate expires; negative when it has. At most 1000 topics.", groupIdentity},
 		{"nanomdm_identity_certificates_expiring", Gauge, []string{"within"}, "Pinned device certificates that expire within 7d or 30d, or have (0d). Counted up to 100000.", groupIdentity},

@@ -1,0 +1,81 @@
+package main
+
+import (
+	"context"
+	"crypto/rand"
+	"fmt"
+	"os"
+	"slices"
+
+	"github.com/nanomdm/nanomdm/http/metrics"
+	"github.com/nanomdm/nanomdm/service"
+	"github.com/nanomdm/nanomdm/service/webhook"
+	"github.com/nanomdm/nanomdm/storage"
+	"github.com/nanomdm/nanomdm/storage/sqlstore"
+)
+
+// loadSinks reads the sinks that are configured: by -webhook-url, which is
+// told everything as NanoMDM does it, and in the file of -webhook-config.
+func loadSinks(o options) ([]storage.EventSink, error) {
+	var sinks []storage.EventSink
+	if o.webhookConfig != "" {
+		text, err := os.ReadFile(o.webhookConfig)
+		if err == nil {
+			sinks, err = webhook.ParseConfig(text)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("-webhook-config: %w", err)
+		}
+	}
+	if o.webhookURL == nil {
+		return sinks, nil
+	}
+	if slices.ContainsFunc(sinks, func(k storage.EventSink) bool { return k.Name == webhook.DefaultSink }) {
+		return nil, fmt.Errorf("-webhook-config: the name %s is that of -webhook-url: give the sink another one", webhook.DefaultSink)
+	}
+	k := webhook.Sink{Name: webhook.DefaultSink, URL: o.webhookURL.String(), Tokens: true, Filter: storage.EventFilter{Idle: true}}
+	for _, key := range []secret{o.webhookHMACKey, o.webhookOldHMACKey} {
+		if key != "" {
+			k.Keys = append(k.Keys, string(key))
+		}
+	}
+	sink, err := k.Check()
+	if err != nil {
+		return nil, fmt.Errorf("-webhook-url and its keys: %w", err)
+	}
+	return append(sinks, sink), nil
+}
+
+// events adds what tells others what devices say, and returns who is told and
+// the middleware that notes it down.
+func (b *building) events(ctx context.Context, store *sqlstore.Store) (*webhook.Sinks, service.Middleware, error) {
+	o := b.o
+	sinks, err := webhook.OpenSinks(ctx, store, b.sinks, b.log)
+	if err != nil {
+		return nil, nil, err
+	}
+	b.s.background("event sinks", sinks.Run)
+	if o.webhookWorkers == 0 {
+		return sinks, webhook.Middleware(sinks, nil), nil
+	}
+	retention := o.retainEvents
+	if retention == 0 {
+		retention = -1 // for ever
+	}
+	deliverer := webhook.NewDeliverer(store, sinks, rand.Text(), webhook.Config{
+		Workers: o.webhookWorkers, Timeout: o.webhookTimeout, MaxAge: o.webhookMaxAge, MaxBacklog: int64(o.webhookMaxBacklog),
+		Retention: retention, Notice: o.expiryNotice, Logger: b.log,
+	})
+	b.s.background("events", deliverer.Run)
+	b.metrics.Add(metrics.Source{Name: "deliveries", Collect: func(_ context.Context, emit metrics.Emit) error {
+		for _, s := range deliverer.Stats() {
+			emit("nanomdm_webhook_delivered_total", float64(s.Delivered), s.Sink)
+			emit("nanomdm_webhook_failures_total", float64(s.Failures), s.Sink)
+			emit("nanomdm_webhook_given_up_total", float64(s.Dead), s.Sink, "age")
+			emit("nanomdm_webhook_given_up_total", float64(s.Dropped), s.Sink, "count")
+			emit("nanomdm_webhook_down", truth(s.Down), s.Sink)
+		}
+		return nil
+	}})
+	return sinks, webhook.Middleware(sinks, deliverer.Wake), nil
+}

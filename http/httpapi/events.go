@@ -1,0 +1,398 @@
+package httpapi
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/url"
+	"slices"
+	"strconv"
+	"time"
+
+	"github.com/nanomdm/nanomdm/http/requestlog"
+	"github.com/nanomdm/nanomdm/service/webhook"
+	"github.com/nanomdm/nanomdm/storage"
+)
+
+const (
+	// longestWait is how long a call may wait for something to happen, and
+	// lookEvery how often it looks.
+	longestWait = time.Minute
+	lookEvery   = 500 * time.Millisecond
+	// eventRows is how many events are read at once, and pageBytes the bytes
+	// of payload after which a page ends.
+	eventRows = 100
+	pageBytes = 8 << 20
+	// maxReads bounds how much of the log one call looks through for events
+	// that it is to show.
+	maxReads = 20
+	// maxSinks bounds the sinks, each of which costs its own deliveries and
+	// its own rows of metrics.
+	maxSinks = 32
+	// sinkSeen is how long ago a replica may have had a sink in its
+	// configuration for the sink to count as configured.
+	sinkSeen = time.Minute
+)
+
+// loggedEvent is an event of the log: what a receiver is sent, and its place.
+type loggedEvent struct {
+	webhook.Event
+	Cursor string `json:"cursor"`
+}
+
+type eventPage struct {
+	Events []loggedEvent `json:"events"`
+	Next   string        `json:"next"`
+}
+
+// listEvents reads the log from a cursor on, and waits for something to be
+// there if it is asked to.
+func (a *API) listEvents(ctx context.Context, r *http.Request) (int, any, error) {
+	q := queryOf(r)
+	limit, after, wait := q.limit(), q.eventCursor("after"), q.wait()
+	topics := q.texts("topic")
+	for _, topic := range topics {
+		if !slices.Contains(storage.EventTopics(), topic) {
+			q.fail("topic: there is none called %q", topic)
+		}
+	}
+	if err := q.done(); err != nil {
+		return 0, nil, err
+	}
+	who := callerOf(ctx)
+	ask := storage.EventQuery{After: after, Topics: topics}
+	deadline := time.Now().Add(wait)
+	for {
+		page, next, err := a.readEvents(ctx, who, ask, limit)
+		if err != nil {
+			return 0, nil, err
+		}
+		left := time.Until(deadline)
+		if len(page) > 0 || left <= 0 || !a.eventsAfter(ctx, next, left) {
+			return http.StatusOK, eventPage{Events: page, Next: strconv.FormatInt(next, 10)}, nil
+		}
+		ask.After = next
+	}
+}
+
+// eventsAfter waits until there are events after a number. It says no when it
+// has waited long enough, when the caller is gone, and when the server is
+// about to stop.
+func (a *API) eventsAfter(ctx context.Context, number int64, patience time.Duration) bool {
+	timeout := time.NewTimer(patience)
+	defer timeout.Stop()
+	ticker := time.NewTicker(lookEvery)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return false
+		case <-a.cfg.Draining:
+			return false
+		case <-timeout.C:
+			return false
+		case <-ticker.C:
+		}
+		last, err := a.store.LastEvent(ctx)
+		if err != nil || last > number {
+			return true // what is wrong shows when events are read
+		}
+	}
+}
+
+// readEvents makes a page of the log. Payloads that bear tokens are for
+// admins.
+func (a *API) readEvents(ctx context.Context, who caller, ask storage.EventQuery, limit int) ([]loggedEvent, int64, error) {
+	page, size := []loggedEvent{}, int64(0)
+	for range maxReads {
+		ask.Limit = min(eventRows, limit-len(page))
+		events, next, err := a.store.ReadEvents(ctx, who.scope, ask)
+		if err != nil {
+			return nil, 0, err
+		}
+		for i := range events {
+			e := &events[i]
+			if size += max(0, e.RawSize); size > pageBytes && len(page) > 0 {
+				return page, ask.After, nil
+			}
+			switch {
+			case storage.BearsTokens(e.Topic) && who.role < roleAdmin:
+				e.Raw = nil
+			case e.RawLeft:
+				if e.Raw, err = a.store.EventPayload(ctx, e.Seq); err != nil && !errors.Is(err, storage.ErrNotFound) {
+					return nil, 0, err
+				}
+			}
+			page = append(page, loggedEvent{webhook.NewEvent(e), strconv.FormatInt(e.Seq, 10)})
+			ask.After = e.Seq
+		}
+		ended := next == ask.After && len(events) < ask.Limit
+		ask.After = next
+		if ended || len(page) > 0 && len(events) < ask.Limit || len(page) == limit {
+			break
+		}
+	}
+	return page, ask.After, nil
+}
+
+// eventCursor is a number of the log.
+func (q *query) eventCursor(name string) int64 {
+	text := q.text(name)
+	if text == "" {
+		return 0
+	}
+	n, err := strconv.ParseInt(text, 10, 64)
+	if err != nil || n < 0 {
+		q.fail("%s: %q is not a cursor of an event", name, text)
+	}
+	return n
+}
+
+// wait is how long the caller wants to wait.
+func (q *query) wait() time.Duration {
+	text := q.text("wait")
+	if text == "" {
+		return 0
+	}
+	d, err := time.ParseDuration(text)
+	if err != nil || d < 0 || d > longestWait {
+		q.fail("wait: a time of at most %v is wanted, such as 30s", longestWait)
+	}
+	return d
+}
+
+// redeliver asks for events to be sent to a sink again.
+func (a *API) redeliver(ctx context.Context, r *http.Request) (int, any, error) {
+	var ask struct {
+		Sink    string `json:"sink"`
+		After   string `json:"after"`
+		Through string `json:"through"`
+		Dead    bool   `json:"dead"`
+	}
+	if err := readJSON(r, &ask); err != nil {
+		return 0, nil, err
+	}
+	number := func(name, text string) (n int64, err error) {
+		if text != "" {
+			n, err = strconv.ParseInt(text, 10, 64)
+		}
+		if err != nil || n < 0 {
+			err = badRequest("%s: %q is not a cursor of an event", name, text)
+		}
+		return n, err
+	}
+	after, err := number("after", ask.After)
+	if err != nil {
+		return 0, nil, err
+	}
+	through, err := number("through", ask.Through)
+	switch {
+	case err != nil:
+		return 0, nil, err
+	case ask.Sink == "":
+		return 0, nil, badRequest("sink: name one")
+	case !ask.Dead && ask.After == "" && ask.Through == "":
+		return 0, nil, badRequest("after, through: give at least one of them, or dead")
+	}
+	n, err := a.store.Redeliver(ctx, storage.Redelivery{Sink: ask.Sink, After: after, Through: through, Dead: ask.Dead})
+	a.audit(ctx, actRedeliver, ask.Sink, fmt.Sprintf("%d events, after %d, through %d, dead letters only: %v", n, after, through, ask.Dead), err)
+	if errors.Is(err, storage.ErrNotFound) {
+		return 0, nil, errNoSink
+	}
+	if err != nil {
+		return 0, nil, err
+	}
+	return http.StatusOK, struct {
+		Redelivering int64 `json:"redelivering"`
+	}{n}, nil
+}
+
+var errNoSink = &problem{http.StatusNotFound, "no sink of that name"}
+
+// sinkInfo is what is shown of a sink: not its keys, nor a password in its
+// URL.
+type sinkInfo struct {
+	Name       string              `json:"name"`
+	URL        string              `json:"url,omitempty"`
+	KeyCount   int                 `json:"key_count"`
+	Tokens     bool                `json:"tokens"`
+	Filter     storage.EventFilter `json:"filter"`
+	Disabled   bool                `json:"disabled"`
+	Reason     string              `json:"reason,omitempty"`
+	Configured bool                `json:"configured"`
+	Cursor     string              `json:"cursor"`
+	CreatedAt  time.Time           `json:"created_at"`
+	UpdatedAt  time.Time           `json:"updated_at"`
+	Backlog    *sinkBacklog        `json:"backlog,omitempty"`
+}
+
+// sinkBacklog is what a sink that is on has not got.
+type sinkBacklog struct {
+	Behind   int64     `json:"behind"`
+	OldestAt time.Time `json:"oldest_at,omitzero"`
+	Waiting  int64     `json:"waiting"`
+	Again    int64     `json:"again"`
+	Dead     int64     `json:"dead"`
+	Dropped  int64     `json:"dropped"`
+}
+
+func redactedURL(text string) string {
+	u, err := url.Parse(text)
+	if err != nil {
+		return ""
+	}
+	return u.Redacted()
+}
+
+func infoOfSink(k *storage.EventSink, backlogs []storage.SinkBacklog) sinkInfo {
+	info := sinkInfo{
+		Name: k.Name, URL: redactedURL(k.URL), KeyCount: len(k.Keys), Tokens: k.Tokens, Filter: k.Filter, Disabled: !k.Enabled,
+		Reason: k.Reason, Configured: k.Configured, Cursor: strconv.FormatInt(k.Cursor, 10), CreatedAt: k.CreatedAt, UpdatedAt: k.UpdatedAt,
+	}
+	for _, b := range backlogs {
+		if b.Sink == k.Name {
+			info.Backlog = &sinkBacklog{Behind: b.Behind, OldestAt: b.Oldest, Waiting: b.Waiting, Again: b.Again, Dead: b.Dead, Dropped: b.Dropped}
+		}
+	}
+	return info
+}
+
+func (a *API) listSinks(ctx context.Context, _ *http.Request) (int, any, error) {
+	sinks, err := a.store.EventSinks(ctx)
+	if err != nil {
+		return 0, nil, err
+	}
+	backlogs, err := a.store.EventBacklogs(ctx)
+	if err != nil {
+		return 0, nil, err
+	}
+	list := struct {
+		Sinks []sinkInfo `json:"sinks"`
+	}{[]sinkInfo{}}
+	for i := range sinks {
+		list.Sinks = append(list.Sinks, infoOfSink(&sinks[i], backlogs))
+	}
+	return http.StatusOK, list, nil
+}
+
+// findSink reads a sink, or returns nil.
+func (a *API) findSink(ctx context.Context, name string) (found *storage.EventSink, others int, err error) {
+	sinks, err := a.store.EventSinks(ctx)
+	if err != nil {
+		return nil, 0, err
+	}
+	for i := range sinks {
+		if sinks[i].Name == name {
+			return &sinks[i], len(sinks) - 1, nil
+		}
+	}
+	return nil, len(sinks), nil
+}
+
+func (a *API) showSink(ctx context.Context, r *http.Request) (int, any, error) {
+	k, _, err := a.findSink(ctx, r.PathValue("name"))
+	if err != nil {
+		return 0, nil, err
+	}
+	if k == nil {
+		return 0, nil, errNoSink
+	}
+	backlogs, err := a.store.EventBacklogs(ctx)
+	if err != nil {
+		return 0, nil, err
+	}
+	return http.StatusOK, infoOfSink(k, backlogs), nil
+}
+
+// storeSink makes or replaces a sink. What an operator cannot see stays if it
+// is left out: keys, and the password in a URL that is shown without it.
+func (a *API) storeSink(ctx context.Context, r *http.Request) (int, any, error) {
+	body, err := readBody(r)
+	if err != nil {
+		return 0, nil, err
+	}
+	name := r.PathValue("name")
+	ask, err := webhook.ParseSink(body)
+	if err != nil {
+		return 0, nil, badRequest("body: %v", err)
+	}
+	if ask.Name != "" && ask.Name != name {
+		return 0, nil, badRequest("name: the path says %s", name)
+	}
+	ask.Name = name
+	was, others, err := a.findSink(ctx, name)
+	switch {
+	case err != nil:
+		return 0, nil, err
+	case was == nil && others >= maxSinks:
+		return 0, nil, &problem{http.StatusConflict, fmt.Sprintf("there are %d sinks; delete one first", others)}
+	case was != nil && was.Configured:
+		return 0, nil, &problem{http.StatusConflict, "that sink is in the configuration of a replica; change it there"}
+	case was != nil && ask.Keys == nil:
+		ask.Keys = was.Keys
+	}
+	if was != nil && ask.URL == redactedURL(was.URL) {
+		ask.URL = was.URL
+	}
+	k, err := ask.Check()
+	if err != nil {
+		return 0, nil, badRequest("%v", err)
+	}
+	if err := a.store.PutEventSink(ctx, k); err != nil {
+		return 0, nil, err
+	}
+	a.sinksChanged(ctx, "event sink stored", name)
+	a.audit(ctx, actStoreSink, name, sinkDetail(&k), nil)
+	stored, _, err := a.findSink(ctx, name)
+	if err != nil {
+		return 0, nil, err
+	}
+	if stored == nil { // deleted again by somebody else
+		return 0, nil, errNoSink
+	}
+	return http.StatusOK, infoOfSink(stored, nil), nil
+}
+
+// sinkDetail is what the audit says of a sink.
+func sinkDetail(k *storage.EventSink) string {
+	filter, _ := json.Marshal(k.Filter) // it is lists of texts
+	return fmt.Sprintf("url %s, %d keys, tokens: %v, enabled: %v, filter %s", redactedURL(k.URL), len(k.Keys), k.Tokens, k.Enabled, filter)
+}
+
+func (a *API) deleteSink(ctx context.Context, r *http.Request) (int, any, error) {
+	name := r.PathValue("name")
+	k, _, err := a.findSink(ctx, name)
+	switch {
+	case err != nil:
+		return 0, nil, err
+	case k == nil:
+		return 0, nil, errNoSink
+	case k.Configured && a.cfg.Now().Sub(k.SeenAt) < sinkSeen:
+		return 0, nil, &problem{http.StatusConflict, "that sink is in the configuration of a running replica, or was a moment ago; remove it there first"}
+	}
+	if err := a.store.DeleteEventSink(ctx, name); errors.Is(err, storage.ErrNotFound) {
+		return 0, nil, errNoSink
+	} else if err != nil {
+		return 0, nil, err
+	}
+	a.sinksChanged(ctx, "event sink deleted", name)
+	a.audit(ctx, actDeleteSink, name, "", nil)
+	return http.StatusOK, struct {
+		Name string `json:"name"`
+	}{name}, nil
+}
+
+// sinksChanged makes a change known here at once; other replicas see it a few
+// seconds later.
+func (a *API) sinksChanged(ctx context.Context, what, name string) {
+	id := requestlog.ID(ctx)
+	a.cfg.Logger.InfoContext(ctx, what, "request_id", id, "name", name, "by", callerOf(ctx).name)
+	if a.cfg.SinksChanged == nil {
+		return
+	}
+	if err := a.cfg.SinksChanged(ctx); err != nil {
+		a.cfg.Logger.WarnContext(ctx, "cannot read the event sinks; the change is seen later", "request_id", id, "error", err)
+	}
+}
