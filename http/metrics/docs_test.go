@@ -2,7 +2,10 @@ package metrics
 
 import (
 	"encoding/json"
+	"fmt"
 	"os"
+	"os/exec"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
@@ -94,6 +97,40 @@ func TestAlertRules(t *testing.T) {
 		names := expectMetrics(t, expression[1])
 		require.True(t, len(names) > 0 || strings.HasPrefix(expression[1], "up{"), expression[1])
 		expectLabels(t, expression[1])
+	}
+}
+
+// Prometheus itself reads the rules, and the dashboard's expressions as rules.
+func TestPromtoolReadsThem(t *testing.T) {
+	promtool, err := exec.LookPath("promtool")
+	if err != nil {
+		if os.Getenv("CI") == "true" {
+			t.Fatal("promtool is not installed: in CI the rules are read by Prometheus")
+		}
+		t.Skip("no promtool: install Debian's prometheus, or run storage/storagetest/with-engines.sh go test ./...")
+	}
+	data, err := os.ReadFile("../../docs/grafana-dashboard.json")
+	require.NoError(t, err)
+	var dashboard struct {
+		Panels []struct{ Targets []struct{ Expr string } }
+	}
+	require.NoError(t, json.Unmarshal(data, &dashboard))
+	var rules strings.Builder
+	rules.WriteString("groups:\n- name: dashboard\n  rules:\n")
+	n := 0
+	for _, panel := range dashboard.Panels {
+		for _, target := range panel.Targets {
+			n++
+			expression := strings.NewReplacer("$job", "nanomdm", "$__rate_interval", "5m").Replace(target.Expr)
+			fmt.Fprintf(&rules, "  - {record: \"panel:%d\", expr: %q}\n", n, expression)
+		}
+	}
+	file := filepath.Join(t.TempDir(), "dashboard.yaml")
+	require.NoError(t, os.WriteFile(file, []byte(rules.String()), 0o600))
+	for _, rules := range []string{"../../docs/prometheus-alerts.yaml", file} {
+		out, err := exec.Command(promtool, "check", "rules", rules).CombinedOutput()
+		require.NoError(t, err, "%s", out)
+		require.Contains(t, string(out), "SUCCESS")
 	}
 }
 

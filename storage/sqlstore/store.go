@@ -42,7 +42,9 @@ type Config struct {
 	// Logger takes what no caller can be told; nothing is logged if nil.
 	Logger *slog.Logger
 	// ConnMaxLifetime and ConnMaxIdleTime bound the age of a connection to a
-	// database server: 30 and 5 minutes if zero. SQLite's are kept.
+	// database server: 30 and 3 minutes if zero, which is below the idle
+	// limits of the usual load balancers (Azure has 4 minutes, AWS 350
+	// seconds). SQLite's are kept.
 	ConnMaxLifetime time.Duration
 	ConnMaxIdleTime time.Duration
 	// MaxOpenConns bounds the connections to a database server, 24 if zero,
@@ -64,7 +66,7 @@ type Config struct {
 const (
 	defaultMaxOpenConns    = 24
 	defaultConnMaxLifetime = 30 * time.Minute
-	defaultConnMaxIdleTime = 5 * time.Minute
+	defaultConnMaxIdleTime = 3 * time.Minute
 	defaultRecordActivity  = 500 * time.Millisecond
 
 	// opTimeout bounds one transaction with all its retries, so that a dead

@@ -1,6 +1,7 @@
 package sqlstore_test
 
 import (
+	"database/sql"
 	"errors"
 	"path/filepath"
 	"strings"
@@ -207,5 +208,26 @@ func TestLostServer(t *testing.T) {
 		_, err = h.Store.RenewLease(t.Context(), l)
 		require.NoError(t, err)
 		require.Less(t, time.Since(began), 5*time.Second)
+	})
+}
+
+// Connections are replaced when they are old, and closed when they are idle,
+// before something between here and the server drops them in silence. A
+// device's message does not notice.
+func TestPoolsRecycle(t *testing.T) {
+	servers(t, func(t *testing.T, h *storagetest.Harness) {
+		for name, c := range map[string]struct {
+			change func(*sqlstore.Config)
+			closed func(sql.DBStats) int64
+		}{
+			"old":  {func(cfg *sqlstore.Config) { cfg.ConnMaxLifetime = time.Millisecond }, func(s sql.DBStats) int64 { return s.MaxLifetimeClosed }},
+			"idle": {func(cfg *sqlstore.Config) { cfg.ConnMaxIdleTime = time.Millisecond }, func(s sql.DBStats) int64 { return s.MaxIdleTimeClosed }},
+		} {
+			store := h.Open(t, c.change)
+			require.Eventually(t, func() bool {
+				require.NoError(t, store.Ping(t.Context()))
+				return c.closed(store.Pools()["write"]) >= 2
+			}, 20*time.Second, 2*time.Millisecond, name)
+		}
 	})
 }

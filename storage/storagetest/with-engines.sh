@@ -18,7 +18,7 @@
 # MariaDB of the running release; MySQL, which no Debian release holds, from
 # unstable in a folder of its own, kept in ${XDG_CACHE_HOME:-~/.cache}.
 # Delete that folder to get a newer MySQL. The proxies that tests run (nginx,
-# HAProxy, Caddy) are installed, too.
+# HAProxy, Caddy) and Prometheus' promtool are installed, too.
 #
 #   ENGINES_DURABLE=1           keep the engines' default durability. Without it
 #                               they skip fsync: right for tests, wrong for
@@ -257,13 +257,15 @@ debian_mirror() {
 		awk '$1 == "Debian/Debian" && $2 ~ /^https?:/ { print $2; exit }'
 }
 
-# prepare_proxies: nginx, HAProxy and Caddy run in tests with the examples of
-# docs/proxies. A test that misses its proxy is skipped, and fails if CI=true.
-prepare_proxies() {
+# prepare_tools: nginx, HAProxy and Caddy run in tests with the examples of
+# docs/proxies, and Prometheus' promtool reads the alert rules. A test that
+# misses its tool is skipped, and fails if CI=true.
+prepare_tools() {
 	local missing=() p
 	for p in nginx haproxy caddy; do
 		command -v "$p" >/dev/null || missing+=("$p")
 	done
+	command -v promtool >/dev/null || missing+=(prometheus)
 	((${#missing[@]} == 0)) && return
 	if ! apt_install "${missing[@]}"; then
 		say "WARNING: going on without ${missing[*]}"
@@ -528,7 +530,7 @@ trap 'interrupted HUP 1' HUP
 if ((${#engines[@]} > 0)); then
 	work=$(mktemp -d "${TMPDIR:-/tmp}/nanomdm-engines.XXXXXX") || exit 1
 	chmod 711 "$work"
-	prepare_proxies
+	prepare_tools
 	if docker_answers; then
 		start_containers
 	else
