@@ -76,7 +76,7 @@ type options struct {
 
 	webhookURL        *url.URL
 	webhookHMACKey    secret
-	webhookOldHMACKey secret
+	webhookOldKey     secret
 	webhookConfig     string
 	webhookWorkers    int // 0: this replica sends nothing
 	webhookTimeout    time.Duration
@@ -282,7 +282,7 @@ func (o *options) table() []option {
 		{name: "webhook-hmac-key", arg: "KEY", group: groupWebhook, secret: true, set: to(&o.webhookHMACKey, parseSecret),
 			help:   "Sign events with this key.",
 			detail: "`X-Hmac-Signature` is NanoMDM's, `webhook-signature` that of the Standard Webhooks specification. See [webhooks](webhooks.md)."},
-		{name: "webhook-old-hmac-key", arg: "KEY", group: groupWebhook, secret: true, set: to(&o.webhookOldHMACKey, parseSecret),
+		{name: "webhook-old-key", arg: "KEY", group: groupWebhook, secret: true, set: to(&o.webhookOldKey, parseSecret),
 			help:   "Sign with this key, too, while receivers change theirs.",
 			detail: "In `webhook-signature` alone, which may hold several. Receivers that check `X-Hmac-Signature` have to change at the same moment."},
 		{name: "webhook-config", arg: "FILE", group: groupWebhook, file: true, set: to(&o.webhookConfig, parseText),
@@ -627,8 +627,8 @@ func (c *configuration) checkRoles(o *options) {
 	if o.webhookHMACKey != "" && !c.isGiven("webhook-url") {
 		c.warn("-webhook-hmac-key does nothing without -webhook-url")
 	}
-	if c.isGiven("webhook-old-hmac-key") && !c.isGiven("webhook-hmac-key") && !c.isGiven("webhook-hmac-key-file") {
-		c.mistake("-webhook-old-hmac-key is a second key: give -webhook-hmac-key, too")
+	if c.isGiven("webhook-old-key") && !c.isGiven("webhook-hmac-key") && !c.isGiven("webhook-hmac-key-file") {
+		c.mistake("-webhook-old-key is a second key: give -webhook-hmac-key, too")
 	}
 	if o.retainEvents > 0 && o.retainEvents < o.webhookMaxAge {
 		c.mistake("-retain-events is shorter than -webhook-max-age: make it at least as long")

@@ -166,7 +166,7 @@ func TestMistakes(t *testing.T) {
 		{"-ca ca.pem -webhook-max-age 0", `-webhook-max-age: "0" is not an age above zero, such as 3d or 12h`},
 		{"-ca ca.pem -webhook-max-age 8d", "-retain-events is shorter than -webhook-max-age: make it at least as long"},
 		{"-ca ca.pem -retain-events 1h", "-retain-events is shorter than -webhook-max-age: make it at least as long"},
-		{"-ca ca.pem -webhook-old-hmac-key x", "-webhook-old-hmac-key is a second key: give -webhook-hmac-key, too"},
+		{"-ca ca.pem -webhook-old-key x", "-webhook-old-key is a second key: give -webhook-hmac-key, too"},
 		{"-ca ca.pem -push-rate NaN", `-push-rate: "NaN" is not a number of 0 or more`},
 		{"-ca ca.pem -push-retry 1h,x", `-push-retry: "x" is not a time above zero, such as 30s, 5m or 168h`},
 		{"-ca ca.pem -push-retry=", "-push-retry: empty: give times such as 3m,1h,24h, or 0 for off"},

@@ -34,7 +34,7 @@ func loadSinks(o options) ([]storage.EventSink, error) {
 		return nil, fmt.Errorf("-webhook-config: the name %s is that of -webhook-url: give the sink another one", webhook.DefaultSink)
 	}
 	k := webhook.Sink{Name: webhook.DefaultSink, URL: o.webhookURL.String(), Tokens: true, Filter: storage.EventFilter{Idle: true}}
-	for _, key := range []secret{o.webhookHMACKey, o.webhookOldHMACKey} {
+	for _, key := range []secret{o.webhookHMACKey, o.webhookOldKey} {
 		if key != "" {
 			k.Keys = append(k.Keys, string(key))
 		}

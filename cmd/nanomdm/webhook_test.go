@@ -88,7 +88,7 @@ func TestWebhook(t *testing.T) {
 	require.NoError(t, os.WriteFile(config, []byte(`{"sinks": [
 		{"name": "results", "url": "`+results.URL+`", "keys": ["whsec_c2VjcmV0"], "filter": {"topics": ["mdm.Connect"], "request_types": ["ProfileList"]}},
 		{"name": "log", "filter": {"topics": ["mdm.CheckOut"]}}]}`), 0o600))
-	d := start(t, "http", "-webhook-url", all.URL, "-webhook-hmac-key", "k1", "-webhook-old-hmac-key", "k2", "-webhook-config", config)
+	d := start(t, "http", "-webhook-url", all.URL, "-webhook-hmac-key", "k1", "-webhook-old-key", "k2", "-webhook-config", config)
 	dev := d.device("D1", mdmtest.Config{})
 	require.NoError(t, dev.Enroll(t.Context()))
 	for uuid, requestType := range map[string]string{"C1": "ProfileList", "C2": "SecurityInfo"} {
@@ -184,7 +184,7 @@ func TestLoadSinks(t *testing.T) {
 	}
 	_, err := loadSinks(parsed("-webhook-url", "http://h/", "-webhook-hmac-key", "whsec_!"))
 	require.ErrorContains(t, err, "keys")
-	sinks, err := loadSinks(parsed("-webhook-url", "http://h/", "-webhook-hmac-key", "a", "-webhook-old-hmac-key", "b"))
+	sinks, err := loadSinks(parsed("-webhook-url", "http://h/", "-webhook-hmac-key", "a", "-webhook-old-key", "b"))
 	require.NoError(t, err)
 	require.Len(t, sinks, 1)
 	require.Equal(t, []string{"a", "b"}, sinks[0].Keys)
