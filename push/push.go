@@ -300,7 +300,11 @@ func (s *Service) send(t storage.PushTarget) Result {
 	if o.Err != nil && s.ctx.Err() != nil {
 		return Result{Err: ErrClosed} // still owed, and not APNs' fault
 	}
-	s.tally.count(o)
+	counted := t.Topic
+	if s.topics.certs.version(t.Topic) == 0 {
+		counted = ""
+	}
+	s.tally.count(counted, o)
 	s.topics.note(t.Topic, version, o)
 	s.book.note(s.record(t, at, o))
 	if o.Class != apns.Accepted {

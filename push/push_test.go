@@ -625,8 +625,8 @@ func TestTroubleIsLoggedOnce(t *testing.T) {
 	require.Equal(t, 1, w.log.count("APNs takes pushes"))
 	require.Equal(t, 2, strings.Count(w.log.b.String(), "\n"))
 	require.Equal(t, []push.OutcomeCount{
-		{Class: "accepted", Count: 200},
-		{Class: "retry_later", Reason: "ServiceUnavailable", Count: 200},
+		{Topic: topic, Class: "accepted", Count: 200},
+		{Topic: topic, Class: "retry_later", Reason: "ServiceUnavailable", Count: 200},
 	}, s.Stats().Outcomes)
 }
 

@@ -11,10 +11,11 @@ import (
 
 // maxCounted bounds the outcomes that are counted apart, for reasons come from
 // outside: Apple has about thirty.
-const maxCounted = 100
+const maxCounted = 1000
 
 // OutcomeCount counts the pushes that ended one way.
 type OutcomeCount struct {
+	Topic  string // "" if there is no certificate for it: devices name topics
 	Class  string // of apns.Class
 	Reason string // APNs' own, "" without one
 	Count  uint64
@@ -22,8 +23,8 @@ type OutcomeCount struct {
 
 // Stats is a snapshot of what a Service is doing and did.
 type Stats struct {
-	// Outcomes by class and reason. What is beyond 100 kinds has the reason
-	// "other".
+	// Outcomes by topic, class and reason. What is beyond 1,000 kinds has the
+	// topic and the reason "other".
 	Outcomes []OutcomeCount
 	// Waiting are enrollments that callers want pushed next, Flying those
 	// whose push is under way.
@@ -56,12 +57,12 @@ type tally struct {
 
 func newTally() *tally { return &tally{counts: make(map[OutcomeCount]uint64)} }
 
-func (t *tally) count(o apns.Outcome) {
-	k := OutcomeCount{Class: o.Class.String(), Reason: o.Reason}
+func (t *tally) count(topic string, o apns.Outcome) {
+	k := OutcomeCount{Topic: topic, Class: o.Class.String(), Reason: o.Reason}
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if _, ok := t.counts[k]; !ok && len(t.counts) >= maxCounted {
-		k.Reason = "other"
+		k.Topic, k.Reason = "other", "other"
 	}
 	t.counts[k]++
 }
@@ -75,7 +76,7 @@ func (t *tally) list() []OutcomeCount {
 		out = append(out, k)
 	}
 	slices.SortFunc(out, func(a, b OutcomeCount) int {
-		return cmp.Or(cmp.Compare(a.Class, b.Class), cmp.Compare(a.Reason, b.Reason))
+		return cmp.Or(cmp.Compare(a.Topic, b.Topic), cmp.Compare(a.Class, b.Class), cmp.Compare(a.Reason, b.Reason))
 	})
 	return out
 }

@@ -37,7 +37,7 @@ func TestEveryMetricIsServed(t *testing.T) {
 		`nanomdm_device_requests_total{message="TokenUpdate",outcome="ok"} 1`, `nanomdm_device_refusals_total{reason="identity"} 1`,
 		`nanomdm_identity_certificates_expiring{within="0d"} 0`, `nanomdm_push_owed_enrollments 0`,
 		`nanomdm_api_refusals_total{reason="no_key"} 1`, `nanomdm_sealing{what="secrets"} 0`, `nanomdm_sealing{what="commands"} 0`,
-		`nanomdm_pushes_total{class="certificate_fault",reason=""} 1`, `nanomdm_push_stopped_topics 1`,
+		`nanomdm_pushes_total{class="certificate_fault",reason="",topic=""} 1`, `nanomdm_push_stopped_topics 1`,
 	} {
 		require.Contains(t, text, line+"\n")
 	}

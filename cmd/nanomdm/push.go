@@ -41,7 +41,7 @@ func (b *building) push(store *sqlstore.Store) (*push.Service, error) {
 
 func emitPush(emit metrics.Emit, stats push.Stats) {
 	for _, o := range stats.Outcomes {
-		emit("nanomdm_pushes_total", float64(o.Count), o.Class, o.Reason)
+		emit("nanomdm_pushes_total", float64(o.Count), o.Topic, o.Class, o.Reason)
 	}
 	emit("nanomdm_push_enrollments", float64(stats.Waiting), "waiting")
 	emit("nanomdm_push_enrollments", float64(stats.Flying), "flying")

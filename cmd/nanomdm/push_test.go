@@ -134,7 +134,7 @@ func TestEnqueueWakesTheDevice(t *testing.T) {
 	require.Equal(t, 200, status)
 	require.NotEmpty(t, a.Status["D1"].PushResult)
 	b.eventually("the command is acknowledged", func() bool { return slices.Equal(b.acknowledged("D1"), []string{"C1"}) })
-	require.Contains(t, d.metrics(), `nanomdm_pushes_total{class="accepted",reason=""} 1`+"\n")
+	require.Contains(t, d.metrics(), `nanomdm_pushes_total{class="accepted",reason="",topic="`+mdmtest.DefaultTopic+`"} 1`+"\n")
 }
 
 // A replica dies between its answer and the push.

@@ -194,3 +194,36 @@ func TestLoadSinks(t *testing.T) {
 	require.Equal(t, 1, code)
 	require.Contains(t, stderr.String(), "-webhook-config")
 }
+
+// A hook is asked while an Authenticate is under way, which is told once all
+// the same, with the trace that it came with.
+func TestWebhookBesideTheAuthenticateHook(t *testing.T) {
+	const trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+	asked := make(chan string, 10)
+	hook := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { asked <- r.Header.Get("Traceparent") }))
+	defer hook.Close()
+	receiver := newConsumer(t, nil)
+	d := start(t, "http", "-webhook-url", receiver.URL, "-authenticate-url", hook.URL)
+	dev, err := mdmtest.NewDevice(d.url+"/mdm", d.device("D1", mdmtest.Config{}).Identity(), mdmtest.Config{
+		UDID: "D1", Client: &http.Client{Transport: traced{trace}},
+	})
+	require.NoError(t, err)
+	require.NoError(t, dev.Enroll(t.Context()))
+	require.Equal(t, trace, within(t, asked))
+	require.Empty(t, asked)
+	require.NoError(t, dev.CheckOut(t.Context()))
+	require.Eventually(t, func() bool { return len(receiver.topics()) >= 3 }, 30*time.Second, 10*time.Millisecond)
+	require.Equal(t, []string{"mdm.Authenticate", "mdm.TokenUpdate", "mdm.CheckOut"}, receiver.topics())
+	for i, header := range receiver.headers {
+		require.Equal(t, trace, header.Get("Traceparent"), i)
+	}
+}
+
+// traced adds a traceparent to each request.
+type traced struct{ parent string }
+
+func (tr traced) RoundTrip(r *http.Request) (*http.Response, error) {
+	r = r.Clone(r.Context())
+	r.Header.Set("Traceparent", tr.parent)
+	return http.DefaultTransport.RoundTrip(r)
+}

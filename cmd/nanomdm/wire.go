@@ -184,9 +184,9 @@ func (b *building) assemble(ctx context.Context, store *sqlstore.Store) error {
 			log.Warn("-dump writes what devices say and are told to standard output, their tokens and passwords with it: not for production")
 			chain = append(chain, dump.New(b.stdout))
 		}
-		chain = append(chain, certauth.New(certauth.Config{
+		chain = append(chain, events, certauth.New(certauth.Config{
 			Retro: o.retro, Reenroll: o.reenroll, Renewal: o.renewal, Confirm: side.confirm,
-		}), events)
+		}))
 		h := httpmdm.New(service.Chain(protocol, chain...), side.identity, httpmdm.Config{
 			MaxBody: o.maxBody, MaxInFlight: o.maxInFlight, Refused: b.metrics.Refused, Logger: log,
 		})
