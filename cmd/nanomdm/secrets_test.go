@@ -134,10 +134,12 @@ func TestSecretsStaySecret(t *testing.T) {
 	require.NoError(t, dev.SetBootstrapToken(t.Context(), secrets["bootstrap token"]))
 	profile := mdmtest.NewCommand("C1", "InstallProfile", func(p *mdmtest.Plist) { p.Data("Payload", secrets["command payload"]) })
 	require.Equal(t, 200, api("PUT", "/v1/enqueue/D1-0123456789?nopush=1", "nanomdm", text("API key"), profile))
-	status, answer, _ := d.api("POST", "/v1/keys", "nanomdm", text("API key"), []byte(`{"name": "helpdesk", "role": "admin"}`))
-	require.Equal(t, 201, status)
-	named := answer[strings.Index(answer, "nmk_"):]
-	secrets["named key"] = []byte(named[:strings.IndexByte(named, '"')])
+	for name, role := range map[string]string{"helpdesk": "admin", "reader": "read"} {
+		status, answer, _ := d.api("POST", "/v1/keys", "nanomdm", text("API key"), []byte(`{"name": "`+name+`", "role": "`+role+`"}`))
+		require.Equal(t, 201, status)
+		named := answer[strings.Index(answer, "nmk_"):]
+		secrets[name+"'s key"] = []byte(named[:strings.IndexByte(named, '"')])
+	}
 	resp, err := dev.Do(t.Context(), "", "", []byte(`<plist version="1.0"><dict><key>UDID</key><string>D1-0123456789</string><key>Status</key><string>Idle</string></dict></plist>`))
 	require.NoError(t, err)
 	require.Contains(t, string(resp.Body), "InstallProfile")
@@ -146,11 +148,22 @@ func TestSecretsStaySecret(t *testing.T) {
 	require.Equal(t, secrets["bootstrap token"], token)
 
 	// And wrong.
-	for _, credentials := range [][2]string{{"nanomdm", text("wrong key")}, {text("API key"), "x"}, {text("named key"), text("named key")}, {"helpdesk", text("API key")}} {
+	for _, credentials := range [][2]string{{"nanomdm", text("wrong key")}, {text("API key"), "x"}, {text("helpdesk's key"), text("helpdesk's key")}, {"helpdesk", text("API key")}} {
 		require.Equal(t, 401, api("GET", "/v1/keys", credentials[0], credentials[1], nil))
 	}
-	require.Equal(t, 200, api("GET", "/v1/keys", "helpdesk", text("named key"), nil))
-	require.Equal(t, 200, api("GET", "/v1/audit", "helpdesk", text("named key"), nil))
+	require.Equal(t, 200, api("GET", "/v1/keys", "helpdesk", text("helpdesk's key"), nil))
+	sink := `{"url": "` + with(gone.URL, "u", text("sink key")) + `", "keys": ["` + text("sink key") + `"]}`
+	require.Contains(t, []int{200, 201}, api("PUT", "/v1/sinks/another", "nanomdm", text("API key"), []byte(sink)))
+	require.Equal(t, 400, api("PUT", "/v1/sinks/another", "nanomdm", text("API key"), []byte(strings.Replace(sink, "keys", "kyes", 1))))
+	for _, list := range []string{
+		"/v1/audit", "/v1/sinks", "/v1/sinks/another", "/v1/pushcerts", "/v1/pushcert?topic=" + pair.Topic, "/v1/enrollments",
+	} {
+		require.Equal(t, 200, api("GET", list, "helpdesk", text("helpdesk's key"), nil), list)
+	}
+	require.Equal(t, 200, api("GET", "/v1/events?limit=1000", "reader", text("reader's key"), nil))
+	require.Contains(t, said.String(), "mdm.TokenUpdate")
+	require.Equal(t, 400, api("PUT", "/v1/pushcert", "nanomdm", text("API key"), append(pair.KeyPEM, pair.KeyPEM...)))
+	require.Equal(t, 400, api("PUT", "/v1/pushcert", "nanomdm", text("API key"), pair.KeyPEM))
 	require.Equal(t, 409, api("PUT", "/v1/enqueue/D1-0123456789", "nanomdm", text("API key"), append(profile, '\n')))
 	require.Equal(t, 400, api("PUT", "/v1/enqueue/D1-0123456789", "nanomdm", text("API key"), profile[:len(profile)-9]))
 	require.Equal(t, 400, api("PUT", "/v1/enqueue/D1-0123456789", "nanomdm", text("API key"), secrets["command payload"]))
