@@ -223,7 +223,7 @@ func clearQueues(ctx context.Context, t *tx, ids []string) error {
 	if err != nil {
 		return fmt.Errorf("forgetting pushes owed: %w", err)
 	}
-	_, err = t.exec(ctx, fmt.Sprintf(`UPDATE nano_enrollment_queue SET state = %d, finished_at = ? WHERE state IN (%d, %d, %d) AND id `,
+	_, err = t.exec(ctx, fmt.Sprintf(`UPDATE nano_enrollment_queue SET state = %d, finished_at = ?, not_before = NULL WHERE state IN (%d, %d, %d) AND id `,
 		storage.Cancelled, storage.Scheduled, storage.Queued, storage.NotNow)+is, append([]any{t.now}, args...)...)
 	if err != nil {
 		return fmt.Errorf("cancelling commands: %w", err)

@@ -153,7 +153,7 @@ func moveTo(ctx context.Context, t *tx, to storage.State, keys []queueKey) error
 	if len(keys) == 0 {
 		return nil
 	}
-	set := "state = ?, finished_at = ?"
+	set := "state = ?, finished_at = ?, not_before = NULL"
 	if to == storage.NotNow {
 		set = "state = ?, notnow_at = ?, notnow_count = notnow_count + 1"
 	}

@@ -203,7 +203,7 @@ func promote(ctx context.Context, t *tx, due []queueKey) (int, error) {
 	}
 	for n, keys := range nth {
 		where, args := t.amongKeys(keys)
-		_, err := t.exec(ctx, fmt.Sprintf(`UPDATE nano_enrollment_queue SET state = %d,
+		_, err := t.exec(ctx, fmt.Sprintf(`UPDATE nano_enrollment_queue SET state = %d, not_before = NULL,
 seq = (SELECT p.last_seq FROM nano_enrollment_push p WHERE p.id = nano_enrollment_queue.id) + ? WHERE `, storage.Queued)+where,
 			append([]any{n + 1}, args...)...)
 		if err != nil {

@@ -103,9 +103,11 @@ CREATE TABLE IF NOT EXISTS nano_commands (
     command      {blob} NOT NULL,
     created_at   BIGINT NOT NULL
 ) {table};
-CREATE INDEX {if_not_exists} nano_commands_created_at ON nano_commands (created_at);
+CREATE INDEX {if_not_exists} nano_commands_created_at ON nano_commands (created_at, command_uuid);
+CREATE INDEX {if_not_exists} nano_commands_request_type ON nano_commands (request_type, created_at, command_uuid);
 
--- state holds the numbers of storage.State.
+-- state holds the numbers of storage.State. not_before is NULL once the row
+-- is not scheduled any more, so that its index has rows that are, and no others.
 CREATE TABLE IF NOT EXISTS nano_enrollment_queue (
     id            {id} NOT NULL,
     command_uuid  {id} NOT NULL,
@@ -123,10 +125,10 @@ CREATE TABLE IF NOT EXISTS nano_enrollment_queue (
     PRIMARY KEY (id, command_uuid)
 ) {table};
 CREATE INDEX {if_not_exists} nano_enrollment_queue_next ON nano_enrollment_queue (id, state, priority DESC, seq);
-CREATE INDEX {if_not_exists} nano_enrollment_queue_command_uuid ON nano_enrollment_queue (command_uuid);
+CREATE INDEX {if_not_exists} nano_enrollment_queue_command_uuid ON nano_enrollment_queue (command_uuid, state, id);
 CREATE INDEX {if_not_exists} nano_enrollment_queue_finished_at ON nano_enrollment_queue (state, finished_at, id, command_uuid);
-CREATE INDEX {if_not_exists} nano_enrollment_queue_not_before ON nano_enrollment_queue (state, not_before);
-CREATE INDEX {if_not_exists} nano_enrollment_queue_expires_at ON nano_enrollment_queue (state, expires_at);
+CREATE INDEX {if_not_exists} nano_enrollment_queue_not_before ON nano_enrollment_queue (not_before) {where} not_before IS NOT NULL;
+CREATE INDEX {if_not_exists} nano_enrollment_queue_expires_at ON nano_enrollment_queue (state, expires_at) {where} expires_at IS NOT NULL;
 
 -- Calls that came with an idempotency key, name. Ids up to through are done,
 -- and all of them if it is finished; failed is a JSON list of ids.
