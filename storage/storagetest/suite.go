@@ -58,6 +58,8 @@ func topics() []topic {
 		{"sinks", sinkTests()},
 		{"deliveries", deliveryTests()},
 		{"upkeep", upkeepTests()},
+		{"commands", commandTests()},
+		{"steering", steeringTests()},
 	}
 }
 

@@ -1,0 +1,463 @@
+package sqlstore
+
+import (
+	"cmp"
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+
+	"github.com/nanomdm/nanomdm/storage"
+)
+
+var (
+	_ storage.Queues   = (*Store)(nil)
+	_ storage.Commands = (*Store)(nil)
+)
+
+const (
+	// commandsCounted is how many enrollments of a command a list counts.
+	commandsCounted = 10_000
+	// countParts is how many commands one statement counts.
+	countParts = 100
+)
+
+// itemColumns are those of a QueueItem, of the queue as q.
+const itemColumns = `q.id, q.command_uuid, q.state, q.seq, q.priority, q.created_at, q.not_before, q.expires_at, q.finished_at,
+q.attempts, q.notnow_count, q.notnow_at, q.supersede_key`
+
+func scanItems(rows *sql.Rows, err error) ([]storage.QueueItem, error) {
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	var items []storage.QueueItem
+	for rows.Next() {
+		var i storage.QueueItem
+		var created int64
+		var notBefore, expires, finished, notNow sql.Null[int64]
+		var key sql.Null[string]
+		if err := rows.Scan(&i.EnrollmentID, &i.CommandUUID, &i.State, &i.Seq, &i.Priority, &created, &notBefore, &expires, &finished,
+			&i.Attempts, &i.NotNowCount, &notNow, &key); err != nil {
+			return nil, err
+		}
+		i.CreatedAt, i.NotBefore, i.ExpiresAt = fromMicros(created), fromMicros(notBefore.V), fromMicros(expires.V)
+		i.FinishedAt, i.NotNowAt, i.SupersedeKey = fromMicros(finished.V), fromMicros(notNow.V), key.V
+		items = append(items, i)
+	}
+	return items, rows.Err()
+}
+
+// nameItems fills in the request types.
+func nameItems(ctx context.Context, t *tx, items []storage.QueueItem) error {
+	if len(items) == 0 {
+		return nil
+	}
+	types := make(map[string]string)
+	for i := range items {
+		types[items[i].CommandUUID] = ""
+	}
+	place, args := among(slices.Sorted(maps.Keys(types)))
+	rows, err := t.query(ctx, "SELECT command_uuid, request_type FROM nano_commands WHERE command_uuid IN "+place, args...)
+	if err != nil {
+		return err
+	}
+	defer rows.Close()
+	for rows.Next() {
+		var uuid, requestType string
+		if err := rows.Scan(&uuid, &requestType); err != nil {
+			return err
+		}
+		types[uuid] = requestType
+	}
+	for i := range items {
+		items[i].RequestType = types[items[i].CommandUUID]
+	}
+	return rows.Err()
+}
+
+// scoped is a condition on enrollments e, empty if the scope sees everything.
+func scoped(scope storage.Scope) (condition string, args []any) {
+	inScope(scope, func(text string, values ...any) { condition, args = " AND "+text, values })
+	return condition, args
+}
+
+// findEnrollment fails with storage.ErrNotFound if it is not there for the
+// scope, and returns its device's id.
+func findEnrollment(ctx context.Context, t *tx, scope storage.Scope, id string) (device string, err error) {
+	if !storable(id) {
+		return "", storage.ErrNotFound
+	}
+	condition, args := scoped(scope)
+	err = t.queryRow(ctx, "SELECT e.device_id FROM nano_enrollments e WHERE e.id = ?"+condition, append([]any{id}, args...)...).Scan(&device)
+	return device, missing(err)
+}
+
+// Queue implements storage.Queues.
+func (s *Store) Queue(ctx context.Context, scope storage.Scope, id string, state storage.State, after storage.QueueKey, limit int) (items []storage.QueueItem, err error) {
+	q, args := queueQuery(s.d, id, state, after, limit)
+	err = s.read(ctx, func(ctx context.Context, t *tx) error {
+		if _, err := findEnrollment(ctx, t, scope, id); err != nil {
+			return err
+		}
+		if items, err = scanItems(t.query(ctx, q, slices.Clone(args)...)); err != nil {
+			return err
+		}
+		return nameItems(ctx, t, items)
+	})
+	if err != nil {
+		return nil, fmt.Errorf("reading a queue: %w", err)
+	}
+	return items, nil
+}
+
+// queueQuery reads each state's stretch of the index, in two parts behind a
+// place: the rest of its priority, and lower ones.
+func queueQuery(d *dialect, id string, state storage.State, after storage.QueueKey, limit int) (q string, args []any) {
+	states := []storage.State{state}
+	if state == 0 {
+		states = []storage.State{storage.Queued, storage.NotNow}
+	}
+	var parts []string
+	part := func(state storage.State, condition string, values ...any) {
+		parts = append(parts, fmt.Sprintf(`SELECT q.* FROM (SELECT %s FROM nano_enrollment_queue q%s WHERE q.id = ? AND q.state = ?%s
+ORDER BY q.priority DESC, q.seq LIMIT ?) q`, itemColumns, d.by("nano_enrollment_queue_next"), condition))
+		args = append(append(append(args, id, int(state)), values...), limit)
+	}
+	for _, state := range states {
+		if after == (storage.QueueKey{}) {
+			part(state, "")
+			continue
+		}
+		part(state, " AND q.priority = ? AND q.seq > ?", after.Priority, after.Seq)
+		part(state, " AND q.priority < ?", after.Priority)
+	}
+	return "SELECT " + itemColumns + " FROM (" + strings.Join(parts, "\nUNION ALL ") + ") q ORDER BY q.priority DESC, q.seq LIMIT ?", append(args, limit)
+}
+
+// QueueItem implements storage.Queues.
+func (s *Store) QueueItem(ctx context.Context, scope storage.Scope, id, uuid string) (*storage.QueueItem, error) {
+	var items []storage.QueueItem
+	err := s.read(ctx, func(ctx context.Context, t *tx) (err error) {
+		if _, err := findEnrollment(ctx, t, scope, id); err != nil || !storable(uuid) {
+			return cmp.Or(err, storage.ErrNotFound)
+		}
+		items, err = scanItems(t.query(ctx, "SELECT "+itemColumns+" FROM nano_enrollment_queue q WHERE q.id = ? AND q.command_uuid = ?", id, uuid))
+		if err != nil {
+			return err
+		}
+		if len(items) == 0 {
+			return storage.ErrNotFound
+		}
+		return nameItems(ctx, t, items)
+	})
+	if err != nil {
+		return nil, fmt.Errorf("reading a command of an enrollment: %w", err)
+	}
+	return &items[0], nil
+}
+
+// CommandResult implements storage.Queues.
+func (s *Store) CommandResult(ctx context.Context, scope storage.Scope, id, uuid string) (*storage.CommandResult, error) {
+	var r storage.CommandResult
+	err := s.read(ctx, func(ctx context.Context, t *tx) error {
+		if _, err := findEnrollment(ctx, t, scope, id); err != nil || !storable(uuid) {
+			return cmp.Or(err, storage.ErrNotFound)
+		}
+		var at int64
+		err := t.queryRow(ctx, "SELECT status, late, created_at, result FROM nano_command_results WHERE id = ? AND command_uuid = ?", id, uuid).
+			Scan(&r.Status, &r.Late, &at, &r.Raw)
+		r.CreatedAt = fromMicros(at)
+		return missing(err)
+	})
+	if err != nil {
+		return nil, fmt.Errorf("reading a result: %w", err)
+	}
+	return &r, nil
+}
+
+// FindCommands implements storage.Commands.
+func (s *Store) FindCommands(ctx context.Context, scope storage.Scope, f storage.CommandFilter, after storage.CommandKey, limit int) (
+	list []storage.CommandInfo, next storage.CommandKey, err error) {
+	next = after
+	for looked := 0; looked < candidatesLooked; {
+		n := min(max(limit-len(list), 100), candidateRows)
+		q, args := commandsQuery(s.d, f, next, n)
+		var found []storage.CommandInfo
+		var chosen map[string]bool
+		err := s.read(ctx, func(ctx context.Context, t *tx) (err error) {
+			if found, err = scanCommands(t.query(ctx, q, slices.Clone(args)...)); err != nil {
+				return err
+			}
+			chosen, err = chooseCommands(ctx, t, scope, f.State, found)
+			return err
+		})
+		if err != nil {
+			return nil, storage.CommandKey{}, fmt.Errorf("looking for commands: %w", err)
+		}
+		looked += len(found)
+		full := false
+		for i := range found {
+			if full = len(list) == limit; full {
+				break
+			}
+			next = storage.CommandKey{At: found[i].CreatedAt, UUID: found[i].UUID}
+			if chosen == nil || chosen[found[i].UUID] {
+				list = append(list, found[i])
+			}
+		}
+		if !full && len(found) < n {
+			next = storage.CommandKey{}
+			break
+		}
+		if full || len(list) == limit {
+			break
+		}
+	}
+	err = s.read(ctx, func(ctx context.Context, t *tx) error {
+		for chunk := range slices.Chunk(list, countParts) {
+			if err := countSome(ctx, t, scope, chunk); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, storage.CommandKey{}, fmt.Errorf("counting the enrollments of commands: %w", err)
+	}
+	return list, next, nil
+}
+
+func commandsQuery(d *dialect, f storage.CommandFilter, after storage.CommandKey, limit int) (q string, args []any) {
+	index, where := "nano_commands_created_at", "1 = 1"
+	add := func(condition string, values ...any) {
+		where += " AND " + condition
+		args = append(args, values...)
+	}
+	if f.RequestType != "" {
+		index = "nano_commands_request_type"
+		add("request_type = ?", f.RequestType)
+	}
+	if !f.CreatedAfter.IsZero() {
+		add("created_at >= ?", micros(f.CreatedAfter))
+	}
+	if !f.CreatedBefore.IsZero() {
+		add("created_at < ?", micros(f.CreatedBefore))
+	}
+	if after != (storage.CommandKey{}) {
+		at := micros(after.At)
+		add("created_at <= ? AND (created_at < ? OR command_uuid < ?)", at, at, after.UUID)
+	}
+	return "SELECT command_uuid, request_type, created_at FROM nano_commands" + d.by(index) + " WHERE " + where +
+		" ORDER BY created_at DESC, command_uuid DESC LIMIT ?", append(args, limit)
+}
+
+func scanCommands(rows *sql.Rows, err error) ([]storage.CommandInfo, error) {
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	var list []storage.CommandInfo
+	for rows.Next() {
+		c := storage.CommandInfo{States: make(map[storage.State]int64)}
+		var at int64
+		if err := rows.Scan(&c.UUID, &c.RequestType, &at); err != nil {
+			return nil, err
+		}
+		c.CreatedAt = fromMicros(at)
+		list = append(list, c)
+	}
+	return list, rows.Err()
+}
+
+// chooseCommands says which commands are for somebody in the scope, and in a
+// state for one of those; nil is all.
+func chooseCommands(ctx context.Context, t *tx, scope storage.Scope, state storage.State, list []storage.CommandInfo) (map[string]bool, error) {
+	condition, topics := scoped(scope)
+	if condition == "" && state == 0 || len(list) == 0 {
+		return nil, nil
+	}
+	uuids := make([]string, len(list))
+	for i := range list {
+		uuids[i] = list[i].UUID
+	}
+	place, args := among(uuids)
+	q := "SELECT c.command_uuid FROM nano_commands c WHERE c.command_uuid IN " + place + " AND EXISTS (SELECT 1 FROM nano_enrollment_queue q"
+	if condition != "" {
+		q += " JOIN nano_enrollments e ON e.id = q.id" + condition
+		args = append(args, topics...)
+	}
+	q += " WHERE q.command_uuid = c.command_uuid"
+	if state != 0 {
+		q += " AND q.state = ?"
+		args = append(args, int(state))
+	}
+	found, err := textColumn(ctx, t, q+")", args...)
+	if err != nil {
+		return nil, err
+	}
+	chosen := make(map[string]bool, len(found))
+	for _, uuid := range found {
+		chosen[uuid] = true
+	}
+	return chosen, nil
+}
+
+// countSome counts a bounded number of enrollments of each command.
+func countSome(ctx context.Context, t *tx, scope storage.Scope, list []storage.CommandInfo) error {
+	condition, topics := scoped(scope)
+	join := ""
+	if condition != "" {
+		join = " JOIN nano_enrollments e ON e.id = q.id" + condition
+	}
+	var parts []string
+	var args []any
+	for i := range list {
+		parts = append(parts, fmt.Sprintf(`SELECT %d AS n, c.state, COUNT(*) AS rows_counted FROM (SELECT q.state FROM nano_enrollment_queue q%s
+WHERE q.command_uuid = ? LIMIT %d) c GROUP BY c.state`, i, join, commandsCounted+1))
+		args = append(append(args, topics...), list[i].UUID)
+	}
+	rows, err := t.query(ctx, strings.Join(parts, "\nUNION ALL "), args...)
+	if err != nil {
+		return err
+	}
+	defer rows.Close()
+	for i := range list {
+		list[i].States, list[i].Counted = make(map[storage.State]int64), 0
+	}
+	counted := make([]int64, len(list))
+	for rows.Next() {
+		var i int
+		var state storage.State
+		var n int64
+		if err := rows.Scan(&i, &state, &n); err != nil {
+			return err
+		}
+		list[i].States[state] = n
+		if counted[i] += n; counted[i] > commandsCounted {
+			list[i].Counted = counted[i]
+		}
+	}
+	return rows.Err()
+}
+
+// Command implements storage.Commands.
+func (s *Store) Command(ctx context.Context, scope storage.Scope, uuid string) (*storage.CommandInfo, error) {
+	var c *storage.CommandInfo
+	err := s.read(ctx, func(ctx context.Context, t *tx) (err error) {
+		c, err = readCommand(ctx, t, scope, uuid)
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("reading a command: %w", err)
+	}
+	return c, nil
+}
+
+func readCommand(ctx context.Context, t *tx, scope storage.Scope, uuid string) (*storage.CommandInfo, error) {
+	if !storable(uuid) {
+		return nil, storage.ErrNotFound
+	}
+	list, err := scanCommands(t.query(ctx, "SELECT command_uuid, request_type, created_at FROM nano_commands WHERE command_uuid = ?", uuid))
+	if err != nil {
+		return nil, err
+	}
+	if len(list) == 0 {
+		return nil, storage.ErrNotFound
+	}
+	from, args := commandRows(scope, uuid)
+	rows, err := t.query(ctx, "SELECT q.state, COUNT(*) FROM "+from+" GROUP BY q.state", args...)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	for rows.Next() {
+		var state storage.State
+		var n int64
+		if err := rows.Scan(&state, &n); err != nil {
+			return nil, err
+		}
+		list[0].States[state] = n
+	}
+	if len(list[0].States) == 0 && len(scope.Topics) > 0 {
+		return nil, cmp.Or(rows.Err(), storage.ErrNotFound)
+	}
+	return &list[0], rows.Err()
+}
+
+// commandRows is the rows of a command that a scope sees.
+func commandRows(scope storage.Scope, uuid string) (from string, args []any) {
+	condition, topics := scoped(scope)
+	from = "nano_enrollment_queue q"
+	if condition != "" {
+		from += " JOIN nano_enrollments e ON e.id = q.id" + condition
+	}
+	return from + " WHERE q.command_uuid = ?", append(topics, uuid)
+}
+
+// CommandItems implements storage.Commands.
+func (s *Store) CommandItems(ctx context.Context, scope storage.Scope, uuid string, state storage.State, after string, limit int) (items []storage.QueueItem, err error) {
+	if !storable(uuid) {
+		return nil, nil
+	}
+	q, args := itemsQuery(scope, uuid, state, after, limit)
+	err = s.read(ctx, func(ctx context.Context, t *tx) error {
+		items = nil
+		ids, err := textColumn(ctx, t, q, slices.Clone(args)...)
+		if err != nil || len(ids) == 0 {
+			return err
+		}
+		ids = slices.Compact(ids) // one that changed its state meanwhile
+		place, args := among(ids)
+		items, err = scanItems(t.query(ctx, "SELECT "+itemColumns+" FROM nano_enrollment_queue q WHERE q.command_uuid = ? AND q.id IN "+place+" ORDER BY q.id",
+			append([]any{uuid}, args...)...))
+		if err != nil {
+			return err
+		}
+		return nameItems(ctx, t, items)
+	})
+	if err != nil {
+		return nil, fmt.Errorf("reading a command's enrollments: %w", err)
+	}
+	return items, nil
+}
+
+// itemsQuery reads each state's stretch of the index by command.
+func itemsQuery(scope storage.Scope, uuid string, state storage.State, after string, limit int) (q string, args []any) {
+	states := storage.States()
+	if state != 0 {
+		states = []storage.State{state}
+	}
+	var parts []string
+	for i, state := range states {
+		from, more := commandRows(scope, uuid)
+		parts = append(parts, fmt.Sprintf("SELECT id FROM (SELECT q.id FROM %s AND q.state = ? AND q.id > ? ORDER BY q.id LIMIT ?) part%d", from, i))
+		args = append(append(args, more...), int(state), after, limit)
+	}
+	return strings.Join(parts, "\nUNION ALL ") + "\nORDER BY id LIMIT ?", append(args, limit)
+}
+
+// CommandWaits implements storage.Commands.
+func (s *Store) CommandWaits(ctx context.Context, scope storage.Scope, uuid string) (waits bool, err error) {
+	if !storable(uuid) {
+		return false, nil
+	}
+	from, args := commandRows(scope, uuid)
+	err = s.read(ctx, func(ctx context.Context, t *tx) error {
+		var one int
+		err := t.queryRow(ctx, "SELECT 1 FROM "+from+fmt.Sprintf(" AND q.state IN (%d, %d, %d) LIMIT 1",
+			storage.Scheduled, storage.Queued, storage.NotNow), slices.Clone(args)...).Scan(&one)
+		waits = err == nil
+		if errors.Is(err, sql.ErrNoRows) {
+			err = nil
+		}
+		return err
+	})
+	if err != nil {
+		return false, fmt.Errorf("looking whether a command waits: %w", err)
+	}
+	return waits, nil
+}
