@@ -17,3 +17,17 @@ func EncodePlist(v any) ([]byte, error) {
 	}
 	return b, nil
 }
+
+// DecodePlist decodes an XML property list with a dict, whatever is in it:
+// strings, bool, int64, uint64, float64, []byte for data, time.Time, []any and
+// map[string]any. Nesting is bounded. Errors wrap [ErrMalformed].
+func DecodePlist(raw []byte) (map[string]any, error) {
+	if err := scan(new(document), raw, false); err != nil {
+		return nil, err
+	}
+	var v map[string]any
+	if err := plist.Unmarshal(raw, &v); err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrMalformed, err)
+	}
+	return v, nil
+}

@@ -85,6 +85,7 @@ type Enrollment struct {
 	HasUnlockToken        bool
 
 	// Zero times: never.
+	BegunAt      time.Time // the device's last Authenticate
 	EnrolledAt   time.Time // first TokenUpdate since the last Authenticate
 	CreatedAt    time.Time
 	LastSeenAt   time.Time
@@ -119,4 +120,29 @@ type Enrollments interface {
 	Enrollments(ctx context.Context, scope Scope, ids []string) ([]Enrollment, error)
 	// UserChannels lists up to limit user channels of a device, by id.
 	UserChannels(ctx context.Context, scope Scope, device string, limit int) ([]string, error)
+}
+
+// Statistics counts what there is, for operators. Counts of queue rows stop at
+// StatisticsLimit for each state.
+type Statistics struct {
+	ByType           map[mdm.EnrollType]int64
+	Enabled          int64 // and not disabled by an operator
+	Disabled         int64 // by an operator
+	NotEnrolled      int64 // checked out, or no TokenUpdate yet
+	Queue            map[State]int64
+	OldestWaiting    time.Time // when the oldest command that waits was queued; zero: none
+	PushesOwed       int64
+	PushesUnanswered int64
+}
+
+// StatisticsLimit is where counts of rows that may be very many stop.
+const StatisticsLimit = 100_000
+
+// Inventory counts, and knows what else a diagnosis needs.
+type Inventory interface {
+	// Statistics counts. In a Scope only what waits is counted of the queue.
+	Statistics(ctx context.Context, scope Scope) (*Statistics, error)
+	// PushCertState is what PushCertInfos says of one topic, without the
+	// number of enrollments, or ErrNotFound.
+	PushCertState(ctx context.Context, topic string) (*PushCertInfo, error)
 }

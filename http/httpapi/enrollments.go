@@ -3,6 +3,7 @@ package httpapi
 import (
 	"context"
 	"crypto/x509"
+	"errors"
 	"net/http"
 	"time"
 
@@ -70,9 +71,17 @@ type pushInfo struct {
 }
 
 type queueInfo struct {
-	Scheduled int64 `json:"scheduled"`
-	Queued    int64 `json:"queued"`
-	NotNow    int64 `json:"notnow"`
+	Scheduled int64     `json:"scheduled"`
+	Queued    int64     `json:"queued"`
+	NotNow    int64     `json:"notnow"`
+	Head      *itemInfo `json:"head,omitempty"`
+}
+
+// enrollmentDetail is an enrollment with what is looked up for one alone.
+type enrollmentDetail struct {
+	enrollmentInfo
+	Channels  []string `json:"channels"`
+	Diagnosis []string `json:"diagnosis"`
 }
 
 func infoOfEnrollment(e *storage.Enrollment) enrollmentInfo {
@@ -130,4 +139,212 @@ func (a *API) listEnrollments(ctx context.Context, r *http.Request) (int, any, e
 		page.Enrollments[i] = infoOfEnrollment(&list[i])
 	}
 	return http.StatusOK, page, nil
+}
+
+// maxChannels bounds the user channels that are shown of a device.
+const maxChannels = 1000
+
+// enrollmentID is the id that a path names by it or by a serial number. Of
+// several enrollments of a serial number it is the device that is enrolled, if
+// there is only one of those.
+func (a *API) enrollmentID(ctx context.Context, name string) (string, error) {
+	scope := callerOf(ctx).scope
+	if unfit(name) != "" {
+		return "", errNoEnrollment
+	}
+	list, err := a.store.Enrollments(ctx, scope, []string{name})
+	if err != nil || len(list) == 1 {
+		return name, err
+	}
+	ids, _, err := a.store.FindEnrollments(ctx, scope, storage.EnrollmentFilter{Serial: name}, storage.EnrollmentKey{}, maxPageItems)
+	if err != nil {
+		return "", err
+	}
+	if list, err = a.store.Enrollments(ctx, scope, ids); err != nil {
+		return "", err
+	}
+	var devices, enabled []string
+	for i := range list {
+		if e := &list[i]; e.ID == e.DeviceID {
+			devices = append(devices, e.ID)
+			if e.Enabled {
+				enabled = append(enabled, e.ID)
+			}
+		}
+	}
+	switch {
+	case len(enabled) == 1:
+		return enabled[0], nil
+	case len(devices) == 1:
+		return devices[0], nil
+	case len(devices) == 0:
+		return "", errNoEnrollment
+	}
+	return "", &problem{http.StatusConflict, "several devices have that serial number: " + someOf(devices) + "; use an id"}
+}
+
+var errNoEnrollment = &problem{http.StatusNotFound, "no enrollment has that id or serial number"}
+
+// noEnrollment says so of one that has gone since it was looked up.
+func noEnrollment(err error) error {
+	if errors.Is(err, storage.ErrNotFound) {
+		return errNoEnrollment
+	}
+	return err
+}
+
+func (a *API) showEnrollment(ctx context.Context, r *http.Request) (int, any, error) {
+	id, err := a.enrollmentID(ctx, r.PathValue("id"))
+	if err != nil {
+		return 0, nil, err
+	}
+	detail, err := a.enrollmentDetail(ctx, id)
+	if err != nil {
+		return 0, nil, noEnrollment(err)
+	}
+	return http.StatusOK, detail, nil
+}
+
+func (a *API) enrollmentDetail(ctx context.Context, id string) (*enrollmentDetail, error) {
+	scope := callerOf(ctx).scope
+	list, err := a.store.Enrollments(ctx, scope, []string{id})
+	if err != nil {
+		return nil, err
+	}
+	if len(list) == 0 {
+		return nil, storage.ErrNotFound
+	}
+	c := diagnosis{now: a.cfg.Now(), e: &list[0]}
+	if c.e.ID != c.e.DeviceID {
+		if list, err = a.store.Enrollments(ctx, scope, []string{c.e.DeviceID}); err != nil {
+			return nil, err
+		}
+		if len(list) == 1 {
+			c.device = &list[0]
+		}
+	}
+	if c.head, err = a.head(ctx, scope, c.e); err != nil {
+		return nil, err
+	}
+	if c.e.Topic != "" {
+		if c.cert, err = a.store.PushCertState(ctx, c.e.Topic); err != nil && !errors.Is(err, storage.ErrNotFound) {
+			return nil, err
+		}
+	}
+	detail := &enrollmentDetail{enrollmentInfo: infoOfEnrollment(c.e), Channels: []string{}, Diagnosis: c.sentences()}
+	if c.head != nil {
+		detail.Queue.Head = new(infoOfItem(c.head))
+	}
+	if c.e.ID == c.e.DeviceID {
+		channels, err := a.store.UserChannels(ctx, scope, id, maxChannels)
+		if err != nil {
+			return nil, err
+		}
+		detail.Channels = append(detail.Channels, channels...)
+	}
+	return detail, nil
+}
+
+// head is the command that the device is offered next, or else the next one
+// that is scheduled; nil if nothing waits.
+func (a *API) head(ctx context.Context, scope storage.Scope, e *storage.Enrollment) (*storage.QueueItem, error) {
+	for _, state := range []storage.State{0, storage.Scheduled} {
+		items, err := a.store.Queue(ctx, scope, e.ID, state, storage.QueueKey{}, 1)
+		if err != nil {
+			return nil, err
+		}
+		if len(items) > 0 {
+			return &items[0], nil
+		}
+	}
+	return nil, nil
+}
+
+func (a *API) disable(ctx context.Context, r *http.Request) (int, any, error) {
+	return a.setDisabled(ctx, r, true, actDisable)
+}
+
+func (a *API) enable(ctx context.Context, r *http.Request) (int, any, error) {
+	return a.setDisabled(ctx, r, false, actEnable)
+}
+
+func (a *API) setDisabled(ctx context.Context, r *http.Request, disabled bool, action string) (int, any, error) {
+	id, err := a.enrollmentID(ctx, r.PathValue("id"))
+	if err != nil {
+		return 0, nil, a.refused(ctx, action, r.PathValue("id"), err)
+	}
+	ids, err := a.store.SetDisabled(ctx, callerOf(ctx).scope, id, disabled, auditRecord(ctx, action, id, ""))
+	if err != nil {
+		return 0, nil, a.refused(ctx, action, id, noEnrollment(err))
+	}
+	if !disabled {
+		a.wakeSoon(ctx, ids)
+	}
+	return http.StatusOK, struct {
+		ID       string   `json:"id"`
+		Disabled bool     `json:"operator_disabled"`
+		Changed  []string `json:"changed"`
+	}{id, disabled, ids}, nil
+}
+
+func (a *API) deleteEnrollment(ctx context.Context, r *http.Request) (int, any, error) {
+	q := queryOf(r)
+	confirm := q.text("confirm")
+	if err := q.done(); err != nil {
+		return 0, nil, err
+	}
+	id, err := a.enrollmentID(ctx, r.PathValue("id"))
+	if err != nil {
+		return 0, nil, a.refused(ctx, actDelete, r.PathValue("id"), err)
+	}
+	if confirm != id {
+		return 0, nil, a.refused(ctx, actDelete, id, badRequest("confirm: repeat the enrollment's id, %s, to delete it", id))
+	}
+	err = a.store.DeleteEnrollment(ctx, callerOf(ctx).scope, id, auditRecord(ctx, actDelete, id, ""))
+	if errors.Is(err, storage.ErrConflict) {
+		err = &problem{http.StatusConflict, "it enrolled anew while it was being deleted, and was left so"}
+	}
+	if err != nil {
+		return 0, nil, a.refused(ctx, actDelete, id, noEnrollment(err))
+	}
+	return http.StatusOK, struct {
+		ID string `json:"id"`
+	}{id}, nil
+}
+
+func (a *API) readBootstrapToken(ctx context.Context, r *http.Request) (int, any, error) {
+	id, token, err := a.readToken(ctx, r, actReadBootstrap, a.store.BootstrapToken)
+	if err != nil {
+		return 0, nil, err
+	}
+	return http.StatusOK, struct {
+		ID    string `json:"id"`
+		Token []byte `json:"bootstrap_token"`
+	}{id, token}, nil
+}
+
+func (a *API) readUnlockToken(ctx context.Context, r *http.Request) (int, any, error) {
+	id, token, err := a.readToken(ctx, r, actReadUnlock, a.store.UnlockToken)
+	if err != nil {
+		return 0, nil, err
+	}
+	return http.StatusOK, struct {
+		ID    string `json:"id"`
+		Token []byte `json:"unlock_token"`
+	}{id, token}, nil
+}
+
+func (a *API) readToken(ctx context.Context, r *http.Request, action string,
+	read func(context.Context, storage.Scope, string, *storage.AuditRecord) ([]byte, error)) (id string, token []byte, err error) {
+	if id, err = a.enrollmentID(ctx, r.PathValue("id")); err != nil {
+		return "", nil, a.refused(ctx, action, r.PathValue("id"), err)
+	}
+	token, err = read(ctx, callerOf(ctx).scope, id, auditRecord(ctx, action, id, ""))
+	if err == nil && token == nil {
+		err = &problem{http.StatusNotFound, "the device has not given one"}
+	}
+	if err != nil {
+		return "", nil, a.refused(ctx, action, id, noEnrollment(err))
+	}
+	return id, token, nil
 }

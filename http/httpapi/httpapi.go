@@ -15,6 +15,7 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
+	"sync/atomic"
 	"time"
 
 	"github.com/nanomdm/nanomdm/http/requestlog"
@@ -38,6 +39,8 @@ type Config struct {
 	// Draining is closed when the server is about to stop: calls that wait for
 	// something to happen answer then.
 	Draining <-chan struct{}
+	// Version is the server's, for statistics.
+	Version string
 	// Logger; default discards.
 	Logger *slog.Logger
 	// Now is the clock of failed logins and of copied keys; default time.Now.
@@ -52,6 +55,7 @@ type API struct {
 	store    Store
 	pusher   Pusher
 	cfg      Config
+	waits    atomic.Int64 // calls that wait for a command
 }
 
 // Store is what the API needs to have kept.
@@ -61,6 +65,12 @@ type Store interface {
 	storage.Resealer
 	storage.Audit
 	storage.Enrollments
+	storage.Inventory
+	storage.EnrollmentSteering
+	storage.Secrets
+	storage.Queues
+	storage.Commands
+	storage.Steering
 	storage.PushCerts
 	storage.EventSinks
 	storage.EventLog
@@ -129,8 +139,20 @@ func (a *API) endpoint(call call) http.Handler {
 			a.fail(w, r, err)
 			return
 		}
+		if raw, ok := body.(rawBody); ok {
+			w.Header().Set("Content-Type", raw.contentType)
+			w.WriteHeader(status)
+			_, _ = w.Write(raw.data) // as writeJSON
+			return
+		}
 		writeJSON(w, status, body)
 	})
+}
+
+// rawBody is an answer that is not JSON.
+type rawBody struct {
+	contentType string
+	data        []byte
 }
 
 // fail is the one place that maps errors to statuses. The text of an error

@@ -23,12 +23,31 @@ func (a *API) routes() []route {
 	return []route{
 		// Enrollments.
 		{"GET", "/v1/enrollments", roleRead, false, a.endpoint(a.listEnrollments)},
+		{"GET", "/v1/enrollments/{id}", roleRead, false, a.endpoint(noQuery(a.showEnrollment))},
+		{"DELETE", "/v1/enrollments/{id}", roleAdmin, false, slow(a.endpoint(a.deleteEnrollment))},
+		{"GET", "/v1/enrollments/{id}/queue", roleRead, false, a.endpoint(a.listQueue)},
+		{"DELETE", "/v1/enrollments/{id}/queue", roleEnqueue, false, slow(a.endpoint(noQuery(a.clearQueue)))},
+		{"POST", "/v1/enrollments/{id}/disable", roleAdmin, false, a.endpoint(noQuery(a.disable))},
+		{"POST", "/v1/enrollments/{id}/enable", roleAdmin, false, a.endpoint(noQuery(a.enable))},
+		{"PUT", "/v1/enrollments/{id}/renewal", roleAdmin, false, a.endpoint(noQuery(a.openRenewal))},
+		{"DELETE", "/v1/enrollments/{id}/renewal", roleAdmin, false, a.endpoint(noQuery(a.closeRenewal))},
+		{"PUT", "/v1/renewals", roleAdmin, false, slow(a.endpoint(noQuery(a.openRenewals)))},
+		{"POST", "/v1/enrollments/{id}/bootstrap_token", roleAdmin, false, a.endpoint(noQuery(a.readBootstrapToken))},
+		{"POST", "/v1/enrollments/{id}/unlock_token", roleAdmin, false, a.endpoint(noQuery(a.readUnlockToken))},
+		{"GET", "/v1/stats", roleRead, false, a.endpoint(noQuery(a.stats))},
 
 		// Commands.
 		{"PUT", "/v1/enqueue/{ids}", roleEnqueue, false, a.endpoint(a.enqueueIDs)},
 		{"POST", "/v1/enqueue/{ids}", roleEnqueue, false, a.endpoint(a.enqueueIDs)},
 		{"POST", "/v1/enqueue", roleEnqueue, false, slow(a.endpoint(a.enqueue))},
 		{"POST", "/v1/commands", roleEnqueue, false, slow(a.endpoint(a.enqueueJSON))},
+
+		{"GET", "/v1/commands", roleRead, false, a.endpoint(a.listCommands)},
+		{"GET", "/v1/commands/{uuid}", roleRead, false, slow(a.endpoint(a.showCommand))},
+		{"DELETE", "/v1/commands/{uuid}", roleEnqueue, false, slow(a.endpoint(noQuery(a.cancelCommand)))},
+		{"GET", "/v1/commands/{uuid}/results/{id}", roleRead, false, a.endpoint(a.showResult)},
+		{"DELETE", "/v1/commands/{uuid}/enrollments/{id}", roleEnqueue, false, a.endpoint(noQuery(a.cancelItem))},
+		{"POST", "/v1/commands/{uuid}/enrollments/{id}/requeue", roleEnqueue, false, a.endpoint(noQuery(a.requeue))},
 
 		// Push.
 		{"GET", "/v1/push/{ids}", rolePush, false, a.endpoint(a.pushIDs)},

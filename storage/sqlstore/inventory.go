@@ -447,7 +447,7 @@ func (s *Store) Enrollments(ctx context.Context, scope storage.Scope, ids []stri
 func readInventory(ctx context.Context, t *tx, scope storage.Scope, ids []string) (map[string]*storage.Enrollment, error) {
 	place, args := among(ids)
 	q := `SELECT e.id, e.device_id, e.type, e.topic, e.enabled, e.operator_disabled, e.token_update_tally, e.awaiting_configuration,
-e.enrolled_at, e.created_at, e.renewal_until, a.last_seen_at,
+d.authenticate_at, e.enrolled_at, e.created_at, e.renewal_until, a.last_seen_at,
 d.serial_number, d.device_name, d.model, d.model_name, d.product_name, d.os_version, d.build_version, d.imei, d.meid,
 CASE WHEN d.bootstrap_token IS NULL THEN 0 ELSE 1 END, CASE WHEN d.unlock_token IS NULL THEN 0 ELSE 1 END,
 u.user_id, u.user_short_name, u.user_long_name,
@@ -483,7 +483,7 @@ WHERE e.id IN ` + place
 func scanEnrollment(rows *sql.Rows) (*storage.Enrollment, error) {
 	e := &storage.Enrollment{Queue: make(map[storage.State]int64)}
 	var (
-		created                                   int64
+		begun, created                            int64
 		enrolled, renewal, seen, notAfter, pinned sql.Null[int64]
 		userID, shortName, longName, hash         sql.Null[string]
 		class, reason, apnsID                     sql.Null[string]
@@ -493,7 +493,7 @@ func scanEnrollment(rows *sql.Rows) (*storage.Enrollment, error) {
 		typ                                       string
 	)
 	err := rows.Scan(&e.ID, &e.DeviceID, &typ, &e.Topic, &e.Enabled, &e.OperatorDisabled, &e.Tally, &e.AwaitingConfiguration,
-		&enrolled, &created, &renewal, &seen,
+		&begun, &enrolled, &created, &renewal, &seen,
 		&e.SerialNumber, &e.DeviceName, &e.Model, &e.ModelName, &e.ProductName, &e.OSVersion, &e.BuildVersion, &e.IMEI, &e.MEID,
 		&e.HasBootstrapToken, &e.HasUnlockToken,
 		&userID, &shortName, &longName,
@@ -503,6 +503,7 @@ func scanEnrollment(rows *sql.Rows) (*storage.Enrollment, error) {
 		return nil, err
 	}
 	e.Type = mdm.EnrollType(typ)
+	e.BegunAt = fromMicros(begun)
 	e.EnrolledAt, e.CreatedAt, e.RenewalUntil, e.LastSeenAt = fromMicros(enrolled.V), fromMicros(created), fromMicros(renewal.V), fromMicros(seen.V)
 	e.UserID, e.UserShortName, e.UserLongName = userID.V, shortName.V, longName.V
 	if hash.Valid {

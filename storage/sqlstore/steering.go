@@ -28,8 +28,8 @@ func cancel(ctx context.Context, t *tx, keys []queueKey) (int, error) {
 		return 0, nil
 	}
 	slices.SortFunc(keys, compareKeys)
-	where, args := amongKeys(keys)
-	waiting, err := queueKeys(ctx, t, "SELECT id, command_uuid FROM nano_enrollment_queue WHERE "+where+
+	where, args := t.amongKeys(keys)
+	waiting, err := queueKeys(ctx, t, "SELECT id, command_uuid FROM nano_enrollment_queue"+t.d.by("PRIMARY")+" WHERE "+where+
 		fmt.Sprintf(" AND state < %d ORDER BY id, command_uuid", storage.Acknowledged)+t.d.forUpdate, args...)
 	if err != nil {
 		return 0, fmt.Errorf("locking commands to cancel: %w", err)
@@ -426,7 +426,7 @@ func removeQueueRows(ctx context.Context, t *tx, d *doomed) (more bool, err erro
 		if err := removeResults(ctx, t, keys, &out); err != nil {
 			return false, err
 		}
-		where, args := amongKeys(keys)
+		where, args := t.amongKeys(keys)
 		if _, err := t.exec(ctx, "DELETE FROM nano_enrollment_queue WHERE "+where, args...); err != nil {
 			return false, fmt.Errorf("removing queue rows: %w", err)
 		}

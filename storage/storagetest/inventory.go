@@ -22,6 +22,8 @@ func inventoryTests() []subtest {
 		{"who has very many commands waiting is found once", inventoryManyCommands},
 		{"a scope hides enrollments of other topics", inventoryScope},
 		{"what is known of an enrollment is read", inventoryRead},
+		{"enrollments, commands and pushes are counted", inventoryStatistics},
+		{"the state of a push certificate is read without its enrollments", inventoryPushCert},
 	}
 }
 
@@ -296,13 +298,13 @@ func inventoryRead(t *testing.T, h *Harness) {
 	require.Equal(t, storage.Enrollment{
 		ID: "D", DeviceID: "D", Type: mdm.Device, Topic: topicA, Enabled: true, Tally: 1, HasBootstrapToken: true,
 		SerialNumber: "S", DeviceName: "name", Model: "m", ModelName: "mn", ProductName: "pn", OSVersion: "15.1", BuildVersion: "24B", IMEI: "i", MEID: "e",
-		EnrolledAt: began, CreatedAt: began, LastSeenAt: now, Queue: map[storage.State]int64{storage.NotNow: 1, storage.Queued: 1},
+		BegunAt: began, EnrolledAt: began, CreatedAt: began, LastSeenAt: now, Queue: map[storage.State]int64{storage.NotNow: 1, storage.Queued: 1},
 	}, device)
 	require.Equal(t, storage.Enrollment{
 		ID: "D:anna", DeviceID: "D", Type: mdm.User, Topic: topicA, Enabled: true, Tally: 2, HasBootstrapToken: true,
 		UserID: "anna", UserShortName: "short", UserLongName: "long",
 		SerialNumber: "S", DeviceName: "name", Model: "m", ModelName: "mn", ProductName: "pn", OSVersion: "15.1", BuildVersion: "24B", IMEI: "i", MEID: "e",
-		EnrolledAt: began, CreatedAt: began, LastSeenAt: began, Queue: map[storage.State]int64{},
+		BegunAt: began, EnrolledAt: began, CreatedAt: began, LastSeenAt: began, Queue: map[storage.State]int64{},
 	}, user)
 
 	channels, err := h.Store.UserChannels(t.Context(), storage.Scope{}, "D", 10)
@@ -311,4 +313,48 @@ func inventoryRead(t *testing.T, h *Harness) {
 	list, err = h.Store.Enrollments(t.Context(), storage.Scope{}, nil)
 	require.NoError(t, err)
 	require.Empty(t, list)
+}
+
+func inventoryStatistics(t *testing.T, h *Harness) {
+	none, err := h.Store.Statistics(t.Context(), storage.Scope{})
+	require.NoError(t, err)
+	require.Equal(t, storage.Statistics{ByType: map[mdm.EnrollType]int64{}, Queue: map[storage.State]int64{}}, *none)
+
+	inventory(t, h)
+	began := h.Clock.Now()
+	h.enqueue(t, []string{"mac", "phone", "pad"}, "C1")
+	h.Clock.Advance(time.Minute)
+	h.enqueue(t, []string{"mac", "pad"}, "C2")
+	h.device("mac").reports(t, mdm.StatusAcknowledged, "C1")
+	h.device("pad").reports(t, mdm.StatusNotNow, "C1")
+	h.device("pad").polls(t)
+	require.NoError(t, h.Store.Flush(t.Context()))
+	h.Clock.Advance(time.Minute)
+	h.accepted(t, "pad", time.Hour)
+	all, err := h.Store.Statistics(t.Context(), storage.Scope{})
+	require.NoError(t, err)
+	require.Equal(t, storage.Statistics{
+		ByType:  map[mdm.EnrollType]int64{mdm.Device: 4, mdm.User: 1, mdm.UserEnrollmentDevice: 1},
+		Enabled: 4, Disabled: 1, NotEnrolled: 1,
+		Queue:         map[storage.State]int64{storage.Queued: 3, storage.NotNow: 1, storage.Acknowledged: 1},
+		OldestWaiting: began, PushesOwed: all.PushesOwed, PushesUnanswered: 1,
+	}, *all)
+	require.Positive(t, all.PushesOwed)
+
+	b, err := h.Store.Statistics(t.Context(), storage.Scope{Topics: []string{topicB}})
+	require.NoError(t, err)
+	require.Equal(t, storage.Statistics{
+		ByType: map[mdm.EnrollType]int64{mdm.Device: 1}, Enabled: 1, Queue: map[storage.State]int64{storage.Queued: 1}, OldestWaiting: began, PushesOwed: 1,
+	}, *b)
+}
+
+func inventoryPushCert(t *testing.T, h *Harness) {
+	_, err := h.Store.PushCertState(t.Context(), topicA)
+	require.ErrorIs(t, err, storage.ErrNotFound)
+	now := h.Clock.Now()
+	require.NoError(t, h.Store.StorePushCert(t.Context(), &storage.PushCert{Topic: topicA, CertPEM: []byte("c"), KeyPEM: []byte("k"), NotAfter: now.Add(time.Hour)}))
+	require.NoError(t, h.Store.RecordPushCertOutcome(t.Context(), topicA, "certificate_fault", now))
+	state, err := h.Store.PushCertState(t.Context(), topicA)
+	require.NoError(t, err)
+	require.Equal(t, storage.PushCertInfo{Topic: topicA, NotAfter: now.Add(time.Hour), Version: 1, UpdatedAt: now, LastClass: "certificate_fault", LastAt: now}, *state)
 }

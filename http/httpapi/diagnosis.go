@@ -1,0 +1,192 @@
+package httpapi
+
+import (
+	"fmt"
+	"time"
+
+	"github.com/nanomdm/nanomdm/storage"
+)
+
+const (
+	// longUnseen is how long a device that is well may be away.
+	longUnseen = 7 * 24 * time.Hour
+	// nearEnd is when a certificate's end is worth a word, nearExpiry when a
+	// command's is.
+	nearEnd    = 30 * 24 * time.Hour
+	nearExpiry = 24 * time.Hour
+	// answering is how long a device may take to answer a push or a command.
+	answering = 2 * time.Minute
+	// manyNotNow is how often a device may put a command off before that is
+	// worth a word.
+	manyNotNow = 1
+)
+
+// diagnosis is what is known of an enrollment that may be stuck. It says why
+// it is, in words for people; nothing if it is not.
+type diagnosis struct {
+	now    time.Time
+	e      *storage.Enrollment
+	device *storage.Enrollment // of a user channel
+	head   *storage.QueueItem
+	cert   *storage.PushCertInfo // for its topic; nil if there is none
+
+	said []string
+}
+
+func (d *diagnosis) say(format string, args ...any) {
+	d.said = append(d.said, fmt.Sprintf(format, args...))
+}
+
+// sentences looks at one cause after the other, those that the operator can do
+// something about first.
+func (d *diagnosis) sentences() []string {
+	d.said = []string{}
+	d.enrollment()
+	if d.e.Enabled {
+		d.pushes()
+		d.queue()
+	}
+	d.identity()
+	d.absence()
+	return d.said
+}
+
+// stamp is how times are written.
+func stamp(t time.Time) string { return t.UTC().Format(time.RFC3339) }
+
+// days is an age in words.
+func days(age time.Duration) string {
+	if n := int(age / (24 * time.Hour)); n != 1 {
+		return fmt.Sprintf("%d days", n)
+	}
+	return "1 day"
+}
+
+func (d *diagnosis) enrollment() {
+	e := d.e
+	if e.OperatorDisabled {
+		d.say("An operator has disabled it: it gets no commands and is not pushed until it is enabled again.")
+	}
+	switch {
+	case e.Enabled && e.AwaitingConfiguration:
+		d.say("It waits in Setup Assistant for a DeviceConfigured command.")
+	case e.Enabled:
+	case d.device != nil && !d.device.Enabled:
+		d.say("Its device, %s, is not enrolled.", d.device.ID)
+	case d.device != nil:
+		d.say("The user has not sent a TokenUpdate since the device enrolled: that comes when the user logs in.")
+	case e.EnrolledAt.IsZero():
+		d.say("It is not enrolled yet: it sent Authenticate at %s and no TokenUpdate.", stamp(e.BegunAt))
+	case e.BegunAt.After(e.EnrolledAt):
+		d.say("It began to enroll anew at %s, and has not finished with a TokenUpdate.", stamp(e.BegunAt))
+	default:
+		d.say("It has checked out: the profile was removed, or the device was erased. It has to enroll again.")
+	}
+}
+
+func (d *diagnosis) pushes() {
+	e, p := d.e, &d.e.Push
+	fault := false
+	switch {
+	case d.cert == nil:
+		fault = true
+		d.say("There is no push certificate for its topic, %s: it cannot be woken.", e.Topic)
+	case !d.cert.NotAfter.After(d.now):
+		fault = true
+		d.say("The push certificate for its topic expired at %s: it cannot be woken.", stamp(d.cert.NotAfter))
+	case d.cert.LastClass == certificateFault:
+		fault = true
+		d.say("APNs refused the push certificate for its topic at %s: it cannot be woken.", stamp(d.cert.LastAt))
+	}
+	seenSince := e.LastSeenAt.After(p.LastAt)
+	switch {
+	case !p.TokenDeadAt.IsZero():
+		d.say("APNs says that its push token is dead since %s: it is not pushed until it sends a new one.", stamp(p.TokenDeadAt))
+	case p.LastAt.IsZero(), seenSince:
+	case p.LastClass != storage.PushAccepted:
+		if fault && p.LastClass == certificateFault {
+			break
+		}
+		next := ""
+		if p.NextAt.After(d.now) {
+			next = "; the next one is planned for " + stamp(p.NextAt)
+		}
+		d.say("The last push, at %s, was not accepted: %s%s.", stamp(p.LastAt), pushReason(p), next)
+	case p.Attempts > 0 && d.now.Sub(p.LastAt) > answering:
+		times := "once"
+		if p.Attempts > 1 {
+			times = fmt.Sprintf("%d times, the last at %s,", p.Attempts, stamp(p.LastAt))
+		}
+		d.say("It was pushed %s without an answer: it is off, asleep or offline, or is not managed any more.", times)
+	}
+}
+
+const certificateFault = "certificate_fault"
+
+func pushReason(p *storage.PushState) string {
+	switch {
+	case p.LastReason != "" && p.LastStatus != 0:
+		return fmt.Sprintf("%s (%d, %s)", p.LastReason, p.LastStatus, p.LastClass)
+	case p.LastReason != "":
+		return fmt.Sprintf("%s (%s)", p.LastReason, p.LastClass)
+	case p.LastStatus != 0:
+		return fmt.Sprintf("status %d (%s)", p.LastStatus, p.LastClass)
+	}
+	return p.LastClass
+}
+
+func (d *diagnosis) queue() {
+	h := d.head
+	if h == nil {
+		return
+	}
+	name := h.CommandUUID
+	if h.RequestType != "" {
+		name = h.RequestType + " " + name
+	}
+	switch h.State {
+	case storage.Scheduled:
+		d.say("Its next command, %s, is scheduled for %s.", name, stamp(h.NotBefore))
+	case storage.NotNow:
+		if h.NotNowCount >= manyNotNow {
+			times := "once"
+			if h.NotNowCount > 1 {
+				times = fmt.Sprintf("%d times", h.NotNowCount)
+			}
+			d.say("It has put off the command at the head of its queue, %s, %s, the last time at %s: it is locked or busy.", name, times, stamp(h.NotNowAt))
+		}
+	case storage.Queued:
+		// It came since, so it was offered the command.
+		if d.e.LastSeenAt.Sub(h.CreatedAt) > answering && d.now.Sub(d.e.LastSeenAt) > answering {
+			d.say("It came at %s and has not answered the command at the head of its queue, %s, which waits since %s: the device may choke on it; cancelling it lets the next one through.",
+				stamp(d.e.LastSeenAt), name, stamp(h.CreatedAt))
+		}
+	}
+	if !h.ExpiresAt.IsZero() && h.ExpiresAt.Sub(d.now) < nearExpiry {
+		d.say("The command at the head of its queue, %s, expires at %s.", name, stamp(h.ExpiresAt))
+	}
+}
+
+func (d *diagnosis) identity() {
+	c := d.e.Certificate
+	switch {
+	case c == nil && d.e.Enabled:
+		d.say("No identity certificate is pinned to it: what it sends is refused unless the server runs with -retro.")
+	case c == nil || c.NotAfter.IsZero():
+	case !c.NotAfter.After(d.now):
+		d.say("Its identity certificate expired at %s: what it sends is refused.", stamp(c.NotAfter))
+	case c.NotAfter.Sub(d.now) < nearEnd:
+		d.say("Its identity certificate expires at %s.", stamp(c.NotAfter))
+	}
+}
+
+func (d *diagnosis) absence() {
+	e := d.e
+	switch age := d.now.Sub(e.LastSeenAt); {
+	case !e.Enabled:
+	case e.LastSeenAt.IsZero():
+		d.say("It was never seen by this server.")
+	case age > longUnseen:
+		d.say("It was last seen at %s, %s ago.", stamp(e.LastSeenAt), days(age))
+	}
+}
