@@ -16,9 +16,6 @@ const (
 	nearExpiry = 24 * time.Hour
 	// answering is how long a device may take to answer a push or a command.
 	answering = 2 * time.Minute
-	// manyNotNow is how often a device may put a command off before that is
-	// worth a word.
-	manyNotNow = 1
 )
 
 // diagnosis is what is known of an enrollment that may be stuck. It says why
@@ -148,13 +145,11 @@ func (d *diagnosis) queue() {
 	case storage.Scheduled:
 		d.say("Its next command, %s, is scheduled for %s.", name, stamp(h.NotBefore))
 	case storage.NotNow:
-		if h.NotNowCount >= manyNotNow {
-			times := "once"
-			if h.NotNowCount > 1 {
-				times = fmt.Sprintf("%d times", h.NotNowCount)
-			}
-			d.say("It has put off the command at the head of its queue, %s, %s, the last time at %s: it is locked or busy.", name, times, stamp(h.NotNowAt))
+		times := "once"
+		if h.NotNowCount > 1 {
+			times = fmt.Sprintf("%d times", h.NotNowCount)
 		}
+		d.say("It has put off the command at the head of its queue, %s, %s, the last time at %s: it is locked or busy.", name, times, stamp(h.NotNowAt))
 	case storage.Queued:
 		// It came since, so it was offered the command.
 		if d.e.LastSeenAt.Sub(h.CreatedAt) > answering && d.now.Sub(d.e.LastSeenAt) > answering {
