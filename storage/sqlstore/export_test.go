@@ -33,6 +33,41 @@ func (s *Store) FilterQueryForTest(scope storage.Scope, f storage.EnrollmentFilt
 	return indexes, q, args
 }
 
+// ListQueryForTest is a statement by which commands or queues are listed, and
+// the index that it is meant to be answered by.
+type ListQueryForTest struct {
+	Name, Index, Query string
+	Args               []any
+}
+
+// ListQueriesForTest are all of them.
+func (s *Store) ListQueriesForTest() (list []ListQueryForTest) {
+	at := time.UnixMicro(50)
+	add := func(name, index string, q string, args []any) {
+		list = append(list, ListQueryForTest{name, index, q, args})
+	}
+	key := storage.CommandKey{At: at, UUID: "C"}
+	for name, f := range map[string]storage.CommandFilter{
+		"commands": {}, "commands by time": {CreatedAfter: time.UnixMicro(1), CreatedBefore: at},
+	} {
+		q, args := commandsQuery(s.d, f, key, 100)
+		add(name, "nano_commands_created_at", q, args)
+	}
+	q, args := commandsQuery(s.d, storage.CommandFilter{RequestType: "rare"}, key, 100)
+	add("commands by type", "nano_commands_request_type", q, args)
+	q, args = itemsQuery(storage.Scope{}, "C1", 0, "D", 100)
+	add("a command's enrollments", "nano_enrollment_queue_command_uuid", q, args)
+	q, args = itemsQuery(storage.Scope{}, "C1", storage.Queued, "D", 100)
+	add("a command's enrollments of a state", "nano_enrollment_queue_command_uuid", q, args)
+	from, args := commandRows(storage.Scope{}, "C1")
+	add("counts of a command", "nano_enrollment_queue_command_uuid", "SELECT q.state, COUNT(*) FROM "+from+" GROUP BY q.state", args)
+	q, args = queueQuery(s.d, "D000007", 0, storage.QueueKey{Priority: 0, Seq: 1}, 100)
+	add("a queue", "nano_enrollment_queue_next", q, args)
+	q, args = queueQuery(s.d, "D000007", storage.Acknowledged, storage.QueueKey{}, 100)
+	add("a queue by state", "nano_enrollment_queue_next", q, args)
+	return list
+}
+
 // ExplainForTest is what the engine says of how it would run a statement.
 func (s *Store) ExplainForTest(ctx context.Context, q string, args ...any) (string, error) {
 	explain := map[string]string{

@@ -46,7 +46,7 @@ func plantFleet(t *testing.T, h *storagetest.Harness, n int) {
 			h.Exec(t, "INSERT INTO "+head+" VALUES "+place+strings.Repeat(", "+place, len(chunk)-1), slices.Concat(chunk...)...)
 		}
 	}
-	var devices, users, enrollments, pushes, seen, certs, queue [][]any
+	var devices, users, enrollments, pushes, seen, certs, queue, commands [][]any
 	for i := range n {
 		id := fmt.Sprintf("D%06d", i)
 		rare := i%100 == 7
@@ -63,8 +63,9 @@ func plantFleet(t *testing.T, h *storagetest.Harness, n int) {
 		seen = append(seen, []any{id, i + 1})
 		certs = append(certs, []any{"live-" + id, id, i + 1, 1, nil}, []any{"dead-" + id, id, 1, 1, 2})
 		for c := range 3 {
-			queue = append(queue, []any{id, fmt.Sprint("C", c), c, state, 1, finished})
+			queue = append(queue, []any{id, fmt.Sprint("C", c+i%50*3), c, state, 1, finished})
 		}
+		commands = append(commands, []any{fmt.Sprintf("C%d", i), word, []byte("raw"), i + 1})
 	}
 	insert("nano_devices (id, serial_number, model, model_name, product_name, os_version, authenticate, authenticate_at, created_at, updated_at)", devices)
 	insert("nano_users (id, device_id, user_id, user_short_name, created_at, updated_at)", users)
@@ -73,8 +74,9 @@ func plantFleet(t *testing.T, h *storagetest.Harness, n int) {
 	insert("nano_enrollment_activity (id, last_seen_at)", seen)
 	insert("nano_cert_auth_associations (sha256, id, not_after, created_at, retired_at)", certs)
 	insert("nano_enrollment_queue (id, command_uuid, seq, state, created_at, finished_at)", queue)
+	insert("nano_commands (command_uuid, request_type, command, created_at)", commands)
 	for _, table := range []string{"nano_devices", "nano_users", "nano_enrollments", "nano_enrollment_push", "nano_enrollment_activity",
-		"nano_cert_auth_associations", "nano_enrollment_queue"} {
+		"nano_cert_auth_associations", "nano_enrollment_queue", "nano_commands"} {
 		analyze := map[string]string{"sqlite": "ANALYZE ", "pgsql": "VACUUM ANALYZE "}[h.Engine.Name]
 		if analyze == "" {
 			analyze = "ANALYZE TABLE "
@@ -84,7 +86,7 @@ func plantFleet(t *testing.T, h *storagetest.Harness, n int) {
 }
 
 // TestFiltersUseTheirIndexes asks the engines how they would find what a
-// filter chooses.
+// filter chooses, and what a list shows.
 func TestFiltersUseTheirIndexes(t *testing.T) {
 	for _, engine := range storagetest.Engines(t) {
 		t.Run(engine.Name, func(t *testing.T) {
@@ -96,6 +98,9 @@ func TestFiltersUseTheirIndexes(t *testing.T) {
 			}
 			indexes, q, args := h.Store.FilterQueryForTest(storage.Scope{Topics: []string{"rare", "none"}}, storage.EnrollmentFilter{})
 			usesIndexes(t, h, "scope", indexes, q, args)
+			for _, l := range h.Store.ListQueriesForTest() {
+				usesIndexes(t, h, l.Name, []string{l.Index}, l.Query, l.Args)
+			}
 		})
 	}
 }
