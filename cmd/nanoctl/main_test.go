@@ -486,23 +486,48 @@ func TestHelp(t *testing.T) {
 	}
 }
 
-// The examples are commands and flags that exist.
+// The examples, here and in the documentation, are commands and flags that
+// exist.
 func TestExamples(t *testing.T) {
-	table := commands()
-	for _, c := range table {
-		for line := range strings.SplitSeq(c.example, "\n") {
-			for _, part := range regexp.MustCompile(`[|>]|<\(`).Split(line, -1) {
-				words := strings.Fields(strings.TrimSuffix(strings.TrimSpace(part), ")"))
-				if len(words) == 0 || words[0] != "nanoctl" {
-					continue
-				}
-				found, rest := find(table, words[1:])
-				require.NotNil(t, found, line)
-				_, err := parseAnywhere(flagsOf(found, new(env)), rest)
-				require.NoError(t, err, line)
-			}
+	for _, c := range commands() {
+		require.Positive(t, requireCommands(t, c.example), c.name)
+	}
+	pages, err := filepath.Glob("../../docs/*.md")
+	require.NoError(t, err)
+	seen := 0
+	fenced := regexp.MustCompile("(?s)```.*?```|`nanoctl [^`]*`")
+	for _, page := range append(pages, "../../README.md") {
+		text, err := os.ReadFile(page)
+		require.NoError(t, err)
+		if filepath.Base(page) == "nanoctl.md" {
+			continue // made of the above
+		}
+		for _, code := range fenced.FindAllString(string(text), -1) {
+			seen += requireCommands(t, strings.Trim(code, "`"))
 		}
 	}
+	require.Greater(t, seen, 20, "the search looked at the wrong place")
+}
+
+// requireCommands checks the commands of nanoctl in shell lines and returns
+// how many there are.
+func requireCommands(t *testing.T, lines string) int {
+	t.Helper()
+	n := 0
+	for line := range strings.SplitSeq(lines, "\n") {
+		for _, part := range regexp.MustCompile(`[|>]|<\(`).Split(line, -1) {
+			words := strings.Fields(strings.TrimSuffix(strings.TrimSpace(part), ")"))
+			if len(words) < 2 || words[0] != "nanoctl" && words[0] != "./bin/nanoctl" {
+				continue
+			}
+			n++
+			c, rest := find(commands(), words[1:])
+			require.NotNil(t, c, line)
+			_, err := parseAnywhere(flagsOf(c, new(env)), rest)
+			require.NoError(t, err, line)
+		}
+	}
+	return n
 }
 
 // manual renders docs/nanoctl.md.
@@ -617,3 +642,18 @@ nanoctl command -r | curl -T - -u nanomdm:KEY https://mdm.example.org/v1/enqueue
 
 Keys are given with ` + "`-set Key=text`, `-set Key:=JSON` for numbers, truth values, lists and objects,\n`-data Key=FILE` for data, and `-keys '{...}'`" + ` for all at once.
 `
+
+func TestProgressIsForTerminals(t *testing.T) {
+	var out bytes.Buffer
+	p := (&env{err: &out}).progress()
+	p.bar("queueing", 1, 2)
+	p.end()
+	require.Empty(t, out.String())
+
+	p.w = &out
+	p.bar("queueing", 250, 500)
+	p.bar("queueing", 251, 500) // too soon
+	p.bar("queueing", 500, 500)
+	p.end()
+	require.Equal(t, "\rqueueing [###############...............] 250 of 500\rqueueing [##############################] 500 of 500\n", out.String())
+}

@@ -3,10 +3,12 @@ package main
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
 	"os"
 	"os/exec"
@@ -72,7 +74,7 @@ func TestStories(t *testing.T) {
 			"behave": inWorld((*world).behave), "poll": inWorld((*world).poll), "got": inWorld((*world).got),
 			"hold": inWorld((*world).holdAnswers), "release": inWorld((*world).release),
 			"apns": inWorld((*world).apnsMood), "pushcert": inWorld((*world).pushCert), "wait-for": inWorld((*world).waitFor),
-			"mode": inWorld((*world).mode), "code": inWorld((*world).code), "guess": inWorld((*world).guess),
+			"mode": inWorld((*world).mode), "code": inWorld((*world).code), "guess": inWorld((*world).guess), "settled": inWorld((*world).settled),
 		},
 	})
 }
@@ -109,6 +111,7 @@ type world struct {
 	behaviour map[string]mdmtest.Behaviour // by UDID
 	hold      chan struct{}                // devices told to hold answer when it is closed
 	holding   int
+	ended     map[string]string // state by enrollment, of the last settled
 }
 
 // logBuffer is the daemon's log.
@@ -550,5 +553,34 @@ func (w *world) guess(_ *testscript.TestScript, args []string) error {
 		}
 		resp.Body.Close()
 	}
+	return nil
+}
+
+// settled UUID N: the command has ended for N enrollments, by an answer or a
+// cancellation, and no differently than when that was looked at last.
+func (w *world) settled(ts *testscript.TestScript, args []string) error {
+	var out bytes.Buffer
+	e := &env{in: strings.NewReader(""), out: &out, err: &out, getenv: ts.Getenv}
+	if code := run(context.Background(), e, []string{"status", args[0], "-o", "json"}); code != 0 {
+		return errors.New(out.String())
+	}
+	var status struct{ Enrollments []queueItem }
+	if err := json.Unmarshal(out.Bytes(), &status); err != nil {
+		return err
+	}
+	if fmt.Sprint(len(status.Enrollments)) != args[1] {
+		return fmt.Errorf("%d enrollments", len(status.Enrollments))
+	}
+	states := make(map[string]string)
+	for _, q := range status.Enrollments {
+		if q.State != "acknowledged" && q.State != "cancelled" {
+			return fmt.Errorf("%s is %s", q.EnrollmentID, q.State)
+		}
+		states[q.EnrollmentID] = q.State
+	}
+	if w.ended != nil && !maps.Equal(w.ended, states) {
+		return fmt.Errorf("they were %v and are %v", w.ended, states)
+	}
+	w.ended = states
 	return nil
 }

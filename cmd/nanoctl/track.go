@@ -116,12 +116,23 @@ func statusCommand() command {
 				if *wait {
 					return e.awaitAnswers(ctx, args[0], time.Duration(timeout))
 				}
-				if e.format == "json" {
-					return showList(ctx, e, commandPath(args[0]), "enrollments", nil, *limit, commandQueueColumns)
-				}
 				var c commandInfo
-				if err := e.api.get(ctx, commandPath(args[0]), nil, &c); err != nil {
+				if err := e.api.get(ctx, commandPath(args[0]), url.Values{"limit": {"1"}}, &c); err != nil {
 					return err
+				}
+				if e.format == "json" {
+					items := []json.RawMessage{}
+					err := e.pages(ctx, commandPath(args[0]), "enrollments", nil, *limit, func(page []json.RawMessage) error {
+						items = append(items, page...)
+						return nil
+					})
+					if err != nil {
+						return err
+					}
+					return e.json(struct {
+						commandInfo
+						Enrollments []json.RawMessage `json:"enrollments"`
+					}{c, items})
 				}
 				fmt.Fprintf(e.out, "%s, made %s: %s\n\n", printable(c.RequestType), ago(c.CreatedAt), c.counts())
 				return showList(ctx, e, commandPath(args[0]), "enrollments", nil, *limit, commandQueueColumns)
@@ -231,7 +242,11 @@ func (e *env) awaitAnswers(ctx context.Context, uuid string, timeout time.Durati
 	var c commandInfo
 	for deadline := time.Now().Add(timeout); ; {
 		left := max(0, min(longPoll, time.Until(deadline).Truncate(time.Millisecond)))
-		if err := e.api.get(ctx, commandPath(uuid), url.Values{"wait": {left.String()}, "limit": {"1"}}, &c); err != nil {
+		query := url.Values{"limit": {"1"}}
+		if left > 0 {
+			query.Set("wait", left.String())
+		}
+		if err := e.api.get(ctx, commandPath(uuid), query, &c); err != nil {
 			bar.end()
 			if ctx.Err() != nil {
 				return &exitError{exitInterrupted, fmt.Errorf("interrupted; the command stays queued: nanoctl status %s", uuid)}
