@@ -40,6 +40,9 @@ type exitError struct {
 func (e *exitError) Error() string { return e.err.Error() }
 func (e *exitError) Unwrap() error { return e.err }
 
+// errInterrupted is for what was waited for when the interruption came.
+var errInterrupted = errors.New("interrupted; what was asked of the server last it may have done")
+
 func usage(format string, args ...any) error {
 	return &exitError{exitUsage, fmt.Errorf(format, args...)}
 }
@@ -73,6 +76,9 @@ func run(ctx context.Context, e *env, args []string) int {
 	err := dispatch(ctx, e, args)
 	if err == nil || errors.Is(err, errHelped) {
 		return 0
+	}
+	if errors.Is(err, context.Canceled) && ctx.Err() != nil {
+		err = &exitError{exitInterrupted, errInterrupted}
 	}
 	fmt.Fprintln(e.err, "nanoctl:", err)
 	var exit *exitError

@@ -403,6 +403,18 @@ func TestInterruption(t *testing.T) {
 	require.Contains(t, r.err, "250 of 500 enrollments were not reached")
 }
 
+func TestInterruptionOfAnythingElse(t *testing.T) {
+	o := newOperator(t)
+	ctx, interrupt := context.WithCancel(t.Context())
+	o.server(func(_ http.ResponseWriter, r *http.Request) {
+		interrupt()
+		<-r.Context().Done()
+	})
+	r := o.runContext(ctx, "", "keys", "rm", "x")
+	require.Equal(t, exitInterrupted, r.code)
+	require.Equal(t, "nanoctl: interrupted; what was asked of the server last it may have done\n", r.err)
+}
+
 // More enrollments than were confirmed are never reached.
 func TestSelectionIsWhatWasConfirmed(t *testing.T) {
 	o := newOperator(t)
