@@ -2,15 +2,15 @@ package main
 
 import (
 	"context"
+	"encoding/base64"
 	"encoding/json"
 	"flag"
 	"fmt"
-	"maps"
 	"math/rand/v2"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
-	"unicode/utf8"
 
 	"github.com/nanomdm/nanomdm/mdm"
 )
@@ -35,7 +35,7 @@ func (p *payload) flags(flags *flag.FlagSet) {
 	flags.Var(&p.queries, "query", "`name` to ask DeviceInformation for; may be repeated")
 	flags.Var(&p.sets, "set", "`Key=text`, or Key:=JSON for numbers, true, false, lists and objects; may be repeated")
 	flags.Var(&p.data, "data", "`Key=file` whose bytes become data; may be repeated")
-	flags.StringVar(&p.json, "keys", "", "the command's own keys as a JSON `object`")
+	flags.StringVar(&p.json, "keys", "", "the command's own keys as a JSON `object`; data as base64, or {\"$data\": base64} and {\"$date\": time} for any key")
 }
 
 // keys adds what the flags say to the command's own keys.
@@ -51,7 +51,7 @@ func (p *payload) keys(keys map[string]any) error {
 		}
 	}
 	if len(p.queries) > 0 {
-		keys["Queries"] = []string(p.queries)
+		keys["Queries"] = texts(p.queries)
 	}
 	for _, set := range p.sets {
 		name, value, err := parseSet(set)
@@ -69,7 +69,7 @@ func (p *payload) keys(keys map[string]any) error {
 		if err != nil {
 			return usage("-data %s: %w", name, err)
 		}
-		keys[name] = content
+		keys[name] = data(content)
 	}
 	return nil
 }
@@ -150,7 +150,7 @@ func positional(requestType string, args []string, u *updateFlags, allowBST bool
 	switch requestType {
 	case "DeviceInformation":
 		if len(args) > 0 {
-			keys["Queries"] = args
+			keys["Queries"] = texts(args)
 		}
 		return keys, nil
 	case "InstallProfile":
@@ -161,7 +161,7 @@ func positional(requestType string, args []string, u *updateFlags, allowBST bool
 		if err != nil {
 			return nil, usage("command InstallProfile: %w", err)
 		}
-		keys["Payload"] = content
+		keys["Payload"] = data(content)
 		return keys, nil
 	case "RemoveProfile":
 		keys["Identifier"] = strings.Join(args, "")
@@ -195,7 +195,7 @@ func (u *updateFlags) update(action string) map[string]any {
 		}
 	}
 	if u.deferrals != 0 {
-		update["MaxUserDeferrals"] = u.deferrals
+		update["MaxUserDeferrals"] = json.Number(strconv.Itoa(u.deferrals))
 	}
 	return update
 }
@@ -243,11 +243,11 @@ nanoctl command -r | nanoctl send -file - -all`,
 				if err := p.keys(keys); err != nil {
 					return err
 				}
-				raw, err := plistCommand(args[0], p.uuid, keys)
+				cmd, err := plistCommand(args[0], p.uuid, keys)
 				if err != nil {
 					return err
 				}
-				_, err = e.out.Write(raw)
+				_, err = e.out.Write(cmd.Raw)
 				return err
 			}
 		},
@@ -278,7 +278,7 @@ func wrapped(words []string) string {
 }
 
 // plistCommand makes the plist of a command.
-func plistCommand(requestType, uuid string, keys map[string]any) ([]byte, error) {
+func plistCommand(requestType, uuid string, keys map[string]any) (*mdm.Command, error) {
 	if pin, given := keys["PIN"]; given && slices.Contains([]string{"EraseDevice", "DeviceLock"}, requestType) {
 		if text, ok := pin.(string); !ok || len(text) != 6 {
 			return nil, usage("%s: PIN: six characters of text are wanted", requestType)
@@ -287,65 +287,25 @@ func plistCommand(requestType, uuid string, keys map[string]any) ([]byte, error)
 	if uuid == "" {
 		uuid = newUUID()
 	}
-	keys = maps.Clone(keys)
-	keys["RequestType"] = requestType
-	whole, err := plain(map[string]any{"CommandUUID": uuid, "Command": keys})
+	cmd, err := mdm.EncodeCommand(uuid, requestType, keys)
 	if err != nil {
-		return nil, err
+		return nil, usage("%s: %w", requestType, err)
 	}
-	raw, err := mdm.EncodePlist(whole)
-	if err != nil {
-		return nil, err
-	}
-	if _, err := mdm.DecodeCommand(raw); err != nil {
-		return nil, usage("the command: %w", err)
-	}
-	return raw, nil
+	return cmd, nil
 }
 
-// plain turns JSON's numbers into those of a plist, and refuses what would not
-// come through: null, and text that XML has no way to write.
-func plain(v any) (any, error) {
-	switch v := v.(type) {
-	case nil:
-		return nil, usage("null has no form in a plist")
-	case string:
-		if !utf8.ValidString(v) || strings.ContainsFunc(v, notXML) {
-			return nil, usage("%q has characters that a plist cannot hold", v)
-		}
-	case json.Number:
-		if n, err := v.Int64(); err == nil {
-			return n, nil
-		}
-		return v.Float64()
-	case []any:
-		out := make([]any, len(v))
-		for i := range v {
-			var err error
-			if out[i], err = plain(v[i]); err != nil {
-				return nil, err
-			}
-		}
-		return out, nil
-	case map[string]any:
-		out := make(map[string]any, len(v))
-		for k := range v {
-			if _, err := plain(k); err != nil {
-				return nil, err
-			}
-			value, err := plain(v[k])
-			if err != nil {
-				return nil, fmt.Errorf("%s: %w", k, err)
-			}
-			out[k] = value
-		}
-		return out, nil
-	}
-	return v, nil
+// data is how JSON has bytes, for any key.
+func data(content []byte) map[string]any {
+	return map[string]any{"$data": base64.StdEncoding.EncodeToString(content)}
 }
 
-func notXML(r rune) bool {
-	return r < ' ' && r != '\t' && r != '\n' && r != '\r' || r == 0xfffe || r == 0xffff
+// texts is a list of texts as JSON decodes one.
+func texts(list []string) []any {
+	out := make([]any, len(list))
+	for i, text := range list {
+		out[i] = text
+	}
+	return out
 }
 
 // given says whether any of the flags was used.

@@ -121,11 +121,11 @@ func (s *eventStream) run(ctx context.Context) error {
 	}
 	retry := firstRetry
 	for s.left != 0 {
-		n, err := s.page(ctx)
+		more, err := s.page(ctx)
 		switch {
 		case err == nil:
 			retry = firstRetry
-			if n == 0 && !s.follow {
+			if !more && !s.follow {
 				return nil
 			}
 			continue
@@ -153,8 +153,9 @@ func passing(err error) bool {
 	return !errors.As(err, &exit)
 }
 
-// page prints one page of events and returns how many there were.
-func (s *eventStream) page(ctx context.Context) (int, error) {
+// page prints one page of events and says whether there may be more. A page
+// without events may have passed over others.
+func (s *eventStream) page(ctx context.Context) (more bool, err error) {
 	size := pageSize
 	if s.left > 0 {
 		size = min(size, s.left)
@@ -165,28 +166,30 @@ func (s *eventStream) page(ctx context.Context) (int, error) {
 		Next   string            `json:"next"`
 	}
 	if err := s.e.api.get(ctx, "/v1/events", s.query, &page); err != nil {
-		return 0, err
+		return false, err
 	}
 	for _, raw := range page.Events {
 		line := string(compact(raw))
 		if s.e.format == "table" {
 			var v event
 			if err := json.Unmarshal(raw, &v); err != nil {
-				return 0, fmt.Errorf("the server's events are not what this version of nanoctl expects: %w", err)
+				return false, fmt.Errorf("the server's events are not what this version of nanoctl expects: %w", err)
 			}
 			line = v.sentence()
 		}
 		if _, err := fmt.Fprintln(s.e.out, line); err != nil {
-			return 0, err
+			return false, err
 		}
 	}
 	if s.left > 0 {
 		s.left -= len(page.Events)
 	}
-	if page.Next != "" {
-		s.query.Set("after", page.Next)
+	if page.Next == "" {
+		return false, nil
 	}
-	return len(page.Events), nil
+	more = len(page.Events) > 0 || page.Next != s.query.Get("after")
+	s.query.Set("after", page.Next)
+	return more, nil
 }
 
 // sink is where events go, as the server tells of it.

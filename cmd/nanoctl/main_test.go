@@ -89,14 +89,14 @@ func TestMistakesOnTheCommandLine(t *testing.T) {
 		{"send ProfileList A -set x:=nope", "no JSON"},
 		{"send ProfileList A -set x=true", "write x:=true"},
 		{"send ProfileList A -keys [1]", "a JSON object"},
-		{"send ProfileList A -set x:=null", "null has no form in a plist"},
+		{"send ProfileList A -set x:=null", "null has no place"},
 		{"send ProfileList A -data x=/nowhere", "no such file"},
-		{"send ProfileList A -uuid a\x01b", "a plist cannot hold"},
-		{"send ProfileList A -set x=\xff", "a plist cannot hold"},
+		{"send ProfileList A -uuid a\x01b", "XML does not have"},
+		{"send ProfileList A -set x=\xff", "XML does not have"},
 		{"send ProfileList A -not-before noon", "no time such as"},
 		{"send DeviceLock A -set PIN=12345", "six characters"},
 		{"send DeviceLock A -set PIN:=123456", "six characters of text"},
-		{"send -file " + empty + " A", "the command:"},
+		{"send -file " + empty + " A", "the command in"},
 		{"send -file /nowhere A", "no such file"},
 		{"send -file x -uuid y A", "-file is a whole command"},
 		{"send ProfileList -from " + empty, "names no enrollment"},
@@ -303,7 +303,7 @@ func TestCommandPlists(t *testing.T) {
 		require.Equal(t, strings.Fields(c.args)[0], cmd.RequestType)
 		require.Len(t, cmd.CommandUUID, 36)
 		for _, want := range c.want {
-			require.Contains(t, r.out, want, c.args)
+			require.Contains(t, strings.ReplaceAll(r.out, "\n", ""), want, c.args)
 		}
 	}
 	for _, requestType := range simpleCommands {

@@ -38,13 +38,13 @@ nanoctl send -file restart.plist -all -stale 1d`,
 			o.flags(flags)
 			file := flags.String("file", "", "plist `file` of the whole command, instead of a request type; - is standard input")
 			return func(ctx context.Context, e *env, args []string) error {
-				var raw []byte
+				var cmd *mdm.Command
 				var err error
 				if *file != "" {
 					if p.given() {
 						return usage("send: -file is a whole command; -uuid, -query, -set, -data and -keys make one")
 					}
-					raw, err = e.readFile(*file)
+					cmd, err = e.readCommand(*file)
 				} else {
 					if len(args) == 0 {
 						return usage("send: give a request type, such as DeviceInformation, or -file")
@@ -53,13 +53,13 @@ nanoctl send -file restart.plist -all -stale 1d`,
 					if err := p.keys(keys); err != nil {
 						return err
 					}
-					raw, err = plistCommand(args[0], p.uuid, keys)
+					cmd, err = plistCommand(args[0], p.uuid, keys)
 					args = args[1:]
 				}
 				if err != nil {
 					return err
 				}
-				return o.send(ctx, e, raw, &to, args)
+				return o.send(ctx, e, cmd, &to, args)
 			}
 		},
 	}
@@ -87,11 +87,11 @@ func installProfileCommand() command {
 				if len(profile) == 0 {
 					return usage("install-profile: %s is empty", args[0])
 				}
-				raw, err := plistCommand("InstallProfile", *uuid, map[string]any{"Payload": profile})
+				cmd, err := plistCommand("InstallProfile", *uuid, map[string]any{"Payload": data(profile)})
 				if err != nil {
 					return err
 				}
-				return o.send(ctx, e, raw, &to, args[1:])
+				return o.send(ctx, e, cmd, &to, args[1:])
 			}
 		},
 	}
@@ -112,11 +112,11 @@ func removeProfileCommand() command {
 				if len(args) == 0 {
 					return usage("remove-profile: give the profile's identifier, as ProfileList tells it")
 				}
-				raw, err := plistCommand("RemoveProfile", *uuid, map[string]any{"Identifier": args[0]})
+				cmd, err := plistCommand("RemoveProfile", *uuid, map[string]any{"Identifier": args[0]})
 				if err != nil {
 					return err
 				}
-				return o.send(ctx, e, raw, &to, args[1:])
+				return o.send(ctx, e, cmd, &to, args[1:])
 			}
 		},
 	}
@@ -182,11 +182,20 @@ type enqueued struct {
 	PushError    string `json:"push_error"`
 }
 
-func (o *sending) send(ctx context.Context, e *env, raw []byte, to *targets, names []string) error {
+// readCommand reads a whole command.
+func (e *env) readCommand(file string) (*mdm.Command, error) {
+	raw, err := e.readFile(file)
+	if err != nil {
+		return nil, err
+	}
 	cmd, err := mdm.DecodeCommand(raw)
 	if err != nil {
-		return usage("the command: %w", err)
+		return nil, usage("the command in %s: %w", file, err)
 	}
+	return cmd, nil
+}
+
+func (o *sending) send(ctx context.Context, e *env, cmd *mdm.Command, to *targets, names []string) error {
 	options, err := o.options()
 	if err != nil {
 		return err
@@ -209,7 +218,7 @@ func (o *sending) send(ctx context.Context, e *env, raw []byte, to *targets, nam
 	}
 	failed := make(map[string]string)
 	return e.eachChunk(ctx, "queueing", chosen, func(ctx context.Context, ids []string) error {
-		a, err := e.api.do(ctx, http.MethodPost, "/v1/enqueue", query, map[string]any{"ids": ids, "plist": raw, "options": options})
+		a, err := e.api.do(ctx, http.MethodPost, "/v1/enqueue", query, map[string]any{"ids": ids, "plist": cmd.Raw, "options": options})
 		return o.outcome(e, a, err, failed)
 	}, func(n int) error {
 		return o.queued(ctx, e, cmd, n, failed)

@@ -21,6 +21,7 @@ type commandInfo struct {
 	RequestType string         `json:"request_type"`
 	CreatedAt   *time.Time     `json:"created_at"`
 	States      map[string]int `json:"states"`
+	Counted     int            `json:"counted,omitempty"` // how many were counted if there are more
 	Done        bool           `json:"done"`
 }
 
@@ -31,6 +32,9 @@ func (c *commandInfo) counts() string {
 		if n := c.States[state]; n > 0 {
 			parts = append(parts, fmt.Sprintf("%d %s", n, state))
 		}
+	}
+	if c.Counted > 0 {
+		parts = append(parts, "and more")
 	}
 	return strings.Join(parts, ", ")
 }
@@ -105,6 +109,7 @@ func statusCommand() command {
 		short:   "Show where a command stands, for each of its enrollments",
 		example: "nanoctl status 5F0C3A3E-4C5B-4B0E-9E6C-0C4C2F1D7B11 -wait",
 		prepare: func(flags *flag.FlagSet) runner {
+			state := flags.String("state", "", "list only enrollments for which it is in this `state`")
 			limit := flags.Int("limit", 0, "list no more than this many enrollments; 0 is all")
 			wait := flags.Bool("wait", false, "wait until it has ended for all, and print the answers")
 			timeout := age(5 * time.Minute)
@@ -120,9 +125,13 @@ func statusCommand() command {
 				if err := e.api.get(ctx, commandPath(args[0]), url.Values{"limit": {"1"}}, &c); err != nil {
 					return err
 				}
+				q := url.Values{}
+				if *state != "" {
+					q.Set("state", *state)
+				}
 				if e.format == "json" {
 					items := []json.RawMessage{}
-					err := e.pages(ctx, commandPath(args[0]), "enrollments", nil, *limit, func(page []json.RawMessage) error {
+					err := e.pages(ctx, commandPath(args[0]), "enrollments", q, *limit, func(page []json.RawMessage) error {
 						items = append(items, page...)
 						return nil
 					})
@@ -135,7 +144,7 @@ func statusCommand() command {
 					}{c, items})
 				}
 				fmt.Fprintf(e.out, "%s, made %s: %s\n\n", printable(c.RequestType), ago(c.CreatedAt), c.counts())
-				return showList(ctx, e, commandPath(args[0]), "enrollments", nil, *limit, commandQueueColumns)
+				return showList(ctx, e, commandPath(args[0]), "enrollments", q, *limit, commandQueueColumns)
 			}
 		},
 	}
@@ -188,6 +197,7 @@ type result struct {
 	Status       string          `json:"status"`
 	Late         bool            `json:"late,omitempty"`
 	Result       json.RawMessage `json:"result,omitempty"`
+	LeftOut      string          `json:"left_out,omitempty"`
 }
 
 func (e *env) showResult(r *result) error {
@@ -196,6 +206,9 @@ func (e *env) showResult(r *result) error {
 		late = ", too late"
 	}
 	fmt.Fprintf(e.out, "%s: %s%s\n", printable(r.EnrollmentID), printable(r.Status), late)
+	if r.LeftOut != "" {
+		fmt.Fprintln(e.out, "  "+printable(r.LeftOut))
+	}
 	var keys map[string]any
 	if json.Unmarshal(r.Result, &keys) != nil {
 		return nil
