@@ -235,6 +235,34 @@ func TestWhatServersSay(t *testing.T) {
 	require.Contains(t, r.err, "reaching http://127.0.0.1:1")
 }
 
+// Apple's answer is handed on, and is not taken for the server's own.
+func TestEscrowUnlock(t *testing.T) {
+	for _, c := range []struct {
+		status   int
+		body     string
+		code     int
+		out, err string
+	}{
+		{200, `{"code":200}`, 0, `{"code":200}`, ""},
+		{403, `<html>no`, exitFailure, `<html>no`, "Apple answers with status 403"},
+		{404, `{"error":"there is no push certificate"}`, exitNotFound, "", "there is no push certificate"},
+		{400, `{"error":"guid: it is missing"}`, exitUsage, "", "guid: it is missing"},
+	} {
+		o := newOperator(t)
+		o.server(func(w http.ResponseWriter, r *http.Request) {
+			if r.FormValue("escrowKey") != "A-B" || r.FormValue("orgName") != "Org & Co" || r.Form.Has("meid") {
+				t.Errorf("%s %v", r.URL, r.Form)
+			}
+			w.WriteHeader(c.status)
+			_, _ = io.WriteString(w, c.body)
+		})
+		r := o.run("A-B\n", "escrow-unlock", "-escrow-key-file", "-", "-org-name", "Org & Co")
+		require.Equal(t, c.code, r.code)
+		require.Equal(t, c.out, r.out)
+		require.Contains(t, r.err, c.err)
+	}
+}
+
 // What devices chose does not steer the terminal.
 func TestTerminalIsNotSteered(t *testing.T) {
 	o := newOperator(t)

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"flag"
 	"fmt"
 	"net/http"
@@ -189,6 +190,15 @@ func pushCertLsCommand() command {
 	}
 }
 
+// ownError says whether an error is the server's own and not one that it hands
+// on.
+func ownError(a *answer) bool {
+	var said struct {
+		Error *string `json:"error"`
+	}
+	return json.Unmarshal(a.body, &said) == nil && said.Error != nil
+}
+
 func escrowUnlockCommand() command {
 	return command{
 		name: "escrow-unlock", short: "Ask Apple to remove an Activation Lock with an escrow key",
@@ -224,10 +234,16 @@ the machine see command lines.`,
 					}
 				}
 				a, err := e.api.do(ctx, http.MethodPost, "/v1/escrowkeyunlock", nil, body)
-				if a != nil {
-					_, _ = e.out.Write(a.body)
+				if a == nil || err != nil && ownError(a) {
+					return err
 				}
-				return err
+				if _, writeErr := e.out.Write(a.body); writeErr != nil {
+					return writeErr
+				}
+				if err != nil {
+					return fmt.Errorf("not unlocked: Apple answers with status %d", a.status)
+				}
+				return nil
 			}
 		},
 	}
