@@ -36,6 +36,9 @@ const (
 	sinkSeen = time.Minute
 )
 
+// lastEvent stands for the cursor of the last event that there is.
+const lastEvent = "last"
+
 // loggedEvent is an event of the log: what a receiver is sent, and its place.
 type loggedEvent struct {
 	webhook.Event
@@ -51,7 +54,11 @@ type eventPage struct {
 // there if it is asked to.
 func (a *API) listEvents(ctx context.Context, r *http.Request) (int, any, error) {
 	q := queryOf(r)
-	limit, after, wait := q.limit(), q.eventCursor("after"), q.wait()
+	limit, after, wait := q.limit(), int64(0), q.wait()
+	fromNow := q.text("after") == lastEvent
+	if !fromNow {
+		after = q.eventCursor("after")
+	}
 	topics := q.texts("topic")
 	for _, topic := range topics {
 		if !slices.Contains(storage.EventTopics(), topic) {
@@ -60,6 +67,12 @@ func (a *API) listEvents(ctx context.Context, r *http.Request) (int, any, error)
 	}
 	if err := q.done(); err != nil {
 		return 0, nil, err
+	}
+	if fromNow {
+		var err error
+		if after, err = a.store.LastEvent(ctx); err != nil {
+			return 0, nil, err
+		}
 	}
 	who := callerOf(ctx)
 	ask := storage.EventQuery{After: after, Topics: topics}

@@ -88,6 +88,11 @@ func TestReadEvents(t *testing.T) {
 	require.Equal(t, "secret", string(page.Events[0].Checkin.Raw))
 	require.Equal(t, "6", page.Next)
 
+	page = eventsPage{}
+	o.get(o.admin(), "/v1/events?after=last", &page)
+	require.Empty(t, page.Events)
+	require.Equal(t, "6", page.Next)
+
 	bound := call{key: o.makeKey("tenant", "enqueue", "topic-a")}
 	page = eventsPage{}
 	o.get(bound, "/v1/events", &page)
