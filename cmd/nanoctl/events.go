@@ -68,7 +68,9 @@ func (v *event) sentence() string {
 func eventsCommand() command {
 	return command{
 		name: "events", short: "List events, and with -follow go on as they happen",
-		long: "With -o json each event is one line: the webhook's JSON with a cursor, from which -after goes on.",
+		long: `With -o json each event is one line: the webhook's JSON with a cursor, from which -after goes on.
+Events are logged while there is a sink that takes them; "nanoctl sinks put log -tokens" makes one
+that takes all and sends nothing.`,
 		example: `nanoctl events -follow
 nanoctl events -topic mdm.Connect -follow -o json | jq .acknowledge_event.status`,
 		prepare: func(flags *flag.FlagSet) runner {
@@ -118,6 +120,9 @@ const (
 func (s *eventStream) run(ctx context.Context) error {
 	if s.follow {
 		s.query.Set("wait", longPoll.String())
+		if !s.query.Has("after") {
+			s.query.Set("after", "last")
+		}
 	}
 	retry := firstRetry
 	for s.left != 0 {
@@ -133,10 +138,8 @@ func (s *eventStream) run(ctx context.Context) error {
 			return err
 		}
 		fmt.Fprintf(s.e.err, "nanoctl: %v; asking again in %v\n", err, retry)
-		select {
-		case <-time.After(retry):
-		case <-ctx.Done():
-			return ctx.Err()
+		if err := s.e.pause(ctx, retry); err != nil {
+			return err
 		}
 		retry = min(2*retry, lastRetry)
 	}
@@ -194,14 +197,61 @@ func (s *eventStream) page(ctx context.Context) (more bool, err error) {
 
 // sink is where events go, as the server tells of it.
 type sink struct {
-	Name    string `json:"name"`
-	URL     string `json:"url"`
-	Enabled *bool  `json:"enabled"`
+	Name       string      `json:"name"`
+	URL        string      `json:"url"`
+	Filter     eventFilter `json:"filter"`
+	Disabled   bool        `json:"disabled"`
+	Reason     string      `json:"reason"`
+	Configured bool        `json:"configured"`
+	Backlog    *struct {
+		Behind, Waiting, Again, Dead, Dropped int
+		OldestAt                              *time.Time `json:"oldest_at"`
+	} `json:"backlog"`
+}
+
+// eventFilter chooses the events of a sink.
+type eventFilter struct {
+	Topics       []string `json:"topics,omitempty"`
+	RequestTypes []string `json:"request_types,omitempty"`
+	APNsTopics   []string `json:"apns_topics,omitempty"`
+	Idle         bool     `json:"idle,omitempty"`
+}
+
+func (s *sink) state() string {
+	switch {
+	case s.Disabled && s.Reason != "":
+		return "off: " + s.Reason
+	case s.Disabled:
+		return "off"
+	case s.Configured:
+		return "on, configured"
+	}
+	return "on"
+}
+
+func (s *sink) backlog() string {
+	b := s.Backlog
+	if b == nil {
+		return ""
+	}
+	text := fmt.Sprintf("%d behind, %d waiting, %d dead", b.Behind, b.Waiting+b.Again, b.Dead+b.Dropped)
+	if b.OldestAt != nil {
+		text += ", oldest " + ago(b.OldestAt)
+	}
+	return text
 }
 
 var sinkColumns = []column[sink]{
 	{"NAME", func(s *sink) string { return s.Name }},
-	{"URL", func(s *sink) string { return s.URL }},
+	{"STATE", (*sink).state},
+	{"URL", func(s *sink) string {
+		if s.URL == "" {
+			return "log only"
+		}
+		return s.URL
+	}},
+	{"TOPICS", func(s *sink) string { return strings.Join(s.Filter.Topics, ",") }},
+	{"BACKLOG", (*sink).backlog},
 }
 
 func sinksLsCommand() command {
@@ -227,23 +277,52 @@ func sinksLsCommand() command {
 
 func sinksPutCommand() command {
 	return command{
-		name: "sinks put", args: "NAME FILE",
-		short:   "Make a sink, or change it, from its JSON",
-		long:    "FILE is as nanoctl sinks ls -o json shows a sink, without its state; - is standard input.",
-		example: "nanoctl sinks put audit sink.json",
-		prepare: func(*flag.FlagSet) runner {
+		name: "sinks put", args: "NAME [FILE]",
+		short: "Make a sink of events, or change it",
+		long: `From flags, or from a FILE with the JSON of PUT /v1/sinks/NAME; - is standard input. A sink
+without a URL keeps events in the log alone. Keys that are not given stay as they are; all else is
+as the flags or the file say.`,
+		example: "nanoctl sinks put siem -to https://siem.example.org/hook -hmac-key-file siem.key\nnanoctl sinks put log\nnanoctl sinks put siem sink.json",
+		prepare: func(flags *flag.FlagSet) runner {
+			var ask struct {
+				URL      string      `json:"url,omitempty"`
+				Keys     []string    `json:"keys,omitempty"`
+				Tokens   bool        `json:"tokens,omitempty"`
+				Filter   eventFilter `json:"filter"`
+				Disabled bool        `json:"disabled,omitempty"`
+			}
+			flags.StringVar(&ask.URL, "to", "", "`URL` where events are sent")
+			keyFile := flags.String("hmac-key-file", "", "`file` with the key that signs")
+			flags.BoolVar(&ask.Tokens, "tokens", false, "send events that hold tokens, too")
+			flags.BoolVar(&ask.Filter.Idle, "idle", false, "send polls without a result, too")
+			flags.BoolVar(&ask.Disabled, "off", false, "keep it, and tell it nothing")
+			flags.Var((*list)(&ask.Filter.Topics), "topic", "only events of this `topic`, such as mdm.Connect; may be repeated")
+			flags.Var((*list)(&ask.Filter.RequestTypes), "request-type", "of commands' events only those of this `type`; may be repeated")
+			flags.Var((*list)(&ask.Filter.APNsTopics), "apns-topic", "only enrollments of this APNs `topic`; may be repeated")
 			return func(ctx context.Context, e *env, args []string) error {
-				if len(args) != 2 {
-					return usage("sinks put: give the name and the file of the sink's JSON")
+				if len(args) < 1 || len(args) > 2 {
+					return usage("sinks put: give the name, and flags or the file of the sink's JSON")
 				}
-				content, err := e.readFile(args[1])
-				if err != nil {
-					return err
+				var body any = ask
+				switch {
+				case len(args) == 2:
+					content, err := e.readFile(args[1])
+					if err != nil {
+						return err
+					}
+					if !json.Valid(content) {
+						return usage("sinks put: %s is no JSON", args[1])
+					}
+					body = json.RawMessage(content)
+				case *keyFile != "":
+					key, err := e.readFile(*keyFile)
+					if err != nil {
+						return err
+					}
+					ask.Keys = []string{strings.TrimSpace(string(key))}
+					body = ask
 				}
-				if !json.Valid(content) {
-					return usage("sinks put: %s is no JSON", args[1])
-				}
-				a, err := e.api.do(ctx, http.MethodPut, "/v1/sinks/"+url.PathEscape(args[0]), nil, json.RawMessage(content))
+				a, err := e.api.do(ctx, http.MethodPut, "/v1/sinks/"+url.PathEscape(args[0]), nil, body)
 				if err != nil {
 					return err
 				}
@@ -255,7 +334,7 @@ func sinksPutCommand() command {
 
 func sinksRmCommand() command {
 	return command{
-		name: "sinks rm", args: "NAME", short: "Remove a sink", example: "nanoctl sinks rm audit",
+		name: "sinks rm", args: "NAME", short: "Remove a sink", example: "nanoctl sinks rm siem",
 		prepare: func(*flag.FlagSet) runner {
 			return func(ctx context.Context, e *env, args []string) error {
 				if len(args) != 1 {
@@ -278,7 +357,7 @@ func redeliverCommand() command {
 	return command{
 		name: "redeliver", args: "SINK",
 		short:   "Send events to a sink again: a range of them, or those that it has given up",
-		example: "nanoctl redeliver audit -dead\nnanoctl redeliver audit -after 1200 -through 1300",
+		example: "nanoctl redeliver siem -dead\nnanoctl redeliver siem -after 1200 -through 1300",
 		prepare: func(flags *flag.FlagSet) runner {
 			after := flags.String("after", "", "begin after this `cursor`")
 			through := flags.String("through", "", "end with this `cursor`")

@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/signal"
 	"syscall"
+	"time"
 )
 
 // version is set by the linker: -ldflags "-X main.version=...".
@@ -51,7 +52,7 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	context.AfterFunc(ctx, stop) // a second signal ends the program at once
-	e := &env{in: os.Stdin, out: os.Stdout, err: os.Stderr, getenv: os.Getenv, home: os.UserConfigDir}
+	e := &env{in: os.Stdin, out: os.Stdout, err: os.Stderr, getenv: os.Getenv, home: os.UserConfigDir, pause: pause}
 	os.Exit(run(ctx, e, os.Args[1:]))
 }
 
@@ -69,6 +70,20 @@ type env struct {
 	yes     bool   // do not ask
 
 	api *client // made before the command runs
+
+	// pause waits, or returns the error of a context that ends before.
+	pause func(context.Context, time.Duration) error
+}
+
+func pause(ctx context.Context, d time.Duration) error {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 }
 
 // run finds the command and maps its error to an exit code.

@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -33,6 +34,8 @@ type operator struct {
 	t    *testing.T
 	vars map[string]string
 	dir  string
+	// pauses are those that were to be made.
+	pauses []time.Duration
 }
 
 func newOperator(t *testing.T) *operator {
@@ -49,6 +52,10 @@ func (o *operator) runContext(ctx context.Context, stdin string, args ...string)
 	e := &env{
 		in: strings.NewReader(stdin), out: &out, err: &err,
 		getenv: func(name string) string { return o.vars[name] }, home: func() (string, error) { return o.dir, nil },
+		pause: func(_ context.Context, d time.Duration) error {
+			o.pauses = append(o.pauses, d)
+			return nil
+		},
 	}
 	code := run(ctx, e, args)
 	return ran{code, out.String(), err.String()}
@@ -113,7 +120,7 @@ func TestMistakesOnTheCommandLine(t *testing.T) {
 		{"keys create", "give a name and -role"},
 		{"redeliver a", "give -dead, or a range"},
 		{"redeliver a -dead -after 3", "give -dead, or a range"},
-		{"sinks put a", "give the name and the file"},
+		{"sinks put", "give the name, and flags or"},
 		{"escrow-unlock", "-escrow-key-file is missing"},
 		{"completion tcsh", "none of bash, zsh and fish"},
 		{"command", "give one request type, or -random"},
@@ -261,6 +268,32 @@ func TestEscrowUnlock(t *testing.T) {
 		require.Equal(t, c.out, r.out)
 		require.Contains(t, r.err, c.err)
 	}
+}
+
+// Following begins now, goes on where it was when the server was away, and
+// asks it less and less often.
+func TestFollowing(t *testing.T) {
+	o := newOperator(t)
+	var asked []string
+	answers := []string{
+		`{"events":[],"next":"7"}`, "503", "502", `{"events":[{"topic":"mdm.CheckOut","checkin_event":{"ids":{"id":"A"}},"cursor":"9"}],"next":"9"}`,
+		"503", `{"events":[{"topic":"mdm.CheckOut","checkin_event":{"ids":{"id":"B"}},"cursor":"10"}],"next":"10"}`, "403",
+	}
+	o.server(func(w http.ResponseWriter, r *http.Request) {
+		asked = append(asked, r.FormValue("after")+" "+r.FormValue("wait"))
+		answer := answers[0]
+		answers = answers[1:]
+		if status, err := strconv.Atoi(answer); err == nil {
+			w.WriteHeader(status)
+			return
+		}
+		_, _ = io.WriteString(w, answer)
+	})
+	r := o.run("", "events", "-f")
+	require.Equal(t, exitAccess, r.code, "that does not pass")
+	require.Equal(t, []string{"last 30s", "7 30s", "7 30s", "7 30s", "9 30s", "9 30s", "10 30s"}, asked)
+	require.Equal(t, []time.Duration{time.Second, 2 * time.Second, time.Second}, o.pauses)
+	require.Equal(t, "mdm.CheckOut  A\nmdm.CheckOut  B\n", r.out)
 }
 
 // What devices chose does not steer the terminal.

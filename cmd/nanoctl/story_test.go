@@ -10,6 +10,7 @@ import (
 	"io"
 	"maps"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -75,6 +76,7 @@ func TestStories(t *testing.T) {
 			"hold": inWorld((*world).holdAnswers), "release": inWorld((*world).release),
 			"apns": inWorld((*world).apnsMood), "pushcert": inWorld((*world).pushCert), "wait-for": inWorld((*world).waitFor),
 			"mode": inWorld((*world).mode), "code": inWorld((*world).code), "guess": inWorld((*world).guess), "settled": inWorld((*world).settled),
+			"receiver": inWorld((*world).startReceiver), "received": inWorld((*world).received),
 		},
 	})
 }
@@ -106,6 +108,8 @@ type world struct {
 	client       *http.Client
 	devices      []*mdmtest.Device
 	wakes        sync.WaitGroup // devices that a push woke
+	receiver     *httptest.Server
+	events       chan string // topics that the receiver was sent
 
 	mu        sync.Mutex
 	behaviour map[string]mdmtest.Behaviour // by UDID
@@ -230,6 +234,9 @@ func (w *world) end() {
 		w.wakes.Wait()
 		_ = w.daemon.Process.Kill()
 		_ = w.daemon.Wait()
+	}
+	if w.receiver != nil {
+		w.receiver.Close()
 	}
 	if w.apns != nil {
 		w.apns.Close()
@@ -583,4 +590,32 @@ func (w *world) settled(ts *testscript.TestScript, args []string) error {
 	}
 	w.ended = states
 	return nil
+}
+
+// startReceiver listens for a sink; its address is RECEIVER.
+func (w *world) startReceiver(ts *testscript.TestScript, _ []string) error {
+	w.events = make(chan string, 100)
+	w.receiver = httptest.NewServer(http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+		var e event
+		if r.Header.Get("X-Hmac-Signature") == "" || json.NewDecoder(r.Body).Decode(&e) != nil {
+			rw.WriteHeader(http.StatusBadRequest)
+			return
+		}
+		w.events <- e.Topic
+	}))
+	ts.Setenv("RECEIVER", w.receiver.URL+"/")
+	return nil
+}
+
+// received TOPIC: the receiver is sent an event.
+func (w *world) received(_ *testscript.TestScript, args []string) error {
+	select {
+	case topic := <-w.events:
+		if topic != args[0] {
+			return fmt.Errorf("received %s", topic)
+		}
+		return nil
+	case <-time.After(patience):
+		return errors.New("nothing was received")
+	}
 }
