@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net/http"
 	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -84,7 +85,6 @@ type queueItem struct {
 	NotBefore    *time.Time `json:"not_before"`
 	ExpiresAt    *time.Time `json:"expires_at"`
 	FinishedAt   *time.Time `json:"finished_at"`
-	Attempts     int        `json:"attempts"`
 	NotNowCount  int        `json:"notnow_count"`
 	NotNowAt     *time.Time `json:"notnow_at"`
 	SupersedeKey string     `json:"supersede_key"`
@@ -291,7 +291,7 @@ func (e *env) showEnrollment(x *enrollment) error {
 	if q := x.Queue; q != nil {
 		rows = append(rows, [2]string{"queue", fmt.Sprintf("%d queued, %d answered NotNow, %d scheduled", q.Queued, q.NotNow, q.Scheduled)})
 		if h := q.Head; h != nil {
-			rows = append(rows, [2]string{"head of the queue", fmt.Sprintf("%s %s, %s, offered %d times, NotNow %d times", h.RequestType, h.CommandUUID, h.State, h.Attempts, h.NotNowCount)})
+			rows = append(rows, [2]string{"head of the queue", fmt.Sprintf("%s %s, %s, answered NotNow %d times", h.RequestType, h.CommandUUID, h.State, h.NotNowCount)})
 		}
 	}
 	rows = append(rows, [2]string{"user channels", joined(x.Channels...)})
@@ -326,7 +326,7 @@ func yes(is bool, word string) string {
 func joined(parts ...string) string {
 	var there []string
 	for _, part := range parts {
-		if part != "" && (len(there) == 0 || there[len(there)-1] != part) {
+		if part != "" && !slices.Contains(there, part) {
 			there = append(there, part)
 		}
 	}
@@ -338,7 +338,6 @@ var queueColumns = []column[queueItem]{
 	{"REQUEST TYPE", func(q *queueItem) string { return q.RequestType }},
 	{"STATE", func(q *queueItem) string { return q.State }},
 	{"QUEUED", func(q *queueItem) string { return ago(q.CreatedAt) }},
-	{"OFFERED", func(q *queueItem) string { return strconv.Itoa(q.Attempts) }},
 	{"NOTNOW", func(q *queueItem) string { return strconv.Itoa(q.NotNowCount) }},
 	{"EXPIRES", func(q *queueItem) string { return orNothing(q.ExpiresAt) }},
 }
@@ -366,11 +365,24 @@ func queueCommand() command {
 				if err != nil {
 					return err
 				}
-				q := url.Values{}
-				if *state != "" {
-					q.Set("state", *state)
+				states := []string{*state}
+				if *state == "" {
+					states = append(states, "scheduled") // which waits, too, and comes later
 				}
-				return showList(ctx, e, enrollmentPath(x.ID, "queue"), "queue", q, *limit, queueColumns)
+				t := &table[queueItem]{e: e, field: "queue", columns: queueColumns}
+				for _, state := range states {
+					q := url.Values{}
+					if state != "" {
+						q.Set("state", state)
+					}
+					if *limit > 0 && t.printed == *limit {
+						break
+					}
+					if err := e.pages(ctx, enrollmentPath(x.ID, "queue"), "queue", q, max(0, *limit-t.printed), t.add); err != nil {
+						return err
+					}
+				}
+				return t.end()
 			}
 		},
 	}

@@ -64,7 +64,7 @@ func TestStories(t *testing.T) {
 		Setup: func(env *testscript.Env) error {
 			env.Setenv("HOME", env.WorkDir)
 			env.Setenv("XDG_CONFIG_HOME", filepath.Join(env.WorkDir, ".config"))
-			w := &world{program: program, dir: env.WorkDir, behaviour: make(map[string]mdmtest.Behaviour), hold: make(chan struct{})}
+			w := &world{program: program, dir: env.WorkDir, behaviour: make(map[string]mdmtest.Behaviour)}
 			env.Values[worldKey{}] = w
 			env.Defer(w.end)
 			return nil
@@ -113,8 +113,7 @@ type world struct {
 
 	mu        sync.Mutex
 	behaviour map[string]mdmtest.Behaviour // by UDID
-	hold      chan struct{}                // devices told to hold answer when it is closed
-	holding   int
+	held      []held
 	ended     map[string]string // state by enrollment, of the last settled
 }
 
@@ -219,14 +218,7 @@ func (w *world) stopDaemon(*testscript.TestScript, []string) error {
 }
 
 func (w *world) end() {
-	w.mu.Lock()
-	hold := w.hold
-	w.mu.Unlock()
-	select {
-	case <-hold:
-	default:
-		close(hold)
-	}
+	_ = w.release(nil, nil)
 	if w.daemon != nil {
 		if w.apns != nil {
 			w.apns.SetOnPush(nil)
@@ -363,6 +355,12 @@ func (w *world) behave(_ *testscript.TestScript, args []string) error {
 	return nil
 }
 
+// held is a device that has a command and has not answered it.
+type held struct {
+	free chan struct{} // closed when it may answer
+	done chan struct{} // closed when its connection has ended
+}
+
 // holdAnswers NAME...: the devices have a command and have not answered it
 // until release.
 func (w *world) holdAnswers(_ *testscript.TestScript, args []string) error {
@@ -370,38 +368,43 @@ func (w *world) holdAnswers(_ *testscript.TestScript, args []string) error {
 	if err != nil {
 		return err
 	}
-	w.mu.Lock()
-	hold := w.hold
+	has := make(chan struct{}, len(devices))
 	for _, d := range devices {
+		h := held{make(chan struct{}), make(chan struct{})}
+		w.mu.Lock()
+		w.held = append(w.held, h)
 		w.behaviour[d.UDID()] = func(*mdmtest.Command) mdmtest.Answer {
-			w.mu.Lock()
-			w.holding++
-			w.mu.Unlock()
-			<-hold
+			has <- struct{}{}
+			<-h.free
 			return mdmtest.Answer{}
 		}
+		w.mu.Unlock()
+		go func() {
+			defer close(h.done)
+			_, _ = d.Poll(context.Background())
+		}()
 	}
-	w.holding = 0
-	w.mu.Unlock()
-	for _, d := range devices {
-		w.wakes.Go(func() { _, _ = d.Poll(context.Background()) })
+	for range devices {
+		select {
+		case <-has:
+		case <-time.After(patience):
+			return errors.New("not all were given a command")
+		}
 	}
-	return eventually(func() bool {
-		w.mu.Lock()
-		defer w.mu.Unlock()
-		return w.holding == len(devices)
-	})
+	return nil
 }
 
-// release lets held devices answer, and waits for their last one unless told
-// to go on at once.
-func (w *world) release(_ *testscript.TestScript, args []string) error {
+// release lets held devices answer, one after the other.
+func (w *world) release(*testscript.TestScript, []string) error {
 	w.mu.Lock()
-	close(w.hold)
-	w.hold = make(chan struct{})
+	all := w.held
+	w.held = nil
 	clear(w.behaviour)
 	w.mu.Unlock()
-	w.wakes.Wait()
+	for _, h := range all {
+		close(h.free)
+		<-h.done
+	}
 	return nil
 }
 
@@ -472,7 +475,7 @@ func (w *world) apnsMood(_ *testscript.TestScript, args []string) error {
 			w.apns.SetAnswer(nil)
 		case "dead-tokens":
 			w.apns.SetAnswer(func(apnstest.Push) apnstest.Answer {
-				return apnstest.Answer{Status: 410, Reason: "Unregistered", Timestamp: time.Now().Add(time.Hour)}
+				return apnstest.Answer{Status: 410, Reason: "Unregistered", Timestamp: time.Now()}
 			})
 		case "asleep":
 			w.apns.SetOnPush(nil)

@@ -98,7 +98,6 @@ func commandsLsCommand() command {
 var commandQueueColumns = []column[queueItem]{
 	{"ENROLLMENT", func(q *queueItem) string { return q.EnrollmentID }},
 	{"STATE", func(q *queueItem) string { return q.State }},
-	{"OFFERED", func(q *queueItem) string { return strconv.Itoa(q.Attempts) }},
 	{"NOTNOW", func(q *queueItem) string { return strconv.Itoa(q.NotNowCount) }},
 	{"ENDED", func(q *queueItem) string { return orNothing(q.FinishedAt) }},
 }
@@ -399,8 +398,10 @@ func (e *env) steerSome(ctx context.Context, method string, args []string, verb,
 			rest = append(rest, verb)
 		}
 		if _, err := e.api.do(ctx, method, commandPath(args[0], rest...), nil, nil); err != nil {
-			failed = fmt.Errorf("%s: %w", chosen[i].ID, err)
-			fmt.Fprintln(e.err, "nanoctl:", printable(failed.Error()))
+			failed = err
+			if len(chosen) > 1 {
+				fmt.Fprintf(e.err, "nanoctl: %s: %s\n", printable(chosen[i].ID), printable(err.Error()))
+			}
 			continue
 		}
 		n++
@@ -408,16 +409,16 @@ func (e *env) steerSome(ctx context.Context, method string, args []string, verb,
 			fmt.Fprintf(e.out, "%s: %s\n", printable(chosen[i].label()), done)
 		}
 	}
+	if failed != nil && len(chosen) == 1 {
+		return failed
+	}
 	if e.format == "json" {
 		if err := e.json(map[string]any{"done": n, "failed": len(chosen) - n}); err != nil {
 			return err
 		}
 	}
-	switch {
-	case failed == nil:
+	if failed == nil {
 		return nil
-	case n == 0 && len(chosen) == 1:
-		return failed
 	}
 	return &exitError{exitPartial, fmt.Errorf("%d of %d failed", len(chosen)-n, len(chosen))}
 }
