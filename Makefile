@@ -26,7 +26,7 @@ quick: ## everything that needs no database server
 
 bench: build ## end-to-end on durable engines, into docs/performance.md; pushes; BENCH=-quick
 	ENGINES_DURABLE=1 $(ENGINES) ./bin/mdmbench -nanomdm ./bin/nanomdm -out docs/performance.md $(BENCH)
-	$(GO) test -run '^$$' -bench . ./push/apns
+	$(GO) test -run '^$$' -bench . ./push/...
 
 # go test fuzzes one target at a time, so each is found and run by name. The
 # name also goes to -run, for the seeds.

@@ -12,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -72,7 +73,10 @@ func start(t *testing.T, scheme string, args ...string) *daemon {
 func (d *daemon) launch(scheme string, args ...string) {
 	d.t.Helper()
 	d.signals, d.code = make(chan os.Signal, 2), make(chan int, 1)
-	args = append([]string{"-ca", filepath.Join(d.dir, "ca.pem"), "-listen", "127.0.0.1:0", "-storage-dsn", filepath.Join(d.dir, "mdm.db")}, args...)
+	args = append([]string{"-ca", filepath.Join(d.dir, "ca.pem"), "-listen", "127.0.0.1:0"}, args...)
+	if !slices.Contains(args, "-storage-dsn") {
+		args = append(args, "-storage-dsn", filepath.Join(d.dir, "mdm.db"))
+	}
 	before := len(d.log.String())
 	go func() {
 		d.code <- run(context.Background(), args, []string{"NANOMDM_API=" + testKey}, d.stdout, d.log, d.signals)

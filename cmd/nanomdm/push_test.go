@@ -20,6 +20,7 @@ import (
 	"github.com/nanomdm/nanomdm/push/apnstest"
 	"github.com/nanomdm/nanomdm/storage"
 	"github.com/nanomdm/nanomdm/storage/sqlstore"
+	"github.com/nanomdm/nanomdm/storage/storagetest"
 )
 
 // bedroom is a fake APNs with devices that poll when they are pushed.
@@ -139,9 +140,18 @@ func TestEnqueueWakesTheDevice(t *testing.T) {
 
 // A replica dies between its answer and the push.
 func TestAnotherReplicaWakesTheDevice(t *testing.T) {
-	t.Parallel()
+	for _, engine := range storagetest.Engines(t) {
+		t.Run(engine.Name, func(t *testing.T) {
+			t.Parallel()
+			anotherReplicaWakes(t, engine.Config(t))
+		})
+	}
+}
+
+func anotherReplicaWakes(t *testing.T, db sqlstore.Config) {
 	b := newBedroom(t, apnstest.Config{})
-	d := start(t, "http", b.args...)
+	storage := []string{"-storage", db.Driver, "-storage-dsn", db.DSN}
+	d := start(t, "http", append(storage, b.args...)...)
 	b.certify(d)
 	b.sleeps(d, "D1")
 
@@ -151,8 +161,8 @@ func TestAnotherReplicaWakesTheDevice(t *testing.T) {
 	defer deaf.Close()
 	dies := *d
 	dies.log = &syncBuffer{}
-	cmd := exec.Command(os.Args[0], "-ca", filepath.Join(d.dir, "ca.pem"), "-listen", "127.0.0.1:0",
-		"-storage-dsn", filepath.Join(d.dir, "mdm.db"), "-apns-url", "https://"+deaf.Addr().String())
+	cmd := exec.Command(os.Args[0], append(storage, "-ca", filepath.Join(d.dir, "ca.pem"), "-listen", "127.0.0.1:0",
+		"-apns-url", "https://"+deaf.Addr().String())...)
 	cmd.Env = append(os.Environ(), asDaemon+"=1", "NANOMDM_API="+testKey)
 	cmd.Stderr = dies.log
 	require.NoError(t, cmd.Start())
