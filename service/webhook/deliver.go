@@ -62,7 +62,7 @@ type Config struct {
 	// Notice is how long before its end a certificate is announced, 30 days if
 	// zero.
 	Notice time.Duration
-	// Backoff is the pause after a first failure, half a second if zero. It
+	// Backoff is the pause after a first failure, 100 milliseconds if zero. It
 	// doubles with each further one, up to 5 minutes.
 	Backoff time.Duration
 	// LeaseTTL is how long after a replica died another one takes over, 10
@@ -84,7 +84,7 @@ func (c *Config) setDefaults() {
 	if c.Retention > 0 {
 		c.Retention = max(c.Retention, c.MaxAge)
 	}
-	or(&c.Backoff, 500*time.Millisecond)
+	or(&c.Backoff, 100*time.Millisecond)
 	or(&c.LeaseTTL, 10*time.Second)
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)

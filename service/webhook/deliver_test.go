@@ -106,7 +106,7 @@ func TestBackoff(t *testing.T) {
 		}
 		require.Greater(t, len(tries), 7)
 		for i := 1; i < len(tries); i++ {
-			pause := min(500*time.Millisecond<<(i-1), 5*time.Minute)
+			pause := min(100*time.Millisecond<<(i-1), 5*time.Minute)
 			got := tries[i].Sub(tries[i-1])
 			require.GreaterOrEqual(t, got, pause/2, i)
 			require.LessOrEqual(t, got, pause+200*time.Millisecond, i)
