@@ -6,7 +6,6 @@ import (
 	"net/http"
 	"strings"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/require"
@@ -18,7 +17,7 @@ import (
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 func TestDeliversInOrderWhatFailsNowAndThen(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		w := newWorld(t)
 		w.receiver.answers(func(rw http.ResponseWriter, d *delivery) {
 			if d.n%5 == 0 {
@@ -47,7 +46,7 @@ func TestDeliversInOrderWhatFailsNowAndThen(t *testing.T) {
 }
 
 func TestParallelAcrossEnrollmentsOnly(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		w := newWorld(t)
 		w.receiver.answers(func(http.ResponseWriter, *delivery) { time.Sleep(time.Second) })
 		w.deliver("a", Config{Workers: 4})
@@ -64,7 +63,7 @@ func TestParallelAcrossEnrollmentsOnly(t *testing.T) {
 }
 
 func TestConnectionsAreUsedAgain(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		w := newWorld(t)
 		w.receiver.answers(func(rw http.ResponseWriter, d *delivery) {
 			if d.n%2 == 0 {
@@ -83,7 +82,7 @@ func TestConnectionsAreUsedAgain(t *testing.T) {
 }
 
 func TestBackoff(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		w := newWorld(t)
 		w.receiver.answers(func(rw http.ResponseWriter, d *delivery) {
 			if d.enrollment() == "bad" {
@@ -123,7 +122,7 @@ func TestBackoff(t *testing.T) {
 func TestReceiverComesBack(t *testing.T) {
 	for _, fleet := range []int{1, 3, 50} {
 		t.Run(fmt.Sprint(fleet), func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
+			inBubble(t, func(t *testing.T) {
 				w := newWorld(t)
 				d := w.deliver("a", Config{})
 				w.receiver.answers(status(502))
@@ -155,7 +154,7 @@ func TestReceiverComesBack(t *testing.T) {
 }
 
 func TestHangingReceiver(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		w := newWorld(t)
 		w.receiver.answers(func(_ http.ResponseWriter, d *delivery) { <-d.done })
 		d := w.deliver("a", Config{Workers: 16, Timeout: 10 * time.Second})
@@ -186,7 +185,7 @@ func TestHangingReceiver(t *testing.T) {
 
 // A receiver that takes its time for one enrollment holds up nobody else.
 func TestSlowLane(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		w := newWorld(t)
 		w.receiver.answers(func(_ http.ResponseWriter, d *delivery) {
 			if d.enrollment() == "slow" {
@@ -215,7 +214,7 @@ func TestRetryAfter(t *testing.T) {
 		"date":    func() string { return time.Now().Add(120 * time.Second).UTC().Format(http.TimeFormat) },
 	} {
 		t.Run(name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
+			inBubble(t, func(t *testing.T) {
 				w := newWorld(t)
 				w.receiver.answers(func(rw http.ResponseWriter, d *delivery) {
 					if d.n == 1 {
@@ -243,7 +242,7 @@ func TestRetryAfter(t *testing.T) {
 }
 
 func TestGone(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		w := newWorld(t)
 		w.receiver.answers(func(rw http.ResponseWriter, d *delivery) {
 			if d.n == 3 {
@@ -272,7 +271,7 @@ func TestGone(t *testing.T) {
 }
 
 func TestDeadLetters(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		w := newWorld(t)
 		w.receiver.answers(func(rw http.ResponseWriter, d *delivery) {
 			if d.what() == "C1" || d.what() == "C2" {
@@ -307,7 +306,7 @@ func TestDeadLetters(t *testing.T) {
 }
 
 func TestDownForTooLong(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		w := newWorld(t)
 		w.receiver.answers(status(503))
 		w.deliver("a", Config{MaxAge: 30 * time.Minute, Retention: 4 * time.Hour})
@@ -334,7 +333,7 @@ func TestDownForTooLong(t *testing.T) {
 }
 
 func TestTooManyWait(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		w := newWorld(t)
 		w.receiver.answers(status(503))
 		d := w.deliver("a", Config{MaxBacklog: 100})
@@ -372,7 +371,7 @@ func TestTooManyWait(t *testing.T) {
 }
 
 func TestStopAndStart(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		w := newWorld(t)
 		w.receiver.answers(func(_ http.ResponseWriter, d *delivery) { time.Sleep(100 * time.Millisecond) })
 		var ids []string
@@ -404,7 +403,7 @@ func TestStopAndStart(t *testing.T) {
 // Two replicas: when the one that holds the lease stands still, the other one
 // goes on, in order.
 func TestTakeover(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		w := newWorld(t)
 		w.receiver.answers(func(_ http.ResponseWriter, d *delivery) { time.Sleep(50 * time.Millisecond) })
 		w.enroll("A", "B", "C")
@@ -434,7 +433,7 @@ func TestTakeover(t *testing.T) {
 }
 
 func TestSinkChangesWhileDelivering(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		w := newWorld(t, hook(nil), storage.EventSink{Name: "log"})
 		w.deliver("a", Config{})
 		put := func(change func(*storage.EventSink)) {

@@ -3,6 +3,7 @@ package webhook
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -12,6 +13,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/require"
@@ -118,7 +120,7 @@ func (r *receiver) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 		return
 	}
 	d := delivery{at: time.Now(), header: req.Header, body: body, done: req.Context().Done()}
-	if err := json.Unmarshal(body, &d.event); err != nil {
+	if err := errors.Join(json.Unmarshal(body, &d.event), validate(body)); err != nil {
 		panic(err)
 	}
 	r.mu.Lock()
@@ -324,4 +326,10 @@ func (w *world) drained(within time.Duration) {
 		}
 		require.Less(w.t, time.Since(begun), within, "%+v", w.backlog())
 	}
+}
+
+// inBubble runs a test by a clock of its own.
+func inBubble(t *testing.T, test func(t *testing.T)) {
+	t.Helper()
+	synctest.Test(t, test)
 }
