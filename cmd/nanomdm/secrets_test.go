@@ -160,6 +160,8 @@ func TestSecretsStaySecret(t *testing.T) {
 	} {
 		require.Equal(t, 200, api("GET", list, "helpdesk", text("helpdesk's key"), nil), list)
 	}
+	// Events are in the log a moment after what they tell of.
+	require.Equal(t, 200, api("GET", "/v1/events?topic=mdm.TokenUpdate&wait=30s", "reader", text("reader's key"), nil))
 	require.Equal(t, 200, api("GET", "/v1/events?limit=1000", "reader", text("reader's key"), nil))
 	require.Contains(t, said.String(), "mdm.TokenUpdate")
 	require.Equal(t, 400, api("PUT", "/v1/pushcert", "nanomdm", text("API key"), append(pair.KeyPEM, pair.KeyPEM...)))
