@@ -241,9 +241,9 @@ func statsCommand() command {
 				if e.format == "json" {
 					return e.json(a.body)
 				}
-				var stats map[string]any
-				if err := a.decode(&stats); err != nil {
-					return err
+				stats, err := decodeJSON(string(a.body))
+				if err != nil {
+					return fmt.Errorf("the server's answer is not what this version of nanoctl expects: %w", err)
 				}
 				e.showValue("", stats)
 				return nil

@@ -730,3 +730,32 @@ func TestProgressIsForTerminals(t *testing.T) {
 	p.end()
 	require.Equal(t, "\rqueueing [###############...............] 250 of 500\rqueueing [##############################] 500 of 500\n", out.String())
 }
+
+func TestValuesForPeople(t *testing.T) {
+	o := newOperator(t)
+	o.server(func(w http.ResponseWriter, _ *http.Request) {
+		_, _ = io.WriteString(w, `{"n":12000000,"big":9007199254740993,"real":0.87,"no":[],"none":{},"list":["a",["b"],{"x":1,"y":{"z":true}},{}],"evil":"\u001b["}`)
+	})
+	require.Equal(t, `big: 9007199254740993
+evil: ?[
+list:
+  - a
+  - - b
+  - x: 1
+    y:
+      z: true
+n: 12000000
+no: none
+none: none
+real: 0.87
+`, o.run("", "stats").out)
+}
+
+func TestPushCertificateExpiry(t *testing.T) {
+	for after, want := range map[time.Duration]string{
+		-50 * time.Hour: "EXPIRED 2d ago", 10*24*time.Hour + time.Hour: "in 10d, renew it", 200*24*time.Hour + time.Hour: "in 200d",
+	} {
+		at := time.Now().Add(after)
+		require.Equal(t, want, (&pushCert{NotAfter: &at}).expiry())
+	}
+}

@@ -208,9 +208,10 @@ func (e *env) showResult(r *result) error {
 	if r.LeftOut != "" {
 		fmt.Fprintln(e.out, "  "+printable(r.LeftOut))
 	}
-	var keys map[string]any
-	if json.Unmarshal(r.Result, &keys) != nil {
-		return nil
+	v, err := decodeJSON(string(r.Result))
+	keys, ok := v.(map[string]any)
+	if err != nil || !ok {
+		return nil // there is none
 	}
 	// What every report has, and was said already.
 	for _, name := range []string{"UDID", "EnrollmentID", "EnrollmentUserID", "UserID", "UserShortName", "UserLongName", "CommandUUID", "Status"} {
@@ -220,28 +221,49 @@ func (e *env) showResult(r *result) error {
 	return nil
 }
 
-// showValue prints a value of a property list for people.
-func (e *env) showValue(indent string, v any) {
+// showValue prints a dict or a list for people, each item on lines of its own
+// behind head: spaces, or "- " for the first of a list's item.
+func (e *env) showValue(head string, v any) {
+	rest := strings.Repeat(" ", len(head))
 	switch v := v.(type) {
 	case map[string]any:
 		for _, name := range slices.Sorted(maps.Keys(v)) {
-			e.showItem(indent+printable(name)+":", indent, v[name])
+			e.showItem(head, printable(name)+":", v[name])
+			head = rest
 		}
 	case []any:
 		for _, item := range v {
-			e.showItem(indent+"-", indent, item)
+			switch item.(type) {
+			case map[string]any, []any:
+				e.showValue(head+"- ", item)
+			default:
+				e.showItem(head, "-", item)
+			}
+			head = rest
 		}
 	}
 }
 
-func (e *env) showItem(head, indent string, v any) {
-	switch v.(type) {
-	case map[string]any, []any:
-		fmt.Fprintln(e.out, head)
-		e.showValue(indent+"  ", v)
+func (e *env) showItem(head, name string, v any) {
+	inner := strings.Repeat(" ", len(head)) + "  "
+	switch v := v.(type) {
+	case map[string]any:
+		if len(v) > 0 {
+			fmt.Fprintln(e.out, head+name)
+			e.showValue(inner, v)
+			return
+		}
+	case []any:
+		if len(v) > 0 {
+			fmt.Fprintln(e.out, head+name)
+			e.showValue(inner, v)
+			return
+		}
 	default:
-		fmt.Fprintln(e.out, head, printable(fmt.Sprint(v)))
+		fmt.Fprintln(e.out, head+name, printable(fmt.Sprint(v)))
+		return
 	}
+	fmt.Fprintln(e.out, head+name, "none")
 }
 
 // longPoll is how long the server is asked to wait at once.
