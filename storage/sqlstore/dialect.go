@@ -19,9 +19,9 @@ type dialect struct {
 	name string
 	// numbered rewrites ? to $1, $2, ...
 	numbered bool
-	// prepare keeps statements prepared in this package. Drivers that do it
-	// themselves, or send arguments inside the text, need not.
-	prepare bool
+	// prepare says which statements this package keeps prepared; none if nil.
+	// Drivers may do it themselves, or send arguments inside the text.
+	prepare func(q string) bool
 	// txOptions begins every transaction.
 	txOptions *sql.TxOptions
 
@@ -35,6 +35,8 @@ type dialect struct {
 	greatest string
 	// maxArgs is how many arguments a statement may have, with some room.
 	maxArgs int
+	// stepwise inserts rows in a few sizes of statements.
+	stepwise bool
 	// polls and changes are how many batches of devices' messages run at
 	// once. Fewer make larger ones, which cost less.
 	polls, changes int

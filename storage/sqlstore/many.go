@@ -99,8 +99,8 @@ func (t *tx) upsert(ctx context.Context, table string, cols, key, set []string, 
 	return t.insertRows(ctx, table, cols, t.d.onConflict(key, set), args)
 }
 
-// mostRows is the most rows that an engine which prepares takes at once: its
-// texts are of 64, 32, ... rows, as few as can stay prepared.
+// mostRows is the most rows that go stepwise: in texts of 64, 32, ... rows, as
+// few as can stay prepared.
 const mostRows = 64
 
 func (t *tx) insertRows(ctx context.Context, table string, cols []string, end string, args []any) error {
@@ -115,7 +115,7 @@ func (t *tx) insertRows(ctx context.Context, table string, cols []string, end st
 	}
 	for len(args) > 0 {
 		rows := len(args) / len(cols)
-		if t.d.prepare {
+		if t.d.stepwise {
 			n := mostRows
 			for n > rows {
 				n /= 2

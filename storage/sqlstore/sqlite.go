@@ -137,11 +137,12 @@ func checkSQLite(ctx context.Context, cfg Config, db *sql.DB) error {
 func sqliteDialect() *dialect {
 	return &dialect{
 		name:     "sqlite",
-		prepare:  true,
+		prepare:  func(string) bool { return true },
 		greatest: "MAX",
 		maxArgs:  30000, // the library's limit is 32766
 		polls:    4,     // readers need not wait for each other
 		changes:  1,
+		stepwise: true,
 		pairs:    "(SELECT value ->> 0 AS id, value ->> 1 AS command_uuid FROM json_each(?)) r CROSS JOIN",
 		pairArgs: jsonPairs,
 

@@ -180,7 +180,7 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 		now: cfg.Now, log: cfg.Logger, seal: newSealing(cfg),
 	}
 	s.d.subjects = s.d.subjectsText()
-	if s.d.prepare {
+	if s.d.prepare != nil {
 		s.stmts = newStmtCache(p.write)
 		s.rstmts = newStmtCache(p.read)
 	}
@@ -400,14 +400,14 @@ func (t *tx) queryRow(ctx context.Context, q string, args ...any) *sql.Row {
 
 // stmt returns q prepared, or nil if it is to be run as text.
 func (t *tx) stmt(ctx context.Context, q string) *sql.Stmt {
-	if t.stmts == nil {
+	if t.stmts == nil || !t.d.prepare(q) {
 		return nil
 	}
 	if t.sqltx == nil {
 		return t.stmts.prepare(ctx, q)
 	}
-	// The transaction holds the only connection, so preparing waits for its
-	// end.
+	// The transaction may hold the only connection, so preparing waits for
+	// its end.
 	stmt := t.stmts.get(q)
 	if stmt == nil {
 		t.missed = append(t.missed, q)
