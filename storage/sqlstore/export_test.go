@@ -96,3 +96,34 @@ func (s *Store) ExplainForTest(ctx context.Context, q string, args ...any) (stri
 	}
 	return text.String(), rows.Err()
 }
+
+// StatementForTest is a statement of the device side, with what is to be true
+// of its plan.
+type StatementForTest struct {
+	Text     string
+	Args     []any
+	Index    string // it is used
+	Unsorted bool
+}
+
+// DeviceStatementsForTest returns the statements by keys that polls and reports
+// of enrollments need.
+func (s *Store) DeviceStatementsForTest(ids []string, uuid string) map[string]StatementForTest {
+	keys := make([]queueKey, len(ids))
+	for i, id := range ids {
+		keys[i] = queueKey{id, uuid}
+	}
+	t := &tx{d: s.d}
+	pairs, err := s.d.pairArgs(keys)
+	if err != nil {
+		panic(err)
+	}
+	where, args := t.amongKeys(keys)
+	is, idArgs := t.among(ids)
+	return map[string]StatementForTest{
+		"subjects": {Text: s.d.subjects, Args: append([]any{int64(1), int64(1)}, pairs...), Index: "nano_enrollment_queue_next", Unsorted: true},
+		"rows":     {Text: "SELECT state FROM nano_enrollment_queue" + s.d.by("PRIMARY") + " WHERE " + where, Args: args},
+		"ending":   {Text: "UPDATE nano_enrollment_queue" + s.d.by("PRIMARY") + " SET state = 10 WHERE " + where, Args: args},
+		"enrolled": {Text: "SELECT id FROM nano_enrollments WHERE id " + is, Args: idArgs},
+	}
+}
