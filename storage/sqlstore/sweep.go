@@ -42,14 +42,10 @@ var waitingStates = [...]storage.State{storage.Scheduled, storage.Queued, storag
 // ExpireCommands implements storage.Sweeps.
 func (s *Store) ExpireCommands(ctx context.Context, l storage.Lease, limit int) (expired int, err error) {
 	err = s.sweep(ctx, l, func(ctx context.Context, t *tx) error {
-		var due []queueKey
-		for _, state := range waitingStates {
-			keys, err := queueKeys(ctx, t, `SELECT id, command_uuid FROM nano_enrollment_queue
-WHERE state = ? AND expires_at <= ? ORDER BY expires_at LIMIT ?`, int(state), t.now, limit-len(due))
-			if err != nil {
-				return fmt.Errorf("looking for commands that expire: %w", err)
-			}
-			due = append(due, keys...)
+		due, err := queueKeys(ctx, t, `SELECT id, command_uuid FROM nano_enrollment_queue
+WHERE ends_at <= ? ORDER BY ends_at LIMIT ?`, t.now, limit)
+		if err != nil {
+			return fmt.Errorf("looking for commands that expire: %w", err)
 		}
 		expired, err = expire(ctx, t, due)
 		return err
