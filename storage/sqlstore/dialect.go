@@ -37,6 +37,8 @@ type dialect struct {
 	maxArgs int
 	// stepwise inserts rows in a few sizes of statements.
 	stepwise bool
+	// number is the place of a number among what a SELECT returns.
+	number string
 	// polls and changes are how many batches of devices' messages run at
 	// once. Fewer make larger ones, which cost less.
 	polls, changes int

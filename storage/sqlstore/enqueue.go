@@ -32,7 +32,7 @@ func (s *Store) Enqueue(ctx context.Context, scope storage.Scope, e *storage.Enq
 		chunk := ids[i:min(i+enqueueRows, len(ids))]
 		var todo []string
 		var missed map[string]error
-		err := s.write(ctx, func(ctx context.Context, t *tx) error {
+		queue := func(ctx context.Context, t *tx) error {
 			call, err := openCall(ctx, t, e, len(ids))
 			if err != nil {
 				return err
@@ -50,7 +50,11 @@ func (s *Store) Enqueue(ctx context.Context, scope storage.Scope, e *storage.Enq
 				}
 			}
 			return call.close(ctx, t, missed, todo[len(todo)-1], i+enqueueRows >= len(ids))
-		})
+		}
+		err := s.write(ctx, queue)
+		if s.d.unique(err) { // somebody else was first to store the command
+			err = s.write(ctx, queue)
+		}
 		if err != nil {
 			return failed, fmt.Errorf("queueing a command: %w", err)
 		}
@@ -88,32 +92,46 @@ func enqueue(ctx context.Context, t *tx, scope storage.Scope, e *storage.Enqueue
 	if len(eligible) == 0 {
 		return failed, nil
 	}
-	if err := putCommand(ctx, t, e); err != nil {
+	fresh, err := putCommand(ctx, t, e)
+	if err != nil {
 		return nil, err
 	}
-	is, args := t.among(eligible)
-	had, err := queueKeys(ctx, t, "SELECT id, command_uuid FROM nano_enrollment_queue WHERE command_uuid = ? AND id "+is,
-		append([]any{e.Command.CommandUUID}, args...)...)
-	if err != nil {
-		return nil, fmt.Errorf("reading queue rows: %w", err)
+	if !fresh {
+		if eligible, err = withoutCommand(ctx, t, e.Command.CommandUUID, eligible); err != nil {
+			return nil, err
+		}
 	}
-	for _, k := range had {
-		delete(numbers, k.id)
-	}
-	eligible = slices.DeleteFunc(eligible, func(id string) bool { _, ok := numbers[id]; return !ok })
 	if len(eligible) == 0 {
 		return failed, nil
 	}
 	if err := supersede(ctx, t, e.SupersedeKey, eligible); err != nil {
 		return nil, err
 	}
-	return failed, insertRows(ctx, t, e, eligible, numbers)
+	return failed, insertRows(ctx, t, e, eligible)
+}
+
+// withoutCommand returns those of ids that do not have the command.
+func withoutCommand(ctx context.Context, t *tx, uuid string, ids []string) ([]string, error) {
+	is, args := t.among(ids)
+	had, err := queueKeys(ctx, t, "SELECT id, command_uuid FROM nano_enrollment_queue WHERE command_uuid = ? AND id "+is,
+		append([]any{uuid}, args...)...)
+	if err != nil {
+		return nil, fmt.Errorf("reading queue rows: %w", err)
+	}
+	if len(had) == 0 {
+		return ids, nil
+	}
+	has := make(map[string]bool, len(had))
+	for _, k := range had {
+		has[k.id] = true
+	}
+	return slices.DeleteFunc(ids, func(id string) bool { return has[id] }), nil
 }
 
 // lockNumbers locks push rows and reads the last number of each queue.
 func lockNumbers(ctx context.Context, t *tx, ids []string) (map[string]int64, error) {
 	is, args := t.among(ids)
-	rows, err := t.query(ctx, "SELECT id, last_seq FROM nano_enrollment_push WHERE id "+is+" ORDER BY id"+t.d.forUpdate, args...)
+	rows, err := t.query(ctx, "SELECT id, last_seq FROM nano_enrollment_push"+t.d.by("PRIMARY")+" WHERE id "+is+" ORDER BY id"+t.d.forUpdate, args...)
 	if err != nil {
 		return nil, fmt.Errorf("locking push rows: %w", err)
 	}
@@ -143,51 +161,57 @@ func enrolledAmong(ctx context.Context, t *tx, scope storage.Scope, ids []string
 		q += " AND topic " + topics
 		args = append(args, more...)
 	}
-	rows, err := t.query(ctx, q, args...)
+	enrolled, err := idSet(ctx, t, len(ids), q, args...)
 	if err != nil {
-		return nil, fmt.Errorf("reading enrollments: %w", err)
-	}
-	defer rows.Close()
-	enrolled := make(map[string]bool, len(ids))
-	for rows.Next() {
-		var id string
-		if err := rows.Scan(&id); err != nil {
-			return nil, fmt.Errorf("reading enrollments: %w", err)
-		}
-		enrolled[id] = true
-	}
-	if err := rows.Err(); err != nil {
 		return nil, fmt.Errorf("reading enrollments: %w", err)
 	}
 	return enrolled, nil
 }
 
+// idSet runs a query for ids, of which at most n are expected.
+func idSet(ctx context.Context, t *tx, n int, q string, args ...any) (map[string]bool, error) {
+	rows, err := t.query(ctx, q, args...)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	set := make(map[string]bool, n)
+	for rows.Next() {
+		var id string
+		if err := rows.Scan(&id); err != nil {
+			return nil, err
+		}
+		set[id] = true
+	}
+	return set, rows.Err()
+}
+
 // putCommand stores the command, or checks that the one that is there has the
-// same bytes, and keeps it there until the transaction ends.
-func putCommand(ctx context.Context, t *tx, e *storage.Enqueue) error {
+// same bytes, and keeps it there until the transaction ends. fresh says that it
+// was not there, so that nobody has it. One that another transaction stored in
+// between violates the key: see Enqueue.
+func putCommand(ctx context.Context, t *tx, e *storage.Enqueue) (fresh bool, err error) {
 	q := "SELECT command FROM nano_commands WHERE command_uuid = ?" + t.d.forShare
 	var raw []byte
-	err := t.queryRow(ctx, q, e.Command.CommandUUID).Scan(&raw)
+	err = t.queryRow(ctx, q, e.Command.CommandUUID).Scan(&raw)
 	if errors.Is(err, sql.ErrNoRows) {
-		_, err = t.exec(ctx, t.d.upsert("nano_commands", []string{"command_uuid", "request_type", "command", "created_at"},
-			[]string{"command_uuid"}, nil), e.Command.CommandUUID, e.Command.RequestType,
-			t.sealedCommand(e.Command.CommandUUID, notNil(e.Command.Raw)), t.now)
+		_, err = t.exec(ctx, "INSERT INTO nano_commands (command_uuid, request_type, command, created_at) VALUES (?, ?, ?, ?)",
+			e.Command.CommandUUID, e.Command.RequestType, t.sealedCommand(e.Command.CommandUUID, notNil(e.Command.Raw)), t.now)
 		if err != nil {
-			return fmt.Errorf("storing a command: %w", err)
+			return false, fmt.Errorf("storing a command: %w", err)
 		}
-		// Somebody else may have been first, with other bytes.
-		err = t.queryRow(ctx, q, e.Command.CommandUUID).Scan(&raw)
+		return true, nil
 	}
 	if err != nil {
-		return fmt.Errorf("reading a command: %w", err)
+		return false, fmt.Errorf("reading a command: %w", err)
 	}
 	if raw, err = t.opened(commandColumn, e.Command.CommandUUID, raw); err != nil {
-		return err
+		return false, err
 	}
 	if !bytes.Equal(raw, e.Command.Raw) {
-		return storage.ErrConflict
+		return false, storage.ErrConflict
 	}
-	return nil
+	return false, nil
 }
 
 // supersede ends rows that wait with the key.
@@ -212,7 +236,7 @@ WHERE supersede_key = ? AND state IN (%d, %d, %d) AND id `, storage.Scheduled, s
 
 // insertRows inserts queue rows and raises numbers and debts. A scheduled row
 // takes a number, too: it tells the order of those that are due at one time.
-func insertRows(ctx context.Context, t *tx, e *storage.Enqueue, ids []string, numbers map[string]int64) error {
+func insertRows(ctx context.Context, t *tx, e *storage.Enqueue, ids []string) error {
 	state, notBefore := storage.Queued, any(nil)
 	if micros(e.NotBefore) > t.now {
 		state, notBefore = storage.Scheduled, micros(e.NotBefore)
@@ -221,17 +245,17 @@ func insertRows(ctx context.Context, t *tx, e *storage.Enqueue, ids []string, nu
 	if e.SupersedeKey != "" {
 		key = e.SupersedeKey
 	}
-	args := make([]any, 0, 9*len(ids))
-	for _, id := range ids {
-		args = append(args, id, e.Command.CommandUUID, numbers[id]+1, e.Priority, int(state), key, t.now, notBefore, null(micros(e.ExpiresAt)))
-	}
-	err := t.insert(ctx, "nano_enrollment_queue", []string{"id", "command_uuid", "seq", "priority", "state", "supersede_key",
-		"created_at", "not_before", "expires_at"}, args)
+	is, idArgs := t.among(ids)
+	number := t.d.number
+	_, err := t.exec(ctx, `INSERT INTO nano_enrollment_queue (id, command_uuid, seq, priority, state, supersede_key, created_at, not_before, expires_at)
+SELECT p.id, ?, p.last_seq + 1, `+number+", "+number+", ?, "+number+", "+number+", "+number+`
+FROM nano_enrollment_push p`+t.d.by("PRIMARY")+" WHERE p.id "+is,
+		append([]any{e.Command.CommandUUID, e.Priority, int(state), key, t.now, notBefore, null(micros(e.ExpiresAt))}, idArgs...)...)
 	if err != nil {
 		return fmt.Errorf("storing queue rows: %w", err)
 	}
 	// MySQL assigns from left to right, so last_seq must come last.
-	set, args := "", nil
+	set, args := "", []any(nil)
 	if state == storage.Queued && !e.NoPush {
 		// A time that is nearer stays, or a queue that grows all the time
 		// would keep the sweep off.
@@ -239,8 +263,7 @@ func insertRows(ctx context.Context, t *tx, e *storage.Enqueue, ids []string, nu
 		at := t.now + firstPush.Microseconds()
 		args = append(args, at, at)
 	}
-	is, idArgs := t.among(ids)
-	if _, err := t.exec(ctx, "UPDATE nano_enrollment_push SET "+set+"last_seq = last_seq + 1 WHERE id "+is, append(args, idArgs...)...); err != nil {
+	if _, err := t.exec(ctx, "UPDATE nano_enrollment_push"+t.d.by("PRIMARY")+" SET "+set+"last_seq = last_seq + 1 WHERE id "+is, append(args, idArgs...)...); err != nil {
 		return fmt.Errorf("owing pushes: %w", err)
 	}
 	return nil

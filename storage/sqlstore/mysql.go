@@ -190,6 +190,7 @@ func mysqlCommon() *dialect {
 		polls:      1,
 		changes:    1,
 		pairArgs:   jsonPairs,
+		number:     "?",
 
 		unique: func(err error) bool {
 			n := mysqlNumber(err)

@@ -79,6 +79,7 @@ func pgsqlDialect() *dialect {
 		changes:   1,
 
 		arrays: true,
+		number: "CAST(? AS BIGINT)",
 		columns: `SELECT table_name || '.' || column_name, CASE data_type WHEN 'bytea' THEN 'bytea[]'
 WHEN 'bigint' THEN 'bigint[]' WHEN 'smallint' THEN 'bigint[]' ELSE 'text[]' END
 FROM information_schema.columns WHERE table_schema = current_schema()`,
