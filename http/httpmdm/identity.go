@@ -30,9 +30,9 @@ type Identity struct {
 }
 
 // cachedCertificates is how many signers' certificates are remembered, about
-// 4 KB each. A poll of a device that is not among them costs some
-// microseconds more.
-const cachedCertificates = 10_000
+// 5 KB each, and twice that until garbage is collected. A poll of a device that
+// is not among them costs some microseconds more.
+const cachedCertificates = 4_000
 
 type mode int
 

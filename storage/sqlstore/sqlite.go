@@ -25,7 +25,7 @@ var sqlitePragmas = [...]string{
 	"synchronous(FULL)", // 200 means committed, also after a power failure
 	"foreign_keys(1)",
 	"temp_store(MEMORY)",
-	"cache_size(-16000)", // KiB
+	"cache_size(-6000)", // KiB, of each of about five; the system caches the file, too
 	"journal_size_limit(67108864)",
 }
 
@@ -143,6 +143,7 @@ func sqliteDialect() *dialect {
 		polls:    4,     // readers need not wait for each other
 		changes:  1,
 		stepwise: true,
+		number:   "?",
 		pairs:    "(SELECT value ->> 0 AS id, value ->> 1 AS command_uuid FROM json_each(?)) r CROSS JOIN",
 		pairArgs: jsonPairs,
 
