@@ -55,11 +55,13 @@ type device struct {
 // newDevices makes devices with identities of ca.
 func newDevices(ctx context.Context, ca *mdmtest.CA, first, count int) ([]device, error) {
 	return parallel(ctx, count, func(i int) (device, error) {
-		udid := fmt.Sprintf("%08X-0000-4000-8000-%012X", first+i, first+i)
+		udid := deviceID(first + i)
 		id, err := ca.Issue("bench " + udid)
 		return device{id, udid}, err
 	})
 }
+
+func deviceID(n int) string { return fmt.Sprintf("%08X-0000-4000-8000-%012X", n, n) }
 
 // parallel makes count values on all processors.
 func parallel[T any](ctx context.Context, count int, make1 func(int) (T, error)) ([]T, error) {
@@ -96,19 +98,27 @@ func (d device) document(fill func(*mdmtest.Plist)) []byte {
 
 // enrollment is Authenticate and TokenUpdate.
 func (d device) enrollment() ([]message, error) {
-	authenticate, err := sign(d.id, checkinType, d.document(func(p *mdmtest.Plist) {
-		p.String("MessageType", "Authenticate").String("Topic", mdmtest.DefaultTopic)
-		p.String("DeviceName", "Mac").String("Model", "Mac16,1").String("ModelName", "MacBook Pro")
-		p.String("OSVersion", "26.0").String("BuildVersion", "25A354").String("SerialNumber", "S"+d.udid[:8])
-	}), "")
+	authenticate, err := sign(d.id, checkinType, d.authenticate(), "")
 	if err != nil {
 		return nil, err
 	}
-	tokenUpdate, err := sign(d.id, checkinType, d.document(func(p *mdmtest.Plist) {
+	tokenUpdate, err := sign(d.id, checkinType, d.tokenUpdate(), "")
+	return []message{authenticate, tokenUpdate}, err
+}
+
+func (d device) authenticate() []byte {
+	return d.document(func(p *mdmtest.Plist) {
+		p.String("MessageType", "Authenticate").String("Topic", mdmtest.DefaultTopic)
+		p.String("DeviceName", "Mac").String("Model", "Mac16,1").String("ModelName", "MacBook Pro")
+		p.String("OSVersion", "26.0").String("BuildVersion", "25A354").String("SerialNumber", "S"+d.udid[:8])
+	})
+}
+
+func (d device) tokenUpdate() []byte {
+	return d.document(func(p *mdmtest.Plist) {
 		p.String("MessageType", "TokenUpdate").String("Topic", mdmtest.DefaultTopic)
 		p.Data("Token", []byte("token "+d.udid)).String("PushMagic", "magic "+d.udid)
-	}), "")
-	return []message{authenticate, tokenUpdate}, err
+	})
 }
 
 // idle is a poll that wants a command, or nothing.

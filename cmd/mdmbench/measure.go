@@ -2,6 +2,8 @@ package main
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"os"
@@ -9,10 +11,16 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"time"
 
+	"golang.org/x/sync/errgroup"
+
+	"github.com/nanomdm/nanomdm/mdm"
 	"github.com/nanomdm/nanomdm/mdm/mdmtest"
+	"github.com/nanomdm/nanomdm/storage"
+	"github.com/nanomdm/nanomdm/storage/sqlstore"
 )
 
 // commandsEach is how many commands a device fetches and acknowledges.
@@ -47,6 +55,7 @@ type report struct {
 	note     string
 	rows     []row
 	enqueue  float64 // rows a second
+	loaded   int64   // memory of the daemon, with many devices; 0 if it was not measured
 	scaled   float64 // those, for each request a second of the reference
 	resident int64
 }
@@ -436,13 +445,90 @@ func (b *bench) largeFleet(ctx context.Context, devices []device) error {
 		return err
 	}
 	for b.made < b.o.fleet {
-		more, err := b.add(ctx, min(10_000, b.o.fleet-b.made))
+		n := min(10_000, b.o.fleet-b.made)
+		more, err := b.add(ctx, n/pollingShare)
 		if err != nil {
 			return err
 		}
-		devices = append(devices, more[:len(more)/5]...) // a fifth polls, from all over
+		devices = append(devices, more...)
+		if err := b.plant(ctx, n-n/pollingShare); err != nil {
+			return err
+		}
 	}
-	return b.idle(ctx, fleetName(b.o.fleet), devices, 8)
+	if err := b.idle(ctx, fleetName(b.o.fleet), devices, 8); err != nil {
+		return err
+	}
+	return b.fullLoad(ctx, devices)
+}
+
+// fullLoad has all devices poll, fetch and report over many connections, and
+// notes the memory of the daemon at its highest so far.
+func (b *bench) fullLoad(ctx context.Context, devices []device) error {
+	visits, err := b.visits(ctx, devices, 1)
+	if err != nil {
+		return err
+	}
+	o, err := drive(ctx, b.daemon.addr, 256, visits, 0, false)
+	if err != nil {
+		return err
+	}
+	if o.failed > 0 {
+		return fmt.Errorf("%d of %d requests failed: %s", o.failed, o.requests, o.failure)
+	}
+	b.report.loaded, err = b.daemon.resident()
+	fmt.Fprintf(os.Stderr, "%-10s  memory with %d devices at 256 connections, and before: at most %d MB\n", b.db.label, len(devices), b.report.loaded>>20)
+	return err
+}
+
+// pollingShare is the part of a large fleet, one in so many, that polls.
+const pollingShare = 10
+
+// plant enrolls devices that are never heard of again. It goes to the database
+// as a second replica would: their signatures are of no interest.
+func (b *bench) plant(ctx context.Context, count int) error {
+	store, err := sqlstore.Open(ctx, sqlstore.Config{Driver: b.db.storage, DSN: b.db.dsn})
+	if err != nil {
+		return fmt.Errorf("opening the database: %w", err)
+	}
+	var next atomic.Int64
+	work, ctx := errgroup.WithContext(ctx)
+	for range 128 {
+		work.Go(func() error {
+			for {
+				i := int(next.Add(1)) - 1
+				if i >= count {
+					return nil
+				}
+				if err := enrollDirectly(ctx, store, deviceID(b.made+i)); err != nil {
+					return fmt.Errorf("enrolling: %w", err)
+				}
+			}
+		})
+	}
+	err = work.Wait()
+	b.made += count
+	return errors.Join(err, store.Close())
+}
+
+func enrollDirectly(ctx context.Context, store *sqlstore.Store, udid string) error {
+	hash := sha256.Sum256([]byte(udid))
+	src := storage.Source{
+		Enroll: mdm.EnrollID{Type: mdm.Device, ID: udid},
+		Pin:    &storage.Pin{Hash: hex.EncodeToString(hash[:]), NotAfter: time.Now().AddDate(1, 0, 0)},
+	}
+	d := device{udid: udid}
+	authenticate := &mdm.Authenticate{
+		Topic: mdmtest.DefaultTopic, DeviceName: "Mac", Model: "Mac16,1", ModelName: "MacBook Pro",
+		OSVersion: "26.0", BuildVersion: "25A354", SerialNumber: "S" + udid[:8], Raw: d.authenticate(),
+	}
+	if _, err := store.Apply(ctx, &storage.Authenticate{Src: src, Message: authenticate}); err != nil {
+		return err
+	}
+	update := &mdm.TokenUpdate{
+		Topic: mdmtest.DefaultTopic, PushMagic: "magic " + udid, Token: []byte("token " + udid), Raw: d.tokenUpdate(),
+	}
+	_, err := store.Apply(ctx, &storage.TokenUpdate{Src: src, Message: update})
+	return err
 }
 
 // enqueue measures rows queued a second.

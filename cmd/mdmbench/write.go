@@ -40,6 +40,9 @@ func goals(o *options) []goal {
 			fmt.Sprintf("idle at %d enrollments, to idle at %d", o.fleet, o.devices),
 			[3]float64{0.9, 0.9, 0.9}, false, quotient(fleetName(o.fleet), fleetName(o.devices)),
 		},
+		{"memory of the daemon, MB, with that many enrollments and a tenth of them polling and reporting", [3]float64{100, 100, 100}, true, func(r *report) (float64, bool) {
+			return float64(r.loaded) / 1e6, r.loaded > 0
+		}},
 		{"commits a report, 64 connections", [3]float64{0.05, 0.05, 0.06}, true, commitsPerReport},
 		{"enqueue, rows a second to the peer's (scaled, see Method)", [3]float64{2, 2, 1}, false, func(r *report) (float64, bool) {
 			if r.engine.storage == "mysql" {
@@ -125,6 +128,8 @@ const method = `
 - Fetch and acknowledge: %d commands a device, each visit one poll and %d reports on
   one connection. Mixed: three polls a device, a command for one in four, a
   TokenUpdate for one in ten.
+- Of the large fleet a tenth polls, with identities; the others were enrolled in the
+  database by a second replica. Memory is the most that was resident up to then.
 - History and the size of the fleet are compared by their ratios to the reference.
   With history, %d devices poll, at 8 connections.
 - CPU is from /proc, in units of 10 ms, for the daemon's process and the database
