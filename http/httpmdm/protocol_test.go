@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/base64"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -643,6 +644,42 @@ func TestBudget(t *testing.T) {
 	<-entered
 	close(leave)
 	wg.Wait()
+}
+
+// A store whose queue is full, or that is away, makes devices come again, and
+// says why it refused.
+func TestBusyStoreIs503(t *testing.T) {
+	for reason, cause := range map[string]error{
+		httpmdm.ReasonUnavailable: fmt.Errorf("applying a device's message: %w", storage.ErrBusy),
+		httpmdm.ReasonError:       errors.New("broken"),
+	} {
+		t.Run(reason, func(t *testing.T) {
+			ca, err := mdmtest.NewCA()
+			require.NoError(t, err)
+			verifier, err := certverify.New(ca.PEM(), nil, certverify.Config{})
+			require.NoError(t, err)
+			var refused []string
+			h := httpmdm.New(service.HandlerFunc(func(context.Context, *service.Request) (*service.Response, error) { return nil, cause }),
+				httpmdm.SignatureIdentity(verifier), httpmdm.Config{Refused: func(reason string) { refused = append(refused, reason) }})
+			srv := httptest.NewServer(h.MDM(httpmdm.Any))
+			defer srv.Close()
+			id, err := ca.Issue("D1")
+			require.NoError(t, err)
+			d, err := mdmtest.NewDevice(srv.URL, id, mdmtest.Config{UDID: "D1"})
+			require.NoError(t, err)
+			resp, err := d.Do(t.Context(), "", reportType, report("D1", "Idle", "", ""))
+			require.NoError(t, err)
+			require.Empty(t, resp.Body)
+			require.Equal(t, []string{reason}, refused)
+			if errors.Is(cause, storage.ErrBusy) {
+				require.Equal(t, 503, resp.Status)
+				require.Equal(t, "5", resp.Header.Get("Retry-After"))
+			} else {
+				require.Equal(t, 500, resp.Status)
+				require.Empty(t, resp.Header.Get("Retry-After"))
+			}
+		})
+	}
 }
 
 func TestPanicIs500AndSurvived(t *testing.T) {
