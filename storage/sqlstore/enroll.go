@@ -247,7 +247,9 @@ func updateTokens(ctx context.Context, t *tx, batch []*pending, all *enrollments
 			if e.tally > 0 && e.enrolledAt.Valid {
 				enrolledAt = e.enrolledAt.V
 			}
-			repeating = append(repeating, p.id())
+			if e.enrolledAt.Valid { // it may have been owed a push
+				repeating = append(repeating, p.id())
+			}
 		}
 		p.out.Tally = int(tally)
 		p.facts.tally = p.out.Tally
@@ -290,7 +292,7 @@ func updateTokens(ctx context.Context, t *tx, batch []*pending, all *enrollments
 }
 
 // revive makes enrollments with a new token pushable, and has what is owed to
-// those that were there before pushed at once.
+// those that had one before pushed at once.
 func revive(ctx context.Context, t *tx, ids, repeating []string) error {
 	args := make([]any, 0, len(ids))
 	for _, id := range ids {
