@@ -291,7 +291,11 @@ func (e *env) showEnrollment(x *enrollment) error {
 	if q := x.Queue; q != nil {
 		rows = append(rows, [2]string{"queue", fmt.Sprintf("%d queued, %d answered NotNow, %d scheduled", q.Queued, q.NotNow, q.Scheduled)})
 		if h := q.Head; h != nil {
-			rows = append(rows, [2]string{"head of the queue", fmt.Sprintf("%s %s, %s, answered NotNow %d times", h.RequestType, h.CommandUUID, h.State, h.NotNowCount)})
+			head := joined(h.RequestType+" "+h.CommandUUID, h.State)
+			if h.NotNowCount > 0 {
+				head += fmt.Sprintf(", answered NotNow %d times", h.NotNowCount)
+			}
+			rows = append(rows, [2]string{"head of the queue", head})
 		}
 	}
 	rows = append(rows, [2]string{"user channels", joined(x.Channels...)})
