@@ -20,11 +20,13 @@ type QueueItem struct {
 	Priority     int
 	CreatedAt    time.Time
 	// Zero times: never.
-	NotBefore    time.Time // while it is scheduled
-	ExpiresAt    time.Time
-	FinishedAt   time.Time
-	NotNowAt     time.Time
-	NotNowCount  int
+	NotBefore   time.Time // while it is scheduled
+	ExpiresAt   time.Time
+	FinishedAt  time.Time
+	NotNowAt    time.Time
+	NotNowCount int
+	// Attempts counts how often the device was offered it and did not answer
+	// within some hundred milliseconds. It may lag as last-seen times do.
 	Attempts     int
 	SupersedeKey string
 }

@@ -153,8 +153,12 @@ func (d *diagnosis) queue() {
 	case storage.Queued:
 		// It came since, so it was offered the command.
 		if d.e.LastSeenAt.Sub(h.CreatedAt) > answering && d.now.Sub(d.e.LastSeenAt) > answering {
-			d.say("It came at %s and has not answered the command at the head of its queue, %s, which waits since %s: the device may choke on it; cancelling it lets the next one through.",
-				stamp(d.e.LastSeenAt), name, stamp(h.CreatedAt))
+			offered := ""
+			if h.Attempts > 1 {
+				offered = fmt.Sprintf(" and was offered %d times", h.Attempts)
+			}
+			d.say("It came at %s and has not answered the command at the head of its queue, %s, which waits since %s%s: the device may choke on it; cancelling it lets the next one through.",
+				stamp(d.e.LastSeenAt), name, stamp(h.CreatedAt), offered)
 		}
 	}
 	if !h.ExpiresAt.IsZero() && h.ExpiresAt.Sub(d.now) < nearExpiry {

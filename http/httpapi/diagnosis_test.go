@@ -81,6 +81,9 @@ func TestDiagnosis(t *testing.T) {
 		"came and did not answer": {func(d *httpapi.DiagnosisForTest) {
 			d.Head = &storage.QueueItem{CommandUUID: "C", RequestType: "X", State: storage.Queued, CreatedAt: ago(3 * time.Hour)}
 		}, []string{"It came at 2026-03-01T11:00:00Z and has not answered the command at the head of its queue, X C, which waits since 2026-03-01T09:00:00Z: the device may choke on it; cancelling it lets the next one through."}},
+		"came many times and did not answer": {func(d *httpapi.DiagnosisForTest) {
+			d.Head = &storage.QueueItem{CommandUUID: "C", RequestType: "X", State: storage.Queued, CreatedAt: ago(3 * time.Hour), Attempts: 7}
+		}, []string{"It came at 2026-03-01T11:00:00Z and has not answered the command at the head of its queue, X C, which waits since 2026-03-01T09:00:00Z and was offered 7 times: the device may choke on it; cancelling it lets the next one through."}},
 		"no certificate": {func(d *httpapi.DiagnosisForTest) { d.E.Certificate = nil },
 			[]string{"No identity certificate is pinned to it: what it sends is refused unless the server runs with -retro."}},
 		"expired certificate": {func(d *httpapi.DiagnosisForTest) { d.E.Certificate.NotAfter = ago(day) },

@@ -36,6 +36,10 @@ type activity struct {
 	// what is owed when it is written: a newer debt keeps its own time.
 	setPushAt bool
 	pushAt    int64
+	// offered is the command that the device was offered last, and how many
+	// times, as long as it says nothing of it.
+	offered string
+	offers  int
 }
 
 // merge adds what b knows. Numbers only grow; the push time belongs to the
@@ -44,6 +48,13 @@ func (a activity) merge(b activity) activity {
 	a.seen = max(a.seen, b.seen)
 	if b.paid > a.paid || b.paid == a.paid && b.setPushAt {
 		a.paid, a.setPushAt, a.pushAt = b.paid, b.setPushAt, b.pushAt
+	}
+	switch {
+	case b.seen == 0:
+	case b.offered == a.offered:
+		a.offers += b.offers
+	default: // it has gone on, or has none
+		a.offered, a.offers = b.offered, b.offers
 	}
 	return a
 }
@@ -214,9 +225,10 @@ func (a *activityLog) flushEvents(ctx context.Context, events []outEvent) error 
 	return nil
 }
 
-// store writes one chunk in one transaction.
+// store writes one chunk in one transaction, and in another one what devices
+// were offered and have not answered yet, which locks queue rows.
 func (a *activityLog) store(ctx context.Context, chunk []activity) error {
-	return a.s.write(ctx, func(ctx context.Context, t *tx) error {
+	err := a.s.write(ctx, func(ctx context.Context, t *tx) error {
 		if err := storeSeen(ctx, t, chunk); err != nil {
 			return err
 		}
@@ -225,6 +237,43 @@ func (a *activityLog) store(ctx context.Context, chunk []activity) error {
 		}
 		return storePaid(ctx, t, chunk, true)
 	})
+	offers := offersOf(chunk)
+	if err != nil || len(offers) == 0 {
+		return err
+	}
+	return a.s.write(ctx, func(ctx context.Context, t *tx) error { return storeOffers(ctx, t, offers) })
+}
+
+// offersOf returns the rows that were offered, by how often.
+func offersOf(chunk []activity) map[int][]queueKey {
+	offers := make(map[int][]queueKey)
+	for _, n := range chunk {
+		if n.offers > 0 {
+			offers[n.offers] = append(offers[n.offers], queueKey{n.id, n.offered})
+		}
+	}
+	return offers
+}
+
+// storeOffers counts offers of rows that still wait.
+func storeOffers(ctx context.Context, t *tx, offers map[int][]queueKey) error {
+	for times, keys := range offers {
+		where, args := t.amongKeys(keys)
+		waiting, err := queueKeys(ctx, t, "SELECT id, command_uuid FROM nano_enrollment_queue"+t.d.by("PRIMARY")+" WHERE "+where+
+			fmt.Sprintf(" AND state < %d ORDER BY id, command_uuid", storage.Acknowledged)+t.d.forUpdate, args...)
+		if err != nil {
+			return fmt.Errorf("locking commands that were offered: %w", err)
+		}
+		if len(waiting) == 0 {
+			continue
+		}
+		where, args = t.amongKeys(waiting)
+		_, err = t.exec(ctx, "UPDATE nano_enrollment_queue"+t.d.by("PRIMARY")+" SET attempts = attempts + ? WHERE "+where, append([]any{times}, args...)...)
+		if err != nil {
+			return fmt.Errorf("counting offers: %w", err)
+		}
+	}
+	return nil
 }
 
 func storeSeen(ctx context.Context, t *tx, chunk []activity) error {

@@ -141,6 +141,9 @@ func offer(ctx context.Context, t *tx, reports []*pending, subs map[string]*subj
 		case sub.queued.Valid:
 			due[p] = sub.queued.V
 		}
+		if uuid, ok := due[p]; ok {
+			p.note.offered, p.note.offers = uuid, 1
+		}
 	}
 	return readCommands(ctx, t, due)
 }

@@ -8,6 +8,8 @@ import (
 
 	"github.com/stretchr/testify/require"
 
+	"github.com/nanomdm/nanomdm/mdm"
+	"github.com/nanomdm/nanomdm/storage"
 	"github.com/nanomdm/nanomdm/storage/sqlstore"
 )
 
@@ -19,6 +21,7 @@ func activityTests() []subtest {
 		{"last seen never goes back", activityLater},
 		{"a poll pays for what was owed when it came", activityPays},
 		{"replicas flush the same enrollments at once", activityAtOnce},
+		{"what was offered without an answer is counted", activityOffers},
 	}
 }
 
@@ -113,4 +116,33 @@ func activityAtOnce(t *testing.T, h *Harness) {
 	wg.Wait()
 	require.EqualValues(t, len(ids), h.Int(t, "SELECT COUNT(*) FROM nano_enrollment_activity WHERE last_seen_at = ?", at.UnixMicro()))
 	require.Zero(t, h.Int(t, "SELECT COUNT(*) FROM nano_enrollment_push WHERE paid_seq < owed_seq"))
+}
+
+func activityOffers(t *testing.T, h *Harness) {
+	h.Enroll(t, "D", "E")
+	h.enqueue(t, []string{"D", "E"}, "C1", "C2")
+	attempts := func(id, uuid string) int {
+		t.Helper()
+		require.NoError(t, h.Store.Flush(t.Context()))
+		item, err := h.Store.QueueItem(t.Context(), storage.Scope{}, id, uuid)
+		require.NoError(t, err)
+		return item.Attempts
+	}
+	d := h.device("D")
+	for range 2 {
+		require.Equal(t, "C1", d.polls(t))
+	}
+	require.Equal(t, 2, attempts("D", "C1"))
+	require.Equal(t, "C1", d.polls(t))
+	require.Equal(t, 3, attempts("D", "C1"))
+	require.Equal(t, 3, attempts("D", "C1"), "once each")
+	require.Zero(t, attempts("E", "C1"))
+
+	require.Equal(t, "C1", d.polls(t))
+	require.Equal(t, "C2", d.reports(t, mdm.StatusAcknowledged, "C1"))
+	require.Equal(t, 3, attempts("D", "C1"), "the answer came at once")
+	require.Equal(t, 1, attempts("D", "C2"))
+	require.Equal(t, "C2", d.polls(t))
+	require.Empty(t, d.reports(t, mdm.StatusAcknowledged, "C2"))
+	require.Equal(t, 1, attempts("D", "C2"))
 }
