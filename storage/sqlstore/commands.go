@@ -368,7 +368,7 @@ func readCommand(ctx context.Context, t *tx, scope storage.Scope, uuid string) (
 	if len(list) == 0 {
 		return nil, storage.ErrNotFound
 	}
-	from, args := commandRows(scope, uuid)
+	from, args := commandRows(t.d, scope, uuid)
 	rows, err := t.query(ctx, "SELECT q.state, COUNT(*) FROM "+from+" GROUP BY q.state", args...)
 	if err != nil {
 		return nil, err
@@ -389,9 +389,9 @@ func readCommand(ctx context.Context, t *tx, scope storage.Scope, uuid string) (
 }
 
 // commandRows is the rows of a command that a scope sees.
-func commandRows(scope storage.Scope, uuid string) (from string, args []any) {
+func commandRows(d *dialect, scope storage.Scope, uuid string) (from string, args []any) {
 	condition, topics := scoped(scope)
-	from = "nano_enrollment_queue q"
+	from = "nano_enrollment_queue q" + d.by("nano_enrollment_queue_command_uuid")
 	if condition != "" {
 		from += " JOIN nano_enrollments e ON e.id = q.id" + condition
 	}
@@ -403,7 +403,7 @@ func (s *Store) CommandItems(ctx context.Context, scope storage.Scope, uuid stri
 	if !storable(uuid) {
 		return nil, nil
 	}
-	q, args := itemsQuery(scope, uuid, state, after, limit)
+	q, args := itemsQuery(s.d, scope, uuid, state, after, limit)
 	err = s.read(ctx, func(ctx context.Context, t *tx) error {
 		items = nil
 		ids, err := textColumn(ctx, t, q, slices.Clone(args)...)
@@ -411,9 +411,12 @@ func (s *Store) CommandItems(ctx context.Context, scope storage.Scope, uuid stri
 			return err
 		}
 		ids = slices.Compact(ids) // one that changed its state meanwhile
-		place, args := among(ids)
-		items, err = scanItems(t.query(ctx, "SELECT "+itemColumns+" FROM nano_enrollment_queue q WHERE q.command_uuid = ? AND q.id IN "+place+" ORDER BY q.id",
-			append([]any{uuid}, args...)...))
+		keys := make([]queueKey, len(ids))
+		for i, id := range ids {
+			keys[i] = queueKey{id, uuid}
+		}
+		where, args := t.amongKeys(keys)
+		items, err = scanItems(t.query(ctx, "SELECT "+itemColumns+" FROM nano_enrollment_queue q"+t.d.by("PRIMARY")+" WHERE "+where+" ORDER BY q.id", args...))
 		if err != nil {
 			return err
 		}
@@ -426,16 +429,18 @@ func (s *Store) CommandItems(ctx context.Context, scope storage.Scope, uuid stri
 }
 
 // itemsQuery reads each state's stretch of the index by command.
-func itemsQuery(scope storage.Scope, uuid string, state storage.State, after string, limit int) (q string, args []any) {
+func itemsQuery(d *dialect, scope storage.Scope, uuid string, state storage.State, after string, limit int) (q string, args []any) {
 	states := storage.States()
 	if state != 0 {
 		states = []storage.State{state}
 	}
 	var parts []string
 	for i, state := range states {
-		from, more := commandRows(scope, uuid)
-		parts = append(parts, fmt.Sprintf("SELECT id FROM (SELECT q.id FROM %s AND q.state = ? AND q.id > ? ORDER BY q.id LIMIT ?) part%d", from, i))
-		args = append(append(args, more...), int(state), after, limit)
+		from, more := commandRows(d, scope, uuid)
+		// The number is in the text, or PostgreSQL takes each state for a
+		// common one, and reads the primary key until it finds some.
+		parts = append(parts, fmt.Sprintf("SELECT id FROM (SELECT q.id FROM %s AND q.state = %d AND q.id > ? ORDER BY q.id LIMIT ?) part%d", from, state, i))
+		args = append(append(args, more...), after, limit)
 	}
 	return strings.Join(parts, "\nUNION ALL ") + "\nORDER BY id LIMIT ?", append(args, limit)
 }
@@ -445,7 +450,7 @@ func (s *Store) CommandWaits(ctx context.Context, scope storage.Scope, uuid stri
 	if !storable(uuid) {
 		return false, nil
 	}
-	from, args := commandRows(scope, uuid)
+	from, args := commandRows(s.d, scope, uuid)
 	err = s.read(ctx, func(ctx context.Context, t *tx) error {
 		var one int
 		err := t.queryRow(ctx, "SELECT 1 FROM "+from+fmt.Sprintf(" AND q.state IN (%d, %d, %d) LIMIT 1",

@@ -114,4 +114,5 @@ func usesIndexes(t *testing.T, h *storagetest.Harness, name string, indexes []st
 		require.Regexp(t, `\b`+index+`\b`, plan, name)
 	}
 	require.NotRegexp(t, `Seq Scan|SCAN nano_|"access_type": "ALL".*nano_`, plan, name)
+	require.NotContains(t, plan, "nano_enrollment_queue_pkey", name)
 }

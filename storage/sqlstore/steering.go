@@ -81,7 +81,7 @@ func (s *Store) CancelCommand(ctx context.Context, scope storage.Scope, uuid str
 	}
 	for _, state := range waitingStates {
 		for after, more := "", true; more; {
-			q, args := itemsQuery(scope, uuid, state, after, enqueueRows)
+			q, args := itemsQuery(s.d, scope, uuid, state, after, enqueueRows)
 			n := 0
 			err := s.write(ctx, func(ctx context.Context, t *tx) error {
 				ids, err := textColumn(ctx, t, q, slices.Clone(args)...)
