@@ -265,9 +265,10 @@ ORDER BY q.id, q.state, q.priority DESC, q.seq LIMIT 1)`, d.by("nano_enrollment_
 	}
 	return `SELECT e.id, e.enabled, e.operator_disabled, a.sha256, p.owed_seq, p.paid_seq, p.push_at` +
 		head(storage.Queued) + head(storage.NotNow) + `
-FROM ` + d.pairs + ` nano_enrollments e ON e.id = r.id
-LEFT JOIN nano_cert_auth_associations a ON a.id = e.device_id AND a.retired_at IS NULL
-LEFT JOIN nano_enrollment_push p ON p.id = e.id`
+FROM ` + d.pairs +
+		d.lookup(false, "nano_enrollments", "e", "e.id = r.id") +
+		d.lookup(true, "nano_cert_auth_associations", "a", "a.id = e.device_id AND a.retired_at IS NULL") +
+		d.lookup(true, "nano_enrollment_push", "p", "p.id = e.id")
 }
 
 // subjects reads enrollments, and the next command of each besides that of the

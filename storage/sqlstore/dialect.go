@@ -50,10 +50,12 @@ type dialect struct {
 	arrays  bool
 	columns string
 	kinds   map[string]string
-	// pairs begins a FROM with the derived table r (id, command_uuid), joined
-	// to what follows, in that order; pairArgs are its arguments.
+	// pairs is the derived table r (id, command_uuid), pairArgs its arguments.
 	pairs    string
 	pairArgs func(keys []queueKey) ([]any, error)
+	// lookup joins the one row of a table that fits, or with left perhaps none,
+	// by an index whatever the planner thinks of reading the whole table.
+	lookup func(left bool, table, alias, on string) string
 
 	// conflict writes what follows INSERT ... VALUES (...) in an upsert, and
 	// proposed names a column of the row that was to be inserted.
@@ -193,6 +195,18 @@ func (d *dialect) replaceNew(expr string) string {
 		}
 		b.WriteString(expr[:i] + d.proposed(expr[i+len(prefix):end]))
 		expr = expr[end:]
+	}
+}
+
+// inOrder is the lookup of engines that go by the order of the tables if they
+// are joined by the given word.
+func inOrder(join string) func(left bool, table, alias, on string) string {
+	return func(left bool, table, alias, on string) string {
+		word := join
+		if left {
+			word = "LEFT JOIN"
+		}
+		return " " + word + " " + table + " " + alias + " ON " + on
 	}
 }
 

@@ -175,7 +175,7 @@ func mariadbDialect() *dialect {
 
 func jsonTable(d *dialect) string {
 	id := d.words["id"]
-	return "JSON_TABLE(?, '$[*]' COLUMNS (id " + id + " PATH '$[0]', command_uuid " + id + " PATH '$[1]')) r STRAIGHT_JOIN"
+	return "JSON_TABLE(?, '$[*]' COLUMNS (id " + id + " PATH '$[0]', command_uuid " + id + " PATH '$[1]')) r"
 }
 
 // mysqlCommon is what MySQL and MariaDB share.
@@ -190,6 +190,7 @@ func mysqlCommon() *dialect {
 		polls:      1,
 		changes:    1,
 		pairArgs:   jsonPairs,
+		lookup:     inOrder("STRAIGHT_JOIN"),
 		number:     "?",
 
 		unique: func(err error) bool {

@@ -83,8 +83,16 @@ func pgsqlDialect() *dialect {
 		columns: `SELECT table_name || '.' || column_name, CASE data_type WHEN 'bytea' THEN 'bytea[]'
 WHEN 'bigint' THEN 'bigint[]' WHEN 'smallint' THEN 'bigint[]' ELSE 'text[]' END
 FROM information_schema.columns WHERE table_schema = current_schema()`,
-		pairs:    "unnest(?::text[], ?::text[]) AS r (id, command_uuid) JOIN",
+		pairs:    "unnest(?::text[], ?::text[]) AS r (id, command_uuid)",
 		pairArgs: arrayPairs,
+		// The limit keeps the planner from a hash join.
+		lookup: func(left bool, table, alias, on string) string {
+			join := " JOIN"
+			if left {
+				join = " LEFT JOIN"
+			}
+			return join + " LATERAL (SELECT * FROM " + table + " " + alias + " WHERE " + on + " LIMIT 1) " + alias + " ON true"
+		},
 
 		conflict: onConflict,
 		proposed: excluded,

@@ -1,6 +1,7 @@
 package sqlstore_test
 
 import (
+	"fmt"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -16,7 +17,11 @@ func TestDeviceStatementsAreSeeks(t *testing.T) {
 		t.Run(engine.Name, func(t *testing.T) {
 			h := storagetest.NewHarness(t, engine)
 			plantFleet(t, h, 3000)
-			for name, s := range h.Store.DeviceStatementsForTest([]string{"D000007", "D000008", "D001234"}, "C1") {
+			var ids []string
+			for i := range 30 {
+				ids = append(ids, fmt.Sprintf("D%06d", 7*i))
+			}
+			for name, s := range h.Store.DeviceStatementsForTest(ids, "C1") {
 				plan, err := h.Store.ExplainForTest(t.Context(), s.Text, s.Args...)
 				require.NoError(t, err, name)
 				require.NotRegexp(t, `Seq Scan|SCAN nano_|SCAN [apq]\b|"access_type": "(ALL|index)",\s*"(rows|possible_keys|key)"[^}]*nano_`, plan, name)

@@ -144,8 +144,9 @@ func sqliteDialect() *dialect {
 		changes:  1,
 		stepwise: true,
 		number:   "?",
-		pairs:    "(SELECT value ->> 0 AS id, value ->> 1 AS command_uuid FROM json_each(?)) r CROSS JOIN",
+		pairs:    "(SELECT value ->> 0 AS id, value ->> 1 AS command_uuid FROM json_each(?)) r",
 		pairArgs: jsonPairs,
+		lookup:   inOrder("CROSS JOIN"),
 
 		conflict: onConflict,
 		proposed: excluded,
