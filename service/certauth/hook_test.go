@@ -117,7 +117,9 @@ func TestHookAnswers(t *testing.T) {
 		{"404", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(404) }, 503, nil},
 		{"500", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(500) }, 503, nil},
 		{"201", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(201) }, 503, nil},
-		{"a redirect", func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "/elsewhere", 307) }, 503, nil},
+		{"a redirect", func(w http.ResponseWriter, r *http.Request) {
+			http.Redirect(w, r, "/elsewhere", http.StatusTemporaryRedirect)
+		}, 503, nil},
 		{"a broken connection", func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }, 503, nil},
 	} {
 		t.Run(c.name, func(t *testing.T) {
