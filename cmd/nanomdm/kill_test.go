@@ -130,8 +130,12 @@ func TestKilled(t *testing.T) {
 			}
 			t.Logf("%d results taken over %d kills, %d deliveries", f.count(), *kills, len(c.events()))
 			for _, id := range ids {
-				require.Eventually(t, func() bool { return len(reported(c, id)) >= len(f.taken[id]) }, time.Minute, 100*time.Millisecond,
-					"%s: %d of %d results arrived", id, len(reported(c, id)), len(f.taken[id]))
+				for want, begun, last := len(f.taken[id]), time.Now(), 0; len(reported(c, id)) < want; pace(t.Context(), 200*time.Millisecond) {
+					if n := len(c.events()); n > last {
+						begun, last = time.Now(), n
+					}
+					require.Less(t, time.Since(begun), time.Minute, "%s: %d of %d results arrived, and no more come: %s", id, len(reported(c, id)), want, m.log)
+				}
 				require.Equal(t, f.taken[id], reported(c, id))
 			}
 		})

@@ -30,6 +30,12 @@ const (
 	// laneTick gathers what is due again, and saveEvery what was delivered.
 	laneTick  = 50 * time.Millisecond
 	saveEvery = 500 * time.Millisecond
+	// An event that failed quickly is tried again at once, triesInPlace times in
+	// all and with pauses of at most pauseInPlace, before its enrollment waits
+	// in the database: most failures are passing.
+	triesInPlace = 3
+	quickly      = time.Second
+	pauseInPlace = 400 * time.Millisecond
 	// breakAfter failures without a success in between mean that the receiver
 	// is down.
 	breakAfter = 10
@@ -71,6 +77,7 @@ type result struct {
 	lane    *lane
 	sent    int
 	failure *failure
+	tries   int  // of that one
 	cut     bool // it failed since the work ends
 }
 
@@ -567,7 +574,7 @@ func (r *runner) launch(sending context.Context, l *lane) {
 				res.sent++
 				continue
 			}
-			if res.failure = r.d.send.send(sending, &r.sink, e); res.failure != nil {
+			if res.failure, res.tries = r.send(sending, e); res.failure != nil {
 				res.cut = sending.Err() != nil
 				break
 			}
@@ -577,6 +584,25 @@ func (r *runner) launch(sending context.Context, l *lane) {
 		}
 		r.results <- res // has room for each worker
 	}()
+}
+
+// send tries an event, more than once if that may help soon.
+func (r *runner) send(sending context.Context, e *storage.EventRecord) (f *failure, tries int) {
+	for {
+		begun := time.Now()
+		f = r.d.send.send(sending, &r.sink, e)
+		tries++
+		pause := r.pause(e.Attempts + tries)
+		switch {
+		case f == nil, sending.Err() != nil, f.gone || f.unfit || f.after > 0, r.down(),
+			tries == triesInPlace, time.Since(begun) > quickly, pause > pauseInPlace:
+			return f, tries
+		}
+		r.count.failures.Add(1)
+		if !sleep(sending, jitter(pause)) {
+			return f, tries
+		}
+	}
 }
 
 // wait puts an event behind what waits.
@@ -642,7 +668,7 @@ func (r *runner) laneEnded(l *lane, now time.Time) {
 // laneFailed keeps what a lane could not deliver.
 func (r *runner) laneFailed(l *lane, res result, now time.Time) {
 	e := &l.events[res.sent]
-	attempts := e.Attempts + 1
+	attempts := e.Attempts + res.tries
 	next := now.Add(jitter(r.pause(attempts)))
 	if next.Before(r.pausedTo) {
 		next = r.pausedTo
