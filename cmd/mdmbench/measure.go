@@ -132,6 +132,7 @@ var inOrder = [...]measurement{
 	{"history", (*bench).history},
 	{"fetch", (*bench).fetch},
 	{"mixed", (*bench).mixed},
+	{"webhook", (*bench).webhook},
 	{"fleet", (*bench).largeFleet},
 	{"enqueue", (*bench).enqueue},
 }

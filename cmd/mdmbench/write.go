@@ -43,6 +43,8 @@ func goals(o *options) []goal {
 		{"memory of the daemon, MB, with that many enrollments and a tenth of them polling and reporting", [3]float64{100, 100, 100}, true, func(r *report) (float64, bool) {
 			return float64(r.loaded) / 1e6, r.loaded > 0
 		}},
+		{"reports with webhook, to reports without", [3]float64{0.8, 0.8, 0.8}, false, hookedRatio},
+		{"p99 of reports while the webhook receiver hangs, to p99 without webhook", [3]float64{1.2, 1.2, 1.2}, true, hangingLatency},
 		{"commits a report, 64 connections", [3]float64{0.05, 0.05, 0.06}, true, commitsPerReport},
 		{"enqueue, rows a second to the peer's (scaled, see Method)", [3]float64{2, 2, 1}, false, func(r *report) (float64, bool) {
 			if r.engine.storage == "mysql" {
@@ -130,6 +132,9 @@ const method = `
   TokenUpdate for one in ten.
 - Of the large fleet a tenth polls, with identities; the others were enrolled in the
   database by a second replica. Memory is the most that was resident up to then.
+- Reports with webhook are fetch and acknowledge while each report is told to a
+  receiver, which is part of the client; it answers at once, or takes the requests
+  and does not answer. What waited for it then is taken afterwards.
 - History and the size of the fleet are compared by their ratios to the reference.
   With history, %d devices poll, at 8 connections.
 - CPU is from /proc, in units of 10 ms, for the daemon's process and the database
