@@ -83,6 +83,7 @@ type fakeServer struct {
 	enrolled map[string]bool
 	queues   map[string][]*fakeCommand
 	reports  int
+	enough   func() // called at the 20th report, if set
 	tokens   map[string]pushToken
 	push     *pusher // nil without APNs
 	pushCert []byte
@@ -187,6 +188,9 @@ func (f *fakeServer) device(w http.ResponseWriter, r *http.Request) {
 
 func (f *fakeServer) report(id, status, uuid string) []byte {
 	f.reports++
+	if f.reports == 20 && f.enough != nil {
+		f.enough()
+	}
 	queue := f.queues[id]
 	for i, command := range queue {
 		switch {
@@ -419,10 +423,10 @@ func TestLoadKeepsItsDevices(t *testing.T) {
 }
 
 func TestLoadStopsWhenTold(t *testing.T) {
-	_, args := newLoadServer(t)
+	fake, args := newLoadServer(t)
 	ctx, cancel := context.WithCancel(t.Context())
-	timer := time.AfterFunc(100*time.Millisecond, cancel)
-	defer timer.Stop()
+	defer cancel()
+	fake.enough = cancel
 	got := mdmsim(ctx, nil, append(args, "-duration", "1h")...)
 	require.Equal(t, 1, got.code)
 	require.Contains(t, got.out, "Idle", "the summary comes all the same")
