@@ -54,9 +54,9 @@ func run(ctx context.Context, args []string) error {
 	flags.IntVar(&o.devices, "devices", 2000, "how many devices")
 	flags.IntVar(&o.fleet, "fleet", 200_000, "how many enrollments the large fleet has; 0 leaves it out")
 	flags.IntVar(&o.history, "history", 500, "how many finished commands a device has in the end; 0 leaves it out")
-	flags.IntVar(&o.historyFleet, "history-devices", 200, "how many devices have that history")
+	flags.IntVar(&o.historyFleet, "history-devices", 100, "how many devices have that history")
 	flags.IntVar(&o.rounds, "rounds", 3, "how often each measurement is made; the median counts")
-	flags.DurationVar(&o.duration, "duration", 2*time.Second, "how long a measurement of idle takes")
+	flags.DurationVar(&o.duration, "duration", 1500*time.Millisecond, "how long a measurement of idle takes")
 	flags.BoolVar(&o.quick, "quick", false, "a fraction of everything, in a minute or two for each engine")
 	if err := flags.Parse(args); err != nil {
 		return err
