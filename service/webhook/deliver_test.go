@@ -53,7 +53,7 @@ func TestParallelAcrossEnrollmentsOnly(t *testing.T) {
 		ids := []string{"A", "B", "C", "D", "E", "F", "G", "H"}
 		w.enroll(ids...)
 		w.drained(time.Minute)
-		require.Equal(t, 4, w.receiver.most)
+		require.Equal(t, 4, w.receiver.mostAtOnce())
 		got := w.receiver.requests()
 		require.Len(t, got, 16)
 		// Two of each of eight, four at once, a second each.
@@ -172,7 +172,7 @@ func TestHangingReceiver(t *testing.T) {
 			time.Sleep(30 * time.Second)
 		}
 		require.True(t, d.Stats()[0].Down)
-		require.LessOrEqual(t, w.receiver.most, 2*16, "the receiver notices late that the sender has left")
+		require.LessOrEqual(t, w.receiver.mostAtOnce(), 2*16, "the receiver notices late that the sender has left")
 		require.Less(t, len(w.receiver.requests()), 600)
 		require.Equal(t, 1, w.log.count("no answer in time"))
 		w.receiver.answers(nil)

@@ -168,6 +168,13 @@ func status(code int) func(http.ResponseWriter, *delivery) {
 	return func(w http.ResponseWriter, _ *delivery) { w.WriteHeader(code) }
 }
 
+// mostAtOnce is how many deliveries were under way at once, at most.
+func (r *receiver) mostAtOnce() int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.most
+}
+
 func (r *receiver) requests() []delivery {
 	r.mu.Lock()
 	defer r.mu.Unlock()
