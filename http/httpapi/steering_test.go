@@ -10,6 +10,7 @@ import (
 	"net/http/httptest"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -355,7 +356,8 @@ func TestWaitForCommand(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				draining := make(chan struct{})
-				store := &waitingStore{waits: true}
+				store := new(waitingStore)
+				store.waits.Store(true)
 				api, err := httpapi.New(mainKey, store, nil, httpapi.Config{Draining: draining})
 				require.NoError(t, err)
 				mux := http.NewServeMux()
@@ -363,7 +365,7 @@ func TestWaitForCommand(t *testing.T) {
 				timer := time.AfterFunc(tc.after, func() {
 					switch tc.what {
 					case "done":
-						store.waits = false
+						store.waits.Store(false)
 					case "drain":
 						close(draining)
 					}
@@ -501,13 +503,13 @@ func TestTenants(t *testing.T) {
 // waitingStore has a command that waits, and counts who looks.
 type waitingStore struct {
 	httpapi.Store
-	waits bool
+	waits atomic.Bool
 	looks int
 }
 
 func (s *waitingStore) Command(context.Context, storage.Scope, string) (*storage.CommandInfo, error) {
 	c := &storage.CommandInfo{UUID: "C1", RequestType: "ProfileList", CreatedAt: time.Now().UTC(), States: map[storage.State]int64{storage.Queued: 1}}
-	if !s.waits {
+	if !s.waits.Load() {
 		c.States = map[storage.State]int64{storage.Acknowledged: 1}
 	}
 	return c, nil
@@ -515,7 +517,7 @@ func (s *waitingStore) Command(context.Context, storage.Scope, string) (*storage
 
 func (s *waitingStore) CommandWaits(context.Context, storage.Scope, string) (bool, error) {
 	s.looks++
-	return s.waits, nil
+	return s.waits.Load(), nil
 }
 
 func (s *waitingStore) CommandItems(context.Context, storage.Scope, string, storage.State, string, int) ([]storage.QueueItem, error) {
