@@ -72,7 +72,10 @@ type call struct {
 func (c *call) settle(id string, r Result) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if _, ok := c.results[id]; ok || c.over {
+	if c.over { // the results are the caller's now, who reads and adds without the lock
+		return
+	}
+	if _, ok := c.results[id]; ok {
 		return
 	}
 	c.results[id] = r
