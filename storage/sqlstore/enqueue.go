@@ -152,38 +152,30 @@ func lockNumbers(ctx context.Context, t *tx, ids []string) (map[string]int64, er
 }
 
 // enrolledAmong says which enrollments are there for the scope. Those that an
-// operator disabled are.
+// operator disabled are. Only the ids choose rows: given the rest, planners
+// take the index of enabled enrollments or of a topic's, which is the fleet.
 func enrolledAmong(ctx context.Context, t *tx, scope storage.Scope, ids []string) (map[string]bool, error) {
 	is, args := t.among(ids)
-	q := "SELECT id FROM nano_enrollments WHERE enabled = 1 AND id " + is
-	if len(scope.Topics) > 0 {
-		topics, more := t.among(scope.Topics)
-		q += " AND topic " + topics
-		args = append(args, more...)
-	}
-	enrolled, err := idSet(ctx, t, len(ids), q, args...)
+	rows, err := t.query(ctx, "SELECT id, enabled, topic FROM nano_enrollments"+t.d.by("PRIMARY")+" WHERE id "+is, args...)
 	if err != nil {
 		return nil, fmt.Errorf("reading enrollments: %w", err)
 	}
-	return enrolled, nil
-}
-
-// idSet runs a query for ids, of which at most n are expected.
-func idSet(ctx context.Context, t *tx, n int, q string, args ...any) (map[string]bool, error) {
-	rows, err := t.query(ctx, q, args...)
-	if err != nil {
-		return nil, err
-	}
 	defer rows.Close()
-	set := make(map[string]bool, n)
+	enrolled := make(map[string]bool, len(ids))
 	for rows.Next() {
-		var id string
-		if err := rows.Scan(&id); err != nil {
-			return nil, err
+		var id, topic string
+		var enabled bool
+		if err := rows.Scan(&id, &enabled, &topic); err != nil {
+			return nil, fmt.Errorf("reading enrollments: %w", err)
 		}
-		set[id] = true
+		if enabled && (len(scope.Topics) == 0 || slices.Contains(scope.Topics, topic)) {
+			enrolled[id] = true
+		}
 	}
-	return set, rows.Err()
+	if err := rows.Err(); err != nil {
+		return nil, fmt.Errorf("reading enrollments: %w", err)
+	}
+	return enrolled, nil
 }
 
 // putCommand stores the command, or checks that the one that is there has the
