@@ -10,6 +10,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"time"
 
 	"modernc.org/sqlite"
 	sqlite3 "modernc.org/sqlite/lib"
@@ -122,10 +123,20 @@ func sqlitePool(name string, params url.Values, begin string) (*sql.DB, error) {
 }
 
 // checkSQLite makes the first connection and looks whether the file system
-// allows what was asked for.
+// allows what was asked for. Of several that switch a new file to its
+// write-ahead log at once all but one fail, since SQLite lets none of them
+// wait for that.
 func checkSQLite(ctx context.Context, cfg Config, db *sql.DB) error {
 	var mode string
-	if err := db.QueryRowContext(ctx, "PRAGMA journal_mode").Scan(&mode); err != nil {
+	err := db.QueryRowContext(ctx, "PRAGMA journal_mode").Scan(&mode)
+	for busy := sqliteDialect().retryable; busy(err) && ctx.Err() == nil; {
+		select {
+		case <-time.After(firstPause):
+		case <-ctx.Done():
+		}
+		err = db.QueryRowContext(ctx, "PRAGMA journal_mode").Scan(&mode)
+	}
+	if err != nil {
 		return fmt.Errorf("opening the file: %w", err)
 	}
 	if mode != "wal" {
