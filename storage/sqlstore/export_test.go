@@ -3,6 +3,7 @@ package sqlstore
 import (
 	"context"
 	"database/sql"
+	"regexp"
 	"strings"
 	"time"
 
@@ -21,6 +22,35 @@ func (s *Store) SettingForTest(ctx context.Context, q string) (value string, err
 	err = s.db.QueryRowContext(ctx, q).Scan(&value)
 	return value, err
 }
+
+// ExecForTest runs a statement outside of transactions, for as long as it takes.
+func (s *Store) ExecForTest(ctx context.Context, q string) error {
+	_, err := s.db.ExecContext(ctx, q)
+	return err
+}
+
+// IndexesForTest are the statements that drop all indexes of the schema but
+// primary keys, and those that make them again.
+func (s *Store) IndexesForTest() (drop, create []string) {
+	steps, err := s.d.steps()
+	if err != nil {
+		panic(err)
+	}
+	for _, st := range steps {
+		found := indexStatement.FindStringSubmatch(st.statement)
+		if found == nil {
+			continue
+		}
+		q := "DROP INDEX " + found[1]
+		if s.d.forceIndex != nil { // MySQL and MariaDB, whose indexes are named within their tables
+			q += " ON " + found[2]
+		}
+		drop, create = append(drop, q), append(create, st.statement)
+	}
+	return drop, create
+}
+
+var indexStatement = regexp.MustCompile(`^CREATE (?:UNIQUE )?INDEX (?:IF NOT EXISTS )?(\w+) ON (\w+)`)
 
 // FilterQueryForTest is the statement that finds the candidates of a filter,
 // and the indexes that it is meant to be answered by.
