@@ -250,7 +250,7 @@ func (b *bench) compare(ctx context.Context, name string, connections int, durat
 		p50s, p99s = append(p50s, s.percentile(0.5)), append(p99s, s.percentile(0.99))
 		daemon, db, reference = daemon+s.cpu, db+cpuAfter-cpuBefore, reference+ref.cpu
 		statements += delta("nanomdm_store_statements_total")
-		commits += delta("nanomdm_store_commits_total")
+		commits += delta("nanomdm_store_commit_messages_count")
 		allocations += delta("go_memstats_mallocs_total")
 		dbCommits, m.dbCounts = dbCommits+commitsAfter-commitsBefore, known
 		m.requests, referenceRequests = m.requests+s.requests, referenceRequests+ref.requests

@@ -116,10 +116,6 @@ func age(since time.Time) float64 {
 
 func emitStore(emit metrics.Emit, stats sqlstore.Stats) {
 	emit("nanomdm_store_statements_total", float64(stats.Statements))
-	emit("nanomdm_store_commits_total", float64(stats.Commits))
-	emit("nanomdm_store_committed_messages_total", float64(stats.CommittedMessages))
-	emit("nanomdm_store_polls_total", float64(stats.Polls))
-	emit("nanomdm_store_polled_messages_total", float64(stats.PolledMessages))
 	emit("nanomdm_store_removed_total", float64(stats.RemovedRows), "queue")
 	emit("nanomdm_store_removed_total", float64(stats.RemovedResults), "results")
 	emit("nanomdm_store_removed_total", float64(stats.RemovedCommands), "commands")

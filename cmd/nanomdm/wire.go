@@ -130,6 +130,8 @@ func (b *building) addStore() {
 				MaxOpenConns:    b.o.storageOptions.maxOpenConns,
 				Sealer:          b.sealer,
 				SealCommands:    b.o.sealCommands,
+				Committed:       b.metrics.Committed,
+				Polled:          b.metrics.Polled,
 			}
 			store, err = openStore(ctx, cfg, b.log, func() { b.tell(notifyWaiting(maxOpenPause)) })
 			if err != nil {

@@ -36,6 +36,8 @@ type Metrics struct {
 	turned    *prometheus.CounterVec
 	api       *prometheus.CounterVec
 	panics    prometheus.Counter
+	commits   prometheus.Observer
+	polls     prometheus.Observer
 	failures  *prometheus.CounterVec
 }
 
@@ -46,15 +48,18 @@ const scrapeTimeout = 8 * time.Second
 func New(version string) *Metrics {
 	m := &Metrics{registry: prometheus.NewRegistry()}
 	m.requests = counterVec("nanomdm_device_requests_total")
-	m.durations = histogramVec("nanomdm_device_request_duration_seconds")
+	m.durations = histogramVec("nanomdm_device_request_duration_seconds", .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10)
 	m.refusals = counterVec("nanomdm_device_refusals_total")
 	m.turned = counterVec("nanomdm_http_turned_away_total")
 	m.api = counterVec("nanomdm_api_refusals_total")
 	m.failures = counterVec("nanomdm_metrics_source_failures_total")
 	m.panics = counterVec("nanomdm_http_panics_total").WithLabelValues()
+	commits := histogramVec("nanomdm_store_commit_messages", 1, 2, 4, 8, 16, 32, 64, 128, 256)
+	polls := histogramVec("nanomdm_store_poll_messages", 1, 2, 4, 8, 16, 32, 64, 128, 256)
+	m.commits, m.polls = commits.WithLabelValues(), polls.WithLabelValues()
 	build := gaugeVec("nanomdm_build_info")
 	build.WithLabelValues(version, runtime.Version()).Set(1)
-	m.registry.MustRegister(m.requests, m.durations, m.refusals, m.turned, m.api, m.failures, m.panics, build,
+	m.registry.MustRegister(m.requests, m.durations, m.refusals, m.turned, m.api, m.failures, m.panics, commits, polls, build,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
 }
@@ -74,6 +79,14 @@ func (m *Metrics) APIRefused(reason string) { m.api.WithLabelValues(reason).Inc(
 
 // Panicked counts a panic; requestlog's Config.Panicked.
 func (m *Metrics) Panicked() { m.panics.Inc() }
+
+// Committed counts a group commit of so many device messages; sqlstore's
+// Config.Committed.
+func (m *Metrics) Committed(messages int) { m.commits.Observe(float64(messages)) }
+
+// Polled counts a shared read for so many device messages; sqlstore's
+// Config.Polled.
+func (m *Metrics) Polled(messages int) { m.polls.Observe(float64(messages)) }
 
 // TurnedAway returns the counter of requests that package gate turned away,
 // on a side (device or api) and for a reason (limit or database).

@@ -57,6 +57,9 @@ func TestMessagesByTypeAndOutcome(t *testing.T) {
 	}
 	m.Refused(httpmdm.ReasonPeer)
 	m.Panicked()
+	m.Committed(1)
+	m.Committed(5)
+	m.Polled(256)
 	m.TurnedAway("device", "limit")()
 	text := scrape(t, m)
 	for _, line := range []string{
@@ -71,6 +74,12 @@ func TestMessagesByTypeAndOutcome(t *testing.T) {
 		`nanomdm_device_refusals_total{reason="untrusted_peer"} 1`,
 		`nanomdm_http_turned_away_total{reason="limit",side="device"} 1`,
 		`nanomdm_http_panics_total 1`,
+		`nanomdm_store_commit_messages_bucket{le="4"} 1`,
+		`nanomdm_store_commit_messages_bucket{le="8"} 2`,
+		`nanomdm_store_commit_messages_sum 6`,
+		`nanomdm_store_commit_messages_count 2`,
+		`nanomdm_store_poll_messages_bucket{le="128"} 0`,
+		`nanomdm_store_poll_messages_bucket{le="256"} 1`,
 		`version="1.2.3"} 1`,
 		"go_goroutines ", "process_resident_memory_bytes ",
 	} {

@@ -50,10 +50,8 @@ func Table() []Metric {
 		{"nanomdm_store_up", Gauge, nil, "1 while the database answers and its schema is current.", groupStore},
 		{"nanomdm_store_statements_total", Counter, nil, "SQL statements sent.", groupStore},
 		{"nanomdm_store_retries_total", Counter, nil, "Transactions begun again after a deadlock, a lost connection or a failover.", groupStore},
-		{"nanomdm_store_commits_total", Counter, nil, "Group commits of device messages.", groupStore},
-		{"nanomdm_store_committed_messages_total", Counter, nil, "Device messages in those commits; divided by the commits it is their size.", groupStore},
-		{"nanomdm_store_polls_total", Counter, nil, "Shared reads for device messages that change nothing.", groupStore},
-		{"nanomdm_store_polled_messages_total", Counter, nil, "Device messages in those reads.", groupStore},
+		{"nanomdm_store_commit_messages", Histogram, nil, "Device messages in each group commit: 1, up to 2, 4, ... 256.", groupStore},
+		{"nanomdm_store_poll_messages", Histogram, nil, "Device messages that change nothing in each shared read: 1, up to 2, 4, ... 256.", groupStore},
 		{"nanomdm_store_activity_dropped_total", Counter, nil, "Last-seen times that were dropped because the database was away for long.", groupStore},
 		{"nanomdm_store_pool_connections", Gauge, []string{"pool", "state"}, "Connections by pool (write, read) and state (in_use, idle).", groupStore},
 		{"nanomdm_store_pool_max_connections", Gauge, []string{"pool"}, "Most connections that a pool opens.", groupStore},
@@ -122,10 +120,7 @@ func gaugeVec(name string) *prometheus.GaugeVec {
 	return prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: m.Name, Help: m.Help}, m.Labels)
 }
 
-func histogramVec(name string) *prometheus.HistogramVec {
+func histogramVec(name string, buckets ...float64) *prometheus.HistogramVec {
 	m := find(name)
-	return prometheus.NewHistogramVec(prometheus.HistogramOpts{
-		Name: m.Name, Help: m.Help,
-		Buckets: []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10},
-	}, m.Labels)
+	return prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: m.Name, Help: m.Help, Buckets: buckets}, m.Labels)
 }

@@ -110,9 +110,9 @@ const (
 func (s *Store) startBatches() {
 	cfg := batchConfig{rows: batchRows, bytes: batchBytes, waiting: batchWaiting, hopeless: hopeless}
 	cfg.inFlight = min(s.d.polls, s.rdb.Stats().MaxOpenConnections)
-	s.polls = newBatcher(cfg, inTime(&s.polled, s.poll))
+	s.polls = newBatcher(cfg, inTime(s.cfg.Polled, s.poll))
 	cfg.inFlight = min(s.d.changes, s.db.Stats().MaxOpenConnections)
-	s.changes = newBatcher(cfg, inTime(&s.committed, s.change))
+	s.changes = newBatcher(cfg, inTime(s.cfg.Committed, s.change))
 }
 
 // hopeless says whether an error is the database's rather than that of one

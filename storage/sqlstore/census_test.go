@@ -20,6 +20,8 @@ func TestCensus(t *testing.T) {
 			now := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
 			cfg := engine.Config(t)
 			cfg.Now = func() time.Time { return now }
+			var commits []int
+			cfg.Committed = func(messages int) { commits = append(commits, messages) }
 			store, err := sqlstore.Open(t.Context(), cfg)
 			require.NoError(t, err)
 			t.Cleanup(func() { require.NoError(t, store.Close()) })
@@ -59,10 +61,8 @@ func TestCensus(t *testing.T) {
 			require.NoError(t, err)
 			require.Zero(t, next)
 
-			stats := store.Stats()
-			require.Positive(t, stats.Statements)
-			require.EqualValues(t, 2, stats.Commits)
-			require.EqualValues(t, 2, stats.CommittedMessages)
+			require.Positive(t, store.Stats().Statements)
+			require.Equal(t, []int{1, 1}, commits)
 			require.Contains(t, store.Pools(), "write")
 		})
 	}

@@ -61,6 +61,10 @@ type Config struct {
 	// gathered before they are written: 500 ms if zero. If negative they are
 	// only written by Flush and Close.
 	RecordActivityEvery time.Duration
+	// Committed is told how many of devices' messages a group commit has,
+	// Polled of how many that change nothing a shared read is. Each is called
+	// before the batch is run, concurrently; nobody is told if nil.
+	Committed, Polled func(messages int)
 }
 
 const (
@@ -100,10 +104,8 @@ type Store struct {
 	seal    *sealing
 	retries atomic.Int64
 	sent    atomic.Int64 // statements
-	// What devices' messages shared: commits, and reads.
-	committed, polled shared
-	held              sync.Map // names of leases that were taken and not lost or released
-	swept             swept
+	held    sync.Map     // names of leases that were taken and not lost or released
+	swept   swept
 
 	// numberFrom is the enrollment where NumberEvents goes on.
 	numberFrom atomic.Pointer[numberPlace]
@@ -117,10 +119,6 @@ type Store struct {
 type Stats struct {
 	// Statements that were sent to the database.
 	Statements int64
-	// Commits that devices' messages shared, and how many messages those were;
-	// the same for the reads of messages that change nothing.
-	Commits, CommittedMessages int64
-	Polls, PolledMessages      int64
 	// Leases that are held, by name, as far as this store knows.
 	Leases []string
 	// Retries of whole transactions: deadlocks, lost connections, failovers.
@@ -258,10 +256,8 @@ func (s *Store) closePools() error {
 func (s *Store) Stats() Stats {
 	return Stats{
 		Statements: s.sent.Load(),
-		Commits:    s.committed.batches.Load(), CommittedMessages: s.committed.messages.Load(),
-		Polls: s.polled.batches.Load(), PolledMessages: s.polled.messages.Load(),
-		Leases:  s.leasesHeld(),
-		Retries: s.retries.Load(), ActivityDropped: s.act.dropped.Load(),
+		Leases:     s.leasesHeld(),
+		Retries:    s.retries.Load(), ActivityDropped: s.act.dropped.Load(),
 		EventsDropped: s.act.eventsDropped.Load(),
 		Promoted:      s.swept.promoted.Load(), Expired: s.swept.expired.Load(),
 		RemovedRows: s.swept.rows.Load(), RemovedResults: s.swept.results.Load(),
@@ -486,14 +482,12 @@ func (s *Store) retry(ctx context.Context, try func() (again bool, err error)) e
 	}
 }
 
-// shared counts batches of devices' messages, and the messages in them.
-type shared struct{ batches, messages atomic.Int64 }
-
-// inTime bounds a batch of devices' messages, and counts it.
-func inTime(n *shared, run func(context.Context, []*pending) error) func(context.Context, []*pending) error {
+// inTime bounds a batch of devices' messages, and tells its size.
+func inTime(tell func(messages int), run func(context.Context, []*pending) error) func(context.Context, []*pending) error {
 	return func(ctx context.Context, batch []*pending) error {
-		n.batches.Add(1)
-		n.messages.Add(int64(len(batch)))
+		if tell != nil {
+			tell(len(batch))
+		}
 		ctx, cancel := context.WithTimeout(ctx, deviceTimeout)
 		defer cancel()
 		return run(ctx, batch)
