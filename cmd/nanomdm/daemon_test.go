@@ -138,8 +138,8 @@ func TestEnrollEnqueuePollAcrossRestart(t *testing.T) {
 	require.NoError(t, dev.Enroll(t.Context()))
 	status, body, _ := d.api("PUT", "/v1/enqueue/D1?nopush=1", "nanomdm", testKey, mdmtest.NewCommand("C1", "ProfileList", nil))
 	require.Equal(t, 200, status, body)
-	require.JSONEq(t, `{"status":{"D1":{}},"no_push":true,"command_uuid":"C1","request_type":"ProfileList"}`, body)
-	require.Contains(t, body, "\n\t\"status\"", "NanoMDM indents by tabs")
+	require.JSONEq(t, `{"no_push":true,"command_uuid":"C1","request_type":"ProfileList"}`, body)
+	require.Contains(t, body, "\n\t\"no_push\"", "NanoMDM indents by tabs")
 
 	// What was queued survives the process.
 	d.stop()
@@ -163,7 +163,7 @@ func TestEnqueueStatuses(t *testing.T) {
 		want               int
 		contains           string
 	}{
-		{"two ids", "PUT", "/v1/enqueue/D1,D2?nopush=1", command, 200, `"D2"`},
+		{"two ids", "PUT", "/v1/enqueue/D1,D2?nopush=1", command, 200, `"no_push"`},
 		{"the same bytes again", "POST", "/v1/enqueue/D1,D2?nopush=1", command, 200, `"C1"`},
 		{"other bytes", "PUT", "/v1/enqueue/D1?nopush=1", append(command, '\n'), 409, "other contents"},
 		{"one unknown id", "PUT", "/v1/enqueue/D1,nobody?nopush=1", mdmtest.NewCommand("C2", "ProfileList", nil), 207, "not enrolled"},

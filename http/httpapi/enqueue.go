@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net/http"
 	"net/url"
 	"slices"
@@ -306,7 +307,17 @@ func (o *order) repeated(done *storage.Enqueued) (int, any, error) {
 	for _, id := range done.Failed {
 		res.Status[id] = idResult{CommandError: storage.ErrNotEnrolled.Error()}
 	}
-	return res.httpStatus(), res, nil
+	return o.answer(res)
+}
+
+// answer is the reply to a call that was carried out. NanoMDM's form leaves
+// out ids of which there is nothing to say, as NanoMDM does.
+func (o *order) answer(res *result) (int, any, error) {
+	status := res.httpStatus()
+	if !o.ours {
+		maps.DeleteFunc(res.Status, func(_ string, r idResult) bool { return r == idResult{} })
+	}
+	return status, res, nil
 }
 
 // queue queues the command and wakes the devices.
@@ -359,7 +370,7 @@ func (a *API) queue(ctx context.Context, o *order, e *storage.Enqueue) (int, any
 			return 0, nil, err
 		}
 	}
-	return res.httpStatus(), res, nil
+	return o.answer(res)
 }
 
 // describe is the detail of the call's audit record.
