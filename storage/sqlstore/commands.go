@@ -23,6 +23,12 @@ const (
 	commandsCounted = 10_000
 	// countParts is how many commands one statement counts.
 	countParts = 100
+	// commandsLooked is how many commands one page of a list looks at.
+	commandsLooked = 2000
+	// A state is rare if no more than rareRows are in it, of no more than
+	// rareCommands.
+	rareRows     = 10_000
+	rareCommands = 1000
 )
 
 // itemColumns are those of a QueueItem, of the queue as q.
@@ -182,10 +188,17 @@ func (s *Store) CommandResult(ctx context.Context, scope storage.Scope, id, uuid
 // FindCommands implements storage.Commands.
 func (s *Store) FindCommands(ctx context.Context, scope storage.Scope, f storage.CommandFilter, after storage.CommandKey, limit int) (
 	list []storage.CommandInfo, next storage.CommandKey, err error) {
+	rare, err := s.rareCommands(ctx, f.State)
+	if err != nil {
+		return nil, storage.CommandKey{}, fmt.Errorf("looking for commands in a state: %w", err)
+	}
+	if rare != nil && len(rare) == 0 {
+		return nil, storage.CommandKey{}, nil
+	}
 	next = after
-	for looked := 0; looked < candidatesLooked; {
+	for looked := 0; looked < commandsLooked; {
 		n := min(max(limit-len(list), 100), candidateRows)
-		q, args := commandsQuery(s.d, f, next, n)
+		q, args := commandsQuery(s.d, f, rare, next, n)
 		var found []storage.CommandInfo
 		var chosen map[string]bool
 		err := s.read(ctx, func(ctx context.Context, t *tx) (err error) {
@@ -231,7 +244,46 @@ func (s *Store) FindCommands(ctx context.Context, scope storage.Scope, f storage
 	return list, next, nil
 }
 
-func commandsQuery(d *dialect, f storage.CommandFilter, after storage.CommandKey, limit int) (q string, args []any) {
+// rareCommands lists the commands with a row in a state if that is rare, since
+// looking through all commands for a few would take long; nil if it is not.
+func (s *Store) rareCommands(ctx context.Context, state storage.State) (uuids []string, err error) {
+	if state == 0 {
+		return nil, nil
+	}
+	err = s.read(ctx, func(ctx context.Context, t *tx) error {
+		uuids = []string{}
+		rows, err := t.query(ctx, rareQuery(s.d, state), rareRows+1, rareCommands+1)
+		if err != nil {
+			return err
+		}
+		defer rows.Close()
+		var total int64
+		for rows.Next() {
+			var uuid string
+			var n int64
+			if err := rows.Scan(&uuid, &n); err != nil {
+				return err
+			}
+			uuids = append(uuids, uuid)
+			total += n
+		}
+		if total > rareRows || len(uuids) > rareCommands {
+			uuids = nil
+		}
+		return rows.Err()
+	})
+	return uuids, err
+}
+
+func rareQuery(d *dialect, state storage.State) string {
+	// The number is in the text, as in itemsQuery.
+	return fmt.Sprintf(`SELECT r.command_uuid, COUNT(*) FROM (SELECT command_uuid FROM nano_enrollment_queue%s WHERE state = %d LIMIT ?) r
+GROUP BY r.command_uuid LIMIT ?`, d.by("nano_enrollment_queue_finished_at"), state)
+}
+
+// commandsQuery reads from the index of what the filter has, or by their keys
+// those that rareCommands found.
+func commandsQuery(d *dialect, f storage.CommandFilter, rare []string, after storage.CommandKey, limit int) (q string, args []any) {
 	index, where := "nano_commands_created_at", "1 = 1"
 	add := func(condition string, values ...any) {
 		where += " AND " + condition
@@ -240,6 +292,11 @@ func commandsQuery(d *dialect, f storage.CommandFilter, after storage.CommandKey
 	if f.RequestType != "" {
 		index = "nano_commands_request_type"
 		add("request_type = ?", f.RequestType)
+	}
+	if rare != nil {
+		index = "PRIMARY"
+		place, uuids := among(rare)
+		add("command_uuid IN "+place, uuids...)
 	}
 	if !f.CreatedAfter.IsZero() {
 		add("created_at >= ?", micros(f.CreatedAfter))
@@ -285,17 +342,11 @@ func chooseCommands(ctx context.Context, t *tx, scope storage.Scope, state stora
 		uuids[i] = list[i].UUID
 	}
 	place, args := among(uuids)
-	q := "SELECT c.command_uuid FROM nano_commands c WHERE c.command_uuid IN " + place + " AND EXISTS (SELECT 1 FROM nano_enrollment_queue q"
+	q := chooseAll(t.d, state)
 	if condition != "" {
-		q += " JOIN nano_enrollments e ON e.id = q.id" + condition
-		args = append(args, topics...)
+		q = chooseScoped(condition, state)
 	}
-	q += " WHERE q.command_uuid = c.command_uuid"
-	if state != 0 {
-		q += " AND q.state = ?"
-		args = append(args, int(state))
-	}
-	found, err := textColumn(ctx, t, q+")", args...)
+	found, err := textColumn(ctx, t, "SELECT c.command_uuid FROM nano_commands c WHERE "+q+" AND c.command_uuid IN "+place, append(topics, args...)...)
 	if err != nil {
 		return nil, err
 	}
@@ -304,6 +355,24 @@ func chooseCommands(ctx context.Context, t *tx, scope storage.Scope, state stora
 		chosen[uuid] = true
 	}
 	return chosen, nil
+}
+
+// chooseAll is the condition that a command c has a row in a state. It asks for
+// a value: planners make EXISTS a join that may begin with all rows in the
+// state, which may be very many.
+func chooseAll(d *dialect, state storage.State) string {
+	return fmt.Sprintf("(SELECT q.state FROM nano_enrollment_queue q%s WHERE q.command_uuid = c.command_uuid AND q.state = %d LIMIT 1) IS NOT NULL",
+		d.by("nano_enrollment_queue_command_uuid"), state)
+}
+
+// chooseScoped is the condition that a command c has a row of an enrollment in
+// a scope, in a state unless that is 0.
+func chooseScoped(condition string, state storage.State) string {
+	q := "EXISTS (SELECT 1 FROM nano_enrollment_queue q JOIN nano_enrollments e ON e.id = q.id" + condition + " WHERE q.command_uuid = c.command_uuid"
+	if state != 0 {
+		q += fmt.Sprintf(" AND q.state = %d", state)
+	}
+	return q + ")"
 }
 
 // countSome counts a bounded number of enrollments of each command.

@@ -80,11 +80,14 @@ func (s *Store) ListQueriesForTest() (list []ListQueryForTest) {
 	for name, f := range map[string]storage.CommandFilter{
 		"commands": {}, "commands by time": {CreatedAfter: time.UnixMicro(1), CreatedBefore: at},
 	} {
-		q, args := commandsQuery(s.d, f, key, 100)
+		q, args := commandsQuery(s.d, f, nil, key, 100)
 		add(name, "nano_commands_created_at", q, args)
 	}
-	q, args := commandsQuery(s.d, storage.CommandFilter{RequestType: "rare"}, key, 100)
+	q, args := commandsQuery(s.d, storage.CommandFilter{RequestType: "rare"}, nil, key, 100)
 	add("commands by type", "nano_commands_request_type", q, args)
+	add("commands in a state", "nano_enrollment_queue_command_uuid",
+		"SELECT c.command_uuid FROM nano_commands c WHERE "+chooseAll(s.d, storage.Queued)+" AND c.command_uuid IN (?, ?)", []any{"C1", "C2"})
+	add("commands of a rare state", "nano_enrollment_queue_finished_at", rareQuery(s.d, storage.Queued), []any{rareRows + 1, rareCommands + 1})
 	q, args = itemsQuery(s.d, storage.Scope{}, "C1", 0, "D", 100)
 	add("a command's enrollments", "nano_enrollment_queue_command_uuid", q, args)
 	q, args = itemsQuery(s.d, storage.Scope{}, "C1", storage.Queued, "D", 100)

@@ -116,3 +116,57 @@ func usesIndexes(t *testing.T, h *storagetest.Harness, name string, indexes []st
 	require.NotRegexp(t, `Seq Scan|SCAN nano_|"access_type": "ALL".*nano_`, plan, name)
 	require.NotContains(t, plan, "nano_enrollment_queue_pkey", name)
 }
+
+// Commands in a state are found by the rows of it if it is rare, and among all
+// commands if it is not.
+func TestCommandsInAState(t *testing.T) {
+	for _, engine := range storagetest.Engines(t) {
+		t.Run(engine.Name, func(t *testing.T) {
+			h := storagetest.NewHarness(t, engine)
+			plantFleet(t, h, 3000)
+			var queued, failed []string
+			for i := range 3000 {
+				uuid := fmt.Sprint("C", 2999-i)
+				if i >= 2976 && i <= 2978 { // as plantFleet has them
+					queued = append(queued, uuid)
+				}
+				if i%2 == 0 {
+					failed = append(failed, uuid)
+				}
+			}
+			for chunk := range slices.Chunk(failed, 500) {
+				h.Exec(t, "INSERT INTO nano_enrollment_queue (id, command_uuid, seq, state, created_at, finished_at) VALUES ('X', ?, 1, 11, 1, 1)"+
+					strings.Repeat(", ('X', ?, 1, 11, 1, 1)", len(chunk)-1), anys(chunk)...)
+			}
+			for _, c := range []struct {
+				f    storage.CommandFilter
+				want []string
+			}{
+				{storage.CommandFilter{State: storage.Queued}, queued},
+				{storage.CommandFilter{State: storage.Queued, CreatedBefore: time.UnixMicro(23)}, queued[2:]},
+				{storage.CommandFilter{State: storage.Scheduled}, nil},
+				{storage.CommandFilter{State: storage.Failed}, failed},
+			} {
+				var got []string
+				for after := (storage.CommandKey{}); ; {
+					list, next, err := h.Store.FindCommands(t.Context(), storage.Scope{}, c.f, after, max(2, len(c.want)/4))
+					require.NoError(t, err)
+					for _, command := range list {
+						got = append(got, command.UUID)
+					}
+					if after = next; after == (storage.CommandKey{}) {
+						break
+					}
+				}
+				require.Equal(t, c.want, got, c.f)
+			}
+		})
+	}
+}
+
+func anys(texts []string) (values []any) {
+	for _, text := range texts {
+		values = append(values, text)
+	}
+	return values
+}
