@@ -141,6 +141,8 @@ const StatisticsLimit = 100_000
 // Inventory counts, and knows what else a diagnosis needs.
 type Inventory interface {
 	// Statistics counts. In a Scope only what waits is counted of the queue.
+	// Numbers of enrollments may be up to twenty times as old as counting them
+	// takes, and never are if that takes less than a tenth of a second.
 	Statistics(ctx context.Context, scope Scope) (*Statistics, error)
 	// PushCertState is what PushCertInfos says of one topic, without the
 	// number of enrollments, or ErrNotFound.

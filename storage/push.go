@@ -144,11 +144,12 @@ type PushCerts interface {
 	PushCert(ctx context.Context, topic string) (*PushCert, error)
 	// PushCertVersion reads the version alone, or ErrNotFound.
 	PushCertVersion(ctx context.Context, topic string) (int64, error)
-	// PushCertInfos lists them by topic.
+	// PushCertInfos lists them by topic. Enrollments may be a little old, as
+	// in Statistics.
 	PushCertInfos(ctx context.Context, scope Scope) ([]PushCertInfo, error)
 	// RecordPushCertOutcome notes the topic's last outcome.
 	RecordPushCertOutcome(ctx context.Context, topic, class string, at time.Time) error
 	// StrandedEnrollments counts enabled enrollments by topics that have no
-	// push certificate.
+	// push certificate; they may be a little old, as in Statistics.
 	StrandedEnrollments(ctx context.Context) (map[string]int64, error)
 }

@@ -231,14 +231,14 @@ func (a *API) showPushCert(ctx context.Context, r *http.Request) (int, any, erro
 	if !covers(scope, topic) {
 		return 0, nil, noPushCert(topic)
 	}
-	infos, err := a.store.PushCertInfos(ctx, storage.Scope{Topics: []string{topic}})
+	info, err := a.store.PushCertState(ctx, topic)
+	if errors.Is(err, storage.ErrNotFound) {
+		return 0, nil, noPushCert(topic)
+	}
 	if err != nil {
 		return 0, nil, err
 	}
-	if len(infos) == 0 {
-		return 0, nil, noPushCert(topic)
-	}
-	return http.StatusOK, pushCertAnswer{Topic: infos[0].Topic, NotAfter: infos[0].NotAfter}, nil
+	return http.StatusOK, pushCertAnswer{Topic: info.Topic, NotAfter: info.NotAfter}, nil
 }
 
 // pushCertInfo is a push certificate in the list.

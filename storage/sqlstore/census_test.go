@@ -109,3 +109,41 @@ func TestOpenSaysWhetherWaitingHelps(t *testing.T) {
 		}
 	}
 }
+
+// A count of enrollments that took long is kept for a while.
+func TestHeadcountIsKept(t *testing.T) {
+	now, step := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC), time.Duration(0)
+	store, err := sqlstore.Open(t.Context(), sqlstore.Config{Driver: "sqlite", DSN: ":memory:", RecordActivityEvery: -1, Now: func() time.Time {
+		now = now.Add(step)
+		return now
+	}})
+	require.NoError(t, err)
+	t.Cleanup(func() { require.NoError(t, store.Close()) })
+	enroll := func(id string) {
+		src := storage.Source{Enroll: mdm.EnrollID{ID: id, Type: mdm.Device}}
+		_, err = store.Apply(t.Context(), &storage.Authenticate{Src: src, Message: &mdm.Authenticate{Topic: "t", Raw: []byte("x")}})
+		require.NoError(t, err)
+		_, err = store.Apply(t.Context(), &storage.TokenUpdate{Src: src, Message: &mdm.TokenUpdate{Topic: "t", PushMagic: "m", Token: []byte{1}, Raw: []byte("x")}})
+		require.NoError(t, err)
+	}
+	expect := func(n int64) {
+		t.Helper()
+		st, err := store.Statistics(t.Context(), storage.Scope{})
+		require.NoError(t, err)
+		require.Equal(t, n, st.Enabled)
+		stranded, err := store.StrandedEnrollments(t.Context())
+		require.NoError(t, err)
+		require.Equal(t, map[string]int64{"t": n}, stranded)
+	}
+	enroll("D1")
+	expect(1)
+	enroll("D2")
+	expect(2)
+	step = 200 * time.Millisecond // a tick is what counting takes
+	expect(2)
+	step = 0
+	enroll("D3")
+	expect(2)
+	now = now.Add(4 * time.Second)
+	expect(3)
+}

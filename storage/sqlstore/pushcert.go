@@ -5,6 +5,7 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/nanomdm/nanomdm/storage"
@@ -118,15 +119,22 @@ func (s *Store) PushCertInfos(ctx context.Context, scope storage.Scope) (infos [
 	where, args := "", []any(nil)
 	if len(scope.Topics) > 0 {
 		where, args = among(scope.Topics)
-		where = " WHERE c.topic IN " + where
+		where = " WHERE topic IN " + where
+	}
+	enabled, err := s.enabledByTopic(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("counting the enrollments of push certificates: %w", err)
 	}
 	err = s.read(ctx, func(ctx context.Context, t *tx) error {
-		infos, err = scanPushCertInfos(t.query(ctx, `SELECT c.topic, c.not_after, c.version, c.updated_at, c.last_class, c.last_at,
-(SELECT COUNT(*) FROM nano_enrollments e WHERE e.topic = c.topic AND e.enabled = 1) FROM nano_push_certs c`+where+" ORDER BY c.topic", args...))
+		infos, err = scanPushCertInfos(t.query(ctx, "SELECT topic, not_after, version, updated_at, last_class, last_at FROM nano_push_certs"+
+			where+" ORDER BY topic", slices.Clone(args)...))
 		return err
 	})
 	if err != nil {
 		return nil, fmt.Errorf("reading push certificates: %w", err)
+	}
+	for i := range infos {
+		infos[i].Enrollments = enabled[infos[i].Topic]
 	}
 	return infos, nil
 }
@@ -142,7 +150,7 @@ func scanPushCertInfos(rows *sql.Rows, err error) ([]storage.PushCertInfo, error
 		var notAfter, updatedAt int64
 		var class sql.Null[string]
 		var lastAt sql.Null[int64]
-		if err := rows.Scan(&i.Topic, &notAfter, &i.Version, &updatedAt, &class, &lastAt, &i.Enrollments); err != nil {
+		if err := rows.Scan(&i.Topic, &notAfter, &i.Version, &updatedAt, &class, &lastAt); err != nil {
 			return nil, err
 		}
 		i.NotAfter, i.UpdatedAt, i.LastClass, i.LastAt = fromMicros(notAfter), fromMicros(updatedAt), class.V, fromMicros(lastAt.V)
@@ -165,27 +173,19 @@ func (s *Store) RecordPushCertOutcome(ctx context.Context, topic, class string, 
 
 // StrandedEnrollments implements storage.PushCerts.
 func (s *Store) StrandedEnrollments(ctx context.Context) (map[string]int64, error) {
-	var counts map[string]int64
-	err := s.read(ctx, func(ctx context.Context, t *tx) error {
-		counts = make(map[string]int64)
-		rows, err := t.query(ctx, `SELECT e.topic, COUNT(*) FROM nano_enrollments e
-WHERE e.enabled = 1 AND NOT EXISTS (SELECT 1 FROM nano_push_certs c WHERE c.topic = e.topic) GROUP BY e.topic`)
-		if err != nil {
-			return err
-		}
-		defer rows.Close()
-		for rows.Next() {
-			var topic string
-			var n int64
-			if err := rows.Scan(&topic, &n); err != nil {
-				return err
-			}
-			counts[topic] = n
-		}
-		return rows.Err()
-	})
+	counts, err := s.enabledByTopic(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("counting enrollments without a push certificate: %w", err)
+	}
+	err = s.read(ctx, func(ctx context.Context, t *tx) error {
+		topics, err := textColumn(ctx, t, "SELECT topic FROM nano_push_certs")
+		for _, topic := range topics {
+			delete(counts, topic)
+		}
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("reading the topics of push certificates: %w", err)
 	}
 	return counts, nil
 }

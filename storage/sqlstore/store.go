@@ -104,7 +104,8 @@ type Store struct {
 	seal    *sealing
 	retries atomic.Int64
 	sent    atomic.Int64 // statements
-	held    sync.Map     // names of leases that were taken and not lost or released
+	counted headcount
+	held    sync.Map // names of leases that were taken and not lost or released
 	swept   swept
 
 	// numberFrom is the enrollment where NumberEvents goes on.
@@ -176,6 +177,7 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 	s := &Store{
 		cfg: cfg, d: p.dialect, db: p.write, rdb: p.read,
 		now: cfg.Now, log: cfg.Logger, seal: newSealing(cfg),
+		counted: headcount{turn: make(chan struct{}, 1)},
 	}
 	s.d.subjects = s.d.subjectsText()
 	if s.d.prepare != nil {
