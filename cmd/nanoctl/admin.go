@@ -39,17 +39,8 @@ func keysLsCommand() command {
 		name: "keys ls", short: "List the named API keys", example: "nanoctl keys ls",
 		prepare: func(*flag.FlagSet) runner {
 			return func(ctx context.Context, e *env, args []string) error {
-				if err := none("keys ls", args); err != nil {
-					return err
-				}
 				a, err := e.api.do(ctx, http.MethodGet, "/v1/keys", nil, nil)
-				if err != nil {
-					return err
-				}
-				if e.format == "json" {
-					return e.json(a.body)
-				}
-				return showItems(e, a, "keys", keyColumns)
+				return e.show(a, err, nil, func() error { return showItems(e, a, "keys", keyColumns) })
 			}
 		},
 	}
@@ -74,19 +65,12 @@ func keysCreateCommand() command {
 					body["topics"] = topics
 				}
 				a, err := e.api.do(ctx, http.MethodPost, "/v1/keys", nil, body)
-				if err != nil {
-					return err
-				}
-				if e.format == "json" {
-					return e.json(a.body)
-				}
 				var k apiKey
-				if err := a.decode(&k); err != nil {
+				return e.show(a, err, &k, func() error {
+					fmt.Fprintf(e.err, "key %s, role %s; it is not shown again:\n", k.Name, k.Role)
+					_, err := fmt.Fprintln(e.out, k.Key)
 					return err
-				}
-				fmt.Fprintf(e.err, "key %s, role %s; it is not shown again:\n", k.Name, k.Role)
-				_, err = fmt.Fprintln(e.out, k.Key)
-				return err
+				})
 			}
 		},
 	}
@@ -101,10 +85,7 @@ func keysRmCommand() command {
 					return usage("keys rm: give the key's name")
 				}
 				a, err := e.api.do(ctx, http.MethodDelete, "/v1/keys/"+url.PathEscape(args[0]), nil, nil)
-				if err != nil {
-					return err
-				}
-				return e.tell(a, nil, func() string { return "key " + args[0] + " is revoked; other replicas notice within seconds" })
+				return e.tell(a, err, nil, func() string { return "key " + args[0] + " is revoked; other replicas notice within seconds" })
 			}
 		},
 	}
@@ -147,9 +128,6 @@ func auditCommand() command {
 			flags.Var(&before, "before", "before this `time`")
 			limit := flags.Int("limit", 100, "list no more than this many; 0 is all")
 			return func(ctx context.Context, e *env, args []string) error {
-				if err := none("audit", args); err != nil {
-					return err
-				}
 				q := url.Values{}
 				for name, value := range map[string]string{"who": *who, "action": *action, "target": *target} {
 					if value != "" {
@@ -175,9 +153,6 @@ func resealCommand() command {
 		prepare: func(flags *flag.FlagSet) runner {
 			step := flags.Int("step", 500, "how many `rows` each request looks at")
 			return func(ctx context.Context, e *env, args []string) error {
-				if err := none("reseal", args); err != nil {
-					return err
-				}
 				return e.reseal(ctx, *step)
 			}
 		},
@@ -231,22 +206,15 @@ func statsCommand() command {
 		name: "stats", short: "Show counts of enrollments, queues, pushes and events", example: "nanoctl stats",
 		prepare: func(*flag.FlagSet) runner {
 			return func(ctx context.Context, e *env, args []string) error {
-				if err := none("stats", args); err != nil {
-					return err
-				}
 				a, err := e.api.do(ctx, http.MethodGet, "/v1/stats", nil, nil)
-				if err != nil {
-					return err
-				}
-				if e.format == "json" {
-					return e.json(a.body)
-				}
-				stats, err := decodeJSON(string(a.body))
-				if err != nil {
-					return fmt.Errorf("the server's answer is not what this version of nanoctl expects: %w", err)
-				}
-				e.showValue("", stats)
-				return nil
+				return e.show(a, err, nil, func() error {
+					stats, err := decodeJSON(string(a.body))
+					if err != nil {
+						return fmt.Errorf("the server's answer is not what this version of nanoctl expects: %w", err)
+					}
+					e.showValue("", stats)
+					return nil
+				})
 			}
 		},
 	}

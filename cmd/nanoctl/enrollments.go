@@ -229,9 +229,6 @@ func enrollmentsLsCommand() command {
 			f.flags(flags)
 			limit := flags.Int("limit", 0, "list no more than this many; 0 is all")
 			return func(ctx context.Context, e *env, args []string) error {
-				if err := none("enrollments ls", args); err != nil {
-					return err
-				}
 				return showList(ctx, e, "/v1/enrollments", "enrollments", f.query(), *limit, enrollmentColumns)
 			}
 		},
@@ -249,17 +246,8 @@ func showCommand() command {
 					return usage("show: name one enrollment by id or serial number")
 				}
 				a, err := e.api.do(ctx, http.MethodGet, enrollmentPath(args[0]), nil, nil)
-				if err != nil {
-					return err
-				}
-				if e.format == "json" {
-					return e.json(a.body)
-				}
 				var x enrollment
-				if err := a.decode(&x); err != nil {
-					return err
-				}
-				return e.showEnrollment(&x)
+				return e.show(a, err, &x, func() error { return e.showEnrollment(&x) })
 			}
 		},
 	}
@@ -407,11 +395,8 @@ func clearCommand() command {
 					return err
 				}
 				a, err := e.api.do(ctx, http.MethodDelete, enrollmentPath(x.ID, "queue"), nil, nil)
-				if err != nil {
-					return err
-				}
 				var done struct{ Cancelled int }
-				return e.tell(a, &done, func() string { return fmt.Sprintf("cancelled %d commands", done.Cancelled) })
+				return e.tell(a, err, &done, func() string { return fmt.Sprintf("cancelled %d commands", done.Cancelled) })
 			}
 		},
 	}
@@ -425,9 +410,13 @@ func (e *env) one(ctx context.Context, name string, args []string) (*enrollment,
 	return e.enrollment(ctx, args[0])
 }
 
-// tell prints what the server said to a change: its JSON for programs, a
-// sentence for people.
-func (e *env) tell(a *answer, into any, sentence func() string) error {
+// show prints an answer, which came with an error or not: as it is for
+// programs, and otherwise as print does it once it is decoded into into, if
+// that is not nil.
+func (e *env) show(a *answer, err error, into any, print func() error) error {
+	if err != nil {
+		return err
+	}
 	if e.format == "json" {
 		return e.json(a.body)
 	}
@@ -436,8 +425,15 @@ func (e *env) tell(a *answer, into any, sentence func() string) error {
 			return err
 		}
 	}
-	_, err := fmt.Fprintln(e.out, printable(sentence()))
-	return err
+	return print()
+}
+
+// tell is show with a sentence.
+func (e *env) tell(a *answer, err error, into any, sentence func() string) error {
+	return e.show(a, err, into, func() error {
+		_, err := fmt.Fprintln(e.out, printable(sentence()))
+		return err
+	})
 }
 
 func disableCommand() command {
@@ -459,10 +455,7 @@ func switchCommand(name, short, done string) command {
 					return err
 				}
 				a, err := e.api.do(ctx, http.MethodPost, enrollmentPath(x.ID, name), nil, nil)
-				if err != nil {
-					return err
-				}
-				return e.tell(a, nil, func() string { return x.label() + " " + done })
+				return e.tell(a, err, nil, func() string { return x.label() + " " + done })
 			}
 		},
 	}
@@ -484,10 +477,7 @@ func deleteCommand() command {
 					return err
 				}
 				a, err := e.api.do(ctx, http.MethodDelete, enrollmentPath(x.ID), url.Values{"confirm": {x.ID}}, nil)
-				if err != nil {
-					return err
-				}
-				return e.tell(a, nil, func() string { return x.label() + " is deleted" })
+				return e.tell(a, err, nil, func() string { return x.label() + " is deleted" })
 			}
 		},
 	}
@@ -539,10 +529,7 @@ func renewalCloseCommand() command {
 					return err
 				}
 				a, err := e.api.do(ctx, http.MethodDelete, enrollmentPath(x.ID, "renewal"), nil, nil)
-				if err != nil {
-					return err
-				}
-				return e.tell(a, nil, func() string { return "the renewal window of " + x.label() + " is closed" })
+				return e.tell(a, err, nil, func() string { return "the renewal window of " + x.label() + " is closed" })
 			}
 		},
 	}
@@ -571,26 +558,19 @@ func tokenCommand(name, endpoint, short, long string) command {
 					return err
 				}
 				a, err := e.api.do(ctx, http.MethodPost, enrollmentPath(x.ID, endpoint), nil, nil)
-				if err != nil {
-					return err
-				}
-				if e.format == "json" {
-					return e.json(a.body)
-				}
 				var tokens map[string]json.RawMessage
-				var token []byte
-				if err := a.decode(&tokens); err != nil {
+				return e.show(a, err, &tokens, func() error {
+					var token []byte
+					if err := json.Unmarshal(tokens[endpoint], &token); err != nil {
+						return fmt.Errorf("the server's answer has no token: %w", err)
+					}
+					if *raw {
+						_, err := e.out.Write(token)
+						return err
+					}
+					_, err := fmt.Fprintln(e.out, base64.StdEncoding.EncodeToString(token))
 					return err
-				}
-				if err := json.Unmarshal(tokens[endpoint], &token); err != nil {
-					return fmt.Errorf("the server's answer has no token: %w", err)
-				}
-				if *raw {
-					_, err = e.out.Write(token)
-				} else {
-					_, err = fmt.Fprintln(e.out, base64.StdEncoding.EncodeToString(token))
-				}
-				return err
+				})
 			}
 		},
 	}

@@ -80,9 +80,6 @@ nanoctl events -topic mdm.Connect -follow -o json | jq .acknowledge_event.status
 			topic := flags.String("topic", "", "only of this event `topic`, such as mdm.TokenUpdate")
 			limit := flags.Int("limit", 0, "end after this many; 0 is all")
 			return func(ctx context.Context, e *env, args []string) error {
-				if err := none("events", args); err != nil {
-					return err
-				}
 				s := &eventStream{e: e, follow: *follow, left: *limit, query: url.Values{}}
 				if *limit == 0 {
 					s.left = -1
@@ -259,17 +256,8 @@ func sinksLsCommand() command {
 		name: "sinks ls", short: "List where events are sent", example: "nanoctl sinks ls",
 		prepare: func(*flag.FlagSet) runner {
 			return func(ctx context.Context, e *env, args []string) error {
-				if err := none("sinks ls", args); err != nil {
-					return err
-				}
 				a, err := e.api.do(ctx, http.MethodGet, "/v1/sinks", nil, nil)
-				if err != nil {
-					return err
-				}
-				if e.format == "json" {
-					return e.json(a.body)
-				}
-				return showItems(e, a, "sinks", sinkColumns)
+				return e.show(a, err, nil, func() error { return showItems(e, a, "sinks", sinkColumns) })
 			}
 		},
 	}
@@ -323,10 +311,7 @@ as the flags or the file say.`,
 					body = ask
 				}
 				a, err := e.api.do(ctx, http.MethodPut, "/v1/sinks/"+url.PathEscape(args[0]), nil, body)
-				if err != nil {
-					return err
-				}
-				return e.tell(a, nil, func() string { return "sink " + args[0] + " is stored" })
+				return e.tell(a, err, nil, func() string { return "sink " + args[0] + " is stored" })
 			}
 		},
 	}
@@ -344,10 +329,7 @@ func sinksRmCommand() command {
 					return err
 				}
 				a, err := e.api.do(ctx, http.MethodDelete, "/v1/sinks/"+url.PathEscape(args[0]), nil, nil)
-				if err != nil {
-					return err
-				}
-				return e.tell(a, nil, func() string { return "sink " + args[0] + " is removed" })
+				return e.tell(a, err, nil, func() string { return "sink " + args[0] + " is removed" })
 			}
 		},
 	}
@@ -379,11 +361,8 @@ func redeliverCommand() command {
 					}
 				}
 				a, err := e.api.do(ctx, http.MethodPost, "/v1/events/redeliver", nil, body)
-				if err != nil {
-					return err
-				}
 				var done struct{ Redelivering int }
-				return e.tell(a, &done, func() string { return fmt.Sprintf("%d events go to %s again", done.Redelivering, args[0]) })
+				return e.tell(a, err, &done, func() string { return fmt.Sprintf("%d events go to %s again", done.Redelivering, args[0]) })
 			}
 		},
 	}

@@ -95,14 +95,11 @@ func pushCertPutCommand() command {
 					pem = append(append(pem, part...), '\n')
 				}
 				a, err := e.api.do(ctx, http.MethodPut, "/v1/pushcert", nil, pem)
-				if err != nil {
-					return err
-				}
 				var put struct {
 					pushCert
 					Warning string `json:"warning"`
 				}
-				err = e.tell(a, &put, func() string { return "stored for " + put.Topic + ", expires " + stamp(put.NotAfter) })
+				err = e.tell(a, err, &put, func() string { return "stored for " + put.Topic + ", expires " + stamp(put.NotAfter) })
 				if put.Warning != "" {
 					fmt.Fprintln(e.err, "nanoctl:", printable(put.Warning))
 				}
@@ -163,28 +160,16 @@ func pushCertLsCommand() command {
 		example: "nanoctl pushcert ls",
 		prepare: func(*flag.FlagSet) runner {
 			return func(ctx context.Context, e *env, args []string) error {
-				if err := none("pushcert ls", args); err != nil {
-					return err
-				}
 				a, err := e.api.do(ctx, http.MethodGet, "/v1/pushcerts", nil, nil)
-				if err != nil {
-					return err
-				}
-				if e.format == "json" {
-					return e.json(a.body)
-				}
-				if err := showItems(e, a, "pushcerts", pushCertColumns); err != nil {
-					return err
-				}
 				var said struct{ Stranded []pushCert }
-				if err := a.decode(&said); err != nil {
+				return e.show(a, err, &said, func() error {
+					err := showItems(e, a, "pushcerts", pushCertColumns)
+					for _, s := range said.Stranded {
+						fmt.Fprintf(e.err, "nanoctl: %d enrollments are of topic %s, which has no push certificate: nothing wakes them\n",
+							s.Enrollments, printable(s.Topic))
+					}
 					return err
-				}
-				for _, s := range said.Stranded {
-					fmt.Fprintf(e.err, "nanoctl: %d enrollments are of topic %s, which has no push certificate: nothing wakes them\n",
-						s.Enrollments, printable(s.Topic))
-				}
-				return nil
+				})
 			}
 		},
 	}
@@ -217,9 +202,6 @@ the machine see command lines.`,
 			}
 			keyFile := flags.String("escrow-key-file", "", "`file` with the escrow key; - is standard input")
 			return func(ctx context.Context, e *env, args []string) error {
-				if err := none("escrow-unlock", args); err != nil {
-					return err
-				}
 				if *keyFile == "" {
 					return usage("escrow-unlock: -escrow-key-file is missing")
 				}

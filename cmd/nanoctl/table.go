@@ -16,7 +16,7 @@ var errHelped = errors.New("help given")
 // command is one row of the table.
 type command struct {
 	name    string // one or two words
-	args    string // what follows the flags, as the help shows it
+	args    string // what follows the flags, as the help shows it; others are refused if empty
 	short   string
 	long    string // further sentences for the command's own help
 	example string
@@ -75,6 +75,9 @@ func dispatch(ctx context.Context, e *env, args []string) error {
 		e.api = newClient(base, key)
 		defer e.api.http.CloseIdleConnections()
 	}
+	if c.args == "" && len(positional) > 0 {
+		return usage("%s: unexpected argument %q", c.name, positional[0])
+	}
 	return work(ctx, e, positional)
 }
 
@@ -83,9 +86,6 @@ func versionCommand() command {
 		name: "version", short: "Print nanoctl's version, and the server's", example: "nanoctl version",
 		prepare: func(*flag.FlagSet) runner {
 			return func(ctx context.Context, e *env, args []string) error {
-				if err := none("version", args); err != nil {
-					return err
-				}
 				var server struct {
 					Version string `json:"version"`
 				}
@@ -99,14 +99,6 @@ func versionCommand() command {
 			}
 		},
 	}
-}
-
-// none refuses arguments.
-func none(name string, args []string) error {
-	if len(args) > 0 {
-		return usage("%s: unexpected argument %q", name, args[0])
-	}
-	return nil
 }
 
 // find returns the command whose words args begin with, and what follows.

@@ -75,9 +75,6 @@ func commandsLsCommand() command {
 			flags.Var(&before, "before", "made before this `time`")
 			limit := flags.Int("limit", 100, "list no more than this many; 0 is all")
 			return func(ctx context.Context, e *env, args []string) error {
-				if err := none("commands ls", args); err != nil {
-					return err
-				}
 				q := url.Values{}
 				for name, value := range map[string]string{"request_type": *requestType, "state": *state} {
 					if value != "" {
@@ -377,11 +374,8 @@ func cancelCommand() command {
 					return e.steerSome(ctx, http.MethodDelete, args, "", "cancelled")
 				}
 				a, err := e.api.do(ctx, http.MethodDelete, commandPath(args[0]), nil, nil)
-				if err != nil {
-					return err
-				}
 				var done struct{ Cancelled, Finished int }
-				return e.tell(a, &done, func() string {
+				return e.tell(a, err, &done, func() string {
 					return fmt.Sprintf("cancelled for %d; %d had ended before", done.Cancelled, done.Finished)
 				})
 			}
