@@ -41,10 +41,12 @@ type failure struct {
 
 // sender does the HTTP of all sinks.
 type sender struct {
-	client  *http.Client
-	timeout time.Duration // of one try
-	log     storage.EventLog
-	large   *semaphore.Weighted
+	// There is no client around it: following a redirect would make a GET of
+	// the POST, or send events to somebody who was not configured.
+	transport *http.Transport
+	timeout   time.Duration // of one try
+	log       storage.EventLog
+	large     *semaphore.Weighted
 }
 
 // dialer makes connections.
@@ -58,24 +60,19 @@ func newSender(log storage.EventLog, timeout time.Duration, workers int, dial di
 		log:     log,
 		timeout: timeout,
 		large:   semaphore.NewWeighted(maxSending),
-		client: &http.Client{
-			Transport: &http.Transport{
-				Proxy:                  http.ProxyFromEnvironment,
-				DialContext:            dial,
-				TLSHandshakeTimeout:    10 * time.Second,
-				ForceAttemptHTTP2:      true,
-				MaxIdleConnsPerHost:    workers,
-				IdleConnTimeout:        90 * time.Second,
-				MaxResponseHeaderBytes: 64 << 10,
-			},
-			// Following would make a GET of the POST, or send events to
-			// somebody who was not configured.
-			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+		transport: &http.Transport{
+			Proxy:                  http.ProxyFromEnvironment,
+			DialContext:            dial,
+			TLSHandshakeTimeout:    10 * time.Second,
+			ForceAttemptHTTP2:      true,
+			MaxIdleConnsPerHost:    workers,
+			IdleConnTimeout:        90 * time.Second,
+			MaxResponseHeaderBytes: 64 << 10,
 		},
 	}
 }
 
-func (s *sender) close() { s.client.CloseIdleConnections() }
+func (s *sender) close() { s.transport.CloseIdleConnections() }
 
 // send tries once.
 func (s *sender) send(ctx context.Context, k *storage.EventSink, r *storage.EventRecord) *failure {
@@ -113,7 +110,11 @@ func (s *sender) post(ctx context.Context, k *storage.EventSink, r *storage.Even
 		req.Header.Set(headerTraceParent, r.TraceParent)
 	}
 	sign(req.Header, k.Keys, r.ID, time.Now(), body)
-	resp, err := s.client.Do(req)
+	if user := req.URL.User; user != nil {
+		password, _ := user.Password()
+		req.SetBasicAuth(user.Username(), password)
+	}
+	resp, err := s.transport.RoundTrip(req)
 	if err != nil {
 		return &failure{text: reason(err)}
 	}
