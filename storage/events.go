@@ -10,11 +10,11 @@ import (
 )
 
 // What a Devices.Apply does with Source.Events, for the Outbox to work: in
-// the transaction of the change it increments event_seq of the enrollment's
-// row, under that row's lock, and inserts a row with seq NULL. So of two
-// events of one enrollment the one with the smaller event_seq is visible to
-// everybody who sees the other. Columns that the Event does not have
-// (enrollment, APNs topic, request type, tally) are the store's to fill.
+// the transaction of the change, behind its locks, it inserts them and a batch
+// that says which they are, not yet numbered. Of two batches that nobody has
+// numbered the one that was committed before the other was begun has the
+// smaller stamp. Columns that the Event does not have (APNs topic, request
+// type, tally) are the store's to fill.
 
 // Topics of events. Those of a device's messages are MicroMDM's.
 const (
@@ -69,10 +69,8 @@ type EventRecord struct {
 	Event
 	// Seq is its number in the log, which is the cursor of who has read it.
 	// Numbers grow; some are missing.
-	Seq    int64
-	Enroll mdm.EnrollID // zero for an event that is of no enrollment
-	// EnrollSeq is the order inside the enrollment.
-	EnrollSeq   int64
+	Seq         int64
+	Enroll      mdm.EnrollID // zero for an event that is of no enrollment
 	APNsTopic   string
 	RequestType string // mdm.Connect with a known command, and command events
 	Tally       int    // mdm.TokenUpdate: since the last Authenticate
@@ -278,9 +276,9 @@ type SinkBacklog struct {
 // Outbox is the deliverer's side of the events: one replica at a time works
 // it, under a lease. Every write that takes a Lease checks it (ErrLeaseLost).
 type Outbox interface {
-	// NumberEvents gives the next numbers to up to limit committed events, in
-	// order inside each enrollment and by their time otherwise. It returns
-	// how many, and the last number there is.
+	// NumberEvents gives the next numbers to committed events, in the order in
+	// which they were committed: to up to limit, or to all that were committed
+	// together. It returns how many, and the last number there is.
 	NumberEvents(ctx context.Context, l Lease, limit int) (n int, last int64, err error)
 	// SinkPage reads up to limit events after a number, for any sink. Payloads
 	// over 64 KiB are left (RawLeft).
@@ -327,9 +325,10 @@ type EventUpkeep interface {
 	// DropPayloads removes payloads of events that a sink dropped, once every
 	// enabled sink is done with them. It returns how many.
 	DropPayloads(ctx context.Context, l Lease, limit int) (int, error)
-	// RemoveEvents removes up to limit of the oldest events that are from
-	// before a time, with their deliveries, and returns how many. What an
-	// enabled sink is not done with stays.
+	// RemoveEvents removes the oldest events that are from before a time, with
+	// their deliveries: up to limit, or all that were committed together. It
+	// returns how many. What an enabled sink is not done with stays, and what
+	// was committed with it.
 	RemoveEvents(ctx context.Context, l Lease, before time.Time, limit int) (int, error)
 	// NoteExpiring writes an event for each push certificate and each live
 	// identity certificate that ends before a time, once for each, as far as

@@ -18,10 +18,10 @@ import (
 const leaseName = "events"
 
 const (
-	// numberBatch is how many events are numbered in one transaction.
+	// numberBatch is about how many events are numbered in one transaction.
 	numberBatch = 1024
-	// numberPause gathers events for one transaction, numberLook finds those
-	// of other replicas.
+	// numberPause is the least between two of them, which gathers events,
+	// numberLook finds those of other replicas.
 	numberPause = 50 * time.Millisecond
 	numberLook  = 500 * time.Millisecond
 
@@ -203,8 +203,11 @@ func (d *Deliverer) number(ctx context.Context, current func() storage.Lease) {
 			}
 		}
 		failing = err != nil
-		if n == numberBatch {
+		if n > numberBatch/2 { // there may be more
 			continue
+		}
+		if !sleep(ctx, numberPause) {
+			return
 		}
 		timer := time.NewTimer(wait)
 		select {
@@ -215,9 +218,6 @@ func (d *Deliverer) number(ctx context.Context, current func() storage.Lease) {
 		case <-timer.C:
 		}
 		timer.Stop()
-		if !sleep(ctx, numberPause) {
-			return
-		}
 	}
 }
 

@@ -214,7 +214,7 @@ func (a *activityLog) flushEvents(ctx context.Context, events []outEvent) error 
 		}
 		chunk := events[:n]
 		err := a.s.write(ctx, func(ctx context.Context, t *tx) error {
-			return insertEvents(ctx, t, chunk, nil)
+			return insertEvents(ctx, t, chunk)
 		})
 		if err != nil {
 			a.tell(events)

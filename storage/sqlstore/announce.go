@@ -3,7 +3,6 @@ package sqlstore
 import (
 	"context"
 	"crypto/rand"
-	"encoding/json"
 	"fmt"
 	"slices"
 	"time"
@@ -39,9 +38,8 @@ func wanted(sinks []storage.EventSink, topic string) bool {
 }
 
 // announce inserts events into the outbox in the caller's transaction, those
-// of topics that no sink names left out. It locks the enrollments' rows, so
-// it comes before push rows and queue rows are locked, and before an
-// enrollment that it tells of is deleted.
+// of topics that no sink names left out. It comes behind the locks of what it
+// tells of, and before an enrollment that it tells of is deleted.
 func announce(ctx context.Context, t *tx, list []announcement) error {
 	if len(list) == 0 {
 		return nil
@@ -51,7 +49,7 @@ func announce(ctx context.Context, t *tx, list []announcement) error {
 		return fmt.Errorf("reading event sinks: %w", err)
 	}
 	list = slices.DeleteFunc(slices.Clone(list), func(a announcement) bool { return !wanted(sinks, a.topic) })
-	for chunk := range slices.Chunk(list, 100) {
+	for chunk := range slices.Chunk(list, eventRows) {
 		if err := announceSome(ctx, t, chunk); err != nil {
 			return fmt.Errorf("announcing events: %w", err)
 		}
@@ -59,85 +57,62 @@ func announce(ctx context.Context, t *tx, list []announcement) error {
 	return nil
 }
 
-// addressee is what an announcement takes from its enrollment.
-type addressee struct {
-	typ      string
-	deviceID string
-	topic    string
-	eventSeq int64
-	raised   int64
-}
-
 func announceSome(ctx context.Context, t *tx, list []announcement) error {
 	var ids []string
 	for _, a := range list {
-		if a.enrollment != "" {
-			ids = append(ids, a.enrollment)
-		}
+		ids = append(ids, a.enrollment)
 	}
-	to, err := lockAddressees(ctx, t, ids)
+	to, err := addressees(ctx, t, ids)
 	if err != nil {
 		return err
 	}
-	columns := []string{"event_id", "enrollment_id", "enrollment_type", "parent_id", "topic", "event_seq", "udid",
-		"user_enrollment_id", "apns_topic", "request_type", "command_uuid", "params", "created_at"}
-	var args []any
-	for _, a := range list {
-		var parent, udid, userEnrollment string
-		e := to[a.enrollment]
-		if e == nil {
-			e = &addressee{topic: a.apnsTopic}
-		} else {
-			e.raised++
-			if a.enrollment != e.deviceID {
-				parent = e.deviceID
+	events := make([]outEvent, len(list))
+	for i, a := range list {
+		e := outEvent{
+			Event: storage.Event{ID: eventID(t.now), Topic: a.topic, CreatedAt: fromMicros(t.now), CommandUUID: a.commandUUID, Params: a.detail},
+			facts: facts{topic: a.apnsTopic, requestType: a.requestType},
+		}
+		e.enroll.ID = a.enrollment
+		if of := to[a.enrollment]; of != nil {
+			e.topic, e.enroll.Type = of.topic, of.typ
+			if a.enrollment != of.deviceID {
+				e.enroll.ParentID = of.deviceID
 			}
-			switch mdm.EnrollType(e.typ) {
+			switch of.typ {
 			case mdm.UserEnrollment, mdm.UserEnrollmentDevice:
-				userEnrollment = e.deviceID
+				e.Enrollment = of.deviceID
 			default:
-				udid = e.deviceID
+				e.UDID = of.deviceID
 			}
 		}
-		params, err := json.Marshal(a.detail)
-		if err != nil {
-			return err
-		}
-		args = append(args, eventID(t.now), a.enrollment, e.typ, parent, a.topic, e.eventSeq+e.raised, udid,
-			userEnrollment, e.topic, clip(a.requestType), a.commandUUID, params, t.now)
+		events[i] = e
 	}
-	err = t.upsert(ctx, "nano_events", columns, []string{"event_id"}, nil, args)
-	if err != nil {
-		return err
-	}
-	for _, id := range slices.Compact(slices.Sorted(slices.Values(ids))) {
-		if e := to[id]; e != nil {
-			if _, err := t.exec(ctx, `UPDATE nano_enrollments SET event_seq = ? WHERE id = ?`, e.eventSeq+e.raised, id); err != nil {
-				return err
-			}
-		}
-	}
-	return nil
+	return putEvents(ctx, t, events)
 }
 
-func lockAddressees(ctx context.Context, t *tx, ids []string) (map[string]*addressee, error) {
-	to := make(map[string]*addressee, len(ids))
-	if len(ids) == 0 {
-		return to, nil
-	}
-	place, args := among(ids)
-	rows, err := t.query(ctx, `SELECT id, type, device_id, topic, event_seq FROM nano_enrollments WHERE id IN `+place+` ORDER BY id`+t.d.forUpdate, args...)
+// addressee is what an event takes from its enrollment.
+type addressee struct {
+	typ      mdm.EnrollType
+	deviceID string
+	topic    string
+}
+
+// addressees reads enrollments. Those that do not exist are missing.
+func addressees(ctx context.Context, t *tx, ids []string) (map[string]*addressee, error) {
+	is, args := t.among(ids)
+	rows, err := t.query(ctx, `SELECT id, type, device_id, topic FROM nano_enrollments WHERE id `+is, args...)
 	if err != nil {
 		return nil, err
 	}
 	defer rows.Close()
+	to := make(map[string]*addressee, len(ids))
 	for rows.Next() {
 		var id string
-		e := new(addressee)
-		if err := rows.Scan(&id, &e.typ, &e.deviceID, &e.topic, &e.eventSeq); err != nil {
+		a := new(addressee)
+		if err := rows.Scan(&id, &a.typ, &a.deviceID, &a.topic); err != nil {
 			return nil, err
 		}
-		to[id] = e
+		to[id] = a
 	}
 	return to, rows.Err()
 }

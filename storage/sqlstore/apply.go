@@ -214,24 +214,16 @@ func rounds(batch []*pending) [][]*pending {
 // rows, queue rows, and by key among each.
 func changeRound(ctx context.Context, t *tx, round []*pending) error {
 	var reports, others []*pending
-	var eventful []string
 	for _, p := range round {
 		if _, ok := p.op.(*storage.Report); ok {
 			reports = append(reports, p)
 		} else {
 			others = append(others, p)
 		}
-		if len(p.src.Events) > 0 {
-			eventful = append(eventful, p.id())
-		}
 	}
 	certs, err := admit(ctx, t, others)
 	if err != nil {
 		return err
-	}
-	to, err := lockAddressees(ctx, t, eventful)
-	if err != nil {
-		return fmt.Errorf("locking enrollments: %w", err)
 	}
 	if err := changeEnrollments(ctx, t, others, certs); err != nil {
 		return err
@@ -239,7 +231,7 @@ func changeRound(ctx context.Context, t *tx, round []*pending) error {
 	if err := takeReports(ctx, t, reports); err != nil {
 		return err
 	}
-	return insertEvents(ctx, t, outgoing(round), to)
+	return insertEvents(ctx, t, outgoing(round))
 }
 
 // subject is what the database knows of the enrollment that speaks.

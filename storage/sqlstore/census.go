@@ -53,7 +53,7 @@ func (s *Store) Census(ctx context.Context) (Census, error) {
 		if err != nil {
 			return err
 		}
-		return t.queryRow(ctx, `SELECT COUNT(*) FROM (SELECT event_id FROM nano_events WHERE seq IS NULL LIMIT ?) unnumbered`,
+		return t.queryRow(ctx, `SELECT COALESCE(SUM(size), 0) FROM (SELECT size FROM nano_event_batches WHERE seq = 0 LIMIT ?) unnumbered`,
 			censusLimit).Scan(&c.Unnumbered)
 	})
 	if err != nil {

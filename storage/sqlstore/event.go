@@ -5,7 +5,6 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"maps"
 	"slices"
 
 	"github.com/nanomdm/nanomdm/mdm"
@@ -23,13 +22,15 @@ type facts struct {
 	repeated bool
 	topic    string // APNs topic, if the message has one
 	tally    int    // TokenUpdate
+	// requestType of a known command.
+	requestType string
 }
 
 // outEvent is an event on its way into the outbox.
 type outEvent struct {
 	storage.Event
 	enroll mdm.EnrollID
-	facts  facts
+	facts
 }
 
 // size is about how much the event takes, in bytes.
@@ -49,68 +50,89 @@ func outgoing(batch []*pending) []outEvent {
 	return events
 }
 
-var eventInsertColumns = [...]string{"event_id", "enrollment_id", "enrollment_type", "parent_id", "topic", "event_seq", "udid",
+var eventInsertColumns = [...]string{"event_id", "enrollment_id", "enrollment_type", "parent_id", "topic", "udid",
 	"user_enrollment_id", "apns_topic", "request_type", "status", "command_uuid", "tally", "params", "traceparent", "payload", "created_at"}
 
-// insertEvents puts events into the outbox, unnumbered, each with the next
-// place in the order of its enrollment. Those of an enrollment that does not
-// exist have no order. to holds enrollments that were locked before.
-func insertEvents(ctx context.Context, t *tx, events []outEvent, to map[string]*addressee) error {
+// insertEvents puts what operations tell into the outbox, with what the
+// database knows of the enrollments and commands that it is of.
+func insertEvents(ctx context.Context, t *tx, events []outEvent) error {
 	if len(events) == 0 {
 		return nil
 	}
-	missing := make(map[string]bool)
-	for _, e := range events {
-		if to[e.enroll.ID] == nil {
-			missing[e.enroll.ID] = true
-		}
+	ids := make([]string, len(events))
+	for i := range events {
+		ids[i] = events[i].enroll.ID
 	}
-	more, err := lockAddressees(ctx, t, slices.Sorted(maps.Keys(missing)))
+	to, err := addressees(ctx, t, ids)
 	if err != nil {
-		return fmt.Errorf("locking enrollments: %w", err)
+		return fmt.Errorf("reading enrollments: %w", err)
 	}
 	types, err := requestTypes(ctx, t, events)
 	if err != nil {
 		return err
 	}
-	raised := make(map[string]int64)
-	var args []any
-	for _, e := range events {
-		var order int64
-		var requestType string
-		topic := e.facts.topic
-		if a := cmp.Or(to[e.enroll.ID], more[e.enroll.ID]); a != nil {
-			raised[e.enroll.ID]++
-			order = a.eventSeq + raised[e.enroll.ID]
-			topic = cmp.Or(topic, a.topic)
+	for i := range events {
+		e := &events[i]
+		if a := to[e.enroll.ID]; a != nil {
+			e.topic = cmp.Or(e.topic, a.topic)
 		}
-		if e.facts.known {
-			requestType = types[e.CommandUUID]
+		if e.known {
+			e.requestType = types[e.CommandUUID]
 		}
-		var params []byte
-		if len(e.Params) > 0 {
-			if params, err = json.Marshal(e.Params); err != nil {
-				return fmt.Errorf("encoding an event's parameters: %w", err)
-			}
-		}
-		args = append(args, e.ID, e.enroll.ID, string(e.enroll.Type), e.enroll.ParentID, e.Topic, order, clip(e.UDID),
-			clip(e.Enrollment), clip(topic), requestType, clip(e.Status), clip(e.CommandUUID), e.facts.tally,
-			params, clip(e.TraceParent), t.sealedEvent(e.Topic, e.ID, e.Raw), micros(e.CreatedAt))
 	}
-	width := len(eventInsertColumns)
-	for rows := range slices.Chunk(args, eventRows*width) {
-		if err := t.upsert(ctx, "nano_events", eventInsertColumns[:], []string{"event_id"}, nil, rows); err != nil {
+	return putEvents(ctx, t, events)
+}
+
+// putEvents inserts events, in batches that are numbered later. It belongs
+// behind the locks of what the events tell.
+func putEvents(ctx context.Context, t *tx, events []outEvent) error {
+	for chunk := range slices.Chunk(events, eventRows) {
+		args := make([]any, 0, len(eventInsertColumns)*len(chunk))
+		ids := make([]string, len(chunk))
+		for i := range chunk {
+			e := &chunk[i]
+			ids[i] = e.ID
+			var params []byte
+			if len(e.Params) > 0 {
+				var err error
+				if params, err = json.Marshal(e.Params); err != nil {
+					return fmt.Errorf("encoding an event's parameters: %w", err)
+				}
+			}
+			args = append(args, e.ID, e.enroll.ID, string(e.enroll.Type), e.enroll.ParentID, e.Topic, clip(e.UDID),
+				clip(e.Enrollment), clip(e.topic), clip(e.requestType), clip(e.Status), clip(e.CommandUUID), e.tally,
+				params, clip(e.TraceParent), t.sealedEvent(e.Topic, e.ID, e.Raw), micros(e.CreatedAt))
+		}
+		if err := t.upsert(ctx, "nano_events", eventInsertColumns[:], []string{"event_id"}, nil, args); err != nil {
 			return fmt.Errorf("storing events: %w", err)
 		}
+		if err := putBatch(ctx, t, ids); err != nil {
+			return fmt.Errorf("storing a batch of events: %w", err)
+		}
 	}
-	return raiseOrder(ctx, t, raised)
+	return nil
+}
+
+// putBatch stores which events there are to number. The stamp is larger than
+// those of all that were committed before and wait to be numbered, whatever
+// the clocks of replicas say, so that batches are numbered in an order in
+// which they could have been committed one after the other.
+func putBatch(ctx context.Context, t *tx, ids []string) error {
+	list, err := json.Marshal(ids)
+	if err != nil {
+		return err
+	}
+	_, err = t.exec(ctx, `INSERT INTO nano_event_batches (batch_id, stamp, size, events)
+SELECT ?, `+t.d.greatest+`(`+t.d.number+`, COALESCE(MAX(stamp) + 1, 0)), `+t.d.number+`, ? FROM nano_event_batches WHERE seq = 0`,
+		eventID(t.now), t.now, len(ids), string(list))
+	return err
 }
 
 // requestTypes reads those of commands that are known to have been queued.
 func requestTypes(ctx context.Context, t *tx, events []outEvent) (map[string]string, error) {
 	var uuids []string
 	for _, e := range events {
-		if e.facts.known && e.CommandUUID != "" {
+		if e.known && e.CommandUUID != "" {
 			uuids = append(uuids, e.CommandUUID)
 		}
 	}
@@ -136,21 +158,4 @@ func requestTypes(ctx context.Context, t *tx, events []outEvent) (map[string]str
 		return nil, fmt.Errorf("reading request types: %w", err)
 	}
 	return types, nil
-}
-
-// raiseOrder takes places in the order of events. Enrollments that take as
-// many share a statement.
-func raiseOrder(ctx context.Context, t *tx, raised map[string]int64) error {
-	byCount := make(map[int64][]string)
-	for _, id := range slices.Sorted(maps.Keys(raised)) {
-		byCount[raised[id]] = append(byCount[raised[id]], id)
-	}
-	for _, n := range slices.Sorted(maps.Keys(byCount)) {
-		is, args := t.among(byCount[n])
-		_, err := t.exec(ctx, "UPDATE nano_enrollments SET event_seq = event_seq + ? WHERE id "+is, append([]any{n}, args...)...)
-		if err != nil {
-			return fmt.Errorf("ordering events: %w", err)
-		}
-	}
-	return nil
 }

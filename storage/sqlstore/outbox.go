@@ -1,7 +1,6 @@
 package sqlstore
 
 import (
-	"cmp"
 	"context"
 	"database/sql"
 	"encoding/json"
@@ -28,9 +27,14 @@ const (
 	// smallPayload is the largest payload, in bytes, that comes with a page
 	// of events; larger ones are read one at a time.
 	smallPayload = 64 << 10
-	// numberRows is how many events one statement numbers. Its text grows
+	// numberRows is how many batches one statement numbers. Its text grows
 	// with it, and the database compares each row with half of them.
 	numberRows = 128
+	// lookRows is how many events of the log are looked at at once by who
+	// takes few of them, and idRows how many ids one statement has.
+	lookRows, idRows = 500, 512
+	// oldBatches is how many batches are looked through at once for old events.
+	oldBatches = 32
 	// logWindow is how many numbers one call of ReadEvents looks through when
 	// few of them match.
 	logWindow = 10_000
@@ -46,61 +50,34 @@ const seqCounter = "seq"
 // NumberEvents implements storage.Outbox.
 func (s *Store) NumberEvents(ctx context.Context, l storage.Lease, limit int) (n int, last int64, err error) {
 	// Most looks find nothing, and a transaction would keep SQLite's writer.
-	var found bool
+	var known, found sql.Null[int64]
 	err = s.read(ctx, func(ctx context.Context, t *tx) error {
-		var one int
-		err := t.queryRow(ctx, `SELECT 1 FROM nano_events WHERE seq IS NULL LIMIT 1`).Scan(&one)
-		found = err == nil
-		if err != nil && !errors.Is(err, sql.ErrNoRows) {
-			return err
-		}
-		last, err = lastNumber(ctx, t, "")
-		return err
+		return t.queryRow(ctx, `SELECT (SELECT value FROM nano_event_counters WHERE name = ?),
+			(SELECT size FROM nano_event_batches WHERE seq = 0 LIMIT 1)`, seqCounter).Scan(&known, &found)
 	})
 	if err != nil {
 		return 0, 0, fmt.Errorf("looking for events to number: %w", err)
 	}
-	if !found {
-		return 0, last, nil
+	if !found.Valid {
+		return 0, known.V, nil
 	}
-	err = s.write(ctx, func(ctx context.Context, t *tx) error {
-		n = 0
-		if err := t.checkLease(ctx, l); err != nil {
-			return err
-		}
+	err = s.sweep(ctx, l, func(ctx context.Context, t *tx) error {
 		base, err := lockCounter(ctx, t)
 		if err != nil {
 			return err
 		}
-		last = base
-		// Going on at the last enrollment gives each its turn, however many
-		// events come in.
-		ids, next, err := unnumbered(ctx, t, *cmp.Or(s.numberFrom.Load(), new(numberPlace)), limit)
+		batches, err := unnumbered(ctx, t, limit)
 		if err != nil {
 			return err
 		}
-		if len(ids) == 0 {
-			if ids, next, err = unnumbered(ctx, t, numberPlace{}, limit); err != nil || len(ids) == 0 {
-				return err
-			}
-		}
-		if err := giveNumbers(ctx, t, base, ids); err != nil {
-			return err
-		}
-		s.numberFrom.Store(&next)
-		n, last = len(ids), base+int64(len(ids))
-		return nil
+		last, err = giveNumbers(ctx, t, base, batches)
+		n = int(last - base)
+		return err
 	})
 	if err != nil {
 		return 0, 0, fmt.Errorf("numbering events: %w", err)
 	}
 	return n, last, nil
-}
-
-// numberPlace is where numbering goes on: at an enrollment, or behind it.
-type numberPlace struct {
-	enrollment string
-	behind     bool
 }
 
 // lockCounter locks the last number and reads it. Its row is made if need be,
@@ -126,86 +103,140 @@ func lastNumber(ctx context.Context, t *tx, lock string) (int64, error) {
 	return last, err
 }
 
-// unnumbered reads the ids of events from a place on, in the order in which
-// they are to be numbered. next is where to go on, the beginning if nothing is
-// left behind them.
-func unnumbered(ctx context.Context, t *tx, from numberPlace, limit int) (ids []string, next numberPlace, err error) {
-	compare := ">="
-	if from.behind {
-		compare = ">"
-	}
-	rows, err := t.query(ctx, `SELECT event_id, enrollment_id, created_at FROM nano_events
-		WHERE seq IS NULL AND enrollment_id `+compare+` ? ORDER BY enrollment_id, event_seq, created_at, event_id LIMIT ?`, from.enrollment, limit)
+// unnumberedBatch is one of nano_event_batches.
+type unnumberedBatch struct {
+	id   string
+	size int
+}
+
+// unnumbered reads the batches that are to be numbered next, in order: with
+// up to limit events, or a single one.
+func unnumbered(ctx context.Context, t *tx, limit int) (batches []unnumberedBatch, err error) {
+	rows, err := t.query(ctx, `SELECT batch_id, size FROM nano_event_batches WHERE seq = 0 ORDER BY stamp, batch_id LIMIT ?`, limit)
 	if err != nil {
-		return nil, next, err
+		return nil, err
 	}
 	defer rows.Close()
-	type event struct {
-		id string
-		at int64
-	}
-	var events []event
-	var enrollment string
-	var latest int64
-	several := false
-	for rows.Next() {
-		var e event
-		var of string
-		if err := rows.Scan(&e.id, &of, &e.at); err != nil {
-			return nil, next, err
+	for events := 0; rows.Next(); {
+		var b unnumberedBatch
+		if err := rows.Scan(&b.id, &b.size); err != nil {
+			return nil, err
 		}
-		several = several || len(events) > 0 && of != enrollment
-		// The clocks of replicas differ, the order inside an enrollment is
-		// the database's.
-		if of == enrollment {
-			e.at = max(e.at, latest)
+		if events += b.size; events > limit && len(batches) > 0 {
+			return batches, rows.Close()
 		}
-		enrollment, latest = of, e.at
-		events = append(events, e)
+		batches = append(batches, b)
 	}
-	if err := rows.Err(); err != nil {
-		return nil, next, err
-	}
-	if len(events) == limit {
-		next = numberPlace{enrollment: enrollment, behind: !several}
-	}
-	slices.SortStableFunc(events, func(a, b event) int { return cmp.Compare(a.at, b.at) })
-	for _, e := range events {
-		ids = append(ids, e.id)
-	}
-	return ids, next, nil
+	return batches, rows.Err()
 }
 
-// numberStatement numbers events by their place in a list of 1, 2, 4, ...
-// ids, after the counter.
-func numberStatement(n int) string {
-	var b strings.Builder
-	b.WriteString(`UPDATE nano_events SET seq = (SELECT value FROM nano_event_counters WHERE name = '` + seqCounter + `') + CASE event_id`)
-	for i := range n {
-		b.WriteString(" WHEN ? THEN " + strconv.Itoa(i+1))
-	}
-	b.WriteString(" END WHERE seq IS NULL AND event_id IN " + in(n))
-	return b.String()
+// numberStatement numbers n batches: the first n pairs of arguments are their
+// ids and numbers, then come the ids.
+func (d *dialect) numberStatement(n int) string {
+	return `UPDATE nano_event_batches SET seq = CASE batch_id` + strings.Repeat(" WHEN ? THEN "+d.number, n) +
+		" END WHERE seq = 0 AND batch_id IN " + in(n)
 }
 
-func giveNumbers(ctx context.Context, t *tx, base int64, ids []string) error {
-	for chunk := range slices.Chunk(ids, numberRows) {
-		// A place that repeats the last id is never reached by CASE.
-		place, args := among(chunk)
-		n := strings.Count(place, "?")
-		done, err := t.exec(ctx, numberStatement(n), append(slices.Clone(args), args...)...)
+// giveNumbers numbers batches behind base and returns the last number.
+func giveNumbers(ctx context.Context, t *tx, base int64, batches []unnumberedBatch) (last int64, err error) {
+	last = base
+	for chunk := range slices.Chunk(batches, numberRows) {
+		ids := make([]string, len(chunk))
+		var numbers []any
+		for i, b := range chunk {
+			last += int64(b.size)
+			ids[i] = b.id
+			numbers = append(numbers, b.id, last)
+		}
+		_, args := among(ids)
+		for len(numbers) < 2*len(args) { // repeats are never reached by CASE
+			numbers = append(numbers, ids[len(ids)-1], last)
+		}
+		done, err := t.exec(ctx, t.d.numberStatement(len(args)), append(numbers, args...)...)
 		if err != nil {
-			return err
+			return 0, err
 		}
 		if done != int64(len(chunk)) {
-			return fmt.Errorf("numbered %d of %d events: somebody else numbers too", done, len(chunk))
-		}
-		base += int64(len(chunk))
-		if _, err := t.exec(ctx, `UPDATE nano_event_counters SET value = ? WHERE name = ?`, base, seqCounter); err != nil {
-			return err
+			return 0, fmt.Errorf("numbered %d of %d batches: somebody else numbers too", done, len(chunk))
 		}
 	}
-	return nil
+	if last > base {
+		_, err = t.exec(ctx, `UPDATE nano_event_counters SET value = ? WHERE name = ?`, last, seqCounter)
+	}
+	return last, err
+}
+
+// entry is an event's place in the log.
+type entry struct {
+	seq int64
+	id  string
+}
+
+// entries reads which events come after a number, up to limit of them. There
+// are none at the end of the log.
+func entries(ctx context.Context, t *tx, after int64, limit int) ([]entry, error) {
+	var list []entry
+	for len(list) < limit {
+		// Where much happens there are some dozens in a batch.
+		batches, err := numberedBatches(ctx, t, after, max(1, (limit-len(list))/16))
+		if err != nil || len(batches) == 0 {
+			return list, err
+		}
+		for _, batch := range batches {
+			for _, e := range batch {
+				if e.seq > after && len(list) < limit {
+					list = append(list, e)
+				}
+			}
+		}
+		after = list[len(list)-1].seq
+	}
+	return list, nil
+}
+
+// numberedBatches reads batches that have events after a number.
+func numberedBatches(ctx context.Context, t *tx, after int64, limit int) (batches [][]entry, err error) {
+	rows, err := t.query(ctx, `SELECT seq, events FROM nano_event_batches`+t.d.by("nano_event_batches_seq")+
+		` WHERE seq > ? ORDER BY seq LIMIT ?`, after, limit)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	for rows.Next() {
+		var last int64
+		var text []byte
+		if err := rows.Scan(&last, &text); err != nil {
+			return nil, err
+		}
+		var ids []string
+		if err := json.Unmarshal(text, &ids); err != nil {
+			return nil, fmt.Errorf("the batch of events up to %d: %w", last, err)
+		}
+		batch := make([]entry, len(ids))
+		for i, id := range ids {
+			batch[i] = entry{last - int64(len(ids)-1-i), id}
+		}
+		batches = append(batches, batch)
+	}
+	return batches, rows.Err()
+}
+
+// idsOf finds the events of numbers, which are sorted.
+func idsOf(ctx context.Context, t *tx, seqs []int64) (map[int64]string, error) {
+	ids := make(map[int64]string)
+	for len(seqs) > 0 {
+		list, err := entries(ctx, t, seqs[0]-1, int(min(lookRows, seqs[len(seqs)-1]-seqs[0]+1)))
+		if err != nil || len(list) == 0 {
+			return ids, err
+		}
+		for _, e := range list {
+			ids[e.seq] = e.id
+		}
+		for len(seqs) > 0 && seqs[0] <= list[len(list)-1].seq {
+			seqs = seqs[1:]
+		}
+	}
+	return ids, nil
 }
 
 // LastEvent implements storage.EventLog.
@@ -223,8 +254,8 @@ func (s *Store) LastEvent(ctx context.Context) (int64, error) {
 }
 
 // eventColumns are those of scanEvent; e is nano_events.
-const eventColumns = `e.seq, e.event_id, e.enrollment_id, e.enrollment_type, e.parent_id, e.topic, e.event_seq,
-	e.udid, e.user_enrollment_id, e.apns_topic, e.request_type, e.status, e.command_uuid, e.tally, e.params, e.traceparent, e.created_at,
+const eventColumns = `e.event_id, e.enrollment_id, e.enrollment_type, e.parent_id, e.topic, e.udid, e.user_enrollment_id, e.apns_topic, e.request_type, e.status,
+	e.command_uuid, e.tally, e.params, e.traceparent, e.created_at,
 	LENGTH(e.payload), CASE WHEN LENGTH(e.payload) <= 65536 THEN e.payload END`
 
 func (s *Store) scanEvent(t *tx, rows *sql.Rows, more ...any) (storage.EventRecord, error) {
@@ -232,9 +263,8 @@ func (s *Store) scanEvent(t *tx, rows *sql.Rows, more ...any) (storage.EventReco
 	var params []byte
 	var created int64
 	var size sql.Null[int64]
-	err := rows.Scan(append([]any{&r.Seq, &r.ID, &r.Enroll.ID, &r.Enroll.Type, &r.Enroll.ParentID, &r.Topic, &r.EnrollSeq,
-		&r.UDID, &r.Enrollment, &r.APNsTopic, &r.RequestType, &r.Status, &r.CommandUUID, &r.Tally, &params, &r.TraceParent, &created,
-		&size, &r.Raw}, more...)...)
+	err := rows.Scan(append([]any{&r.ID, &r.Enroll.ID, &r.Enroll.Type, &r.Enroll.ParentID, &r.Topic, &r.UDID, &r.Enrollment, &r.APNsTopic, &r.RequestType, &r.Status,
+		&r.CommandUUID, &r.Tally, &params, &r.TraceParent, &created, &size, &r.Raw}, more...)...)
 	if err != nil {
 		return r, err
 	}
@@ -278,20 +308,60 @@ func (s *Store) readEvents(ctx context.Context, t *tx, query string, args []any,
 		if err != nil {
 			return nil, err
 		}
-		r.Attempts = extra.Attempts
+		r.Seq, r.Attempts = extra.Seq, extra.Attempts
 		events = append(events, r)
 	}
 	return events, rows.Err()
+}
+
+// eventsAt reads events of the log that are left and that fit a condition.
+func (s *Store) eventsAt(ctx context.Context, t *tx, list []entry, where string, args []any) ([]storage.EventRecord, error) {
+	var events []storage.EventRecord
+	for chunk := range slices.Chunk(list, idRows) {
+		is, ids := amongEntries(t, chunk)
+		found, err := s.readEvents(ctx, t, `SELECT `+eventColumns+` FROM nano_events e WHERE e.event_id `+is+where, append(ids, args...), nil)
+		if err != nil {
+			return nil, err
+		}
+		byID := make(map[string]*storage.EventRecord, len(found))
+		for i := range found {
+			byID[found[i].ID] = &found[i]
+		}
+		for _, e := range chunk {
+			if r := byID[e.id]; r != nil {
+				r.Seq = e.seq
+				events = append(events, *r)
+			}
+		}
+	}
+	return events, nil
+}
+
+// amongEntries is among for the ids of entries.
+func amongEntries(t *tx, list []entry) (is string, args []any) {
+	ids := make([]string, len(list))
+	for i, e := range list {
+		ids[i] = e.id
+	}
+	return t.among(ids)
 }
 
 // SinkPage implements storage.Outbox.
 func (s *Store) SinkPage(ctx context.Context, after int64, limit int) ([]storage.EventRecord, error) {
 	var events []storage.EventRecord
 	err := s.read(ctx, func(ctx context.Context, t *tx) error {
-		var err error
-		events, err = s.readEvents(ctx, t, `SELECT `+eventColumns+` FROM nano_events e WHERE e.seq > ? ORDER BY e.seq LIMIT ?`,
-			[]any{after, limit}, nil)
-		return err
+		events = nil
+		for after := after; len(events) == 0; { // the first ones may be removed by now
+			list, err := entries(ctx, t, after, limit)
+			if err != nil || len(list) == 0 {
+				return err
+			}
+			if events, err = s.eventsAt(ctx, t, list, "", nil); err != nil {
+				return err
+			}
+			after = list[len(list)-1].seq
+		}
+		return nil
 	})
 	if err != nil {
 		return nil, fmt.Errorf("reading events: %w", err)
@@ -301,41 +371,42 @@ func (s *Store) SinkPage(ctx context.Context, after int64, limit int) ([]storage
 
 // ReadEvents implements storage.EventLog.
 func (s *Store) ReadEvents(ctx context.Context, scope storage.Scope, q storage.EventQuery) (events []storage.EventRecord, next int64, err error) {
+	where, args, step := "", []any(nil), q.Limit
+	for _, list := range []struct {
+		column string
+		values []string
+	}{{"e.topic", q.Topics}, {"e.apns_topic", scope.Topics}} {
+		if len(list.values) > 0 {
+			place, values := among(list.values)
+			where += " AND " + list.column + " IN " + place
+			args, step = append(args, values...), max(q.Limit, lookRows)
+		}
+	}
 	err = s.read(ctx, func(ctx context.Context, t *tx) error {
+		events, next = nil, q.After
 		last, err := lastNumber(ctx, t, "")
 		if err != nil {
 			return err
 		}
-		var first sql.Null[int64]
-		if err := t.queryRow(ctx, `SELECT MIN(seq) FROM nano_events WHERE seq > ?`, q.After).Scan(&first); err != nil {
-			return err
-		}
-		after := q.After
-		if !first.Valid { // nothing is left of what there was
-			events, next = nil, max(after, last)
-			return nil
-		}
-		after = max(after, first.V-1)
-		through := min(last, after+logWindow)
-		where, args := "e.seq > ? AND e.seq <= ?", []any{after, through}
-		for _, list := range []struct {
-			column string
-			values []string
-		}{{"e.topic", q.Topics}, {"e.apns_topic", scope.Topics}} {
-			if len(list.values) > 0 {
-				place, values := among(list.values)
-				where += " AND " + list.column + " IN " + place
-				args = append(args, values...)
+		for looked := 0; looked < logWindow && len(events) < q.Limit; looked += step {
+			list, err := entries(ctx, t, next, step)
+			if err != nil {
+				return err
 			}
-		}
-		events, err = s.readEvents(ctx, t, `SELECT `+eventColumns+` FROM nano_events e WHERE `+where+` ORDER BY e.seq LIMIT ?`,
-			append(args, q.Limit), nil)
-		if err != nil {
-			return err
-		}
-		next = max(q.After, through)
-		if len(events) == q.Limit && len(events) > 0 {
-			next = events[len(events)-1].Seq
+			if len(list) == 0 { // what there was up to the last one is removed
+				next = max(next, last)
+				return nil
+			}
+			found, err := s.eventsAt(ctx, t, list, where, slices.Clone(args))
+			if err != nil {
+				return err
+			}
+			next = list[len(list)-1].seq
+			if left := q.Limit - len(events); len(found) >= left {
+				found = found[:left]
+				next = found[left-1].Seq
+			}
+			events = append(events, found...)
 		}
 		return nil
 	})
@@ -349,10 +420,16 @@ func (s *Store) ReadEvents(ctx context.Context, scope storage.Scope, q storage.E
 func (s *Store) EventPayload(ctx context.Context, seq int64) ([]byte, error) {
 	var payload []byte
 	err := s.read(ctx, func(ctx context.Context, t *tx) error {
-		var id string
-		err := t.queryRow(ctx, `SELECT event_id, payload FROM nano_events WHERE seq = ?`, seq).Scan(&id, &payload)
+		list, err := entries(ctx, t, seq-1, 1)
+		if err != nil {
+			return err
+		}
+		if len(list) == 0 || list[0].seq != seq {
+			return sql.ErrNoRows
+		}
+		err = t.queryRow(ctx, `SELECT payload FROM nano_events WHERE event_id = ?`, list[0].id).Scan(&payload)
 		if err == nil {
-			payload, err = t.opened(eventColumn, id, payload)
+			payload, err = t.opened(eventColumn, list[0].id, payload)
 		}
 		return err
 	})
@@ -383,12 +460,16 @@ func (s *Store) Settle(ctx context.Context, l storage.Lease, k *storage.EventSin
 				return err
 			}
 		}
-		for chunk := range slices.Chunk(st.Put, deliveryRows) {
-			if err := putDeliveries(ctx, t, sink, chunk); err != nil {
-				return err
-			}
+		seqs := make([]int64, len(st.Put))
+		for i, d := range st.Put {
+			seqs[i] = d.Seq
 		}
-		return nil
+		slices.Sort(seqs)
+		ids, err := idsOf(ctx, t, seqs)
+		if err != nil {
+			return err
+		}
+		return putDeliveries(ctx, t, sink, st.Put, ids)
 	})
 	if err != nil {
 		return fmt.Errorf("settling events of sink %s: %w", sink, err)
@@ -403,7 +484,7 @@ func (s *Store) GiveUp(ctx context.Context, l storage.Lease, k *storage.EventSin
 		if err := lockSink(ctx, t, k); err != nil {
 			return err
 		}
-		seqs, err := deliveryNumbers(ctx, t, `SELECT d.seq FROM nano_event_deliveries d JOIN nano_events e ON e.seq = d.seq
+		seqs, err := deliveryNumbers(ctx, t, `SELECT d.seq FROM nano_event_deliveries d JOIN nano_events e ON e.event_id = d.event_id
 			WHERE d.sink = ? AND d.state = ? AND e.created_at < ? ORDER BY d.seq LIMIT ?`,
 			k.Name, int(storage.DeliveryWaiting), micros(before), limit)
 		if err != nil {
@@ -427,16 +508,23 @@ func (s *Store) GiveUp(ctx context.Context, l storage.Lease, k *storage.EventSin
 }
 
 var (
-	deliveryColumns = [...]string{"sink", "seq", "enrollment_id", "state", "attempts", "next_at", "last_error", "updated_at"}
+	deliveryColumns = [...]string{"sink", "seq", "event_id", "enrollment_id", "state", "attempts", "next_at", "last_error", "updated_at"}
 	deliverySets    = [...]string{"state", "attempts", "next_at", "last_error", "updated_at"}
 )
 
-func putDeliveries(ctx context.Context, t *tx, sink string, deliveries []storage.Delivery) error {
-	args := make([]any, 0, len(deliveryColumns)*len(deliveries))
-	for _, d := range deliveries {
-		args = append(args, sink, d.Seq, d.Enrollment, int(d.State), d.Attempts, null(micros(d.NextAt)), d.Error, t.now)
+// putDeliveries stores deliveries of a sink; ids are the events of their
+// numbers.
+func putDeliveries(ctx context.Context, t *tx, sink string, deliveries []storage.Delivery, ids map[int64]string) error {
+	for chunk := range slices.Chunk(deliveries, deliveryRows) {
+		args := make([]any, 0, len(deliveryColumns)*len(chunk))
+		for _, d := range chunk {
+			args = append(args, sink, d.Seq, ids[d.Seq], d.Enrollment, int(d.State), d.Attempts, null(micros(d.NextAt)), d.Error, t.now)
+		}
+		if err := t.upsert(ctx, "nano_event_deliveries", deliveryColumns[:], []string{"sink", "seq"}, deliverySets[:], args); err != nil {
+			return err
+		}
 	}
-	return t.upsert(ctx, "nano_event_deliveries", deliveryColumns[:], []string{"sink", "seq"}, deliverySets[:], args)
+	return nil
 }
 
 // amongNumbers is among for numbers.
@@ -482,9 +570,9 @@ func (s *Store) WaitingLanes(ctx context.Context, sink string, limit int) ([]sto
 }
 
 // deliveryTables joins the events of deliveries.
-const deliveryTables = `, d.attempts FROM nano_event_deliveries d JOIN nano_events e ON e.seq = d.seq `
+const deliveryTables = `, d.seq, d.attempts FROM nano_event_deliveries d JOIN nano_events e ON e.event_id = d.event_id `
 
-func attemptsOf(r *storage.EventRecord) []any { return []any{&r.Attempts} }
+func deliveryOf(r *storage.EventRecord) []any { return []any{&r.Seq, &r.Attempts} }
 
 // WaitingEvents implements storage.Deliveries.
 func (s *Store) WaitingEvents(ctx context.Context, sink, enrollment string, limit int) ([]storage.EventRecord, error) {
@@ -502,7 +590,7 @@ func (s *Store) deliveries(ctx context.Context, where string, args ...any) ([]st
 	var events []storage.EventRecord
 	err := s.read(ctx, func(ctx context.Context, t *tx) error {
 		var err error
-		events, err = s.readEvents(ctx, t, `SELECT `+eventColumns+deliveryTables+where, slices.Clone(args), attemptsOf)
+		events, err = s.readEvents(ctx, t, `SELECT `+eventColumns+deliveryTables+where, slices.Clone(args), deliveryOf)
 		return err
 	})
 	if err != nil {
@@ -545,52 +633,95 @@ func (s *Store) Redeliver(ctx context.Context, r storage.Redelivery) (int64, err
 // redeliverSome marks events of the next numbers that there are. next is 0 at
 // the end.
 func (s *Store) redeliverSome(ctx context.Context, sink *storage.EventSink, r storage.Redelivery, total, after, through int64) (n, next int64, err error) {
-	table, where, column := `nano_events e LEFT JOIN nano_event_deliveries d ON d.sink = ? AND d.seq = e.seq`, ``, "e.seq"
-	if r.Dead {
-		table = `nano_event_deliveries d JOIN nano_events e ON e.seq = d.seq`
-		where = `d.sink = ? AND d.state IN (` + strconv.Itoa(int(storage.DeliveryDead)) + `, ` + strconv.Itoa(int(storage.DeliveryDropped)) + `) AND `
-		column = "d.seq"
-	}
 	err = s.write(ctx, func(ctx context.Context, t *tx) error {
 		n, next = 0, 0
-		rows, err := t.query(ctx, `SELECT e.seq, e.enrollment_id, e.enrollment_type, e.topic, e.apns_topic, e.request_type, e.status, e.command_uuid,
-			d.state, e.payload IS NULL FROM `+table+` WHERE `+where+column+` > ? AND `+column+` <= ? ORDER BY `+column+` LIMIT ?`,
-			r.Sink, after, through, redeliverRows)
+		list, states, err := mayRedeliver(ctx, t, r, after, through)
+		if err != nil || len(list) == 0 {
+			return err
+		}
+		events, err := describe(ctx, t, list)
 		if err != nil {
 			return err
 		}
-		defer rows.Close()
+		ids := make(map[int64]string)
 		var put []storage.Delivery
-		read := 0
-		for rows.Next() && (r.Limit == 0 || total+int64(len(put)) < int64(r.Limit)) {
-			var e storage.EventRecord
-			var state sql.Null[storage.DeliveryState]
-			var bare bool
-			if err := rows.Scan(&e.Seq, &e.Enroll.ID, &e.Enroll.Type, &e.Topic, &e.APNsTopic, &e.RequestType, &e.Status, &e.CommandUUID, &state, &bare); err != nil {
-				return err
-			}
-			read, next = read+1, e.Seq
-			if state.V == storage.DeliveryWaiting || bare && !storage.ServerTopic(e.Topic) || !sink.Match(&e) {
+		full := func() bool { return r.Limit > 0 && total+int64(len(put)) >= int64(r.Limit) }
+		for i := 0; i < len(list) && !full(); i++ {
+			seq := list[i].seq
+			e, left := events[list[i].id]
+			if next = seq; !left || states[seq] == storage.DeliveryWaiting || !sink.Match(&e) {
 				continue
 			}
-			put = append(put, storage.Delivery{Seq: e.Seq, Enrollment: e.Enroll.ID, State: storage.DeliveryAgain, NextAt: fromMicros(t.now)})
+			ids[seq] = e.ID
+			put = append(put, storage.Delivery{Seq: seq, Enrollment: e.Enroll.ID, State: storage.DeliveryAgain, NextAt: fromMicros(t.now)})
 		}
-		if err := rows.Err(); err != nil {
-			return err
-		}
-		rows.Close()
-		if read < redeliverRows {
+		if len(list) < redeliverRows {
 			next = 0
 		}
 		n = int64(len(put))
-		for chunk := range slices.Chunk(put, deliveryRows) {
-			if err := putDeliveries(ctx, t, r.Sink, chunk); err != nil {
-				return err
-			}
-		}
-		return nil
+		return putDeliveries(ctx, t, r.Sink, put, ids)
 	})
 	return n, next, err
+}
+
+// mayRedeliver reads what comes next in a range of the log, or of the sink's
+// dead letters, and how it stands with the sink.
+func mayRedeliver(ctx context.Context, t *tx, r storage.Redelivery, after, through int64) (list []entry, states map[int64]storage.DeliveryState, err error) {
+	where, args := "", []any{r.Sink, after, through}
+	if r.Dead {
+		where = ` AND state IN (` + strconv.Itoa(int(storage.DeliveryDead)) + `, ` + strconv.Itoa(int(storage.DeliveryDropped)) + `)`
+	} else {
+		if list, err = entries(ctx, t, after, redeliverRows); err != nil {
+			return nil, nil, err
+		}
+		list = slices.DeleteFunc(list, func(e entry) bool { return e.seq > through })
+		if len(list) == 0 {
+			return nil, nil, nil
+		}
+		args[2] = list[len(list)-1].seq
+	}
+	rows, err := t.query(ctx, `SELECT seq, event_id, state FROM nano_event_deliveries WHERE sink = ? AND seq > ? AND seq <= ?`+where+
+		` ORDER BY seq LIMIT ?`, append(args, redeliverRows)...)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer rows.Close()
+	states = make(map[int64]storage.DeliveryState)
+	for rows.Next() {
+		var e entry
+		var state storage.DeliveryState
+		if err := rows.Scan(&e.seq, &e.id, &state); err != nil {
+			return nil, nil, err
+		}
+		if states[e.seq] = state; r.Dead {
+			list = append(list, e)
+		}
+	}
+	return list, states, rows.Err()
+}
+
+// describe reads what sinks choose events by, without their payloads, of
+// those that can be sent again.
+func describe(ctx context.Context, t *tx, list []entry) (map[string]storage.EventRecord, error) {
+	is, args := amongEntries(t, list)
+	rows, err := t.query(ctx, `SELECT event_id, enrollment_id, enrollment_type, topic, apns_topic, request_type, status, command_uuid, payload IS NULL
+		FROM nano_events WHERE event_id `+is, args...)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	events := make(map[string]storage.EventRecord, len(list))
+	for rows.Next() {
+		var e storage.EventRecord
+		var bare bool
+		if err := rows.Scan(&e.ID, &e.Enroll.ID, &e.Enroll.Type, &e.Topic, &e.APNsTopic, &e.RequestType, &e.Status, &e.CommandUUID, &bare); err != nil {
+			return nil, err
+		}
+		if !bare || storage.ServerTopic(e.Topic) {
+			events[e.ID] = e
+		}
+	}
+	return events, rows.Err()
 }
 
 // DropPayloads implements storage.EventUpkeep.
@@ -617,7 +748,9 @@ func (s *Store) DropPayloads(ctx context.Context, l storage.Lease, limit int) (i
 			}
 			for chunk := range slices.Chunk(seqs, deliveryRows) {
 				place, args := amongNumbers(chunk)
-				if _, err := t.exec(ctx, `UPDATE nano_events SET payload = NULL WHERE seq IN `+place, slices.Clone(args)...); err != nil {
+				_, err := t.exec(ctx, `UPDATE nano_events SET payload = NULL WHERE event_id IN
+					(SELECT event_id FROM nano_event_deliveries WHERE sink = ? AND seq IN `+place+`)`, append([]any{sink.Name}, args...)...)
+				if err != nil {
 					return err
 				}
 				if _, err := t.exec(ctx, `UPDATE nano_event_deliveries SET state = ? WHERE sink = ? AND seq IN `+place,
@@ -695,8 +828,8 @@ func (s *Store) RemoveEvents(ctx context.Context, l storage.Lease, before time.T
 		if err != nil {
 			return err
 		}
-		last, count, err := oldEvents(ctx, t, settled, micros(before), limit)
-		if err != nil || count == 0 {
+		last, old, err := oldEvents(ctx, t, settled, micros(before), limit)
+		if err != nil || len(old) == 0 {
 			return err
 		}
 		for _, sink := range sinks {
@@ -704,8 +837,14 @@ func (s *Store) RemoveEvents(ctx context.Context, l storage.Lease, before time.T
 				return err
 			}
 		}
-		_, err = t.exec(ctx, `DELETE FROM nano_events WHERE seq <= ?`, last)
-		n = count
+		for chunk := range slices.Chunk(old, idRows) {
+			is, args := amongEntries(t, chunk)
+			if _, err := t.exec(ctx, `DELETE FROM nano_events WHERE event_id `+is, args...); err != nil {
+				return err
+			}
+		}
+		_, err = t.exec(ctx, `DELETE FROM nano_event_batches WHERE seq > 0 AND seq <= ?`, last)
+		n = len(old)
 		return err
 	})
 	if err != nil {
@@ -714,24 +853,46 @@ func (s *Store) RemoveEvents(ctx context.Context, l storage.Lease, before time.T
 	return n, nil
 }
 
-// oldEvents looks how far the log goes that is old and settled.
-func oldEvents(ctx context.Context, t *tx, settled, before int64, limit int) (last int64, n int, err error) {
-	rows, err := t.query(ctx, `SELECT seq, created_at FROM nano_events WHERE seq > 0 AND seq <= ? ORDER BY seq LIMIT ?`, settled, limit)
+// oldEvents reads the first batches of the log that are old and settled: with
+// up to limit events, or a single one. last is where they end.
+func oldEvents(ctx context.Context, t *tx, settled, before int64, limit int) (last int64, old []entry, err error) {
+	for {
+		batches, err := numberedBatches(ctx, t, last, oldBatches)
+		if err != nil || len(batches) == 0 {
+			return last, old, err
+		}
+		young, err := youngEvents(ctx, t, slices.Concat(batches...), before)
+		if err != nil {
+			return 0, nil, err
+		}
+		for _, batch := range batches {
+			end := batch[len(batch)-1].seq
+			if end > settled || len(old) > 0 && len(old)+len(batch) > limit ||
+				slices.ContainsFunc(batch, func(e entry) bool { return young[e.id] }) {
+				return last, old, nil
+			}
+			last, old = end, append(old, batch...)
+		}
+	}
+}
+
+// youngEvents says which events are not from before a time.
+func youngEvents(ctx context.Context, t *tx, list []entry, before int64) (map[string]bool, error) {
+	is, args := amongEntries(t, list)
+	rows, err := t.query(ctx, `SELECT event_id FROM nano_events WHERE created_at >= ? AND event_id `+is, append([]any{before}, args...)...)
 	if err != nil {
-		return 0, 0, err
+		return nil, err
 	}
 	defer rows.Close()
+	young := make(map[string]bool)
 	for rows.Next() {
-		var seq, created int64
-		if err := rows.Scan(&seq, &created); err != nil {
-			return 0, 0, err
+		var id string
+		if err := rows.Scan(&id); err != nil {
+			return nil, err
 		}
-		if created >= before {
-			break
-		}
-		last, n = seq, n+1
+		young[id] = true
 	}
-	return last, n, rows.Err()
+	return young, rows.Err()
 }
 
 // EventBacklogs implements storage.Deliveries.
@@ -780,7 +941,11 @@ func oldestUnsettled(ctx context.Context, t *tx, sink *storage.EventSink) (time.
 	if first.Valid {
 		from = min(from, first.V)
 	}
-	err = t.queryRow(ctx, `SELECT created_at FROM nano_events WHERE seq >= ? ORDER BY seq LIMIT 1`, from).Scan(&created)
+	list, err := entries(ctx, t, from-1, 1)
+	if err != nil || len(list) == 0 {
+		return time.Time{}, err
+	}
+	err = t.queryRow(ctx, `SELECT created_at FROM nano_events WHERE event_id = ?`, list[0].id).Scan(&created)
 	if err != nil && !errors.Is(err, sql.ErrNoRows) {
 		return time.Time{}, err
 	}

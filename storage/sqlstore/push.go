@@ -377,11 +377,6 @@ func recordPushes(ctx context.Context, t *tx, ids []string, records map[string]*
 		if told, err = announced(ctx, t, storage.TopicPushFailed); err != nil {
 			return err
 		}
-		if told { // enrollments are locked before push rows
-			if _, err := lock(ctx, t, "nano_enrollments", dead); err != nil {
-				return err
-			}
-		}
 	}
 	standing, err := lockPushed(ctx, t, ids)
 	if err != nil {

@@ -108,9 +108,6 @@ type Store struct {
 	held    sync.Map // names of leases that were taken and not lost or released
 	swept   swept
 
-	// numberFrom is the enrollment where NumberEvents goes on.
-	numberFrom atomic.Pointer[numberPlace]
-
 	closed    atomic.Bool
 	closeOnce sync.Once
 	closeErr  error

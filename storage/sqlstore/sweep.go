@@ -67,11 +67,6 @@ func expire(ctx context.Context, t *tx, due []queueKey) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	if told { // enrollments are locked before queue rows
-		if _, err := lock(ctx, t, "nano_enrollments", enrollmentsOf(due)); err != nil {
-			return 0, err
-		}
-	}
 	where, args := t.amongKeys(due)
 	due, err = queueKeys(ctx, t, "SELECT id, command_uuid FROM nano_enrollment_queue"+t.d.by("PRIMARY")+" WHERE "+where+
 		fmt.Sprintf(" AND state < %d AND expires_at <= ? ORDER BY id, command_uuid", storage.Acknowledged)+t.d.forUpdate,

@@ -11,11 +11,14 @@ import (
 
 	"github.com/nanomdm/nanomdm/mdm"
 	"github.com/nanomdm/nanomdm/storage"
+	"github.com/nanomdm/nanomdm/storage/sqlstore"
 )
 
 func outboxTests() []subtest {
 	return []subtest{
 		{"events are numbered in order for each enrollment", outboxOrder},
+		{"events are numbered in order whatever the clocks of replicas say", outboxClocks},
+		{"events that were committed together are numbered together", outboxTogether},
 		{"an enrollment whose events keep coming starves no other", outboxFair},
 		{"who lost the lease numbers nothing", outboxWithoutLease},
 		{"numbers have no gaps and never repeat while reports come in", outboxWhileReporting},
@@ -134,14 +137,14 @@ func outboxOrder(t *testing.T, h *Harness) {
 	require.NoError(t, err)
 	require.Zero(t, n+int(last))
 	// The second of A says that it is earlier, as another replica's clock may
-	// have it.
+	// have it. What counts is which one was committed first.
 	for i, c := range []*channel{a, a, b, a} {
 		e := event([]string{"a1", "a2", "b1", "a3"}[i], storage.TopicConnect)
 		e.CreatedAt = e.CreatedAt.Add([]time.Duration{10, -50, 5, 20}[i] * time.Second)
 		c.telling(e).reports(t, mdm.StatusAcknowledged, "X")
 	}
 	require.EqualValues(t, 4, h.number(t, l))
-	require.Equal(t, []string{"b1", "a1", "a2", "a3"}, h.page(t))
+	require.Equal(t, []string{"a1", "a2", "b1", "a3"}, h.page(t))
 	a.tells(t, "a4")
 	b.tells(t, "b2")
 	n, last, err = h.Store.NumberEvents(t.Context(), l, 1)
@@ -152,6 +155,58 @@ func outboxOrder(t *testing.T, h *Harness) {
 	last, err = h.Store.LastEvent(t.Context())
 	require.NoError(t, err)
 	require.EqualValues(t, 6, last)
+}
+
+func outboxClocks(t *testing.T, h *Harness) {
+	l := eventLease(t, h)
+	d := h.device("A").enrolls(t)
+	late := h.Open(t, func(cfg *sqlstore.Config) {
+		cfg.Now = func() time.Time { return h.Clock.Now().Add(-time.Hour) }
+	})
+	var want []string
+	for i := range 8 {
+		c := d
+		if i%2 == 1 {
+			c = d.on(late)
+		}
+		want = append(want, fmt.Sprint("a", i))
+		c.tells(t, want[i])
+		if i == 3 { // what is numbered is no measure for what is not
+			h.number(t, l)
+		}
+	}
+	h.number(t, l)
+	require.Equal(t, want, h.page(t))
+}
+
+func outboxTogether(t *testing.T, h *Harness) {
+	l := eventLease(t, h)
+	d := h.device("A").enrolls(t)
+	d.telling(event("a1", storage.TopicConnect), event("a2", storage.TopicConnect), event("a3", storage.TopicConnect)).
+		reports(t, mdm.StatusAcknowledged, "X")
+	d.tells(t, "a4", "a5")
+	n, last, err := h.Store.NumberEvents(t.Context(), l, 2)
+	require.NoError(t, err)
+	require.Equal(t, 3, n)
+	require.EqualValues(t, 3, last)
+	n, _, err = h.Store.NumberEvents(t.Context(), l, 2)
+	require.NoError(t, err)
+	require.Equal(t, 2, n)
+	for after, want := range [][]string{{"a1", "a2"}, {"a2", "a3"}, {"a3", "a4"}, {"a4", "a5"}, {"a5"}, nil} {
+		events, err := h.Store.SinkPage(t.Context(), int64(after), 2)
+		require.NoError(t, err)
+		require.Equal(t, want, idsOf(events))
+		read, next, err := h.Store.ReadEvents(t.Context(), storage.Scope{}, storage.EventQuery{After: int64(after), Limit: 2})
+		require.NoError(t, err)
+		require.Equal(t, want, idsOf(read))
+		require.EqualValues(t, after+len(want), next)
+		raw, err := h.Store.EventPayload(t.Context(), int64(after+1))
+		if want == nil {
+			require.ErrorIs(t, err, storage.ErrNotFound)
+		} else {
+			require.Equal(t, "raw "+want[0], string(raw))
+		}
+	}
 }
 
 func outboxFair(t *testing.T, h *Harness) {
@@ -267,7 +322,6 @@ func outboxPage(t *testing.T, h *Harness) {
 	require.Equal(t, storage.TopicConnect, e.Topic)
 	require.Equal(t, mdm.EnrollID{Type: mdm.Device, ID: "A"}, e.Enroll)
 	require.EqualValues(t, 2, e.Seq)
-	require.EqualValues(t, 2, e.EnrollSeq)
 	require.Equal(t, "raw a2", string(e.Raw))
 	require.EqualValues(t, 6, e.RawSize)
 	require.False(t, e.RawLeft)
@@ -328,11 +382,11 @@ func outboxLogRemoved(t *testing.T, h *Harness) {
 	l := eventLease(t, h)
 	h.device("A").enrolls(t).tells(t, "r1", "r2", "r3")
 	h.number(t, l)
-	h.Exec(t, "DELETE FROM nano_events WHERE seq <= 2")
+	h.Exec(t, "DELETE FROM nano_event_batches WHERE seq <= 2")
 	events, next, err := h.Store.ReadEvents(t.Context(), storage.Scope{}, storage.EventQuery{Limit: 10})
 	require.NoError(t, err)
 	require.Equal(t, []string{"r3"}, idsOf(events))
-	h.Exec(t, "DELETE FROM nano_events")
+	h.Exec(t, "DELETE FROM nano_event_batches")
 	events, again, err := h.Store.ReadEvents(t.Context(), storage.Scope{}, storage.EventQuery{Limit: 10})
 	require.NoError(t, err)
 	require.Empty(t, events)
@@ -641,7 +695,7 @@ func upkeepPayloads(t *testing.T, h *Harness) {
 		t.Helper()
 		_, err := h.Store.DropPayloads(t.Context(), l, 10)
 		require.NoError(t, err)
-		return h.Strings(t, "SELECT event_id FROM nano_events WHERE payload IS NULL ORDER BY seq")
+		return h.Strings(t, "SELECT event_id FROM nano_events WHERE payload IS NULL ORDER BY event_id")
 	}
 	put := []storage.Delivery{waits(1, storage.DeliveryDropped), waits(2, storage.DeliveryDropped), waits(3, storage.DeliveryDead)}
 	require.NoError(t, h.Store.Settle(t.Context(), l, k, storage.Settlement{Cursor: 3, Put: put}))
@@ -673,7 +727,8 @@ func upkeepEvents(t *testing.T, h *Harness) {
 		t.Helper()
 		_, err := h.Store.RemoveEvents(t.Context(), l, young.CreatedAt, limit)
 		require.NoError(t, err)
-		return h.Strings(t, "SELECT event_id FROM nano_events ORDER BY event_seq")
+		require.Len(t, told(t, h, "A"), int(h.Int(t, "SELECT COUNT(*) FROM nano_events")), "with their batches")
+		return told(t, h, "A")
 	}
 	require.Len(t, left(10), 6, "the sink has them before it")
 	require.NoError(t, h.Store.Settle(t.Context(), l, k, storage.Settlement{Cursor: 5, Put: []storage.Delivery{waits(1, storage.DeliveryDead), waits(3, storage.DeliveryAgain)}}))
@@ -768,10 +823,10 @@ func upkeepExpiredCommand(t *testing.T, h *Harness) {
 	d.tells(t, "a2")
 	events := announcedEvents(t, h, l)
 	require.Len(t, events, 1)
+	require.Equal(t, []string{"a1", events[0].ID, "a2"}, h.page(t), "it stands between the two of the device")
 	require.Equal(t, "C", events[0].CommandUUID)
 	require.Equal(t, "ProfileList", events[0].RequestType)
 	require.Equal(t, "A", events[0].Enroll.ID)
-	require.EqualValues(t, 2, events[0].EnrollSeq, "it stands between the two of the device")
 }
 
 func upkeepPushFailed(t *testing.T, h *Harness) {

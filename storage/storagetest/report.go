@@ -1,7 +1,9 @@
 package storagetest
 
 import (
+	"encoding/json"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -265,7 +267,14 @@ func reportLarge(t *testing.T, h *Harness) {
 // told reads the events of an enrollment in their order.
 func told(t *testing.T, h *Harness, id string) []string {
 	t.Helper()
-	return h.Strings(t, "SELECT event_id FROM nano_events WHERE enrollment_id = ? ORDER BY event_seq", id)
+	var ids []string
+	for _, batch := range h.Strings(t, "SELECT events FROM nano_event_batches ORDER BY CASE WHEN seq = 0 THEN 1 ELSE 0 END, seq, stamp") {
+		var all []string
+		require.NoError(t, json.Unmarshal([]byte(batch), &all))
+		ids = append(ids, all...)
+	}
+	of := h.Strings(t, "SELECT event_id FROM nano_events WHERE enrollment_id = ?", id)
+	return slices.DeleteFunc(ids, func(e string) bool { return !slices.Contains(of, e) })
 }
 
 func eventCommits(t *testing.T, h *Harness) {
@@ -293,12 +302,10 @@ func eventCommits(t *testing.T, h *Harness) {
 	require.NoError(t, stranger.telling(event("stranger", "mdm.CheckOut")).checkOut(t))
 
 	require.Equal(t, []string{"authenticate", "token", "report", "unknown", "status", "bootstrap", "check out"}, told(t, h, "D"))
-	require.Equal(t, []string{"1", "2", "3", "4", "5", "6", "7"}, h.Strings(t, "SELECT event_seq FROM nano_events WHERE enrollment_id = 'D' ORDER BY event_seq"))
-	require.EqualValues(t, 7, h.Int(t, "SELECT event_seq FROM nano_enrollments WHERE id = 'D'"))
-	require.Equal(t, []string{"stranger"}, h.Strings(t, "SELECT event_id FROM nano_events WHERE enrollment_id = 'E' AND event_seq = 0"))
+	require.Equal(t, []string{"stranger"}, told(t, h, "E"))
 	require.Equal(t, []string{"user", "user 2"}, told(t, h, "D:U"))
-	require.Equal(t, []string{"1", "2"}, h.Strings(t, "SELECT tally FROM nano_events WHERE enrollment_id = 'D:U' AND parent_id = 'D' AND enrollment_type = 'User' ORDER BY event_seq"))
-	require.EqualValues(t, 9, h.Int(t, "SELECT COUNT(*) FROM nano_events WHERE apns_topic = ? AND seq IS NULL AND udid = 'udid'", topicA))
+	require.Equal(t, []string{"1", "2"}, h.Strings(t, "SELECT tally FROM nano_events WHERE enrollment_id = 'D:U' AND parent_id = 'D' AND enrollment_type = 'User' ORDER BY event_id"))
+	require.EqualValues(t, 9, h.Int(t, "SELECT COUNT(*) FROM nano_events WHERE apns_topic = ? AND udid = 'udid'", topicA))
 	require.Equal(t, []string{"report"}, h.Strings(t, "SELECT event_id FROM nano_events WHERE request_type <> ''"))
 	require.Equal(t, []string{`{"a":"b"}`}, h.Strings(t, `SELECT params FROM nano_events
 WHERE event_id = 'report' AND request_type = 'ProfileList' AND status = 'Acknowledged' AND command_uuid = 'C' AND topic = 'mdm.Connect' AND created_at = ?`,
@@ -333,11 +340,18 @@ func eventOrder(t *testing.T, h *Harness) {
 	}) {
 		require.NoError(t, err, i)
 	}
-	require.EqualValues(t, 80, h.Int(t, "SELECT COUNT(DISTINCT event_seq) FROM nano_events"))
-	require.EqualValues(t, 80, h.Int(t, "SELECT MAX(event_seq) FROM nano_events"))
-	require.EqualValues(t, 80, h.Int(t, "SELECT event_seq FROM nano_enrollments"))
-	require.EqualValues(t, 40, h.Int(t, `SELECT COUNT(*) FROM nano_events e JOIN nano_events f ON f.event_seq = e.event_seq + 1
-WHERE e.event_id LIKE 'E%' AND f.event_id LIKE 'F%' AND e.payload IS NOT NULL`), "two of one operation follow each other")
+	l := h.holdEvents(t, h.Store)
+	_, last, err := h.Store.NumberEvents(t.Context(), l, 100)
+	require.NoError(t, err)
+	require.EqualValues(t, 80, last)
+	page, err := h.Store.SinkPage(t.Context(), 0, 100)
+	require.NoError(t, err)
+	require.Len(t, page, 80)
+	for i := 0; i < len(page); i += 2 {
+		require.EqualValues(t, i+1, page[i].Seq)
+		require.Equal(t, page[i].ID[1:], page[i+1].ID[1:])
+		require.Equal(t, "EF", page[i].ID[:1]+page[i+1].ID[:1], "two of one operation follow each other")
+	}
 }
 
 func eventVolatile(t *testing.T, h *Harness) {
@@ -392,7 +406,7 @@ func eventRefused(t *testing.T, h *Harness) {
 	_, err := h.device("E").telling(event("stranger", "mdm.TokenUpdate")).tokenUpdate(t)
 	require.ErrorIs(t, err, storage.ErrNotEnrolled)
 	require.Zero(t, h.Int(t, "SELECT COUNT(*) FROM nano_events"))
-	require.Zero(t, h.Int(t, "SELECT event_seq FROM nano_enrollments"))
+	require.Zero(t, h.Int(t, "SELECT COUNT(*) FROM nano_event_batches"))
 }
 
 func eventRolledBack(t *testing.T, h *Harness) {
@@ -423,5 +437,5 @@ func eventRolledBack(t *testing.T, h *Harness) {
 		}
 	}
 	require.EqualValues(t, devices-3, h.Int(t, "SELECT COUNT(*) FROM nano_command_results"))
-	require.Zero(t, h.Int(t, "SELECT SUM(event_seq) FROM nano_enrollments"))
+	require.Zero(t, h.Int(t, "SELECT COUNT(*) FROM nano_event_batches"))
 }

@@ -60,7 +60,6 @@ CREATE TABLE IF NOT EXISTS nano_enrollments (
     operator_disabled      SMALLINT NOT NULL DEFAULT 0,
     token_update_tally     BIGINT NOT NULL DEFAULT 0,
     awaiting_configuration SMALLINT NOT NULL DEFAULT 0,
-    event_seq              BIGINT NOT NULL DEFAULT 0,
     renewal_until          BIGINT NULL,
     enrolled_at            BIGINT NULL,
     created_at             BIGINT NOT NULL,
@@ -185,17 +184,13 @@ CREATE TABLE IF NOT EXISTS nano_cert_auth_associations (
 CREATE INDEX {if_not_exists} nano_cert_auth_associations_id ON nano_cert_auth_associations (id, retired_at);
 CREATE INDEX {if_not_exists} nano_cert_auth_associations_not_after ON nano_cert_auth_associations (retired_at, not_after, id);
 
--- The outbox. seq is NULL until the holder of the events lease numbers the
--- row; event_seq is the order inside the enrollment. The index serves both
--- who numbers rows and who reads numbered ones.
+-- The outbox. An event's number follows from its batch.
 CREATE TABLE IF NOT EXISTS nano_events (
     event_id           {id} NOT NULL PRIMARY KEY,
-    seq                BIGINT NULL,
     enrollment_id      {id} NOT NULL,
     enrollment_type    {id} NOT NULL,
     parent_id          {id} NOT NULL DEFAULT '',
     topic              {id} NOT NULL,
-    event_seq          BIGINT NOT NULL,
     udid               {id} NOT NULL DEFAULT '',
     user_enrollment_id {id} NOT NULL DEFAULT '',
     apns_topic         {id} NOT NULL DEFAULT '',
@@ -208,7 +203,19 @@ CREATE TABLE IF NOT EXISTS nano_events (
     payload            {blob} NULL,
     created_at         BIGINT NOT NULL
 ) {table};
-CREATE INDEX {if_not_exists} nano_events_seq ON nano_events (seq, enrollment_id, event_seq);
+
+-- Events that were committed together, in order: events is a JSON list of
+-- size ids. seq is 0 until the holder of the events lease numbers the batch,
+-- and then the number of its last event; those before it have the numbers
+-- before. stamp is the order of batches that have none.
+CREATE TABLE IF NOT EXISTS nano_event_batches (
+    batch_id {id} NOT NULL PRIMARY KEY,
+    seq      BIGINT NOT NULL DEFAULT 0,
+    stamp    BIGINT NOT NULL,
+    size     BIGINT NOT NULL,
+    events   {text} NOT NULL
+) {table};
+CREATE INDEX {if_not_exists} nano_event_batches_seq ON nano_event_batches (seq, stamp);
 
 -- name seq: the last number that was given to an event.
 CREATE TABLE IF NOT EXISTS nano_event_counters (
@@ -234,6 +241,7 @@ CREATE TABLE IF NOT EXISTS nano_event_sinks (
 CREATE TABLE IF NOT EXISTS nano_event_deliveries (
     sink          {id} NOT NULL,
     seq           BIGINT NOT NULL,
+    event_id      {id} NOT NULL,
     enrollment_id {id} NOT NULL,
     state         SMALLINT NOT NULL,
     attempts      BIGINT NOT NULL DEFAULT 0,
