@@ -53,6 +53,9 @@ type dialect struct {
 	// pairs is the derived table r (id, command_uuid), pairArgs its arguments.
 	pairs    string
 	pairArgs func(keys []queueKey) ([]any, error)
+	// hidden writes a value so that the planner cannot look at it, and makes one
+	// plan for all values; nil where that changes nothing.
+	hidden func(value string) string
 	// lookup joins the one row of a table that fits, or with left perhaps none,
 	// by an index whatever the planner thinks of reading the whole table.
 	lookup func(left bool, table, alias, on string) string
@@ -145,6 +148,14 @@ func (d *dialect) by(index string) string {
 		return ""
 	}
 	return d.forceIndex(index)
+}
+
+// hide keeps the planner from a value.
+func (d *dialect) hide(value string) string {
+	if d.hidden == nil {
+		return value
+	}
+	return d.hidden(value)
 }
 
 // upsert returns an INSERT for one row that changes the row that is there if

@@ -75,6 +75,12 @@ func plantFleet(t *testing.T, h *storagetest.Harness, n int) {
 	insert("nano_cert_auth_associations (sha256, id, not_after, created_at, retired_at)", certs)
 	insert("nano_enrollment_queue (id, command_uuid, seq, state, created_at, finished_at)", queue)
 	insert("nano_commands (command_uuid, request_type, command, created_at)", commands)
+	analyze(t, h)
+}
+
+// analyze has the engine look at how the tables' values are spread.
+func analyze(t *testing.T, h *storagetest.Harness) {
+	t.Helper()
 	for _, table := range []string{"nano_devices", "nano_users", "nano_enrollments", "nano_enrollment_push", "nano_enrollment_activity",
 		"nano_cert_auth_associations", "nano_enrollment_queue", "nano_commands"} {
 		analyze := map[string]string{"sqlite": "ANALYZE ", "pgsql": "VACUUM ANALYZE "}[h.Engine.Name]

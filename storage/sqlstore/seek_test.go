@@ -6,12 +6,14 @@ import (
 
 	"github.com/stretchr/testify/require"
 
+	"github.com/nanomdm/nanomdm/mdm"
+	"github.com/nanomdm/nanomdm/storage"
 	"github.com/nanomdm/nanomdm/storage/storagetest"
 )
 
 // TestDeviceStatementsAreSeeks asks the engines how they would run what polls
 // and reports need: by key, whatever the history, and without sorting what
-// waits.
+// waits, also if nothing waited when they last looked.
 func TestDeviceStatementsAreSeeks(t *testing.T) {
 	for _, engine := range storagetest.Engines(t) {
 		t.Run(engine.Name, func(t *testing.T) {
@@ -21,18 +23,43 @@ func TestDeviceStatementsAreSeeks(t *testing.T) {
 			for i := range 30 {
 				ids = append(ids, fmt.Sprintf("D%06d", 7*i))
 			}
-			for name, s := range h.Store.DeviceStatementsForTest(ids, "C1") {
-				plan, err := h.Store.ExplainForTest(t.Context(), s.Text, s.Args...)
-				require.NoError(t, err, name)
-				require.NotRegexp(t, `Seq Scan|SCAN nano_|SCAN [apq]\b|"access_type": "(ALL|index)",\s*"(rows|possible_keys|key)"[^}]*nano_`, plan, name)
-				require.NotRegexp(t, `"table_name": "[aepq]",\s*"access_type": "(ALL|index)"`, plan, name)
-				if s.Index != "" {
-					require.Regexp(t, `\b`+s.Index+`\b`, plan, name)
-				}
-				if s.Unsorted {
-					require.NotRegexp(t, `Sort|TEMP B-TREE|"using_filesort": true|"filesort"`, plan, name)
-				}
-			}
+			requireSeeks(t, h, ids)
+			h.Exec(t, "UPDATE nano_enrollment_queue SET state = 10, finished_at = 1 WHERE state < 10")
+			analyze(t, h)
+			requireSeeks(t, h, ids)
 		})
+	}
+}
+
+func requireSeeks(t *testing.T, h *storagetest.Harness, ids []string) {
+	t.Helper()
+	for name, s := range h.Store.DeviceStatementsForTest(ids, "C1") {
+		plan, err := h.Store.ExplainForTest(t.Context(), s.Text, s.Args...)
+		require.NoError(t, err, name)
+		require.NotRegexp(t, `Seq Scan|SCAN nano_|SCAN [apq]\b|"access_type": "(ALL|index)",\s*"(rows|possible_keys|key)"[^}]*nano_`, plan, name)
+		require.NotRegexp(t, `"table_name": "[aepq]",\s*"access_type": "(ALL|index)"`, plan, name)
+		if s.Index != "" {
+			require.Regexp(t, `\b`+s.Index+`\b`, plan, name)
+		}
+		if s.Unsorted {
+			require.NotRegexp(t, `Sort|TEMP B-TREE|"using_filesort": true|"filesort"`, plan, name)
+		}
+	}
+}
+
+// TestPollsArePlannedOnce has PostgreSQL keep its plan for small batches too.
+func TestPollsArePlannedOnce(t *testing.T) {
+	for _, engine := range storagetest.Engines(t) {
+		if engine.Name != "pgsql" {
+			continue
+		}
+		h := storagetest.NewHarness(t, engine)
+		for range 20 {
+			_, err := h.Store.Apply(t.Context(), &storage.Seen{Src: storage.Source{Enroll: mdm.EnrollID{Type: mdm.Device, ID: "D"}}})
+			require.NoError(t, err)
+		}
+		planned, err := h.Store.SettingForTest(t.Context(), "SELECT MAX(custom_plans)::text FROM pg_prepared_statements WHERE generic_plans > 0")
+		require.NoError(t, err)
+		require.Equal(t, "5", planned)
 	}
 }
