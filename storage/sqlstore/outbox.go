@@ -315,11 +315,21 @@ func (s *Store) readEvents(ctx context.Context, t *tx, query string, args []any,
 }
 
 // eventsAt reads events of the log that are left and that fit a condition.
+// They are looked up by their keys however small the table was when the
+// statement was planned, since it grows fast.
 func (s *Store) eventsAt(ctx context.Context, t *tx, list []entry, where string, args []any) ([]storage.EventRecord, error) {
 	var events []storage.EventRecord
 	for chunk := range slices.Chunk(list, idRows) {
-		is, ids := amongEntries(t, chunk)
-		found, err := s.readEvents(ctx, t, `SELECT `+eventColumns+` FROM nano_events e WHERE e.event_id `+is+where, append(ids, args...), nil)
+		keys := make([]queueKey, len(chunk))
+		for i, e := range chunk {
+			keys[i].id = e.id
+		}
+		ids, err := t.d.pairArgs(keys)
+		if err != nil {
+			return nil, err
+		}
+		found, err := s.readEvents(ctx, t, `SELECT `+eventColumns+` FROM `+t.d.pairs+t.d.lookup(false, "nano_events", "e", "e.event_id = r.id")+where,
+			append(ids, args...), nil)
 		if err != nil {
 			return nil, err
 		}
@@ -372,13 +382,14 @@ func (s *Store) SinkPage(ctx context.Context, after int64, limit int) ([]storage
 // ReadEvents implements storage.EventLog.
 func (s *Store) ReadEvents(ctx context.Context, scope storage.Scope, q storage.EventQuery) (events []storage.EventRecord, next int64, err error) {
 	where, args, step := "", []any(nil), q.Limit
+	and := " WHERE "
 	for _, list := range []struct {
 		column string
 		values []string
 	}{{"e.topic", q.Topics}, {"e.apns_topic", scope.Topics}} {
 		if len(list.values) > 0 {
 			place, values := among(list.values)
-			where += " AND " + list.column + " IN " + place
+			where, and = where+and+list.column+" IN "+place, " AND "
 			args, step = append(args, values...), max(q.Limit, lookRows)
 		}
 	}
