@@ -40,8 +40,9 @@ type dialect struct {
 	// number is the place of a number among what a SELECT returns.
 	number string
 	// polls and changes are how many batches of devices' messages run at
-	// once. Fewer make larger ones, which cost less.
-	polls, changes int
+	// once. Fewer make larger ones, which cost less. enqueues is how many
+	// transactions of one call that queues a command do.
+	polls, changes, enqueues int
 
 	// arrays: a list of values is one argument, an array, and so is each
 	// column of rows to insert, so that a statement has one text and one plan

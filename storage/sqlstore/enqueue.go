@@ -8,8 +8,12 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"sync"
 	"time"
 
+	"golang.org/x/sync/errgroup"
+
+	"github.com/nanomdm/nanomdm/mdm"
 	"github.com/nanomdm/nanomdm/storage"
 )
 
@@ -23,45 +27,35 @@ const (
 	firstPush = 30 * time.Second
 )
 
-// Enqueue implements storage.Enqueuer.
+// Enqueue implements storage.Enqueuer. Transactions of a call with an
+// idempotency key follow each other, as its row says how far it came; others
+// run beside each other where the engine has more than one writer.
 func (s *Store) Enqueue(ctx context.Context, scope storage.Scope, e *storage.Enqueue) (map[string]error, error) {
 	failed := make(map[string]error)
 	ids := storableAmong(e.IDs, failed)
-	record, did := e.Audit, false
+	atOnce := 1
+	if e.Once == nil {
+		atOnce = min(s.d.enqueues, s.db.Stats().MaxOpenConnections)
+	}
+	var mu sync.Mutex
+	did := false
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(atOnce)
 	for i := 0; i < len(ids); i += enqueueRows {
-		chunk := ids[i:min(i+enqueueRows, len(ids))]
-		var todo []string
-		var missed map[string]error
-		queue := func(ctx context.Context, t *tx) error {
-			call, err := openCall(ctx, t, e, len(ids))
-			if err != nil {
-				return err
-			}
-			if todo = call.left(chunk); len(todo) == 0 {
-				missed = call.missed()
-				return nil
-			}
-			if missed, err = enqueue(ctx, t, scope, e, todo); err != nil {
-				return err
-			}
-			if record != nil {
-				if err := audit(ctx, t, record); err != nil {
-					return fmt.Errorf("appending an audit record: %w", err)
-				}
-			}
-			return call.close(ctx, t, missed, todo[len(todo)-1], i+enqueueRows >= len(ids))
-		}
-		err := s.write(ctx, queue)
-		if s.d.unique(err) { // somebody else was first to store the command
-			err = s.write(ctx, queue)
-		}
-		if err != nil {
-			return failed, fmt.Errorf("queueing a command: %w", err)
-		}
-		if len(todo) > 0 {
-			record, did = nil, true
-		}
-		maps.Copy(failed, missed)
+		g.Go(func() error {
+			mu.Lock()
+			first := !did && (i == 0 || e.Once != nil)
+			mu.Unlock()
+			some, missed, err := s.enqueueSome(ctx, scope, e, ids, i, first)
+			mu.Lock()
+			defer mu.Unlock()
+			did = did || some
+			maps.Copy(failed, missed)
+			return err
+		})
+	}
+	if err := g.Wait(); err != nil {
+		return failed, fmt.Errorf("queueing a command: %w", err)
 	}
 	if e.Once != nil {
 		e.Once.Repeated = !did
@@ -69,37 +63,73 @@ func (s *Store) Enqueue(ctx context.Context, scope storage.Scope, e *storage.Enq
 	return failed, nil
 }
 
+// enqueueSome is one transaction of Enqueue, for the sorted ids from at on. It
+// says whether there was something left to do. The first one that has something
+// appends the audit record.
+func (s *Store) enqueueSome(ctx context.Context, scope storage.Scope, e *storage.Enqueue, ids []string, at int, first bool) (did bool, missed map[string]error, err error) {
+	end := min(at+enqueueRows, len(ids))
+	err = s.write(ctx, func(ctx context.Context, t *tx) error {
+		call, err := openCall(ctx, t, e, len(ids))
+		if err != nil {
+			return err
+		}
+		todo := call.left(ids[at:end])
+		if did = len(todo) > 0; !did {
+			missed = call.missed()
+			return nil
+		}
+		if missed, err = enqueue(ctx, t, scope, e, todo); err != nil {
+			return err
+		}
+		if first && e.Audit != nil {
+			if err := audit(ctx, t, e.Audit); err != nil {
+				return fmt.Errorf("appending an audit record: %w", err)
+			}
+		}
+		return call.close(ctx, t, missed, todo[len(todo)-1], end == len(ids))
+	})
+	if err != nil {
+		return false, nil, err
+	}
+	return did, missed, nil
+}
+
 // enqueue queues the command for a chunk of sorted ids. Push rows are locked
-// first: they keep numbers in order and Authenticate and CheckOut away.
+// first: they keep numbers in order and Authenticate and CheckOut away. A new
+// command comes last, as its key keeps others who store it waiting.
 func enqueue(ctx context.Context, t *tx, scope storage.Scope, e *storage.Enqueue, ids []string) (failed map[string]error, err error) {
 	numbers, err := lockNumbers(ctx, t, ids)
 	if err != nil {
 		return nil, err
 	}
-	enrolled, err := enrolledAmong(ctx, t, scope, ids)
+	found, err := findCommand(ctx, t, e.Command)
+	if err != nil && !errors.Is(err, storage.ErrConflict) {
+		return nil, err
+	}
+	conflict, uuid := err, ""
+	if found {
+		uuid = e.Command.CommandUUID
+	}
+	enrolled, err := enrolledAmong(ctx, t, scope, ids, uuid)
 	if err != nil {
 		return nil, err
 	}
 	failed = make(map[string]error)
 	var eligible []string
 	for _, id := range ids {
-		if _, ok := numbers[id]; ok && enrolled[id] {
-			eligible = append(eligible, id)
-		} else {
+		_, ok := numbers[id]
+		switch has, is := enrolled[id]; {
+		case !ok || !is:
 			failed[id] = storage.ErrNotEnrolled
+		case !has:
+			eligible = append(eligible, id)
 		}
 	}
-	if len(eligible) == 0 {
+	if len(failed) == len(ids) {
 		return failed, nil
 	}
-	fresh, err := putCommand(ctx, t, e)
-	if err != nil {
-		return nil, err
-	}
-	if !fresh {
-		if eligible, err = withoutCommand(ctx, t, e.Command.CommandUUID, eligible); err != nil {
-			return nil, err
-		}
+	if conflict != nil {
+		return nil, conflict
 	}
 	if len(eligible) == 0 {
 		return failed, nil
@@ -107,25 +137,13 @@ func enqueue(ctx context.Context, t *tx, scope storage.Scope, e *storage.Enqueue
 	if err := supersede(ctx, t, e.SupersedeKey, eligible); err != nil {
 		return nil, err
 	}
-	return failed, insertRows(ctx, t, e, eligible)
-}
-
-// withoutCommand returns those of ids that do not have the command.
-func withoutCommand(ctx context.Context, t *tx, uuid string, ids []string) ([]string, error) {
-	is, args := t.among(ids)
-	had, err := queueKeys(ctx, t, "SELECT id, command_uuid FROM nano_enrollment_queue WHERE command_uuid = ? AND id "+is,
-		append([]any{uuid}, args...)...)
-	if err != nil {
-		return nil, fmt.Errorf("reading queue rows: %w", err)
+	if err := insertItems(ctx, t, e, eligible, numbers); err != nil {
+		return nil, err
 	}
-	if len(had) == 0 {
-		return ids, nil
+	if !found {
+		return failed, putCommand(ctx, t, e.Command)
 	}
-	has := make(map[string]bool, len(had))
-	for _, k := range had {
-		has[k.id] = true
-	}
-	return slices.DeleteFunc(ids, func(id string) bool { return has[id] }), nil
+	return failed, nil
 }
 
 // lockNumbers locks push rows and reads the last number of each queue.
@@ -151,59 +169,73 @@ func lockNumbers(ctx context.Context, t *tx, ids []string) (map[string]int64, er
 	return numbers, nil
 }
 
-// enrolledAmong says which enrollments are there for the scope. Those that an
-// operator disabled are. Only the ids choose rows: given the rest, planners
-// take the index of enabled enrollments or of a topic's, which is the fleet.
-func enrolledAmong(ctx context.Context, t *tx, scope storage.Scope, ids []string) (map[string]bool, error) {
+// enrolledAmong returns the enrollments that are there for the scope, and which
+// of them have the command; none if uuid is empty. Those that an operator
+// disabled are there. Only the ids choose rows: given the rest, planners take
+// the index of enabled enrollments or of a topic's, which is the fleet.
+func enrolledAmong(ctx context.Context, t *tx, scope storage.Scope, ids []string, uuid string) (has map[string]bool, err error) {
 	is, args := t.among(ids)
-	rows, err := t.query(ctx, "SELECT id, enabled, topic FROM nano_enrollments"+t.d.by("PRIMARY")+" WHERE id "+is, args...)
+	column, join := "NULL", ""
+	if uuid != "" {
+		column, join = "q.id", t.d.lookup(true, "nano_enrollment_queue", "q", "q.id = e.id AND q.command_uuid = ?")
+		args = append([]any{uuid}, args...)
+	}
+	rows, err := t.query(ctx, "SELECT e.id, e.enabled, e.topic, "+column+" FROM nano_enrollments e"+t.d.by("PRIMARY")+join+" WHERE e.id "+is, args...)
 	if err != nil {
 		return nil, fmt.Errorf("reading enrollments: %w", err)
 	}
 	defer rows.Close()
-	enrolled := make(map[string]bool, len(ids))
+	has = make(map[string]bool, len(ids))
 	for rows.Next() {
 		var id, topic string
 		var enabled bool
-		if err := rows.Scan(&id, &enabled, &topic); err != nil {
+		var item sql.Null[string]
+		if err := rows.Scan(&id, &enabled, &topic, &item); err != nil {
 			return nil, fmt.Errorf("reading enrollments: %w", err)
 		}
 		if enabled && (len(scope.Topics) == 0 || slices.Contains(scope.Topics, topic)) {
-			enrolled[id] = true
+			has[id] = item.Valid
 		}
 	}
 	if err := rows.Err(); err != nil {
 		return nil, fmt.Errorf("reading enrollments: %w", err)
 	}
-	return enrolled, nil
+	return has, nil
 }
 
-// putCommand stores the command, or checks that the one that is there has the
-// same bytes, and keeps it there until the transaction ends. fresh says that it
-// was not there, so that nobody has it. One that another transaction stored in
-// between violates the key: see Enqueue.
-func putCommand(ctx context.Context, t *tx, e *storage.Enqueue) (fresh bool, err error) {
-	q := "SELECT command FROM nano_commands WHERE command_uuid = ?" + t.d.forShare
+// findCommand says whether a command is there and keeps it until the
+// transaction ends. It fails with storage.ErrConflict if its bytes are others.
+func findCommand(ctx context.Context, t *tx, c *mdm.Command) (found bool, err error) {
 	var raw []byte
-	err = t.queryRow(ctx, q, e.Command.CommandUUID).Scan(&raw)
+	err = t.queryRow(ctx, "SELECT command FROM nano_commands WHERE command_uuid = ?"+t.d.forShare, c.CommandUUID).Scan(&raw)
 	if errors.Is(err, sql.ErrNoRows) {
-		_, err = t.exec(ctx, "INSERT INTO nano_commands (command_uuid, request_type, command, created_at) VALUES (?, ?, ?, ?)",
-			e.Command.CommandUUID, e.Command.RequestType, t.sealedCommand(e.Command.CommandUUID, notNil(e.Command.Raw)), t.now)
-		if err != nil {
-			return false, fmt.Errorf("storing a command: %w", err)
-		}
-		return true, nil
+		return false, nil
 	}
 	if err != nil {
 		return false, fmt.Errorf("reading a command: %w", err)
 	}
-	if raw, err = t.opened(commandColumn, e.Command.CommandUUID, raw); err != nil {
+	if raw, err = t.opened(commandColumn, c.CommandUUID, raw); err != nil {
 		return false, err
 	}
-	if !bytes.Equal(raw, e.Command.Raw) {
-		return false, storage.ErrConflict
+	if !bytes.Equal(raw, c.Raw) {
+		return true, storage.ErrConflict
 	}
-	return false, nil
+	return true, nil
+}
+
+// putCommand stores a command. Another transaction may have been first, and
+// another one yet may have removed that.
+func putCommand(ctx context.Context, t *tx, c *mdm.Command) error {
+	for {
+		err := t.upsert(ctx, "nano_commands", []string{"command_uuid", "request_type", "command", "created_at"}, []string{"command_uuid"}, nil,
+			[]any{c.CommandUUID, c.RequestType, t.sealedCommand(c.CommandUUID, notNil(c.Raw)), t.now})
+		if err != nil {
+			return fmt.Errorf("storing a command: %w", err)
+		}
+		if found, err := findCommand(ctx, t, c); found || err != nil {
+			return err
+		}
+	}
 }
 
 // supersede ends rows that wait with the key.
@@ -226,35 +258,40 @@ WHERE supersede_key = ? AND state IN (%d, %d, %d) AND id `, storage.Scheduled, s
 	return nil
 }
 
-// insertRows inserts queue rows and raises numbers and debts. A scheduled row
-// takes a number, too: it tells the order of those that are due at one time.
-func insertRows(ctx context.Context, t *tx, e *storage.Enqueue, ids []string) error {
-	state, notBefore := storage.Queued, any(nil)
-	if micros(e.NotBefore) > t.now {
-		state, notBefore = storage.Scheduled, micros(e.NotBefore)
+// insertItems inserts queue rows behind the last numbers and raises numbers and
+// debts. A scheduled row takes a number, too: it tells the order of those that
+// are due at one time.
+func insertItems(ctx context.Context, t *tx, e *storage.Enqueue, ids []string, last map[string]int64) error {
+	cols := []string{"id", "seq", "command_uuid", "priority", "state", "created_at"}
+	same := []any{e.Command.CommandUUID, e.Priority, int(storage.Queued), t.now}
+	scheduled := micros(e.NotBefore) > t.now
+	if scheduled {
+		same[2] = int(storage.Scheduled)
+		cols, same = append(cols, "not_before"), append(same, micros(e.NotBefore))
 	}
-	key := any(nil)
+	if !e.ExpiresAt.IsZero() {
+		cols, same = append(cols, "expires_at"), append(same, micros(e.ExpiresAt))
+	}
 	if e.SupersedeKey != "" {
-		key = e.SupersedeKey
+		cols, same = append(cols, "supersede_key"), append(same, e.SupersedeKey)
 	}
-	is, idArgs := t.among(ids)
-	number := t.d.number
-	_, err := t.exec(ctx, `INSERT INTO nano_enrollment_queue (id, command_uuid, seq, priority, state, supersede_key, created_at, not_before, expires_at)
-SELECT p.id, ?, p.last_seq + 1, `+number+", "+number+", ?, "+number+", "+number+", "+number+`
-FROM nano_enrollment_push p`+t.d.by("PRIMARY")+" WHERE p.id "+is,
-		append([]any{e.Command.CommandUUID, e.Priority, int(state), key, t.now, notBefore, null(micros(e.ExpiresAt))}, idArgs...)...)
-	if err != nil {
+	items := make([]any, 0, len(cols)*len(ids))
+	for _, id := range ids {
+		items = append(append(items, id, last[id]+1), same...)
+	}
+	if err := t.insert(ctx, "nano_enrollment_queue", cols, items); err != nil {
 		return fmt.Errorf("storing queue rows: %w", err)
 	}
 	// MySQL assigns from left to right, so last_seq must come last.
 	set, args := "", []any(nil)
-	if state == storage.Queued && !e.NoPush {
+	if !scheduled && !e.NoPush {
 		// A time that is nearer stays, or a queue that grows all the time
 		// would keep the sweep off.
 		set = "owed_seq = last_seq + 1, push_at = CASE WHEN push_at < ? THEN push_at ELSE ? END, "
 		at := t.now + firstPush.Microseconds()
 		args = append(args, at, at)
 	}
+	is, idArgs := t.among(ids)
 	if _, err := t.exec(ctx, "UPDATE nano_enrollment_push"+t.d.by("PRIMARY")+" SET "+set+"last_seq = last_seq + 1 WHERE id "+is, append(args, idArgs...)...); err != nil {
 		return fmt.Errorf("owing pushes: %w", err)
 	}

@@ -24,10 +24,12 @@ func among(ids []string) (place string, args []any) {
 }
 
 // among returns what follows the name of a column that must be one of ids,
-// and its arguments. There must be an id.
+// and its arguments. There must be an id. A plan for any array would compare
+// each row with each of its elements if it read the table; that of a join
+// looks them up.
 func (t *tx) among(ids []string) (is string, args []any) {
 	if t.d.arrays {
-		return "= ANY(?)", []any{ids}
+		return "IN (SELECT unnest(?::text[]))", []any{ids}
 	}
 	place, args := among(ids)
 	return "IN " + place, args

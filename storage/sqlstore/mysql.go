@@ -189,9 +189,10 @@ func mysqlCommon() *dialect {
 		maxArgs:    60000, // interpolated; prepared ones are limited to 65535
 		polls:      1,
 		changes:    1,
+		enqueues:   2,
+		number:     "?",
 		pairArgs:   jsonPairs,
 		lookup:     inOrder("STRAIGHT_JOIN"),
-		number:     "?",
 
 		unique: func(err error) bool {
 			n := mysqlNumber(err)

@@ -77,6 +77,7 @@ func pgsqlDialect() *dialect {
 		maxArgs:   60000, // the protocol's limit is 65535
 		polls:     1,
 		changes:   1,
+		enqueues:  2,
 
 		arrays: true,
 		number: "CAST(? AS BIGINT)",

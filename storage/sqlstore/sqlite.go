@@ -153,6 +153,7 @@ func sqliteDialect() *dialect {
 		maxArgs:  30000, // the library's limit is 32766
 		polls:    4,     // readers need not wait for each other
 		changes:  1,
+		enqueues: 1,
 		stepwise: true,
 		number:   "?",
 		pairs:    "(SELECT value ->> 0 AS id, value ->> 1 AS command_uuid FROM json_each(?)) r",

@@ -157,7 +157,7 @@ func (s *Store) Requeue(ctx context.Context, scope storage.Scope, id, uuid strin
 		if _, err := findEnrollment(ctx, t, scope, id); err != nil {
 			return err
 		}
-		enrolled, err := enrolledAmong(ctx, t, scope, []string{id})
+		enrolled, err := enrolledAmong(ctx, t, scope, []string{id}, "")
 		if err != nil {
 			return err
 		}
@@ -170,10 +170,11 @@ func (s *Store) Requeue(ctx context.Context, scope storage.Scope, id, uuid strin
 			return err
 		}
 		last, numbered := numbers[id]
+		_, is := enrolled[id]
 		switch {
 		case len(found) == 0:
 			return storage.ErrNotFound
-		case !enrolled[id] || !numbered:
+		case !is || !numbered:
 			return storage.ErrNotEnrolled
 		}
 		return requeue(ctx, t, queueKey{id, uuid}, last, r)
