@@ -20,8 +20,11 @@ import (
 var _ storage.Enqueuer = (*Store)(nil)
 
 const (
-	// enqueueRows is how many enrollments one transaction of Enqueue takes.
-	enqueueRows = 500
+	// enqueuedAtOnce is how many enrollments the transactions of Enqueue that
+	// run at once take together, and enqueueRows how many a transaction of what
+	// else goes through many takes.
+	enqueuedAtOnce = 1000
+	enqueueRows    = 500
 	// firstPush is how long the replica that enqueued has to push before the
 	// sweep does.
 	firstPush = 30 * time.Second
@@ -37,16 +40,20 @@ func (s *Store) Enqueue(ctx context.Context, scope storage.Scope, e *storage.Enq
 	if e.Once == nil {
 		atOnce = min(s.d.enqueues, s.db.Stats().MaxOpenConnections)
 	}
+	rows := enqueuedAtOnce / atOnce
 	var mu sync.Mutex
 	did := false
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(atOnce)
-	for i := 0; i < len(ids); i += enqueueRows {
+	for i := 0; i < len(ids); i += rows {
 		g.Go(func() error {
-			mu.Lock()
-			first := !did && (i == 0 || e.Once != nil)
-			mu.Unlock()
-			some, missed, err := s.enqueueSome(ctx, scope, e, ids, i, first)
+			first := i == 0
+			if e.Once != nil { // what came before may have been done long ago
+				mu.Lock()
+				first = !did
+				mu.Unlock()
+			}
+			some, missed, err := s.enqueueSome(ctx, scope, e, ids, i, min(i+rows, len(ids)), first)
 			mu.Lock()
 			defer mu.Unlock()
 			did = did || some
@@ -63,19 +70,20 @@ func (s *Store) Enqueue(ctx context.Context, scope storage.Scope, e *storage.Enq
 	return failed, nil
 }
 
-// enqueueSome is one transaction of Enqueue, for the sorted ids from at on. It
-// says whether there was something left to do. The first one that has something
-// appends the audit record.
-func (s *Store) enqueueSome(ctx context.Context, scope storage.Scope, e *storage.Enqueue, ids []string, at int, first bool) (did bool, missed map[string]error, err error) {
-	end := min(at+enqueueRows, len(ids))
+// enqueueSome is one transaction of Enqueue, for a stretch of the sorted ids. It
+// says whether there was something left to do; then the first one appends the
+// audit record.
+func (s *Store) enqueueSome(ctx context.Context, scope storage.Scope, e *storage.Enqueue, ids []string, begin, end int, first bool) (
+	did bool, missed map[string]error, err error) {
 	err = s.write(ctx, func(ctx context.Context, t *tx) error {
 		call, err := openCall(ctx, t, e, len(ids))
 		if err != nil {
 			return err
 		}
-		todo := call.left(ids[at:end])
+		before := call.missed()
+		todo := call.left(ids[begin:end])
 		if did = len(todo) > 0; !did {
-			missed = call.missed()
+			missed = before
 			return nil
 		}
 		if missed, err = enqueue(ctx, t, scope, e, todo); err != nil {
@@ -86,7 +94,11 @@ func (s *Store) enqueueSome(ctx context.Context, scope storage.Scope, e *storage
 				return fmt.Errorf("appending an audit record: %w", err)
 			}
 		}
-		return call.close(ctx, t, missed, todo[len(todo)-1], end == len(ids))
+		if err := call.close(ctx, t, missed, todo[len(todo)-1], end == len(ids)); err != nil {
+			return err
+		}
+		maps.Copy(missed, before)
+		return nil
 	})
 	if err != nil {
 		return false, nil, err

@@ -85,6 +85,9 @@ func (c *call) left(ids []string) []string {
 
 // missed are the errors of what was done before.
 func (c *call) missed() map[string]error {
+	if c == nil {
+		return nil
+	}
 	missed := make(map[string]error, len(c.Failed))
 	for _, id := range c.Failed {
 		missed[id] = storage.ErrNotEnrolled
