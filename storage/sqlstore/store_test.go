@@ -54,6 +54,7 @@ func TestSettings(t *testing.T) {
 		"mariadb": {
 			"SELECT @@tx_isolation": "READ-COMMITTED", "SELECT @@collation_connection": "utf8mb4_nopad_bin",
 			"SELECT @@sql_mode": "STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION",
+			"SELECT @@optimizer_switch LIKE '%subquery_cache=off%'": "1",
 		},
 	}
 	for _, engine := range storagetest.Engines(t) {
