@@ -20,6 +20,11 @@ const (
 	SharediPad           EnrollType = "Shared iPad"
 )
 
+// EnrollTypes returns all enrollment types.
+func EnrollTypes() []EnrollType {
+	return []EnrollType{Device, User, UserEnrollmentDevice, UserEnrollment, SharediPad}
+}
+
 // SharediPadUserID is the UserID of every user channel of a Shared iPad;
 // there the users differ by UserShortName.
 const SharediPadUserID = "FFFFFFFF-FFFF-FFFF-FFFF-FFFFFFFFFFFF"

@@ -89,8 +89,11 @@ func (s selector) filter() (storage.EnrollmentFilter, error) {
 	return f, err
 }
 
-func enrollTypes() []string {
-	return []string{string(mdm.Device), string(mdm.User), string(mdm.UserEnrollmentDevice), string(mdm.UserEnrollment), string(mdm.SharediPad)}
+func enrollTypes() (words []string) {
+	for _, t := range mdm.EnrollTypes() {
+		words = append(words, string(t))
+	}
+	return words
 }
 
 func pushStatuses() []string {

@@ -305,6 +305,8 @@ type certificates struct {
 	byHash  map[string]certificate
 	live    map[string]bool // devices that have one
 	devices map[string]bool // devices that exist
+	// enrollments are the ids of those of the devices.
+	enrollments []string
 	// claims are of devices that other certificates come from.
 	claims map[string]claim
 }
@@ -314,18 +316,28 @@ type certificate struct {
 	retired bool
 }
 
+// sendersText reads, for each device and hash of the derived table r, what
+// certificates has. The live certificate is not looked for by retired_at, by
+// which an index has that of every device.
+func (d *dialect) sendersText() string {
+	return `SELECT r.id, r.command_uuid, d.id, a.id, a.retired_at, l.id, e.id
+FROM ` + d.pairs +
+		d.lookup(true, "nano_devices", "d", "d.id = r.id") +
+		d.lookup(true, "nano_cert_auth_associations", "a", "a.sha256 = r.command_uuid") +
+		d.lookup(true, "nano_cert_auth_associations", "l", "l.id = r.id AND COALESCE(l.retired_at, 0) = 0") +
+		d.lookup(true, "nano_enrollments", "e", "e.device_id = r.id")
+}
+
 func readCertificates(ctx context.Context, t *tx, batch []*pending) (*certificates, error) {
-	var hashes, devices []string
-	for _, p := range batch {
-		hashes = append(hashes, p.hash())
-		devices = append(devices, p.device)
+	keys := make([]queueKey, len(batch))
+	for i, p := range batch {
+		keys[i] = queueKey{p.device, p.hash()}
 	}
-	byHash, hashArgs := t.among(hashes)
-	byDevice, deviceArgs := t.among(devices)
-	rows, err := t.query(ctx, `SELECT 1, a.sha256, a.id, a.retired_at FROM nano_cert_auth_associations a WHERE a.sha256 `+byHash+`
-UNION ALL SELECT 2, a.sha256, a.id, a.retired_at FROM nano_cert_auth_associations a WHERE a.retired_at IS NULL AND a.id `+byDevice+`
-UNION ALL SELECT 3, d.id, d.id, NULL FROM nano_devices d WHERE d.id `+byDevice,
-		slices.Concat(hashArgs, deviceArgs, deviceArgs)...)
+	pairs, err := t.d.pairArgs(keys)
+	if err != nil {
+		return nil, fmt.Errorf("reading certificates: %w", err)
+	}
+	rows, err := t.query(ctx, t.d.senders, pairs...)
 	if err != nil {
 		return nil, fmt.Errorf("reading certificates: %w", err)
 	}
@@ -336,19 +348,23 @@ UNION ALL SELECT 3, d.id, d.id, NULL FROM nano_devices d WHERE d.id `+byDevice,
 		devices: make(map[string]bool),
 	}
 	for rows.Next() {
-		var part int
-		var hash, device string
+		var device, hash string
+		var known, owner, live, enrollment sql.Null[string]
 		var retired sql.Null[int64]
-		if err := rows.Scan(&part, &hash, &device, &retired); err != nil {
+		if err := rows.Scan(&device, &hash, &known, &owner, &retired, &live, &enrollment); err != nil {
 			return nil, fmt.Errorf("reading certificates: %w", err)
 		}
-		switch part {
-		case 1:
-			c.byHash[hash] = certificate{device: device, retired: retired.Valid}
-		case 2:
-			c.live[device] = true
-		case 3:
+		if known.Valid {
 			c.devices[device] = true
+		}
+		if owner.Valid {
+			c.byHash[hash] = certificate{device: owner.V, retired: retired.Valid}
+		}
+		if live.Valid {
+			c.live[device] = true
+		}
+		if enrollment.Valid {
+			c.enrollments = append(c.enrollments, enrollment.V)
 		}
 	}
 	if err := rows.Err(); err != nil {
@@ -482,8 +498,7 @@ func lock(ctx context.Context, t *tx, table string, ids []string) (locked []stri
 	if len(ids) == 0 || t.d.forUpdate == "" {
 		return nil, nil
 	}
-	is, args := t.among(ids)
-	rows, err := t.query(ctx, "SELECT id FROM "+table+" WHERE id "+is+" ORDER BY id"+t.d.forUpdate, args...)
+	rows, err := t.locked(ctx, "id", table, ids)
 	if err != nil {
 		return nil, fmt.Errorf("locking rows of %s: %w", table, err)
 	}

@@ -57,8 +57,8 @@ type dialect struct {
 	// hidden writes a value so that the planner cannot look at it, and makes one
 	// plan for all values; nil where that changes nothing.
 	hidden func(value string) string
-	// lookup joins the one row of a table that fits, or with left perhaps none,
-	// by an index whatever the planner thinks of reading the whole table.
+	// lookup joins the rows of a table that fit, or with left perhaps none, by
+	// an index whatever the planner thinks of reading the whole table.
 	lookup func(left bool, table, alias, on string) string
 
 	// conflict writes what follows INSERT ... VALUES (...) in an upsert, and
@@ -85,7 +85,9 @@ type dialect struct {
 	// release closes what else was opened; may be nil.
 	release func() error
 
-	subjects  string   // the text that reads who speaks, made at the start
+	// The texts that read who speaks and who changes, made at the start.
+	subjects, senders string
+
 	texts     sync.Map // string to string, filled by rebind
 	textCount atomic.Int64
 }

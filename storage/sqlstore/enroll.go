@@ -25,16 +25,17 @@ type enrollments struct {
 	byDevice map[string][]*enrollment
 }
 
-// readEnrollments locks and reads all enrollments of devices.
-func readEnrollments(ctx context.Context, t *tx, devices []string) (*enrollments, error) {
-	is, args := t.among(devices)
-	rows, err := t.query(ctx, `SELECT id, device_id, token_update_tally, renewal_until, enrolled_at
-FROM nano_enrollments WHERE device_id `+is+" ORDER BY id"+t.d.forUpdate, args...)
+// readEnrollments locks and reads enrollments.
+func readEnrollments(ctx context.Context, t *tx, ids []string) (*enrollments, error) {
+	all := &enrollments{byID: make(map[string]*enrollment), byDevice: make(map[string][]*enrollment)}
+	if len(ids) == 0 {
+		return all, nil
+	}
+	rows, err := t.locked(ctx, "id, device_id, token_update_tally, renewal_until, enrolled_at", "nano_enrollments", ids)
 	if err != nil {
 		return nil, fmt.Errorf("locking enrollments: %w", err)
 	}
 	defer rows.Close()
-	all := &enrollments{byID: make(map[string]*enrollment), byDevice: make(map[string][]*enrollment)}
 	for rows.Next() {
 		e := new(enrollment)
 		var renewal sql.Null[int64]
@@ -56,11 +57,7 @@ func changeEnrollments(ctx context.Context, t *tx, batch []*pending, certs *cert
 	if len(batch) == 0 {
 		return nil
 	}
-	devices := make([]string, len(batch))
-	for i, p := range batch {
-		devices[i] = p.device
-	}
-	all, err := readEnrollments(ctx, t, devices)
+	all, err := readEnrollments(ctx, t, certs.enrollments)
 	if err != nil {
 		return err
 	}

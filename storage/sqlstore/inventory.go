@@ -106,14 +106,18 @@ func sourceOf(scope storage.Scope, f storage.EnrollmentFilter) source {
 			parts = append(parts, equal("nano_enrollments", "topic", topic))
 		}
 		return eachOf(false, parts...)
-	case f.Type != "":
-		return oneOf(equal("nano_enrollments", "type", string(f.Type)))
-	case f.Enabled != nil:
+	case f.Type != "", f.Enabled != nil:
+		types := mdm.EnrollTypes()
+		if f.Type != "" {
+			types = []mdm.EnrollType{f.Type}
+		}
 		var parts []part
-		for _, flags := range [][2]int{{1, 0}, {0, 0}, {0, 1}, {1, 1}} {
-			if (flags == [2]int{1, 0}) == *f.Enabled {
-				parts = append(parts, part{table: "nano_enrollments", index: "nano_enrollments_enabled",
-					where: "enabled = ? AND operator_disabled = ?", args: []any{flags[0], flags[1]}})
+		for _, typ := range types {
+			for _, flags := range [][2]int{{1, 0}, {0, 0}, {0, 1}, {1, 1}} {
+				if f.Enabled == nil || (flags == [2]int{1, 0}) == *f.Enabled {
+					parts = append(parts, part{table: "nano_enrollments", index: "nano_enrollments_type",
+						where: "type = ? AND enabled = ? AND operator_disabled = ?", args: []any{string(typ), flags[0], flags[1]}})
+				}
 			}
 		}
 		return eachOf(false, parts...)

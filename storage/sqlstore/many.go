@@ -5,6 +5,7 @@ import (
 	"database/sql"
 	"encoding/json"
 	"fmt"
+	"slices"
 	"strings"
 )
 
@@ -33,6 +34,23 @@ func (t *tx) among(ids []string) (is string, args []any) {
 	}
 	place, args := among(ids)
 	return "IN " + place, args
+}
+
+// locked locks the rows of a table that have one of ids, in key order where
+// there are locks, and reads columns of them. PostgreSQL looks each id up: a
+// plan for all of them that was made while the table was small would go on
+// reading all of it.
+func (t *tx) locked(ctx context.Context, columns, table string, ids []string) (*sql.Rows, error) {
+	q, args := t.lockedText(columns, table, slices.Compact(slices.Sorted(slices.Values(ids))))
+	return t.query(ctx, q, args...)
+}
+
+func (t *tx) lockedText(columns, table string, ids []string) (q string, args []any) {
+	is, args := t.among(ids)
+	if t.d.arrays {
+		return "SELECT " + columns + " FROM unnest(?::text[]) r (key), LATERAL (SELECT * FROM " + table + " WHERE id = r.key" + t.d.forUpdate + ") k", args
+	}
+	return "SELECT " + columns + " FROM " + table + " WHERE id " + is + " ORDER BY id" + t.d.forUpdate, args
 }
 
 // tuples returns the places of rows to insert.

@@ -229,7 +229,7 @@ func mysqlCommon() *dialect {
 			return errors.Is(err, mysql.ErrInvalidConn) || lostConnection(err)
 		},
 
-		words: map[string]string{"blob": "LONGBLOB", "where": "--"}, // it has no such indexes
+		words: map[string]string{"blob": "LONGBLOB", "room": "", "where": "--"}, // it has no such indexes
 		// DDL commits by itself, so a step may have been done and not
 		// recorded: 1061 duplicate key name, 1060 duplicate column, 1091
 		// nothing to drop, 1050 table exists.
@@ -242,8 +242,8 @@ func mysqlCommon() *dialect {
 		},
 		tables: "SELECT table_name FROM information_schema.tables WHERE table_schema = DATABASE()",
 	}
-	// A quarter of its cost is parsing, and every poll needs it.
-	d.prepare = func(q string) bool { return q == d.subjects }
+	// A quarter of their cost is parsing.
+	d.prepare = func(q string) bool { return q == d.subjects || q == d.senders }
 	return d
 }
 

@@ -90,13 +90,13 @@ FROM information_schema.columns WHERE table_schema = current_schema()`,
 		hidden:   func(value string) string { return "(SELECT " + value + ")" },
 		pairs:    "unnest((SELECT ?::text[]), (SELECT ?::text[])) AS r (id, command_uuid)",
 		pairArgs: arrayPairs,
-		// The limit keeps the planner from a hash join.
+		// The offset keeps the planner from a hash join.
 		lookup: func(left bool, table, alias, on string) string {
 			join := " JOIN"
 			if left {
 				join = " LEFT JOIN"
 			}
-			return join + " LATERAL (SELECT * FROM " + table + " " + alias + " WHERE " + on + " LIMIT 1) " + alias + " ON true"
+			return join + " LATERAL (SELECT * FROM " + table + " " + alias + " WHERE " + on + " OFFSET 0) " + alias + " ON true"
 		},
 
 		conflict: onConflict,
@@ -135,6 +135,7 @@ FROM information_schema.columns WHERE table_schema = current_schema()`,
 			"text":          "TEXT",
 			"blob":          "BYTEA",
 			"table":         "",
+			"room":          "WITH (fillfactor = 50)",
 			"if_not_exists": "IF NOT EXISTS",
 			"where":         "WHERE",
 		},

@@ -63,3 +63,19 @@ func TestPollsArePlannedOnce(t *testing.T) {
 		require.Equal(t, "5", planned)
 	}
 }
+
+// TestEmptyTablesAreReadByKey: what is planned while there is nothing yet goes
+// on being used when there is much.
+func TestEmptyTablesAreReadByKey(t *testing.T) {
+	for _, engine := range storagetest.Engines(t) {
+		t.Run(engine.Name, func(t *testing.T) {
+			h := storagetest.NewHarness(t, engine)
+			statements := h.Store.DeviceStatementsForTest([]string{"D1", "D2", "D3"}, "C1")
+			for _, name := range []string{"senders", "locking"} {
+				plan, err := h.Store.ExplainForTest(t.Context(), statements[name].Text, statements[name].Args...)
+				require.NoError(t, err, name)
+				require.NotRegexp(t, `Seq Scan|SCAN nano_|(using|INDEX|"key":) "?nano_cert_auth_associations_not_after`, plan, name)
+			}
+		})
+	}
+}

@@ -187,6 +187,7 @@ func sqliteDialect() *dialect {
 			"text":          "TEXT",
 			"blob":          "BLOB",
 			"table":         "",
+			"room":          "",
 			"if_not_exists": "IF NOT EXISTS",
 			"where":         "WHERE",
 		},

@@ -176,7 +176,7 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 		now: cfg.Now, log: cfg.Logger, seal: newSealing(cfg),
 		counted: headcount{turn: make(chan struct{}, 1)},
 	}
-	s.d.subjects = s.d.subjectsText()
+	s.d.subjects, s.d.senders = s.d.subjectsText(), s.d.sendersText()
 	if s.d.prepare != nil {
 		s.stmts = newStmtCache(p.write)
 		s.rstmts = newStmtCache(p.read)

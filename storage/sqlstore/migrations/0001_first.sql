@@ -1,5 +1,6 @@
 -- Each statement is one recorded step and can be repeated. {words} are the
--- dialect's; {where} begins the condition of an index where an engine has that. Times are UTC microseconds, booleans SMALLINT 0 or 1. There are
+-- dialect's; {where} begins the condition of an index where an engine has that, and
+-- {room} leaves room in pages for rows that grow, where that spares indexes. Times are UTC microseconds, booleans SMALLINT 0 or 1. There are
 -- no foreign keys: a check of the parent locks it, and nothing cascades.
 
 CREATE TABLE IF NOT EXISTS nano_devices (
@@ -23,7 +24,7 @@ CREATE TABLE IF NOT EXISTS nano_devices (
     bootstrap_token_at BIGINT NULL,
     created_at         BIGINT NOT NULL,
     updated_at         BIGINT NOT NULL
-) {table};
+) {table} {room};
 CREATE INDEX {if_not_exists} nano_devices_serial_number ON nano_devices (serial_number, id);
 CREATE INDEX {if_not_exists} nano_devices_model ON nano_devices (model, id);
 CREATE INDEX {if_not_exists} nano_devices_model_name ON nano_devices (model_name, id);
@@ -67,8 +68,7 @@ CREATE TABLE IF NOT EXISTS nano_enrollments (
 ) {table};
 CREATE INDEX {if_not_exists} nano_enrollments_device_id ON nano_enrollments (device_id, id);
 CREATE INDEX {if_not_exists} nano_enrollments_topic ON nano_enrollments (topic, id);
-CREATE INDEX {if_not_exists} nano_enrollments_type ON nano_enrollments (type, id);
-CREATE INDEX {if_not_exists} nano_enrollments_enabled ON nano_enrollments (enabled, operator_disabled, id);
+CREATE INDEX {if_not_exists} nano_enrollments_type ON nano_enrollments (type, enabled, operator_disabled, id);
 
 -- Queue order and pushes owed: last_seq numbers queue rows, a push is owed
 -- while paid_seq < owed_seq. push_at is when the sweep looks next, NULL never.
@@ -86,7 +86,7 @@ CREATE TABLE IF NOT EXISTS nano_enrollment_push (
     last_apns_id     {id} NULL,
     token_dead_at    BIGINT NULL
 ) {table};
-CREATE INDEX {if_not_exists} nano_enrollment_push_push_at ON nano_enrollment_push (push_at);
+CREATE INDEX {if_not_exists} nano_enrollment_push_push_at ON nano_enrollment_push (push_at) {where} push_at IS NOT NULL;
 CREATE INDEX {if_not_exists} nano_enrollment_push_last_push_class ON nano_enrollment_push (last_push_class, id) {where} last_push_class <> 'accepted';
 
 -- Written in batches; narrow, so that polls lock nothing else.
