@@ -325,11 +325,11 @@ func (c *Client) goDial(t *topic, cert *tls.Certificate, version string) bool {
 }
 
 func (c *Client) dial(ctx context.Context, cert *tls.Certificate, version string) (*conn, error) {
-	nc, err := c.dialer.dial(ctx, cert)
+	tc, err := c.dialer.dial(ctx, cert)
 	if err != nil {
 		return nil, err
 	}
-	cn, err := c.transport.newConn(ctx, nc, version)
+	cn, err := c.transport.newConn(ctx, tc, version)
 	if err != nil {
 		return nil, err
 	}

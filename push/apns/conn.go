@@ -4,8 +4,8 @@ package apns
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
-	"net"
 	"net/http"
 	"time"
 
@@ -34,28 +34,31 @@ type conn struct {
 }
 
 // transport makes HTTP/2 connections of TLS ones.
-type transport struct{ h2 *http2.Transport }
+type transport struct {
+	h2           *http2.Transport
+	writeTimeout time.Duration
+}
 
 func newTransport(cfg Config) transport {
-	return transport{&http2.Transport{
+	return transport{writeTimeout: cfg.PingInterval + cfg.PingTimeout, h2: &http2.Transport{
 		DisableCompression: true,
 		// The pool counts streams itself; a stream over the limit waits for
 		// the previous one's last bookkeeping instead of failing.
 		StrictMaxConcurrentStreams: true,
 		ReadIdleTimeout:            cfg.PingInterval,
 		PingTimeout:                cfg.PingTimeout,
-		WriteByteTimeout:           cfg.PingInterval + cfg.PingTimeout,
 		MaxHeaderListSize:          16 << 10,
 	}}
 }
 
-// newConn starts HTTP/2 on nc, which it owns from then on. It returns once
+// newConn starts HTTP/2 on tc, which it owns from then on. It returns once
 // the server has spoken: its SETTINGS are known by then, and so is, with
 // TLS 1.3, whether it accepted the client certificate.
-func (t transport) newConn(ctx context.Context, nc net.Conn, version string) (*conn, error) {
-	cc, err := t.h2.NewClientConn(nc)
+func (t transport) newConn(ctx context.Context, tc *tls.Conn, version string) (*conn, error) {
+	g := gather(tc, t.writeTimeout)
+	cc, err := t.h2.NewClientConn(g)
 	if err != nil {
-		nc.Close()
+		g.Close()
 		return nil, err
 	}
 	// SETTINGS is the server's first frame, so it precedes the answer.

@@ -27,7 +27,7 @@ type dialer struct {
 }
 
 // dial connects and completes the TLS handshake. ctx bounds all of it.
-func (d dialer) dial(ctx context.Context, cert *tls.Certificate) (net.Conn, error) {
+func (d dialer) dial(ctx context.Context, cert *tls.Certificate) (*tls.Conn, error) {
 	nc, err := d.dialTCP(ctx)
 	if err != nil {
 		return nil, err

@@ -5,12 +5,12 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
-	"io"
 	"net/http"
-	"regexp"
+	"slices"
 	"strconv"
 	"strings"
-	"time"
+
+	"golang.org/x/net/http2/hpack"
 )
 
 const (
@@ -18,67 +18,47 @@ const (
 	maxPayload = 4096
 )
 
-var lowerUUID = regexp.MustCompile(`^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$`)
-
-// handle serves one request on a connection whose certificate is for topic.
-func (s *Server) handle(w http.ResponseWriter, r *http.Request, topic string) {
-	id := r.Header.Get("Apns-Id")
-	if !lowerUUID.MatchString(id) {
-		id = newUUID()
-	}
-	w.Header().Set("Apns-Id", id)
-
-	p, refusal := check(r, topic)
-
+// arrived counts a request and returns the moods to treat it by. A valid one
+// may have to be stalled.
+func (s *Server) arrived(valid bool) (m moods, stall bool) {
 	s.mu.Lock()
+	defer s.mu.Unlock()
 	s.counts.Requests++
-	m := s.moods
-	stall := false
-	if refusal == nil {
-		s.stalled += m.stall
+	if valid {
+		s.stalled += s.moods.stall
 		if stall = s.stalled >= 1; stall {
 			s.stalled--
+			s.counts.Stalled++
 		}
 	}
-	s.mu.Unlock()
+	return s.moods, stall
+}
 
-	answer := Answer{}
+// judge returns the answer to a request; refusal is check's.
+func (s *Server) judge(m moods, p Push, refusal *Answer) Answer {
+	a := Answer{}
 	switch {
 	case refusal != nil:
-		answer = *refusal
-	case stall:
-		answer.Stall = true
+		a = *refusal
 	case m.answer != nil:
-		answer = m.answer(p)
+		a = m.answer(p)
 	}
-	if answer.Stall {
+	if a.Status == 0 {
+		a.Status = http.StatusOK
+	}
+	switch {
+	case a.Stall:
 		s.count(func(c *Counts) { c.Stalled++ })
-		<-r.Context().Done() // reset by the client, or the connection is gone
-		return
-	}
-	if m.latency > 0 {
-		timer := time.NewTimer(m.latency)
-		defer timer.Stop()
-		select {
-		case <-timer.C:
-		case <-r.Context().Done():
-			return
+	case !a.Reset && a.Status == http.StatusOK:
+		s.mu.Lock()
+		s.counts.Accepted++
+		s.tokens[string(p.Token)]++
+		s.mu.Unlock()
+		if m.onPush != nil {
+			m.onPush(p)
 		}
 	}
-	if answer.Reset {
-		panic(http.ErrAbortHandler)
-	}
-	if answer.Status != 0 && answer.Status != http.StatusOK {
-		refuse(w, answer)
-		return
-	}
-	s.mu.Lock()
-	s.counts.Accepted++
-	s.tokens[string(p.Token)]++
-	s.mu.Unlock()
-	if m.onPush != nil {
-		m.onPush(p)
-	}
+	return a
 }
 
 func (s *Server) count(f func(*Counts)) {
@@ -87,40 +67,23 @@ func (s *Server) count(f func(*Counts)) {
 	f(&s.counts)
 }
 
-// refuse writes an answer other than 200.
-func refuse(w http.ResponseWriter, a Answer) {
-	if a.RetryAfter > 0 {
-		w.Header().Set("Retry-After", strconv.Itoa(int(a.RetryAfter/time.Second)))
-	}
-	w.Header().Set("Content-Type", "application/json")
-	w.WriteHeader(a.Status)
-	body := struct {
-		Reason    string `json:"reason"`
-		Timestamp int64  `json:"timestamp,omitempty"`
-	}{Reason: a.Reason}
-	if !a.Timestamp.IsZero() {
-		body.Timestamp = a.Timestamp.UnixMilli()
-	}
-	// A client that is gone does not want it.
-	_ = json.NewEncoder(w).Encode(body)
-}
-
 // check does what APNs does before it looks the token up. Source: Apple,
 // "Sending notification requests to APNs" and "Handling notification
 // responses from APNs".
-func check(r *http.Request, topic string) (Push, *Answer) {
+func check(r *stream, topic string) (Push, *Answer) {
 	bad := func(reason string) (Push, *Answer) {
 		return Push{}, &Answer{Status: http.StatusBadRequest, Reason: reason}
 	}
-	if r.Method != http.MethodPost {
+	if r.headers.PseudoValue("method") != http.MethodPost {
 		return Push{}, &Answer{Status: http.StatusMethodNotAllowed, Reason: "MethodNotAllowed"}
 	}
-	hexToken, ok := strings.CutPrefix(r.URL.Path, devicePath)
+	hexToken, ok := strings.CutPrefix(r.headers.PseudoValue("path"), devicePath)
 	if !ok || strings.Contains(hexToken, "/") {
 		return Push{}, &Answer{Status: http.StatusNotFound, Reason: "BadPath"}
 	}
-	for name, values := range r.Header {
-		if strings.HasPrefix(name, "Apns-") && len(values) > 1 {
+	fields := r.headers.RegularFields()
+	for i, f := range fields {
+		if strings.HasPrefix(f.Name, "apns-") && slices.ContainsFunc(fields[:i], func(other hpack.HeaderField) bool { return other.Name == f.Name }) {
 			return bad("DuplicateHeaders")
 		}
 	}
@@ -131,44 +94,66 @@ func check(r *http.Request, topic string) (Push, *Answer) {
 	case err != nil:
 		return bad("BadDeviceToken")
 	}
-	h := r.Header
-	switch h.Get("Apns-Topic") {
+	switch r.header("apns-topic") {
 	case topic:
 	case "":
 		return bad("MissingTopic")
 	default:
 		return bad("TopicDisallowed")
 	}
-	if t := h.Get("Apns-Push-Type"); t != "" && t != "mdm" {
+	if t := r.header("apns-push-type"); t != "" && t != "mdm" {
 		return bad("InvalidPushType")
 	}
-	switch h.Get("Apns-Priority") {
+	switch r.header("apns-priority") {
 	case "", "1", "5", "10":
 	default:
 		return bad("BadPriority")
 	}
-	if e := h.Get("Apns-Expiration"); e != "" {
+	if e := r.header("apns-expiration"); e != "" {
 		if _, err := strconv.ParseUint(e, 10, 63); err != nil {
 			return bad("BadExpirationDate")
 		}
 	}
-	if id := h.Get("Apns-Id"); id != "" && !lowerUUID.MatchString(id) {
+	if id := r.header("apns-id"); id != "" && !isLowerUUID(id) {
 		return bad("BadMessageId")
 	}
-	body, err := io.ReadAll(io.LimitReader(r.Body, maxPayload+1))
-	if err != nil {
-		return bad("PayloadEmpty")
-	}
-	if len(body) > maxPayload {
+	if len(r.body) > maxPayload {
 		return Push{}, &Answer{Status: http.StatusRequestEntityTooLarge, Reason: "PayloadTooLarge"}
 	}
 	// An MDM wake-up has this one key; APNs names no reason of its own for a
 	// body that says nothing.
 	var payload map[string]string
-	if json.Unmarshal(body, &payload) != nil || len(payload) != 1 || payload["mdm"] == "" {
+	if json.Unmarshal(r.body, &payload) != nil || len(payload) != 1 || payload["mdm"] == "" {
 		return bad("PayloadEmpty")
 	}
 	return Push{Token: token, Magic: payload["mdm"], Topic: topic}, nil
+}
+
+// header returns the value of a header, "" if there is none.
+func (st *stream) header(name string) string {
+	for _, f := range st.headers.RegularFields() {
+		if f.Name == name {
+			return f.Value
+		}
+	}
+	return ""
+}
+
+func isLowerUUID(s string) bool {
+	if len(s) != 36 {
+		return false
+	}
+	for i := range len(s) {
+		switch c := s[i]; {
+		case i == 8 || i == 13 || i == 18 || i == 23:
+			if c != '-' {
+				return false
+			}
+		case (c < '0' || c > '9') && (c < 'a' || c > 'f'):
+			return false
+		}
+	}
+	return true
 }
 
 func newUUID() string {

@@ -1,5 +1,3 @@
-//lint:file-ignore SA1019 x/net/http2 marks its server API deprecated in favour of net/http's, which cannot serve one connection that the caller accepted and wants to break.
-
 // Package apnstest is a fake Apple Push Notification service: real TLS, real
 // HTTP/2, client certificates required, requests checked as Apple checks
 // them. Its moods can be changed while it runs: latency, stream limits,
@@ -15,9 +13,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log"
 	"net"
-	"net/http"
 	"sync"
 	"time"
 
@@ -102,7 +98,7 @@ type Server struct {
 	stalled float64 // fraction of a stall that is due
 	counts  Counts
 	tokens  map[string]int
-	conns   map[*serverConn]struct{}
+	conns   map[*conn]struct{}
 }
 
 // moods is what can be changed while the server runs.
@@ -158,7 +154,7 @@ func NewServer(cfg Config) (*Server, error) {
 		},
 		moods:  moods{latency: cfg.Latency, streams: cfg.MaxConcurrentStreams, onPush: cfg.OnPush},
 		tokens: make(map[string]int),
-		conns:  make(map[*serverConn]struct{}),
+		conns:  make(map[*conn]struct{}),
 	}
 	s.wg.Go(s.accept)
 	return s, nil
@@ -242,22 +238,16 @@ const (
 func (s *Server) GoAway(mode GoAwayMode, reason string) int {
 	conns := s.pick(-1)
 	for _, c := range conns {
-		if mode == Graceful {
-			// Runs the hook that http2.ConfigureServer registered. The
-			// http.Server itself has no listener and no connection.
-			c.base.Shutdown(context.Background())
-		} else {
-			c.goAway(reason)
-		}
+		c.goAway(mode, reason)
 	}
 	return len(conns)
 }
 
 // pick returns n open connections, all if n is negative.
-func (s *Server) pick(n int) []*serverConn {
+func (s *Server) pick(n int) []*conn {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	var picked []*serverConn
+	var picked []*conn
 	for c := range s.conns {
 		if len(picked) == n {
 			break
@@ -265,17 +255,6 @@ func (s *Server) pick(n int) []*serverConn {
 		picked = append(picked, c)
 	}
 	return picked
-}
-
-// enter counts a request in, unless the server is closed.
-func (s *Server) enter() bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.closed {
-		return false
-	}
-	s.wg.Add(1)
-	return true
 }
 
 func (s *Server) accept() {
@@ -314,12 +293,7 @@ func (s *Server) serve(raw net.Conn) {
 		io.Copy(io.Discard, raw)
 		return
 	}
-	base := &http.Server{ErrorLog: log.New(io.Discard, "", 0)}
-	h2 := &http2.Server{MaxConcurrentStreams: streams}
-	if err := http2.ConfigureServer(base, h2); err != nil {
-		return
-	}
-	c := &serverConn{Conn: tc, raw: raw, base: base}
+	c := newConn(s, raw, tc, streams)
 	s.mu.Lock()
 	if s.closed {
 		s.mu.Unlock()
@@ -333,15 +307,5 @@ func (s *Server) serve(raw net.Conn) {
 		delete(s.conns, c)
 		s.mu.Unlock()
 	}()
-	topic := certificateTopic(tc.ConnectionState().PeerCertificates[0])
-	h2.ServeConn(c, &http2.ServeConnOpts{
-		BaseConfig: base,
-		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			if !s.enter() {
-				return
-			}
-			defer s.wg.Done()
-			s.handle(w, r, topic)
-		}),
-	})
+	c.run()
 }
