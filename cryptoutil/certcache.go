@@ -46,6 +46,9 @@ func (c *CertificateCache) parse(der []byte) (*x509.Certificate, error) {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if other := c.certs[key]; other != nil { // somebody else was first
+		return other, nil
+	}
 	if len(c.certs) >= c.size {
 		for old := range c.certs {
 			delete(c.certs, old)
