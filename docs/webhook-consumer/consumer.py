@@ -13,7 +13,7 @@ def equal(signature, key, text):
 class Consumer(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         header = lambda name: self.headers.get(name, "")
-        body = self.rfile.read(min(int(header("content-length")), 64 << 20))
+        body = self.rfile.read(min(max(int(header("content-length") or 0), 0), 64 << 20))
         id, timestamp = header("webhook-id"), header("webhook-timestamp")
         signatures = header("webhook-signature").split()  # one for each key of the server's
         ok = (timestamp.isdecimal() and abs(time.time() - int(timestamp)) < 300  # or somebody plays an old one again

@@ -81,6 +81,33 @@ func TestConnectionsAreUsedAgain(t *testing.T) {
 	})
 }
 
+// A user and password in the URL are sent as any client does, and a redirect
+// is no delivery and is not followed.
+func TestURLWithPasswordAndRedirect(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		w := newWorld(t, hook(func(k *storage.EventSink) { k.URL = "http://ann:secret@receiver/hook" }))
+		w.receiver.answers(func(rw http.ResponseWriter, d *delivery) {
+			if d.n == 1 {
+				rw.Header().Set("Location", "http://elsewhere/")
+				rw.WriteHeader(302)
+			}
+		})
+		w.deliver("a", Config{Workers: 1})
+		w.enroll("A")
+		w.report("A", "C1")
+		w.drained(10 * time.Minute)
+		got := w.receiver.requests()
+		require.Equal(t, []string{"Authenticate", "TokenUpdate", "C1"}, w.receiver.taken("A"))
+		require.Len(t, got, 4, "the one that was redirected came again")
+		require.Equal(t, 302, got[0].status)
+		for _, d := range got {
+			user, password, ok := (&http.Request{Header: d.header}).BasicAuth()
+			require.True(t, ok)
+			require.Equal(t, []string{"ann", "secret"}, []string{user, password})
+		}
+	})
+}
+
 func TestBackoff(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		w := newWorld(t)
