@@ -258,18 +258,15 @@ func offersOf(chunk []activity) map[int][]queueKey {
 // storeOffers counts offers of rows that still wait.
 func storeOffers(ctx context.Context, t *tx, offers map[int][]queueKey) error {
 	for times, keys := range offers {
-		where, args := t.amongKeys(keys)
-		waiting, err := queueKeys(ctx, t, "SELECT id, command_uuid FROM nano_enrollment_queue"+t.d.by("PRIMARY")+" WHERE "+where+
-			fmt.Sprintf(" AND state < %d ORDER BY id, command_uuid", storage.Acknowledged)+t.d.forUpdate, args...)
+		waiting, err := lockKeys(ctx, t, keys, stillWaits)
 		if err != nil {
 			return fmt.Errorf("locking commands that were offered: %w", err)
 		}
 		if len(waiting) == 0 {
 			continue
 		}
-		where, args = t.amongKeys(waiting)
-		_, err = t.exec(ctx, "UPDATE nano_enrollment_queue"+t.d.by("PRIMARY")+" SET attempts = attempts + ? WHERE "+where, append([]any{times}, args...)...)
-		if err != nil {
+		q, args := t.updateLockedText("attempts = attempts + ?", waiting)
+		if _, err := t.exec(ctx, q, append([]any{times}, args...)...); err != nil {
 			return fmt.Errorf("counting offers: %w", err)
 		}
 	}

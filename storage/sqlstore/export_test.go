@@ -151,15 +151,16 @@ func (s *Store) DeviceStatementsForTest(ids []string, uuid string) map[string]St
 	if err != nil {
 		panic(err)
 	}
-	where, args := t.amongKeys(keys)
+	rows, rowArgs := t.lockedKeysText("state", keys, "")
+	ending, endArgs := t.updateLockedText("state = 10", keys)
 	is, idArgs := t.among(ids)
 	locking, lockArgs := t.lockedText("id", "nano_devices", ids)
 	return map[string]StatementForTest{
 		"subjects": {Text: s.d.subjects, Args: append([]any{int64(1), int64(1)}, pairs...), Index: "nano_enrollment_queue_next", Unsorted: true},
 		"senders":  {Text: s.d.senders, Args: pairs, Index: "nano_cert_auth_associations_id"},
 		"locking":  {Text: locking, Args: lockArgs},
-		"rows":     {Text: "SELECT state FROM nano_enrollment_queue" + s.d.by("PRIMARY") + " WHERE " + where, Args: args},
-		"ending":   {Text: "UPDATE nano_enrollment_queue" + s.d.by("PRIMARY") + " SET state = 10 WHERE " + where, Args: args},
+		"rows":     {Text: rows, Args: rowArgs},
+		"ending":   {Text: ending, Args: endArgs},
 		"enrolled": {Text: "SELECT id FROM nano_enrollments WHERE id " + is, Args: idArgs},
 	}
 }

@@ -84,6 +84,30 @@ func (t *tx) amongKeys(keys []queueKey) (where string, args []any) {
 	return "(" + one + strings.Repeat(" OR "+one, n-1) + ")", args
 }
 
+// lockedKeysText is lockedText for queue rows that meet a condition too.
+func (t *tx) lockedKeysText(columns string, keys []queueKey, and string) (q string, args []any) {
+	if t.d.arrays {
+		ids, uuids := columnsOf(slices.Compact(slices.SortedFunc(slices.Values(keys), compareKeys)))
+		return "SELECT " + columns + ` FROM unnest(?::text[], ?::text[]) r (key, uuid),
+LATERAL (SELECT * FROM nano_enrollment_queue WHERE id = r.key AND command_uuid = r.uuid` + and + t.d.forUpdate + ") k", []any{ids, uuids}
+	}
+	where, args := t.amongKeys(keys)
+	return "SELECT " + columns + " FROM nano_enrollment_queue" + t.d.by("PRIMARY") + " WHERE " + where + and + " ORDER BY id, command_uuid" + t.d.forUpdate, args
+}
+
+// updateLockedText changes queue rows that the transaction has locked. They
+// stay where they are while it has, so that PostgreSQL can be told to look
+// each of them up, and not to join with whatever it takes the table for.
+func (t *tx) updateLockedText(set string, keys []queueKey) (q string, args []any) {
+	if t.d.arrays {
+		ids, uuids := columnsOf(keys)
+		return "UPDATE nano_enrollment_queue q SET " + set + ` FROM unnest(?::text[], ?::text[]) r (key, uuid),
+LATERAL (SELECT ctid FROM nano_enrollment_queue WHERE id = r.key AND command_uuid = r.uuid OFFSET 0) k WHERE q.ctid = k.ctid`, []any{ids, uuids}
+	}
+	where, args := t.amongKeys(keys)
+	return "UPDATE nano_enrollment_queue" + t.d.by("PRIMARY") + " SET " + set + " WHERE " + where, args
+}
+
 func columnsOf(keys []queueKey) (ids, uuids []string) {
 	ids, uuids = make([]string, len(keys)), make([]string, len(keys))
 	for i, k := range keys {

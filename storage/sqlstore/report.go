@@ -67,8 +67,8 @@ func lockQueueRows(ctx context.Context, t *tx, keys []queueKey) (map[queueKey]st
 	if len(keys) == 0 {
 		return nil, nil
 	}
-	where, args := t.amongKeys(keys)
-	rows, err := t.query(ctx, "SELECT id, command_uuid, state FROM nano_enrollment_queue"+t.d.by("PRIMARY")+" WHERE "+where+" ORDER BY id, command_uuid"+t.d.forUpdate, args...)
+	q, args := t.lockedKeysText("id, command_uuid, state", keys, "")
+	rows, err := t.query(ctx, q, args...)
 	if err != nil {
 		return nil, fmt.Errorf("locking queue rows: %w", err)
 	}
@@ -149,6 +149,7 @@ func moveRows(ctx context.Context, t *tx, reports []*pending, states map[queueKe
 	return nil
 }
 
+// moveTo moves rows that the transaction has locked.
 func moveTo(ctx context.Context, t *tx, to storage.State, keys []queueKey) error {
 	if len(keys) == 0 {
 		return nil
@@ -157,9 +158,8 @@ func moveTo(ctx context.Context, t *tx, to storage.State, keys []queueKey) error
 	if to == storage.NotNow {
 		set = "state = ?, notnow_at = ?, notnow_count = notnow_count + 1"
 	}
-	where, args := t.amongKeys(keys)
-	_, err := t.exec(ctx, "UPDATE nano_enrollment_queue"+t.d.by("PRIMARY")+" SET "+set+" WHERE "+where, append([]any{int(to), t.now}, args...)...)
-	if err != nil {
+	q, args := t.updateLockedText(set, keys)
+	if _, err := t.exec(ctx, q, append([]any{int(to), t.now}, args...)...); err != nil {
 		return fmt.Errorf("moving queue rows to %s: %w", to, err)
 	}
 	return nil

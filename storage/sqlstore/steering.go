@@ -27,10 +27,7 @@ func cancel(ctx context.Context, t *tx, keys []queueKey) (int, error) {
 	if len(keys) == 0 {
 		return 0, nil
 	}
-	slices.SortFunc(keys, compareKeys)
-	where, args := t.amongKeys(keys)
-	waiting, err := queueKeys(ctx, t, "SELECT id, command_uuid FROM nano_enrollment_queue"+t.d.by("PRIMARY")+" WHERE "+where+
-		fmt.Sprintf(" AND state < %d ORDER BY id, command_uuid", storage.Acknowledged)+t.d.forUpdate, args...)
+	waiting, err := lockKeys(ctx, t, keys, stillWaits)
 	if err != nil {
 		return 0, fmt.Errorf("locking commands to cancel: %w", err)
 	}

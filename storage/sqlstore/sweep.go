@@ -67,10 +67,7 @@ func expire(ctx context.Context, t *tx, due []queueKey) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	where, args := t.amongKeys(due)
-	due, err = queueKeys(ctx, t, "SELECT id, command_uuid FROM nano_enrollment_queue"+t.d.by("PRIMARY")+" WHERE "+where+
-		fmt.Sprintf(" AND state < %d AND expires_at <= ? ORDER BY id, command_uuid", storage.Acknowledged)+t.d.forUpdate,
-		append(args, t.now)...)
+	due, err = lockKeys(ctx, t, due, stillWaits+" AND expires_at <= ?", t.now)
 	if err != nil {
 		return 0, fmt.Errorf("locking commands that expire: %w", err)
 	}
@@ -137,6 +134,15 @@ func queueKeys(ctx context.Context, t *tx, q string, args ...any) (keys []queueK
 	return keys, rows.Err()
 }
 
+// stillWaits is the condition of rows that have not ended.
+var stillWaits = fmt.Sprintf(" AND state < %d", storage.Acknowledged)
+
+// lockKeys locks the queue rows of keys that meet a condition, in key order.
+func lockKeys(ctx context.Context, t *tx, keys []queueKey, and string, args ...any) ([]queueKey, error) {
+	q, keyArgs := t.lockedKeysText("id, command_uuid", keys, and)
+	return queueKeys(ctx, t, q, append(keyArgs, args...)...)
+}
+
 // PromoteCommands implements storage.Sweeps.
 func (s *Store) PromoteCommands(ctx context.Context, l storage.Lease, limit int) (promoted int, err error) {
 	err = s.sweep(ctx, l, func(ctx context.Context, t *tx) error {
@@ -164,10 +170,7 @@ func promote(ctx context.Context, t *tx, due []queueKey) (int, error) {
 	if _, err := lock(ctx, t, "nano_enrollment_push", enrollmentsOf(due)); err != nil {
 		return 0, err
 	}
-	where, args := t.amongKeys(due)
-	locked, err := queueKeys(ctx, t, "SELECT id, command_uuid FROM nano_enrollment_queue"+t.d.by("PRIMARY")+" WHERE "+where+
-		fmt.Sprintf(" AND state = %d AND not_before <= ? ORDER BY id, command_uuid", storage.Scheduled)+t.d.forUpdate,
-		append(args, t.now)...)
+	locked, err := lockKeys(ctx, t, due, fmt.Sprintf(" AND state = %d AND not_before <= ?", storage.Scheduled), t.now)
 	if err != nil {
 		return 0, fmt.Errorf("locking commands that are due: %w", err)
 	}
@@ -175,7 +178,7 @@ func promote(ctx context.Context, t *tx, due []queueKey) (int, error) {
 		return 0, nil
 	}
 	// The order inside an enrollment, read now that it stands still.
-	where, args = t.amongKeys(locked)
+	where, args := t.amongKeys(locked)
 	ordered, err := queueKeys(ctx, t, "SELECT id, command_uuid FROM nano_enrollment_queue"+t.d.by("PRIMARY")+" WHERE "+where+" ORDER BY id, not_before, seq", args...)
 	if err != nil {
 		return 0, fmt.Errorf("reading commands that are due: %w", err)
@@ -338,9 +341,7 @@ func removeFinished(ctx context.Context, t *tx, state storage.State, before int6
 	if err := lockCommands(ctx, t, uuids); err != nil {
 		return err
 	}
-	where, args := t.amongKeys(old)
-	old, err := queueKeys(ctx, t, "SELECT id, command_uuid FROM nano_enrollment_queue"+t.d.by("PRIMARY")+" WHERE "+where+
-		" AND state = ? AND finished_at < ? ORDER BY id, command_uuid"+t.d.forUpdate, append(args, int(state), before)...)
+	old, err := lockKeys(ctx, t, old, " AND state = ? AND finished_at < ?", int(state), before)
 	if err != nil {
 		return fmt.Errorf("locking old queue rows: %w", err)
 	}
@@ -348,7 +349,7 @@ func removeFinished(ctx context.Context, t *tx, state storage.State, before int6
 		return err
 	}
 	if len(old) > 0 {
-		where, args = t.amongKeys(old)
+		where, args := t.amongKeys(old)
 		n, err := t.exec(ctx, "DELETE FROM nano_enrollment_queue WHERE "+where, args...)
 		if err != nil {
 			return fmt.Errorf("removing queue rows: %w", err)
