@@ -142,10 +142,6 @@ const method = `
   group commits and allocations are the daemon's own counts (/metrics). The database's
   count of commits is of all its clients, writes of last-seen times and of leases
   included: numbered transactions on PostgreSQL, Com_commit on MySQL and MariaDB.
-- PostgreSQL keeps a plan that it made while a table was empty until autovacuum has
-  looked at the table, in the first minute or so of a new database. If fetch and
-  acknowledge falls into that time, reports read the whole queue table, for several
-  times the database's CPU.
 - Enqueue is without push, %d ids a call. The peer was measured on another machine;
   its rows a second are scaled by the reference's requests a second on both (about
   10,000 there, at 8 connections), so that figure is an estimate.
