@@ -71,28 +71,19 @@ func installProfileCommand() command {
 		short:   "Queue InstallProfile with a .mobileconfig",
 		example: "nanoctl install-profile wifi.mobileconfig -all\nnanoctl install-profile wifi.mobileconfig -model MacBookPro18,3 -supersede wifi",
 		prepare: func(flags *flag.FlagSet) runner {
-			var to targets
-			var o sending
-			to.flags(flags)
-			o.flags(flags)
-			uuid := flags.String("uuid", "", "CommandUUID; one is made if empty")
-			return func(ctx context.Context, e *env, args []string) error {
+			return queueing(flags, func(e *env, uuid string, args []string) (*mdm.Command, error) {
 				if len(args) == 0 {
-					return usage("install-profile: give the profile's file")
+					return nil, usage("install-profile: give the profile's file")
 				}
 				profile, err := e.readFile(args[0])
 				if err != nil {
-					return err
+					return nil, err
 				}
 				if len(profile) == 0 {
-					return usage("install-profile: %s is empty", args[0])
+					return nil, usage("install-profile: %s is empty", args[0])
 				}
-				cmd, err := plistCommand("InstallProfile", *uuid, map[string]any{"Payload": data(profile)})
-				if err != nil {
-					return err
-				}
-				return o.send(ctx, e, cmd, &to, args[1:])
-			}
+				return plistCommand("InstallProfile", uuid, map[string]any{"Payload": data(profile)})
+			})
 		},
 	}
 }
@@ -103,22 +94,30 @@ func removeProfileCommand() command {
 		short:   "Queue RemoveProfile",
 		example: "nanoctl remove-profile org.example.wifi C02XK0AAJG5H",
 		prepare: func(flags *flag.FlagSet) runner {
-			var to targets
-			var o sending
-			to.flags(flags)
-			o.flags(flags)
-			uuid := flags.String("uuid", "", "CommandUUID; one is made if empty")
-			return func(ctx context.Context, e *env, args []string) error {
+			return queueing(flags, func(_ *env, uuid string, args []string) (*mdm.Command, error) {
 				if len(args) == 0 {
-					return usage("remove-profile: give the profile's identifier, as ProfileList tells it")
+					return nil, usage("remove-profile: give the profile's identifier, as ProfileList tells it")
 				}
-				cmd, err := plistCommand("RemoveProfile", *uuid, map[string]any{"Identifier": args[0]})
-				if err != nil {
-					return err
-				}
-				return o.send(ctx, e, cmd, &to, args[1:])
-			}
+				return plistCommand("RemoveProfile", uuid, map[string]any{"Identifier": args[0]})
+			})
 		},
+	}
+}
+
+// queueing queues what compose makes of the first argument, for the
+// enrollments that the others name.
+func queueing(flags *flag.FlagSet, compose func(e *env, uuid string, args []string) (*mdm.Command, error)) runner {
+	var to targets
+	var o sending
+	to.flags(flags)
+	o.flags(flags)
+	uuid := flags.String("uuid", "", "CommandUUID; one is made if empty")
+	return func(ctx context.Context, e *env, args []string) error {
+		cmd, err := compose(e, *uuid, args)
+		if err != nil {
+			return err
+		}
+		return o.send(ctx, e, cmd, &to, args[1:])
 	}
 }
 

@@ -39,26 +39,19 @@ func TestMain(m *testing.M) {
 
 const mainKey = "the-main-key"
 
-// buildDaemon builds the daemon once for all stories.
-var buildDaemon = sync.OnceValues(func() (string, error) {
-	dir, err := os.MkdirTemp("", "nanoctl-test")
-	if err != nil {
-		return "", err
-	}
-	program := filepath.Join(dir, "nanomdm")
+// buildDaemon builds the daemon and returns its path.
+func buildDaemon(t *testing.T) string {
+	t.Helper()
+	program := filepath.Join(t.TempDir(), "nanomdm")
 	out, err := exec.Command("go", "build", "-o", program, "../nanomdm").CombinedOutput()
 	if err != nil {
-		err = fmt.Errorf("building the daemon: %w\n%s", err, out)
+		t.Fatalf("building the daemon: %v\n%s", err, out)
 	}
-	return program, err
-})
+	return program
+}
 
 func TestStories(t *testing.T) {
-	program, err := buildDaemon()
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(filepath.Dir(program)) })
+	program := buildDaemon(t)
 	testscript.Run(t, testscript.Params{
 		Dir: "testdata",
 		Setup: func(env *testscript.Env) error {
