@@ -137,8 +137,6 @@ func TestReceiverHangs(t *testing.T) {
 			cfg := e.Config(t)
 			h := newHanger(t)
 			m := newMortal(t, "-storage", cfg.Driver, "-storage-dsn", cfg.DSN, "-webhook-timeout", "2s")
-			status, body, _ := m.api("PUT", "/v1/sinks/hook", "nanomdm", testKey, []byte(`{"url": "`+h.URL+`", "filter": {"topics": ["mdm.Connect"]}}`))
-			require.Equal(t, 200, status, body)
 			r := &reporters{said: make([]int, max(2, *hangReports/5))}
 			client := &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: len(r.said)}, Timeout: 20 * time.Second}
 			for i := range r.said {
@@ -146,6 +144,12 @@ func TestReceiverHangs(t *testing.T) {
 				require.NoError(t, d.Enroll(t.Context()))
 				r.devices = append(r.devices, d)
 			}
+			m.measured("without a webhook", r.report(t, *hang/10))
+			for i, d := range r.devices {
+				h.last[d.UDID()] = r.said[i]
+			}
+			status, body, _ := m.api("PUT", "/v1/sinks/hook", "nanomdm", testKey, []byte(`{"url": "`+h.URL+`", "filter": {"topics": ["mdm.Connect"]}}`))
+			require.Equal(t, 200, status, body)
 			m.measured("while it answers", r.report(t, *hang/10))
 			open := h.hang()
 			for i := range 10 {
