@@ -481,12 +481,12 @@ func lockDevices(ctx context.Context, t *tx, batch []*pending) (*certificates, e
 		devices[i] = p.device
 	}
 	for {
-		locked, err := lock(ctx, t, "nano_devices", devices)
+		locked, err := lockLater(ctx, t, "nano_devices", devices)
 		if err != nil {
 			return nil, err
 		}
 		certs, err := readCertificates(ctx, t, batch)
-		if err != nil || t.d.forUpdate == "" || len(certs.devices) <= len(locked) {
+		if err != nil || t.d.forUpdate == "" || len(certs.devices) <= *locked {
 			return certs, err
 		}
 	}
@@ -513,6 +513,21 @@ func lock(ctx context.Context, t *tx, table string, ids []string) (locked []stri
 	if err := rows.Err(); err != nil {
 		return nil, fmt.Errorf("locking rows of %s: %w", table, err)
 	}
+	return locked, nil
+}
+
+// lockLater is lock, at the latest with the next statement that returns
+// something. How many rows it locked is known after that.
+func lockLater(ctx context.Context, t *tx, table string, ids []string) (locked *int, err error) {
+	locked = new(int)
+	if !t.d.counts {
+		ids, err := lock(ctx, t, table, ids)
+		*locked = len(ids)
+		return locked, err
+	}
+	q, args := t.lockedText("id", table, slices.Compact(slices.Sorted(slices.Values(ids))))
+	t.sent.Add(1)
+	t.late = append(t.late, statement{text: t.d.rebind(q), args: values(args), rows: locked})
 	return locked, nil
 }
 

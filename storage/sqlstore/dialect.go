@@ -22,8 +22,13 @@ type dialect struct {
 	// prepare says which statements this package keeps prepared; none if nil.
 	// Drivers may do it themselves, or send arguments inside the text.
 	prepare func(q string) bool
-	// txOptions begins every transaction.
-	txOptions *sql.TxOptions
+	// begin begins every transaction and goes with its first statement, as
+	// COMMIT does with its last; if it is empty, the driver does both.
+	begin string
+	// together runs statements one after the other, in one round trip, up to
+	// the first that fails; nil if there are no round trips to save.
+	together func(ctx context.Context, conn *sql.Conn, late []statement) error
+	counts   bool // together tells how many rows statements returned
 
 	// forUpdate and forShare end a SELECT that locks the rows it reads.
 	forUpdate string

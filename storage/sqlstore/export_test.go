@@ -17,6 +17,16 @@ func (s *Store) WriteForTest(ctx context.Context, fn func(exec func(q string, ar
 	})
 }
 
+// LaterForTest runs fn in a transaction, with what runs a statement later and
+// what reads a number.
+func (s *Store) LaterForTest(ctx context.Context, fn func(later func(q string, args ...any) error, number func(q string) (int, error)) error) error {
+	return s.write(ctx, func(ctx context.Context, t *tx) error {
+		return fn(func(q string, args ...any) error { return t.later(ctx, q, args...) }, func(q string) (n int, err error) {
+			return n, t.queryRow(ctx, q).Scan(&n)
+		})
+	})
+}
+
 // SettingForTest reads one value on a connection of the pool.
 func (s *Store) SettingForTest(ctx context.Context, q string) (value string, err error) {
 	err = s.db.QueryRowContext(ctx, q).Scan(&value)

@@ -132,7 +132,7 @@ func jsonPairs(keys []queueKey) ([]any, error) {
 	return []any{string(text)}, err
 }
 
-// insert inserts rows, which follow each other in args.
+// insert inserts rows, which follow each other in args; see later for its error.
 func (t *tx) insert(ctx context.Context, table string, cols []string, args []any) error {
 	return t.insertRows(ctx, table, cols, "", args)
 }
@@ -154,8 +154,7 @@ func (t *tx) insertRows(ctx context.Context, table string, cols []string, end st
 		if err != nil {
 			return err
 		}
-		_, err = t.exec(ctx, begin+"SELECT * FROM unnest("+places+")"+end, arrays...)
-		return err
+		return t.later(ctx, begin+"SELECT * FROM unnest("+places+")"+end, arrays...)
 	}
 	for len(args) > 0 {
 		rows := len(args) / len(cols)
@@ -166,7 +165,7 @@ func (t *tx) insertRows(ctx context.Context, table string, cols []string, end st
 			}
 			rows = n
 		}
-		if _, err := t.exec(ctx, begin+"VALUES "+tuples(len(cols), rows)+end, args[:rows*len(cols)]...); err != nil {
+		if err := t.later(ctx, begin+"VALUES "+tuples(len(cols), rows)+end, args[:rows*len(cols)]...); err != nil {
 			return err
 		}
 		args = args[rows*len(cols):]

@@ -166,7 +166,7 @@ func (s *Store) prepareSchema(ctx context.Context) error {
 	}
 	for _, statement := range bootstrap {
 		if err := s.alone(ctx, func(ctx context.Context, t *tx) error {
-			_, err := t.sqltx.ExecContext(ctx, s.d.ddl(statement))
+			err := t.text(ctx, s.d.ddl(statement))
 			return err
 		}); err != nil && !s.d.repeated(err) {
 			return err
@@ -240,7 +240,7 @@ func (s *Store) applyStep(ctx context.Context, st step, l storage.Lease) error {
 				return err
 			}
 			if statement != "" {
-				if _, err := t.sqltx.ExecContext(ctx, statement); err != nil {
+				if err := t.text(ctx, statement); err != nil {
 					return err
 				}
 			}

@@ -28,7 +28,7 @@ func openMySQL(ctx context.Context, cfg Config) (*pools, error) {
 	}
 	mc.Logger = &mysql.NopLogger{} // what it says comes back as errors, too
 	mc.ParseTime = false
-	mc.MultiStatements = false
+	mc.MultiStatements = true // see mysqlTogether
 	mc.ClientFoundRows = true
 	mc.InterpolateParams = true // one round trip for each statement
 	mc.RejectReadOnly = true    // a former primary: find the new one
@@ -46,6 +46,7 @@ func openMySQL(ctx context.Context, cfg Config) (*pools, error) {
 		isolation, collation = "tx_isolation", "utf8mb4_nopad_bin"
 	}
 	mc.MaxAllowedPacket = server.maxPacket
+	d.together = mysqlTogether(min(mostTogether, server.maxPacket/2))
 	mc.Collation = "" // the driver knows neither of ours by name
 	if err := mc.Apply(mysql.Charset("utf8mb4", "")); err != nil {
 		return nil, err
@@ -245,6 +246,49 @@ func mysqlCommon() *dialect {
 	// A quarter of their cost is parsing.
 	d.prepare = func(q string) bool { return q == d.subjects || q == d.senders }
 	return d
+}
+
+// mostTogether is the size of texts that are sent as one, in bytes. What is
+// larger goes by itself, and the driver prepares what is larger than a packet.
+const mostTogether = 512 << 10
+
+// mysqlTogether joins statements into texts of several. The driver reads all
+// outcomes and returns the first error.
+func mysqlTogether(most int) func(ctx context.Context, conn *sql.Conn, late []statement) error {
+	return func(ctx context.Context, conn *sql.Conn, late []statement) error {
+		for len(late) > 0 {
+			n, size := 1, late[0].size()
+			for n < len(late) && size+late[n].size() <= most {
+				size += late[n].size()
+				n++
+			}
+			texts, args := make([]string, n), []any(nil)
+			for i, s := range late[:n] {
+				texts[i] = s.text
+				args = append(args, s.args...)
+			}
+			if _, err := conn.ExecContext(ctx, strings.Join(texts, "; "), args...); err != nil {
+				return err
+			}
+			late = late[n:]
+		}
+		return nil
+	}
+}
+
+// size is about how many bytes the statement takes with its arguments inside.
+func (s statement) size() int {
+	n := len(s.text)
+	for _, a := range s.args {
+		switch a := a.(type) {
+		case string:
+			n += 2 * len(a)
+		case []byte:
+			n += 2 * len(a)
+		}
+		n += 32
+	}
+	return n
 }
 
 func mysqlNumber(err error) uint16 {

@@ -70,7 +70,9 @@ func pgsqlDialect() *dialect {
 		name:     "pgsql",
 		numbered: true,
 		// A server's default may be stricter, at the price of retries.
-		txOptions: &sql.TxOptions{Isolation: sql.LevelReadCommitted},
+		begin:     "BEGIN ISOLATION LEVEL READ COMMITTED",
+		together:  pgsqlTogether,
+		counts:    true,
 		forUpdate: " FOR UPDATE",
 		forShare:  " FOR SHARE",
 		greatest:  "GREATEST",
@@ -151,6 +153,31 @@ FROM information_schema.columns WHERE table_schema = current_schema()`,
 		},
 		tables: "SELECT table_name FROM information_schema.tables WHERE table_schema = current_schema()",
 	}
+}
+
+// pgsqlTogether sends all statements before it reads the first outcome.
+func pgsqlTogether(ctx context.Context, conn *sql.Conn, late []statement) error {
+	return conn.Raw(func(dc any) error {
+		var b pgx.Batch
+		for _, s := range late {
+			b.Queue(s.text, s.args...)
+		}
+		results := dc.(*stdlib.Conn).Conn().SendBatch(ctx, &b)
+		for _, s := range late {
+			tag, err := results.Exec()
+			if err == nil && tag.String() == "ROLLBACK" {
+				err = pgx.ErrTxCommitRollback // it had failed before
+			}
+			if err != nil {
+				_ = results.Close()
+				return err
+			}
+			if s.rows != nil {
+				*s.rows = int(tag.RowsAffected())
+			}
+		}
+		return results.Close()
+	})
 }
 
 func pgCode(err error) string {

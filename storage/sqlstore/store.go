@@ -12,6 +12,7 @@
 package sqlstore
 
 import (
+	"cmp"
 	"context"
 	"database/sql"
 	"database/sql/driver"
@@ -348,14 +349,96 @@ type tx struct {
 	sent *atomic.Int64 // counts statements
 
 	q      querier
-	sqltx  *sql.Tx // nil in Store.read
+	conn   *sql.Conn // nil in Store.read
+	sqltx  *sql.Tx   // nil in Store.read, and where the dialect has a text to begin with
+	begun  bool      // that text was sent
+	late   []statement
 	stmts  *stmtCache
 	missed []string // texts to prepare once the connection is free
+}
+
+// statement is one that waits to be sent with others.
+type statement struct {
+	text string
+	args []any
+	rows *int // takes how many rows it returned or changed, where the dialect tells; may be nil
+}
+
+// mostLate is how many statements wait at most.
+const mostLate = 16
+
+// later runs a statement whose outcome nobody looks at: together with those
+// that follow, at the latest before the next one that returns something or at
+// the end of the transaction, which its error fails. So several cost one round
+// trip, where the engine is at the end of one.
+func (t *tx) later(ctx context.Context, q string, args ...any) error {
+	if t.conn == nil || t.d.together == nil {
+		_, err := t.exec(ctx, q, args...)
+		return err
+	}
+	t.sent.Add(1)
+	t.late = append(t.late, statement{text: t.d.rebind(q), args: values(args)})
+	if len(t.late) < mostLate {
+		return nil
+	}
+	return t.flush(ctx)
+}
+
+// flush sends the statements that wait.
+func (t *tx) flush(ctx context.Context) error {
+	late := t.late
+	if len(late) == 0 {
+		return nil
+	}
+	t.late, t.begun = nil, true
+	return t.d.together(ctx, t.conn, late)
+}
+
+// begin begins the transaction, at once or with its first statement.
+func (t *tx) begin(ctx context.Context) (err error) {
+	if t.d.begin != "" {
+		t.q, t.late = t.conn, []statement{{text: t.d.begin}}
+		return nil
+	}
+	t.sqltx, err = t.conn.BeginTx(ctx, nil)
+	t.q = t.sqltx
+	return err
+}
+
+// commit commits. If it fails, lost says whether COMMIT was on its way: then
+// nothing is known of what became of the transaction but what the error says.
+func (t *tx) commit(ctx context.Context) (lost bool, err error) {
+	if t.sqltx == nil {
+		t.late = append(t.late, statement{text: "COMMIT"})
+		return true, t.flush(ctx)
+	}
+	if err := t.flush(ctx); err != nil {
+		return false, err
+	}
+	return true, t.sqltx.Commit()
+}
+
+// rollback ends a transaction that is not to be committed, whatever ended it.
+func (t *tx) rollback(ctx context.Context) error {
+	t.late = nil
+	if t.sqltx != nil {
+		return t.sqltx.Rollback()
+	}
+	if !t.begun {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), deviceTimeout)
+	defer cancel()
+	_, err := t.conn.ExecContext(ctx, "ROLLBACK")
+	return err
 }
 
 // exec runs a statement and returns how many rows it matched (on every
 // engine, changed or not). For an upsert the number differs between engines.
 func (t *tx) exec(ctx context.Context, q string, args ...any) (int64, error) {
+	if err := t.flush(ctx); err != nil {
+		return 0, err
+	}
 	t.sent.Add(1)
 	q, args = t.d.rebind(q), values(args)
 	var res sql.Result
@@ -374,6 +457,9 @@ func (t *tx) exec(ctx context.Context, q string, args ...any) (int64, error) {
 // query runs a statement that returns rows. The caller closes them and looks
 // at Err.
 func (t *tx) query(ctx context.Context, q string, args ...any) (*sql.Rows, error) {
+	if err := t.flush(ctx); err != nil {
+		return nil, err
+	}
 	t.sent.Add(1)
 	q, args = t.d.rebind(q), values(args)
 	if stmt := t.stmt(ctx, q); stmt != nil {
@@ -384,13 +470,39 @@ func (t *tx) query(ctx context.Context, q string, args ...any) (*sql.Rows, error
 
 // queryRow runs a statement that returns at most one row; Scan reports
 // sql.ErrNoRows if none.
-func (t *tx) queryRow(ctx context.Context, q string, args ...any) *sql.Row {
-	t.sent.Add(1)
-	q, args = t.d.rebind(q), values(args)
-	if stmt := t.stmt(ctx, q); stmt != nil {
-		return stmt.QueryRowContext(ctx, args...)
+func (t *tx) queryRow(ctx context.Context, q string, args ...any) row {
+	rows, err := t.query(ctx, q, args...)
+	return row{rows, err}
+}
+
+// row is the first of some rows; it must be scanned.
+type row struct {
+	rows *sql.Rows
+	err  error
+}
+
+// Scan reads the row, and ends the statement.
+func (r row) Scan(into ...any) error {
+	if r.err != nil {
+		return r.err
 	}
-	return t.q.QueryRowContext(ctx, q, args...)
+	defer r.rows.Close()
+	if !r.rows.Next() {
+		return cmp.Or(r.rows.Err(), sql.ErrNoRows)
+	}
+	if err := r.rows.Scan(into...); err != nil {
+		return err
+	}
+	return r.rows.Close()
+}
+
+// text runs a statement without arguments as it is.
+func (t *tx) text(ctx context.Context, q string) error {
+	if err := t.flush(ctx); err != nil {
+		return err
+	}
+	_, err := t.q.ExecContext(ctx, q)
+	return err
 }
 
 // stmt returns q prepared, or nil if it is to be run as text.
@@ -398,8 +510,11 @@ func (t *tx) stmt(ctx context.Context, q string) *sql.Stmt {
 	if t.stmts == nil || !t.d.prepare(q) {
 		return nil
 	}
-	if t.sqltx == nil {
+	if t.conn == nil {
 		return t.stmts.prepare(ctx, q)
+	}
+	if t.sqltx == nil {
+		return nil
 	}
 	// The transaction may hold the only connection, so preparing waits for
 	// its end.
@@ -516,32 +631,33 @@ func (s *Store) attempt(ctx context.Context, fn func(ctx context.Context, t *tx)
 		return s.d.retryable(err) || s.d.unavailable(err), err
 	}
 	defer conn.Close()
-	sqltx, err := conn.BeginTx(ctx, s.d.txOptions)
-	if err != nil {
+	t := &tx{d: s.d, now: micros(s.now()), seal: s.seal, sent: &s.sent, conn: conn, stmts: s.stmts}
+	if err := t.begin(ctx); err != nil {
 		discard(conn)
 		return s.d.retryable(err) || s.d.unavailable(err), err
 	}
-	t := &tx{d: s.d, now: micros(s.now()), seal: s.seal, sent: &s.sent, q: sqltx, sqltx: sqltx, stmts: s.stmts}
 	finished := false
 	defer func() {
 		if !finished { // fn panicked
-			_ = sqltx.Rollback()
+			_ = t.rollback(ctx)
 			discard(conn)
 		}
 	}()
 	err = fn(ctx, t)
 	finished = true
 	if err != nil {
-		if rerr := sqltx.Rollback(); rerr != nil {
+		if rerr := t.rollback(ctx); rerr != nil {
 			discard(conn)
 		}
 		return s.d.retryable(err) || s.d.unavailable(err), err
 	}
-	if err := sqltx.Commit(); err != nil {
-		discard(conn)
+	if lost, err := t.commit(ctx); err != nil {
+		if rerr := t.rollback(ctx); rerr != nil { // sql.Tx has no end after a commit that failed
+			discard(conn)
+		}
 		// A connection that was lost during COMMIT leaves open whether it
 		// took effect; only an engine's word that it rolled back does not.
-		return s.d.retryable(err), fmt.Errorf("committing: %w", err)
+		return s.d.retryable(err) || !lost && s.d.unavailable(err), fmt.Errorf("committing: %w", err)
 	}
 	conn.Close()
 	for _, q := range t.missed {

@@ -3,7 +3,9 @@ package sqlstore_test
 import (
 	"database/sql"
 	"errors"
+	"fmt"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -231,4 +233,84 @@ func TestPoolsRecycle(t *testing.T) {
 			}, 20*time.Second, 2*time.Millisecond, name)
 		}
 	})
+}
+
+// TestLater: statements that wait run in order, before what reads, and the
+// error of any of them fails the whole transaction.
+func TestLater(t *testing.T) {
+	const (
+		insert = "INSERT INTO nano_event_counters (name, value) VALUES (?, ?)"
+		count  = "SELECT COUNT(*) FROM nano_event_counters WHERE name LIKE 'later%'"
+	)
+	type (
+		later  = func(q string, args ...any) error
+		number = func(q string) (int, error)
+	)
+	insertAll := func(later later, from, to int, value any) error {
+		for i := from; i < to; i++ {
+			if err := later(insert, fmt.Sprintf("later %d", i), value); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	for _, engine := range storagetest.Engines(t) {
+		t.Run(engine.Name, func(t *testing.T) {
+			store := storagetest.NewHarness(t, engine).Store
+			requireRows := func(want int) {
+				t.Helper()
+				got, err := store.SettingForTest(t.Context(), count)
+				require.NoError(t, err)
+				require.Equal(t, strconv.Itoa(want), got)
+			}
+			require.NoError(t, store.LaterForTest(t.Context(), func(later later, number number) error {
+				require.NoError(t, insertAll(later, 0, 40, 1)) // more than wait at once
+				n, err := number(count)
+				require.Equal(t, 40, n, "seen by the transaction itself")
+				require.NoError(t, later("UPDATE nano_event_counters SET value = 2 WHERE name = ?", "later 1"))
+				require.NoError(t, later("UPDATE nano_event_counters SET value = value + 2 WHERE name = ?", "later 1"))
+				return err
+			}))
+			requireRows(40)
+			value, err := store.SettingForTest(t.Context(), "SELECT value FROM nano_event_counters WHERE name = 'later 1'")
+			require.NoError(t, err)
+			require.Equal(t, "4", value, "in order")
+
+			require.NoError(t, store.LaterForTest(t.Context(), func(later, number) error { return nil }), "nothing to do")
+			require.ErrorContains(t, store.LaterForTest(t.Context(), func(later later, _ number) error {
+				require.NoError(t, insertAll(later, 40, 42, 1))
+				return errors.New("changed my mind")
+			}), "changed my mind")
+			require.Error(t, store.LaterForTest(t.Context(), func(later later, _ number) error {
+				return insertAll(later, 39, 42, 1) // the first of them is there
+			}))
+			require.Error(t, store.LaterForTest(t.Context(), func(later later, _ number) error {
+				if err := insertAll(later, 40, 42, 1); err != nil {
+					return err
+				}
+				return insertAll(later, 41, 43, 1) // one in the middle is
+			}))
+			require.Error(t, store.LaterForTest(t.Context(), func(later later, number number) error {
+				if err := insertAll(later, 40, 42, 1); err != nil {
+					return err
+				}
+				if err := insertAll(later, 42, 43, nil); err != nil {
+					return err
+				}
+				_, err := number(count) // tells what was wrong before
+				return err
+			}))
+			requireRows(40)
+			large := strings.Repeat("'\\", 200<<10)
+			require.NoError(t, store.LaterForTest(t.Context(), func(later later, _ number) error {
+				for range 4 {
+					if err := later("UPDATE nano_devices SET authenticate = ? WHERE id = ?", []byte(large), "nobody's"); err != nil {
+						return err
+					}
+				}
+				return insertAll(later, 40, 41, 1)
+			}))
+			requireRows(41)
+		})
+	}
 }
