@@ -187,28 +187,37 @@ func (o outcome) percentile(p float64) time.Duration {
 	return o.latencies[int(float64(len(o.latencies)-1)*p)]
 }
 
+// load is how requests are sent.
+type load struct {
+	connections int
+	duration    time.Duration // 0: each visit once
+	rate        int           // messages a second; 0: as many as get an answer
+	lax         bool          // replies need only be 200
+}
+
 // drive sends each of the visits once, or again and again for a duration, over
-// kept connections; a visit's messages follow each other on one of them. With
-// lax, replies need only be 200.
-func drive(ctx context.Context, addr string, connections int, visits [][]message, duration time.Duration, lax bool) (outcome, error) {
-	conns := make([]*conn, connections)
+// kept connections; a visit's messages follow each other on one of them.
+func drive(ctx context.Context, addr string, l load, visits [][]message) (outcome, error) {
+	conns := make([]*conn, l.connections)
+	due := &schedule{rate: l.rate}
 	for i := range conns {
 		nc, err := net.Dial("tcp", addr)
 		if err != nil {
 			return outcome{}, err
 		}
 		defer nc.Close()
-		conns[i] = &conn{Conn: nc, reader: bufio.NewReader(nc), lax: lax}
+		conns[i] = &conn{Conn: nc, reader: bufio.NewReader(nc), due: due, lax: l.lax}
 	}
 	var next atomic.Int64
 	var workers sync.WaitGroup
 	runtime.GC() // now, and not in the middle
 	start := time.Now()
+	due.start = start
 	for _, c := range conns {
 		workers.Go(func() {
-			for ctx.Err() == nil && (duration == 0 || time.Since(start) < duration) {
+			for ctx.Err() == nil && (l.duration == 0 || time.Since(start) < l.duration) {
 				i := int(next.Add(1)) - 1
-				if duration == 0 && i >= len(visits) {
+				if l.duration == 0 && i >= len(visits) {
 					return
 				}
 				if !c.visit(visits[i%len(visits)]) {
@@ -231,10 +240,29 @@ func drive(ctx context.Context, addr string, connections int, visits [][]message
 	return total, ctx.Err()
 }
 
+// schedule tells when messages are to be sent.
+type schedule struct {
+	rate  int
+	start time.Time
+	sent  atomic.Int64
+}
+
+// next waits for the time of the next message and returns it, so that what
+// is late counts as slow.
+func (s *schedule) next() time.Time {
+	if s.rate == 0 {
+		return time.Now()
+	}
+	at := s.start.Add(time.Duration(s.sent.Add(1)) * time.Second / time.Duration(s.rate))
+	time.Sleep(time.Until(at))
+	return at
+}
+
 // conn is one connection with what it saw.
 type conn struct {
 	net.Conn
 	reader    *bufio.Reader
+	due       *schedule
 	lax       bool
 	requests  int
 	failed    int
@@ -245,7 +273,7 @@ type conn struct {
 // visit sends messages; it is false once the connection is broken.
 func (c *conn) visit(messages []message) bool {
 	for _, m := range messages {
-		start := time.Now()
+		start := c.due.next()
 		c.requests++
 		reply, err := c.exchange(m.wire, start)
 		if err != nil {

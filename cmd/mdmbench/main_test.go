@@ -48,7 +48,7 @@ func TestReferenceVerifies(t *testing.T) {
 				}
 			}))
 			defer server.Close()
-			o, err := drive(t.Context(), server.Listener.Addr().String(), 1, [][]message{{c.send}}, 0, true)
+			o, err := drive(t.Context(), server.Listener.Addr().String(), load{connections: 1, lax: true}, [][]message{{c.send}})
 			require.NoError(t, err)
 			require.Equal(t, 1, o.requests)
 			require.Equal(t, c.failed, o.failed, o.failure)
@@ -83,7 +83,7 @@ func TestDriveChecksReplies(t *testing.T) {
 				_, _ = w.Write([]byte(reply))
 			}))
 			defer server.Close()
-			o, err := drive(t.Context(), server.Listener.Addr().String(), 1, [][]message{visit}, 0, false)
+			o, err := drive(t.Context(), server.Listener.Addr().String(), load{connections: 1}, [][]message{visit})
 			require.NoError(t, err)
 			require.Equal(t, c.failed, o.failed, o.failure)
 			require.Equal(t, len(c.replies), o.requests)

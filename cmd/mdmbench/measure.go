@@ -176,12 +176,12 @@ type sample struct {
 	cpu time.Duration
 }
 
-func (b *bench) drive(ctx context.Context, p *process, connections int, visits [][]message, duration time.Duration, lax bool) (sample, error) {
+func (b *bench) drive(ctx context.Context, p *process, l load, visits [][]message) (sample, error) {
 	before, err := p.cpu()
 	if err != nil {
 		return sample{}, err
 	}
-	o, err := drive(ctx, p.addr, connections, visits, duration, lax)
+	o, err := drive(ctx, p.addr, l, visits)
 	if err != nil {
 		return sample{}, err
 	}
@@ -191,10 +191,12 @@ func (b *bench) drive(ctx context.Context, p *process, connections int, visits [
 
 // compare makes the rounds of one measurement: the daemon and the reference
 // take turns with the same requests, which prepare makes for each round.
-func (b *bench) compare(ctx context.Context, name string, connections int, duration time.Duration, lax bool,
+func (b *bench) compare(ctx context.Context, name string, l load,
 	prepare func(round int) ([][]message, error),
 ) error {
-	m := row{name: name, connections: connections}
+	m := row{name: name, connections: l.connections}
+	lax := l
+	lax.lax = true
 	var ratios, rates, references []float64
 	var p50s, p99s []time.Duration
 	var daemon, db, reference time.Duration
@@ -205,7 +207,7 @@ func (b *bench) compare(ctx context.Context, name string, connections int, durat
 		if err != nil {
 			return err
 		}
-		ref, err := b.drive(ctx, b.reference, connections, visits, duration, true)
+		ref, err := b.drive(ctx, b.reference, lax, visits)
 		if err != nil {
 			return err
 		}
@@ -225,8 +227,8 @@ func (b *bench) compare(ctx context.Context, name string, connections int, durat
 			return err
 		}
 		var s sample
-		err = b.profiled(ctx, fmt.Sprintf("%s-%d", name, connections), func() (err error) {
-			s, err = b.drive(ctx, b.daemon, connections, visits, duration, lax)
+		err = b.profiled(ctx, fmt.Sprintf("%s-%d", name, l.connections), func() (err error) {
+			s, err = b.drive(ctx, b.daemon, l, visits)
 			return err
 		})
 		if err != nil {
@@ -268,7 +270,7 @@ func (b *bench) compare(ctx context.Context, name string, connections int, durat
 	m.statements, m.commits, m.allocations, m.dbCommits = statements/n, commits/n, allocations/n, dbCommits/n
 	b.report.rows = append(b.report.rows, m)
 	fmt.Fprintf(os.Stderr, "%-10s  %-32s %3d connections  %6.0f/s  %.2f of the reference (%.2f to %.2f)  daemon %v + database %v (%v)  %d failed %s\n",
-		b.db.label, name, connections, m.rate, m.ratio, m.low, m.high,
+		b.db.label, name, l.connections, m.rate, m.ratio, m.low, m.high,
 		m.daemon.Round(time.Microsecond), m.db.Round(time.Microsecond), m.referenceCPU.Round(time.Microsecond), m.failed, m.failure)
 	return nil
 }
@@ -289,7 +291,7 @@ func (b *bench) more(ctx context.Context, count int) ([]device, error) {
 // enroll measures enrolling and returns the devices of the first round.
 func (b *bench) enroll(ctx context.Context) ([]device, error) {
 	var first []device
-	err := b.compare(ctx, "enroll", 64, 0, false, func(round int) ([][]message, error) {
+	err := b.compare(ctx, "enroll", load{connections: 64}, func(round int) ([][]message, error) {
 		devices, err := b.more(ctx, b.o.devices)
 		if err != nil {
 			return nil, err
@@ -317,7 +319,7 @@ func (b *bench) add(ctx context.Context, count int) ([]device, error) {
 
 // flawless drives visits, unmeasured, at the daemon.
 func (b *bench) flawless(ctx context.Context, visits [][]message) error {
-	o, err := drive(ctx, b.daemon.addr, 64, visits, 0, false)
+	o, err := drive(ctx, b.daemon.addr, load{connections: 64}, visits)
 	if err == nil && o.failed > 0 {
 		err = fmt.Errorf("%d of %d requests failed: %s", o.failed, o.requests, o.failure)
 	}
@@ -350,7 +352,7 @@ func (b *bench) idle(ctx context.Context, name string, devices []device, connect
 	if err := b.flawless(ctx, visits); err != nil {
 		return err
 	}
-	return b.compare(ctx, name, connections, b.o.duration, false, func(int) ([][]message, error) { return visits, nil })
+	return b.compare(ctx, name, load{connections: connections, duration: b.o.duration}, func(int) ([][]message, error) { return visits, nil })
 }
 
 // visits queues commands for the devices and makes the visits that fetch and
@@ -368,7 +370,7 @@ func (b *bench) visits(ctx context.Context, devices []device, commands int) ([][
 }
 
 func (b *bench) fetch(ctx context.Context, devices []device) error {
-	return b.compare(ctx, "fetch and acknowledge", 64, 0, false, func(int) ([][]message, error) {
+	return b.compare(ctx, "fetch and acknowledge", load{connections: 64}, func(int) ([][]message, error) {
 		return b.visits(ctx, devices, commandsEach)
 	})
 }
@@ -377,7 +379,7 @@ func (b *bench) fetch(ctx context.Context, devices []device) error {
 // TokenUpdate for one in ten, all at once.
 func (b *bench) mixed(ctx context.Context, devices []device) error {
 	quarter := devices[:(len(devices)+3)/4]
-	return b.compare(ctx, "mixed", 64, 0, true, func(int) ([][]message, error) {
+	return b.compare(ctx, "mixed", load{connections: 64, lax: true}, func(int) ([][]message, error) {
 		idle, err := polls(ctx, devices)
 		if err != nil {
 			return nil, err
@@ -469,7 +471,7 @@ func (b *bench) fullLoad(ctx context.Context, devices []device) error {
 	if err != nil {
 		return err
 	}
-	o, err := drive(ctx, b.daemon.addr, 256, visits, 0, false)
+	o, err := drive(ctx, b.daemon.addr, load{connections: 256}, visits)
 	if err != nil {
 		return err
 	}

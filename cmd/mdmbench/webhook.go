@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -12,12 +13,17 @@ import (
 	"time"
 )
 
-// The measurements of reports, without a webhook receiver and with one.
+// The measurements of reports, without a webhook receiver and with one: as many
+// as get an answer, and pacedRate a second.
 const (
 	unhookedName = "reports without webhook"
 	hookedName   = "reports with webhook"
 	hangingName  = "reports, webhook receiver hangs"
+	pacedRate    = 1000
+	pacedVisits  = 300
 )
+
+func pacedName(name string) string { return fmt.Sprintf("%d a second: %s", pacedRate, name) }
 
 // webhook measures what it costs devices that their reports are told to a
 // receiver, and what a receiver costs them that takes requests and does not
@@ -25,37 +31,26 @@ const (
 // the client's.
 func (b *bench) webhook(ctx context.Context, devices []device) error {
 	measure := func(name string) error {
-		return b.compare(ctx, name, 64, 0, false, func(int) ([][]message, error) { return b.visits(ctx, devices, commandsEach) })
+		err := b.compare(ctx, name, load{connections: 64}, func(int) ([][]message, error) { return b.visits(ctx, devices, commandsEach) })
+		if err != nil {
+			return err
+		}
+		some := devices[:min(pacedVisits, len(devices))]
+		return b.compare(ctx, pacedName(name), load{connections: 64, rate: pacedRate}, func(int) ([][]message, error) {
+			return b.visits(ctx, some, commandsEach)
+		})
 	}
 	if err := measure(unhookedName); err != nil {
 		return err
 	}
-	answer := make(chan struct{})
-	open := sync.OnceFunc(func() { close(answer) })
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	receiver, err := newReceiver()
 	if err != nil {
 		return err
 	}
-	server := &http.Server{Handler: http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
-		_, _ = io.Copy(io.Discard, r.Body)
-		if r.URL.Path != "/hang" {
-			return
-		}
-		select {
-		case <-answer:
-		case <-r.Context().Done():
-		}
-	})}
-	var serving sync.WaitGroup
-	serving.Go(func() { _ = server.Serve(listener) })
-	defer func() {
-		open()
-		_ = server.Close()
-		serving.Wait()
-	}()
+	defer receiver.close()
 	for _, hook := range []struct{ measurement, path string }{{hookedName, "/"}, {hangingName, "/hang"}} {
 		sink, err := json.Marshal(map[string]any{
-			"url": "http://" + listener.Addr().String() + hook.path, "filter": map[string]any{"topics": []string{"mdm.Connect"}},
+			"url": "http://" + receiver.Addr().String() + hook.path, "filter": map[string]any{"topics": []string{"mdm.Connect"}},
 		})
 		if err != nil {
 			return err
@@ -67,7 +62,7 @@ func (b *bench) webhook(ctx context.Context, devices []device) error {
 			return err
 		}
 		if hook.measurement == hangingName {
-			open()
+			receiver.open()
 		}
 		if err := b.drained(ctx, hook.measurement); err != nil {
 			return err
@@ -77,6 +72,59 @@ func (b *bench) webhook(ctx context.Context, devices []device) error {
 		}
 	}
 	return nil
+}
+
+// receiver answers requests over kept connections and does no more than it
+// must, as it is not what is measured. What goes to /hang is answered once it
+// is open.
+type receiver struct {
+	net.Listener
+	open   func()
+	opened chan struct{}
+}
+
+func newReceiver() (*receiver, error) {
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return nil, err
+	}
+	r := &receiver{Listener: listener, opened: make(chan struct{})}
+	r.open = sync.OnceFunc(func() { close(r.opened) })
+	go func() {
+		for {
+			c, err := r.Accept()
+			if err != nil {
+				return
+			}
+			go r.serve(c)
+		}
+	}()
+	return r, nil
+}
+
+func (r *receiver) serve(c net.Conn) {
+	defer c.Close()
+	for in := bufio.NewReader(c); ; {
+		request, err := http.ReadRequest(in)
+		if err != nil {
+			return
+		}
+		if _, err := io.Copy(io.Discard, request.Body); err != nil {
+			return
+		}
+		if request.URL.Path == "/hang" {
+			<-r.opened
+		}
+		if _, err := io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"); err != nil {
+			return
+		}
+	}
+}
+
+// close takes no more connections. Those that the daemon keeps end with it.
+func (r *receiver) close() {
+	r.open()
+	_ = r.Close()
 }
 
 // drained waits until the receiver has got everything.
@@ -122,11 +170,11 @@ func hookedRatio(r *report) (float64, bool) {
 	return m.ratio / n.ratio, true
 }
 
-// hangingLatency compares the p99 of reports while the receiver hangs to that
-// of reports without one.
+// hangingLatency compares the p99 of paced reports while the receiver hangs to
+// that of reports without one.
 func hangingLatency(r *report) (float64, bool) {
-	m, ok := r.find(hangingName, 64)
-	n, also := r.find(unhookedName, 64)
+	m, ok := r.find(pacedName(hangingName), 64)
+	n, also := r.find(pacedName(unhookedName), 64)
 	if !ok || !also {
 		return 0, false
 	}
