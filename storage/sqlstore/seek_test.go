@@ -54,6 +54,11 @@ func TestPollsArePlannedOnce(t *testing.T) {
 			continue
 		}
 		h := storagetest.NewHarness(t, engine)
+		version, err := h.Store.SettingForTest(t.Context(), "SHOW server_version_num")
+		require.NoError(t, err)
+		if len(version) == 6 && version < "140000" {
+			t.Skip("PostgreSQL says how often it plans since version 14")
+		}
 		for range 20 {
 			_, err := h.Store.Apply(t.Context(), &storage.Seen{Src: storage.Source{Enroll: mdm.EnrollID{Type: mdm.Device, ID: "D"}}})
 			require.NoError(t, err)
