@@ -110,7 +110,8 @@ garbage.
 
 ## Goals
 
-Each cell is what was measured, and the goal. **Bold** is a goal that was missed.
+Each cell is what was measured, and the goal. **Bold** is a goal that was missed;
+[Architecture](architecture.md#where-the-time-goes) says why.
 
 `
 
