@@ -20,9 +20,12 @@ const leaseName = "events"
 const (
 	// numberBatch is about how many events are numbered in one transaction.
 	numberBatch = 1024
-	// numberPause is the least between two of them, which gathers events,
-	// numberLook finds those of other replicas.
+	// numberPause is the least between two of them, which gathers events: the
+	// more there were, the longer, up to mostPause, since each is a commit that
+	// devices' commits wait for. numberLook finds those of other replicas.
 	numberPause = 50 * time.Millisecond
+	numberEach  = 4 * time.Millisecond
+	mostPause   = 250 * time.Millisecond
 	numberLook  = 500 * time.Millisecond
 
 	upkeepEvery = 30 * time.Second
@@ -206,7 +209,7 @@ func (d *Deliverer) number(ctx context.Context, current func() storage.Lease) {
 		if n > numberBatch/2 { // there may be more
 			continue
 		}
-		if !sleep(ctx, numberPause) {
+		if !sleep(ctx, min(max(numberPause, time.Duration(n)*numberEach), mostPause)) {
 			return
 		}
 		timer := time.NewTimer(wait)
