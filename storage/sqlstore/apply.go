@@ -238,6 +238,7 @@ func changeRound(ctx context.Context, t *tx, round []*pending) error {
 // subject is what the database knows of the enrollment that speaks.
 type subject struct {
 	id     string
+	topic  string // APNs
 	active bool   // may get commands
 	pinned string // hash of the device's live certificate
 	owed   int64
@@ -259,7 +260,7 @@ func (d *dialect) subjectsText() string {
 WHERE q.id = e.id AND q.state = %s AND q.command_uuid <> r.command_uuid AND (q.expires_at IS NULL OR q.expires_at > ?)
 ORDER BY q.id, q.state, q.priority DESC, q.seq LIMIT 1)`, d.by("nano_enrollment_queue_next"), d.hide(strconv.Itoa(int(state))))
 	}
-	return `SELECT e.id, e.enabled, e.operator_disabled, a.sha256, p.owed_seq, p.paid_seq, p.push_at` +
+	return `SELECT e.id, e.topic, e.enabled, e.operator_disabled, a.sha256, p.owed_seq, p.paid_seq, p.push_at` +
 		head(storage.Queued) + head(storage.NotNow) + `
 FROM ` + d.pairs +
 		d.lookup(false, "nano_enrollments", "e", "e.id = r.id") +
@@ -285,7 +286,7 @@ func subjects(ctx context.Context, t *tx, keys []queueKey) (map[string]*subject,
 		var enabled, disabled bool
 		var pinned sql.Null[string]
 		var owed, paid sql.Null[int64]
-		err := rows.Scan(&s.id, &enabled, &disabled, &pinned, &owed, &paid, &s.pushAt, &s.queued, &s.notnow)
+		err := rows.Scan(&s.id, &s.topic, &enabled, &disabled, &pinned, &owed, &paid, &s.pushAt, &s.queued, &s.notnow)
 		if err != nil {
 			return nil, fmt.Errorf("reading enrollments: %w", err)
 		}

@@ -16,13 +16,11 @@ const eventRows = 256
 
 // facts are what an operation knows for its events.
 type facts struct {
-	// known: the command of a report was queued for the enrollment.
-	known bool
 	// repeated: the same report came before and its events with it.
 	repeated bool
-	topic    string // APNs topic, if the message has one
+	topic    string // APNs topic, as far as it was read or is in the message
 	tally    int    // TokenUpdate
-	// requestType of a known command.
+	// requestType of a command that was queued for the enrollment.
 	requestType string
 }
 
@@ -50,34 +48,65 @@ func outgoing(batch []*pending) []outEvent {
 	return events
 }
 
-var eventInsertColumns = [...]string{"event_id", "enrollment_id", "enrollment_type", "parent_id", "topic", "udid",
-	"user_enrollment_id", "apns_topic", "request_type", "status", "command_uuid", "tally", "params", "traceparent", "payload", "created_at"}
+// eventInsertColumns are those of an event; the last ones have defaults.
+var eventInsertColumns = [...]string{"event_id", "enrollment_id", "enrollment_type", "topic", "created_at",
+	"parent_id", "udid", "user_enrollment_id", "apns_topic", "request_type", "status", "command_uuid", "tally", "params", "traceparent", "payload"}
+
+const eventColumnsWithout = 5 // a default
+
+// inUse leaves out the columns of rows that have their default in all of them,
+// as half a dozen of a report's: each value of a statement costs.
+func inUse(rows [][len(eventInsertColumns)]any) (cols []string, args []any) {
+	var used []int
+	for c := range eventInsertColumns {
+		if c < eventColumnsWithout || slices.ContainsFunc(rows, func(row [len(eventInsertColumns)]any) bool { return !isDefault(row[c]) }) {
+			used = append(used, c)
+			cols = append(cols, eventInsertColumns[c])
+		}
+	}
+	args = make([]any, 0, len(used)*len(rows))
+	for i := range rows {
+		for _, c := range used {
+			args = append(args, rows[i][c])
+		}
+	}
+	return cols, args
+}
+
+func isDefault(value any) bool {
+	switch v := value.(type) {
+	case string:
+		return v == ""
+	case int:
+		return v == 0
+	case []byte:
+		return v == nil
+	}
+	return false
+}
 
 // insertEvents puts what operations tell into the outbox, with what the
-// database knows of the enrollments and commands that it is of.
+// database knows of the enrollments that it is of.
 func insertEvents(ctx context.Context, t *tx, events []outEvent) error {
 	if len(events) == 0 {
 		return nil
 	}
-	ids := make([]string, len(events))
+	var ids []string
 	for i := range events {
-		ids[i] = events[i].enroll.ID
-	}
-	to, err := addressees(ctx, t, ids)
-	if err != nil {
-		return fmt.Errorf("reading enrollments: %w", err)
-	}
-	types, err := requestTypes(ctx, t, events)
-	if err != nil {
-		return err
-	}
-	for i := range events {
-		e := &events[i]
-		if a := to[e.enroll.ID]; a != nil {
-			e.topic = cmp.Or(e.topic, a.topic)
+		if e := &events[i]; e.topic == "" {
+			ids = append(ids, e.enroll.ID)
 		}
-		if e.known {
-			e.requestType = types[e.CommandUUID]
+	}
+	if len(ids) > 0 {
+		to, err := addressees(ctx, t, ids)
+		if err != nil {
+			return fmt.Errorf("reading enrollments: %w", err)
+		}
+		for i := range events {
+			e := &events[i]
+			if a := to[e.enroll.ID]; a != nil {
+				e.topic = cmp.Or(e.topic, a.topic)
+			}
 		}
 	}
 	return putEvents(ctx, t, events)
@@ -87,7 +116,7 @@ func insertEvents(ctx context.Context, t *tx, events []outEvent) error {
 // behind the locks of what the events tell.
 func putEvents(ctx context.Context, t *tx, events []outEvent) error {
 	for chunk := range slices.Chunk(events, eventRows) {
-		args := make([]any, 0, len(eventInsertColumns)*len(chunk))
+		rows := make([][len(eventInsertColumns)]any, len(chunk))
 		ids := make([]string, len(chunk))
 		for i := range chunk {
 			e := &chunk[i]
@@ -99,11 +128,12 @@ func putEvents(ctx context.Context, t *tx, events []outEvent) error {
 					return fmt.Errorf("encoding an event's parameters: %w", err)
 				}
 			}
-			args = append(args, e.ID, e.enroll.ID, string(e.enroll.Type), e.enroll.ParentID, e.Topic, clip(e.UDID),
-				clip(e.Enrollment), clip(e.topic), clip(e.requestType), clip(e.Status), clip(e.CommandUUID), e.tally,
-				params, clip(e.TraceParent), t.sealedEvent(e.Topic, e.ID, e.Raw), micros(e.CreatedAt))
+			rows[i] = [...]any{e.ID, e.enroll.ID, string(e.enroll.Type), e.Topic, micros(e.CreatedAt),
+				e.enroll.ParentID, clip(e.UDID), clip(e.Enrollment), clip(e.topic), clip(e.requestType), clip(e.Status), clip(e.CommandUUID),
+				e.tally, params, clip(e.TraceParent), t.sealedEvent(e.Topic, e.ID, e.Raw)}
 		}
-		if err := t.upsert(ctx, "nano_events", eventInsertColumns[:], []string{"event_id"}, nil, args); err != nil {
+		cols, args := inUse(rows)
+		if err := t.upsert(ctx, "nano_events", cols, []string{"event_id"}, nil, args); err != nil {
 			return fmt.Errorf("storing events: %w", err)
 		}
 		if err := putBatch(ctx, t, ids); err != nil {
@@ -126,36 +156,4 @@ func putBatch(ctx context.Context, t *tx, ids []string) error {
 SELECT ?, `+t.d.greatest+`(`+t.d.number+`, COALESCE(MAX(stamp) + 1, 0)), `+t.d.number+`, ? FROM nano_event_batches WHERE seq = 0`,
 		eventID(t.now), t.now, len(ids), string(list))
 	return err
-}
-
-// requestTypes reads those of commands that are known to have been queued.
-func requestTypes(ctx context.Context, t *tx, events []outEvent) (map[string]string, error) {
-	var uuids []string
-	for _, e := range events {
-		if e.known && e.CommandUUID != "" {
-			uuids = append(uuids, e.CommandUUID)
-		}
-	}
-	if len(uuids) == 0 {
-		return nil, nil
-	}
-	slices.Sort(uuids)
-	is, args := t.among(slices.Compact(uuids))
-	rows, err := t.query(ctx, "SELECT command_uuid, request_type FROM nano_commands WHERE command_uuid "+is, args...)
-	if err != nil {
-		return nil, fmt.Errorf("reading request types: %w", err)
-	}
-	defer rows.Close()
-	types := make(map[string]string, len(uuids))
-	for rows.Next() {
-		var uuid, requestType string
-		if err := rows.Scan(&uuid, &requestType); err != nil {
-			return nil, fmt.Errorf("reading request types: %w", err)
-		}
-		types[uuid] = requestType
-	}
-	if err := rows.Err(); err != nil {
-		return nil, fmt.Errorf("reading request types: %w", err)
-	}
-	return types, nil
 }

@@ -161,7 +161,8 @@ func (s *Store) DeviceStatementsForTest(ids []string, uuid string) map[string]St
 	if err != nil {
 		panic(err)
 	}
-	rows, rowArgs := t.lockedKeysText("state", keys, "")
+	rows, rowArgs := t.lockedRowsText(keys, false)
+	told, toldArgs := t.lockedRowsText(keys, true)
 	ending, endArgs := t.updateLockedText("state = 10", keys)
 	is, idArgs := t.among(ids)
 	locking, lockArgs := t.lockedText("id", "nano_devices", ids)
@@ -170,6 +171,7 @@ func (s *Store) DeviceStatementsForTest(ids []string, uuid string) map[string]St
 		"senders":  {Text: s.d.senders, Args: pairs, Index: "nano_cert_auth_associations_id"},
 		"locking":  {Text: locking, Args: lockArgs},
 		"rows":     {Text: rows, Args: rowArgs},
+		"told":     {Text: told, Args: toldArgs},
 		"ending":   {Text: ending, Args: endArgs},
 		"enrolled": {Text: "SELECT id FROM nano_enrollments WHERE id " + is, Args: idArgs},
 	}

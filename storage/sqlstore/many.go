@@ -84,15 +84,15 @@ func (t *tx) amongKeys(keys []queueKey) (where string, args []any) {
 	return "(" + one + strings.Repeat(" OR "+one, n-1) + ")", args
 }
 
-// lockedKeysText is lockedText for queue rows that meet a condition too.
+// lockedKeysText is lockedText for queue rows q that meet a condition too.
 func (t *tx) lockedKeysText(columns string, keys []queueKey, and string) (q string, args []any) {
 	if t.d.arrays {
 		ids, uuids := columnsOf(slices.Compact(slices.SortedFunc(slices.Values(keys), compareKeys)))
 		return "SELECT " + columns + ` FROM unnest(?::text[], ?::text[]) r (key, uuid),
-LATERAL (SELECT * FROM nano_enrollment_queue WHERE id = r.key AND command_uuid = r.uuid` + and + t.d.forUpdate + ") k", []any{ids, uuids}
+LATERAL (SELECT * FROM nano_enrollment_queue WHERE id = r.key AND command_uuid = r.uuid` + and + t.d.forUpdate + ") q", []any{ids, uuids}
 	}
 	where, args := t.amongKeys(keys)
-	return "SELECT " + columns + " FROM nano_enrollment_queue" + t.d.by("PRIMARY") + " WHERE " + where + and + " ORDER BY id, command_uuid" + t.d.forUpdate, args
+	return "SELECT " + columns + " FROM nano_enrollment_queue q" + t.d.by("PRIMARY") + " WHERE " + where + and + " ORDER BY id, command_uuid" + t.d.forUpdate, args
 }
 
 // updateLockedText changes queue rows that the transaction has locked. They

@@ -28,14 +28,16 @@ func takeReports(ctx context.Context, t *tx, reports []*pending) error {
 	}
 	of := make([]queueKey, len(reports))
 	var keys []queueKey
+	told := false
 	for i, p := range reports {
 		of[i].id = p.id()
 		if k, ok := reportedKey(p); ok {
 			of[i] = k
 			keys = append(keys, k)
+			told = told || len(p.src.Events) > 0
 		}
 	}
-	states, err := lockQueueRows(ctx, t, keys)
+	rows, err := lockQueueRows(ctx, t, keys, told)
 	if err != nil {
 		return err
 	}
@@ -47,7 +49,7 @@ func takeReports(ctx context.Context, t *tx, reports []*pending) error {
 		return err
 	}
 	admitted := slices.DeleteFunc(slices.Clone(reports), func(p *pending) bool { return p.err != nil })
-	if err := moveRows(ctx, t, admitted, states, subs); err != nil {
+	if err := moveRows(ctx, t, admitted, rows, subs); err != nil {
 		return err
 	}
 	return answer(ctx, t, admitted, subs)
@@ -62,30 +64,48 @@ func reportedKey(p *pending) (queueKey, bool) {
 	return queueKey{p.id(), r.CommandUUID}, storable(r.CommandUUID)
 }
 
-// lockQueueRows locks rows in key order and reads their states.
-func lockQueueRows(ctx context.Context, t *tx, keys []queueKey) (map[queueKey]storage.State, error) {
+// queueRow is what is read of the row that a report may change.
+type queueRow struct {
+	state       storage.State
+	requestType string // read for events alone
+}
+
+// lockedRowsText locks and reads queue rows.
+func (t *tx) lockedRowsText(keys []queueKey, told bool) (q string, args []any) {
+	columns := "id, command_uuid, state, NULL"
+	if told {
+		columns = "id, command_uuid, state, (SELECT c.request_type FROM nano_commands c WHERE c.command_uuid = q.command_uuid)"
+	}
+	return t.lockedKeysText(columns, keys, "")
+}
+
+// lockQueueRows locks rows in key order and reads them, with what events tell
+// of their commands if they are told.
+func lockQueueRows(ctx context.Context, t *tx, keys []queueKey, told bool) (map[queueKey]queueRow, error) {
 	if len(keys) == 0 {
 		return nil, nil
 	}
-	q, args := t.lockedKeysText("id, command_uuid, state", keys, "")
+	q, args := t.lockedRowsText(keys, told)
 	rows, err := t.query(ctx, q, args...)
 	if err != nil {
 		return nil, fmt.Errorf("locking queue rows: %w", err)
 	}
 	defer rows.Close()
-	states := make(map[queueKey]storage.State, len(keys))
+	found := make(map[queueKey]queueRow, len(keys))
 	for rows.Next() {
 		var k queueKey
-		var state storage.State
-		if err := rows.Scan(&k.id, &k.uuid, &state); err != nil {
+		var row queueRow
+		var requestType sql.Null[string]
+		if err := rows.Scan(&k.id, &k.uuid, &row.state, &requestType); err != nil {
 			return nil, fmt.Errorf("locking queue rows: %w", err)
 		}
-		states[k] = state
+		row.requestType = requestType.V
+		found[k] = row
 	}
 	if err := rows.Err(); err != nil {
 		return nil, fmt.Errorf("locking queue rows: %w", err)
 	}
-	return states, nil
+	return found, nil
 }
 
 // admitReports checks the certificates of reports. Most are settled by what
@@ -97,17 +117,21 @@ func admitReports(ctx context.Context, t *tx, reports []*pending, subs map[strin
 
 // moveRows ends the rows of results, stores the results, and puts off the
 // rows of NotNow. What repeats or comes late changes no state.
-func moveRows(ctx context.Context, t *tx, reports []*pending, states map[queueKey]storage.State, subs map[string]*subject) error {
+func moveRows(ctx context.Context, t *tx, reports []*pending, rows map[queueKey]queueRow, subs map[string]*subject) error {
 	moves := make(map[storage.State][]queueKey)
 	var results, late []*pending
 	for _, p := range reports {
 		r := p.op.(*storage.Report)
+		if sub := subs[p.id()]; sub != nil {
+			p.facts.topic = sub.topic
+		}
 		k, ok := reportedKey(p)
-		state, found := states[k]
+		row, found := rows[k]
 		if !ok || !found {
 			continue
 		}
-		p.facts.known = true
+		state := row.state
+		p.facts.requestType = row.requestType
 		switch {
 		case r.Status == mdm.StatusNotNow:
 			if state == storage.Queued || state == storage.NotNow {
@@ -138,7 +162,7 @@ func moveRows(ctx context.Context, t *tx, reports []*pending, states map[queueKe
 			results = append(results, p)
 		}
 	}
-	if err := insertResults(ctx, t, results, states); err != nil {
+	if err := insertResults(ctx, t, results, rows); err != nil {
 		return err
 	}
 	for _, to := range []storage.State{storage.NotNow, storage.Acknowledged, storage.Failed, storage.FormatError} {
@@ -195,14 +219,14 @@ func storedResults(ctx context.Context, t *tx, reports []*pending) (map[queueKey
 	return stored, nil
 }
 
-func insertResults(ctx context.Context, t *tx, reports []*pending, states map[queueKey]storage.State) error {
+func insertResults(ctx context.Context, t *tx, reports []*pending, rows map[queueKey]queueRow) error {
 	if len(reports) == 0 {
 		return nil
 	}
 	args := make([]any, 0, 6*len(reports))
 	for _, p := range reports {
 		r := p.op.(*storage.Report)
-		late := states[queueKey{p.id(), r.CommandUUID}].Terminal()
+		late := rows[queueKey{p.id(), r.CommandUUID}].state.Terminal()
 		args = append(args, p.id(), r.CommandUUID, string(r.Status), notNil(r.Raw), late, t.now)
 	}
 	err := t.upsert(ctx, "nano_command_results",

@@ -36,15 +36,15 @@ func cancel(ctx context.Context, t *tx, keys []queueKey) (int, error) {
 
 // stateOf locks a row and reads its state, or fails with storage.ErrNotFound.
 func stateOf(ctx context.Context, t *tx, k queueKey) (storage.State, error) {
-	states, err := lockQueueRows(ctx, t, []queueKey{k})
+	rows, err := lockQueueRows(ctx, t, []queueKey{k}, false)
 	if err != nil {
 		return 0, err
 	}
-	state, ok := states[k]
+	row, ok := rows[k]
 	if !ok {
 		return 0, storage.ErrNotFound
 	}
-	return state, nil
+	return row.state, nil
 }
 
 // CancelItem implements storage.Steering.
@@ -418,7 +418,7 @@ func removeQueueRows(ctx context.Context, t *tx, d *doomed) (more bool, err erro
 			keys[i] = queueKey{id, uuid}
 		}
 		var out storage.Removed
-		if _, err := lockQueueRows(ctx, t, keys); err != nil {
+		if _, err := lockQueueRows(ctx, t, keys, false); err != nil {
 			return false, err
 		}
 		if err := removeResults(ctx, t, keys, &out); err != nil {
