@@ -152,8 +152,7 @@ func putBatch(ctx context.Context, t *tx, ids []string) error {
 	if err != nil {
 		return err
 	}
-	_, err = t.exec(ctx, `INSERT INTO nano_event_batches (batch_id, stamp, size, events)
+	return t.later(ctx, `INSERT INTO nano_event_batches (batch_id, stamp, size, events)
 SELECT ?, `+t.d.greatest+`(`+t.d.number+`, COALESCE(MAX(stamp) + 1, 0)), `+t.d.number+`, ? FROM nano_event_batches WHERE seq = 0`,
 		eventID(t.now), t.now, len(ids), string(list))
-	return err
 }

@@ -49,10 +49,14 @@ func takeReports(ctx context.Context, t *tx, reports []*pending) error {
 		return err
 	}
 	admitted := slices.DeleteFunc(slices.Clone(reports), func(p *pending) bool { return p.err != nil })
-	if err := moveRows(ctx, t, admitted, rows, subs); err != nil {
+	changes, err := judge(ctx, t, admitted, rows, subs)
+	if err != nil {
 		return err
 	}
-	return answer(ctx, t, admitted, subs)
+	if err := answer(ctx, t, admitted, subs); err != nil {
+		return err
+	}
+	return changes.store(ctx, t) // after all that is read; see later
 }
 
 // reportedKey is the row that a report may change, if it names one.
@@ -115,9 +119,16 @@ func admitReports(ctx context.Context, t *tx, reports []*pending, subs map[strin
 	return err
 }
 
-// moveRows ends the rows of results, stores the results, and puts off the
-// rows of NotNow. What repeats or comes late changes no state.
-func moveRows(ctx context.Context, t *tx, reports []*pending, rows map[queueKey]queueRow, subs map[string]*subject) error {
+// reported is what reports change.
+type reported struct {
+	rows    map[queueKey]queueRow // as they were
+	results []*pending
+	moves   map[storage.State][]queueKey
+}
+
+// judge says what reports change: results are stored and end their rows,
+// NotNow puts them off. What repeats or comes late changes no state.
+func judge(ctx context.Context, t *tx, reports []*pending, rows map[queueKey]queueRow, subs map[string]*subject) (*reported, error) {
 	moves := make(map[storage.State][]queueKey)
 	var results, late []*pending
 	for _, p := range reports {
@@ -152,7 +163,7 @@ func moveRows(ctx context.Context, t *tx, reports []*pending, rows map[queueKey]
 	}
 	stored, err := storedResults(ctx, t, late)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	for _, p := range late {
 		r := p.op.(*storage.Report)
@@ -162,11 +173,15 @@ func moveRows(ctx context.Context, t *tx, reports []*pending, rows map[queueKey]
 			results = append(results, p)
 		}
 	}
-	if err := insertResults(ctx, t, results, rows); err != nil {
+	return &reported{rows, results, moves}, nil
+}
+
+func (r *reported) store(ctx context.Context, t *tx) error {
+	if err := insertResults(ctx, t, r.results, r.rows); err != nil {
 		return err
 	}
 	for _, to := range []storage.State{storage.NotNow, storage.Acknowledged, storage.Failed, storage.FormatError} {
-		if err := moveTo(ctx, t, to, moves[to]); err != nil {
+		if err := moveTo(ctx, t, to, r.moves[to]); err != nil {
 			return err
 		}
 	}
@@ -183,7 +198,7 @@ func moveTo(ctx context.Context, t *tx, to storage.State, keys []queueKey) error
 		set = "state = ?, notnow_at = ?, notnow_count = notnow_count + 1"
 	}
 	q, args := t.updateLockedText(set, keys)
-	if _, err := t.exec(ctx, q, append([]any{int(to), t.now}, args...)...); err != nil {
+	if err := t.later(ctx, q, append([]any{int(to), t.now}, args...)...); err != nil {
 		return fmt.Errorf("moving queue rows to %s: %w", to, err)
 	}
 	return nil
@@ -278,7 +293,7 @@ func owe(ctx context.Context, t *tx, ids []string) error {
 	}
 	is, args := t.among(ids)
 	// MySQL assigns from left to right, so last_seq must come last.
-	_, err := t.exec(ctx, `UPDATE nano_enrollment_push
+	err := t.later(ctx, `UPDATE nano_enrollment_push
 SET owed_seq = last_seq + 1, push_at = ?, last_seq = last_seq + 1 WHERE id `+is, append([]any{t.now}, args...)...)
 	if err != nil {
 		return fmt.Errorf("owing pushes: %w", err)
