@@ -268,7 +268,10 @@ func mysqlTogether(most int) func(ctx context.Context, conn *sql.Conn, late []st
 				args = append(args, s.args...)
 			}
 			if _, err := conn.ExecContext(ctx, strings.Join(texts, "; "), args...); err != nil {
-				return err
+				for i, s := range late[:n] {
+					texts[i] = s.name()
+				}
+				return fmt.Errorf("%s: %w", strings.Join(texts, "; "), err) // it does not say which one
 			}
 			late = late[n:]
 		}

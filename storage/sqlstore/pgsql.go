@@ -170,7 +170,7 @@ func pgsqlTogether(ctx context.Context, conn *sql.Conn, late []statement) error 
 			}
 			if err != nil {
 				_ = results.Close()
-				return err
+				return fmt.Errorf("%s: %w", s.name(), err)
 			}
 			if s.rows != nil {
 				*s.rows = int(tag.RowsAffected())

@@ -364,6 +364,12 @@ type statement struct {
 	rows *int // takes how many rows it returned or changed, where the dialect tells; may be nil
 }
 
+// name is how the statement begins, for errors.
+func (s statement) name() string {
+	words := strings.Fields(s.text[:min(len(s.text), 100)])
+	return strings.Join(words[:min(len(words), 3)], " ")
+}
+
 // mostLate is how many statements wait at most.
 const mostLate = 16
 
