@@ -21,6 +21,9 @@ const (
 	// maxReply is how much of a reply is read so that its connection can be
 	// used again, in bytes.
 	maxReply = 64 << 10
+	// writeBuffer, in bytes for each connection, holds most requests whole, so
+	// that they go out in one write.
+	writeBuffer = 32 << 10
 	// maxSending bounds the bodies of large events in memory, in bytes of
 	// payload; one of them costs about three times as much.
 	maxSending = 32 << 20
@@ -66,6 +69,7 @@ func newSender(log storage.EventLog, timeout time.Duration, workers int, dial di
 			TLSHandshakeTimeout:    10 * time.Second,
 			ForceAttemptHTTP2:      true,
 			MaxIdleConnsPerHost:    workers,
+			WriteBufferSize:        writeBuffer,
 			IdleConnTimeout:        90 * time.Second,
 			MaxResponseHeaderBytes: 64 << 10,
 		},

@@ -1,0 +1,48 @@
+package webhook
+
+import (
+	"bytes"
+	"context"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/nanomdm/nanomdm/storage"
+)
+
+// countingConn counts what is written.
+type countingConn struct {
+	net.Conn
+	writes *atomic.Int64
+}
+
+func (c countingConn) Write(b []byte) (int, error) {
+	c.writes.Add(1)
+	return c.Conn.Write(b)
+}
+
+// TestEventIsOneWrite: each write is a call of the system, and a packet.
+func TestEventIsOneWrite(t *testing.T) {
+	var got atomic.Int64
+	receiver := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+		n, _ := io.Copy(io.Discard, r.Body)
+		got.Add(n)
+	}))
+	defer receiver.Close()
+	var writes atomic.Int64
+	s := newSender(nil, 10*time.Second, 1, func(ctx context.Context, network, address string) (net.Conn, error) {
+		conn, err := new(net.Dialer).DialContext(ctx, network, address)
+		return countingConn{conn, &writes}, err
+	})
+	defer s.close()
+	e := &storage.EventRecord{Event: storage.Event{ID: "E", Topic: storage.TopicConnect, Raw: bytes.Repeat([]byte("x"), 20_000)}}
+	require.Nil(t, s.send(t.Context(), &storage.EventSink{URL: receiver.URL, Keys: []string{"key"}}, e))
+	require.Greater(t, got.Load(), int64(20_000))
+	require.EqualValues(t, 1, writes.Load())
+}
