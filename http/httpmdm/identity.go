@@ -32,7 +32,7 @@ type Identity struct {
 // cachedCertificates is how many signers' certificates are remembered, about
 // 5 KB each, and twice that until garbage is collected. A poll of a device that
 // is not among them costs some microseconds more.
-const cachedCertificates = 4_000
+const cachedCertificates = 2_000
 
 type mode int
 

@@ -258,7 +258,7 @@ func (d *dialect) subjectsText() string {
 	head := func(state storage.State) string {
 		return fmt.Sprintf(`, (SELECT q.command_uuid FROM nano_enrollment_queue q%s
 WHERE q.id = e.id AND q.state = %s AND q.command_uuid <> r.command_uuid AND (q.expires_at IS NULL OR q.expires_at > ?)
-ORDER BY q.id, q.state, q.priority DESC, q.seq LIMIT 1)`, d.by("nano_enrollment_queue_next"), d.hide(strconv.Itoa(int(state))))
+ORDER BY q.state, q.id, q.priority DESC, q.seq LIMIT 1)`, d.by("nano_enrollment_queue_next"), d.hide(strconv.Itoa(int(state))))
 	}
 	return `SELECT e.id, e.topic, e.enabled, e.operator_disabled, a.sha256, p.owed_seq, p.paid_seq, p.push_at` +
 		head(storage.Queued) + head(storage.NotNow) + `
@@ -532,8 +532,9 @@ func lockLater(ctx context.Context, t *tx, table string, ids []string) (locked *
 	return locked, nil
 }
 
+// compareKeys is the order of the queue's key, in which its rows are locked.
 func compareKeys(a, b queueKey) int {
-	return cmp.Or(strings.Compare(a.id, b.id), strings.Compare(a.uuid, b.uuid))
+	return cmp.Or(strings.Compare(a.uuid, b.uuid), strings.Compare(a.id, b.id))
 }
 
 // storable says whether a name can be a key. Others are of nothing that was

@@ -256,9 +256,9 @@ func supersede(ctx context.Context, t *tx, key string, ids []string) error {
 		return nil
 	}
 	is, args := t.among(ids)
-	old, err := queueKeys(ctx, t, fmt.Sprintf(`SELECT id, command_uuid FROM nano_enrollment_queue
-WHERE supersede_key = ? AND state IN (%d, %d, %d) AND id `, storage.Scheduled, storage.Queued, storage.NotNow)+
-		is+" ORDER BY id, command_uuid"+t.d.forUpdate, append([]any{key}, args...)...)
+	old, err := queueKeys(ctx, t, fmt.Sprintf(`SELECT id, command_uuid FROM nano_enrollment_queue%s
+WHERE supersede_key = ? AND state IN (%d, %d, %d) AND id `, t.d.by("nano_enrollment_queue_next"), storage.Scheduled, storage.Queued, storage.NotNow)+
+		is+" ORDER BY command_uuid, id"+t.d.forUpdate, append([]any{key}, args...)...)
 	if err != nil {
 		return fmt.Errorf("locking commands that are replaced: %w", err)
 	}

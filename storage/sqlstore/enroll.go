@@ -220,8 +220,8 @@ func clearQueues(ctx context.Context, t *tx, ids []string) error {
 	if err != nil {
 		return fmt.Errorf("forgetting pushes owed: %w", err)
 	}
-	_, err = t.exec(ctx, fmt.Sprintf(`UPDATE nano_enrollment_queue SET state = %d, finished_at = ?, not_before = NULL WHERE state IN (%d, %d, %d) AND id `,
-		storage.Cancelled, storage.Scheduled, storage.Queued, storage.NotNow)+is, append([]any{t.now}, args...)...)
+	_, err = t.exec(ctx, fmt.Sprintf(`UPDATE nano_enrollment_queue%s SET state = %d, finished_at = ?, not_before = NULL WHERE state IN (%d, %d, %d) AND id `,
+		t.d.by("nano_enrollment_queue_next"), storage.Cancelled, storage.Scheduled, storage.Queued, storage.NotNow)+is, append([]any{t.now}, args...)...)
 	if err != nil {
 		return fmt.Errorf("cancelling commands: %w", err)
 	}

@@ -78,8 +78,8 @@ func sourceOf(scope storage.Scope, f storage.EnrollmentFilter) source {
 	case f.Waiting != nil && *f.Waiting:
 		var parts []part
 		for _, state := range waitingStates {
-			parts = append(parts, part{table: "nano_enrollment_queue", index: "nano_enrollment_queue_finished_at",
-				where: "state = ? AND finished_at IS NULL", args: []any{int(state)}, order: "finished_at"})
+			parts = append(parts, part{table: "nano_enrollment_queue", index: "nano_enrollment_queue_next",
+				where: "state = ?", args: []any{int(state)}})
 		}
 		return eachOf(false, parts...)
 	case !f.CertificateExpiresBefore.IsZero():

@@ -92,7 +92,7 @@ func (t *tx) lockedKeysText(columns string, keys []queueKey, and string) (q stri
 LATERAL (SELECT * FROM nano_enrollment_queue WHERE id = r.key AND command_uuid = r.uuid` + and + t.d.forUpdate + ") q", []any{ids, uuids}
 	}
 	where, args := t.amongKeys(keys)
-	return "SELECT " + columns + " FROM nano_enrollment_queue q" + t.d.by("PRIMARY") + " WHERE " + where + and + " ORDER BY id, command_uuid" + t.d.forUpdate, args
+	return "SELECT " + columns + " FROM nano_enrollment_queue q" + t.d.by("PRIMARY") + " WHERE " + where + and + " ORDER BY command_uuid, id" + t.d.forUpdate, args
 }
 
 // updateLockedText changes queue rows that the transaction has locked. They

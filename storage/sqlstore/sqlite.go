@@ -26,7 +26,7 @@ var sqlitePragmas = [...]string{
 	"synchronous(FULL)", // 200 means committed, also after a power failure
 	"foreign_keys(1)",
 	"temp_store(MEMORY)",
-	"cache_size(-4000)", // KiB, of each of about five; the system caches the file, too
+	"cache_size(-2000)", // KiB, of each of about five; the system caches the file, too
 	"journal_size_limit(67108864)",
 }
 

@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strconv"
+	"strings"
 	"time"
 
 	"github.com/nanomdm/nanomdm/storage"
@@ -403,7 +405,8 @@ func (d *doomed) stillDead(ctx context.Context, t *tx) error {
 // commands that nobody else has. It says whether there are more.
 func removeQueueRows(ctx context.Context, t *tx, d *doomed) (more bool, err error) {
 	for _, id := range d.ids {
-		uuids, err := commandUUIDs(ctx, t, "SELECT command_uuid FROM nano_enrollment_queue WHERE id = ? ORDER BY command_uuid LIMIT ?", id, deletedRows)
+		uuids, err := commandUUIDs(ctx, t, "SELECT command_uuid FROM nano_enrollment_queue"+t.d.by("nano_enrollment_queue_next")+
+			" WHERE state IN ("+everyState()+") AND id = ? LIMIT ?", id, deletedRows)
 		if err != nil {
 			return false, fmt.Errorf("looking for queue rows: %w", err)
 		}
@@ -431,6 +434,15 @@ func removeQueueRows(ctx context.Context, t *tx, d *doomed) (more bool, err erro
 		return true, removeCommands(ctx, t, uuids, &out)
 	}
 	return false, nil
+}
+
+// everyState lists all states, for the index that begins with them.
+func everyState() string {
+	var list []string
+	for _, state := range storage.States() {
+		list = append(list, strconv.Itoa(int(state)))
+	}
+	return strings.Join(list, ", ")
 }
 
 // removeLeftResults removes some of the results whose queue rows are gone.

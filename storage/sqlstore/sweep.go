@@ -238,7 +238,7 @@ func (s *Store) RemoveResults(ctx context.Context, l storage.Lease, r storage.Re
 	var out storage.Removed
 	err := s.sweep(ctx, l, func(ctx context.Context, t *tx) error {
 		out = storage.Removed{}
-		old, err := look(ctx, t, "nano_command_results", "created_at", "", r, &out)
+		old, err := look(ctx, t, resultsByTime, "", r, &out)
 		if err != nil {
 			return fmt.Errorf("looking for old results: %w", err)
 		}
@@ -259,7 +259,7 @@ func (s *Store) RemoveFinished(ctx context.Context, l storage.Lease, state stora
 	var out storage.Removed
 	err := s.sweep(ctx, l, func(ctx context.Context, t *tx) error {
 		out = storage.Removed{}
-		old, err := look(ctx, t, "nano_enrollment_queue", "finished_at", fmt.Sprintf("h.state = %d AND ", state), r, &out)
+		old, err := look(ctx, t, queueByTime, fmt.Sprintf("h.state = %d AND ", state), r, &out)
 		if err != nil {
 			return fmt.Errorf("looking for old queue rows: %w", err)
 		}
@@ -272,16 +272,29 @@ func (s *Store) RemoveFinished(ctx context.Context, l storage.Lease, state stora
 	return out, nil
 }
 
-// look reads the next stretch of a table's history in the order of its times,
-// notes in out how far that went, and returns the keys of the type that is
-// looked for. The index by time is called after its table and column.
-func look(ctx context.Context, t *tx, table, at, condition string, r storage.Removal, out *storage.Removed) ([]queueKey, error) {
-	after := micros(r.After.At)
-	rows, err := t.query(ctx, "SELECT h."+at+", h.id, h.command_uuid, COALESCE(c.request_type, '') FROM "+table+" h"+t.d.by(table+"_"+at)+`
+// history is a table whose rows have a time. Its index by time is called after
+// both, and key is the order of the rows of one time in it.
+type history struct {
+	table, at string
+	key       [2]string
+}
+
+var (
+	resultsByTime = history{"nano_command_results", "created_at", [...]string{"id", "command_uuid"}}
+	queueByTime   = history{"nano_enrollment_queue", "finished_at", [...]string{"command_uuid", "id"}}
+)
+
+// look reads the next stretch of a history in the order of its index, notes in
+// out how far that went, and returns the keys of the type that is looked for.
+func look(ctx context.Context, t *tx, h history, condition string, r storage.Removal, out *storage.Removed) ([]queueKey, error) {
+	at, major, minor := "h."+h.at, "h."+h.key[0], "h."+h.key[1]
+	value := map[string]string{"id": r.After.ID, "command_uuid": r.After.CommandUUID}
+	after, afterMajor, afterMinor := micros(r.After.At), value[h.key[0]], value[h.key[1]]
+	rows, err := t.query(ctx, "SELECT "+at+", h.id, h.command_uuid, COALESCE(c.request_type, '') FROM "+h.table+" h"+t.d.by(h.table+"_"+h.at)+`
 LEFT JOIN nano_commands c ON c.command_uuid = h.command_uuid
-WHERE `+condition+"h."+at+" >= ? AND h."+at+" < ? AND (h."+at+` > ? OR h.id > ? OR (h.id = ? AND h.command_uuid > ?))
-ORDER BY h.`+at+", h.id, h.command_uuid LIMIT ?",
-		after, micros(r.Before), after, r.After.ID, r.After.ID, r.After.CommandUUID, r.Limit)
+WHERE `+condition+at+" >= ? AND "+at+" < ? AND ("+at+" > ? OR "+major+" > ? OR ("+major+" = ? AND "+minor+` > ?))
+ORDER BY `+at+", "+major+", "+minor+" LIMIT ?",
+		after, micros(r.Before), after, afterMajor, afterMajor, afterMinor, r.Limit)
 	if err != nil {
 		return nil, err
 	}

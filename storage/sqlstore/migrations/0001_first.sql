@@ -109,6 +109,9 @@ CREATE INDEX {if_not_exists} nano_commands_request_type ON nano_commands (reques
 -- is not scheduled any more, so that its index has rows that are, and no others.
 -- So has the index of ends_at those that wait and expire: most rows never do, and
 -- what devices report changes neither.
+-- A command goes to thousands at once, so the keys begin with what those rows have
+-- in common, and their entries are neighbours; only the next of each enrollment has
+-- a place of its own, and that among those that wait.
 CREATE TABLE IF NOT EXISTS nano_enrollment_queue (
     id            {id} NOT NULL,
     command_uuid  {id} NOT NULL,
@@ -124,11 +127,11 @@ CREATE TABLE IF NOT EXISTS nano_enrollment_queue (
     notnow_count  BIGINT NOT NULL DEFAULT 0,
     notnow_at     BIGINT NULL,
     ends_at       BIGINT GENERATED ALWAYS AS (CASE WHEN state < 10 THEN expires_at END) STORED,
-    PRIMARY KEY (id, command_uuid)
+    PRIMARY KEY (command_uuid, id)
 ) {table};
-CREATE INDEX {if_not_exists} nano_enrollment_queue_next ON nano_enrollment_queue (id, state, priority DESC, seq);
+CREATE INDEX {if_not_exists} nano_enrollment_queue_next ON nano_enrollment_queue (state, id, priority DESC, seq);
 CREATE INDEX {if_not_exists} nano_enrollment_queue_command_uuid ON nano_enrollment_queue (command_uuid, state, id);
-CREATE INDEX {if_not_exists} nano_enrollment_queue_finished_at ON nano_enrollment_queue (state, finished_at, id, command_uuid);
+CREATE INDEX {if_not_exists} nano_enrollment_queue_finished_at ON nano_enrollment_queue (state, finished_at, command_uuid, id);
 CREATE INDEX {if_not_exists} nano_enrollment_queue_not_before ON nano_enrollment_queue (not_before) {where} not_before IS NOT NULL;
 CREATE INDEX {if_not_exists} nano_enrollment_queue_ends_at ON nano_enrollment_queue (ends_at) {where} ends_at IS NOT NULL;
 
