@@ -438,7 +438,7 @@ func readCommand(ctx context.Context, t *tx, scope storage.Scope, uuid string) (
 		return nil, storage.ErrNotFound
 	}
 	from, args := commandRows(t.d, scope, uuid)
-	rows, err := t.query(ctx, "SELECT q.state, COUNT(*) FROM "+from+" GROUP BY q.state", args...)
+	rows, err := t.query(ctx, "SELECT q.state, COUNT(*) FROM "+from+" AND q.state IN ("+everyState()+") GROUP BY q.state", args...)
 	if err != nil {
 		return nil, err
 	}

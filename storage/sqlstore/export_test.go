@@ -103,7 +103,7 @@ func (s *Store) ListQueriesForTest() (list []ListQueryForTest) {
 	q, args = itemsQuery(s.d, storage.Scope{}, "C1", storage.Queued, "D", 100)
 	add("a command's enrollments of a state", "nano_enrollment_queue_command_uuid", q, args)
 	from, args := commandRows(s.d, storage.Scope{}, "C1")
-	add("counts of a command", "nano_enrollment_queue_command_uuid", "SELECT q.state, COUNT(*) FROM "+from+" GROUP BY q.state", args)
+	add("counts of a command", "nano_enrollment_queue_command_uuid", "SELECT q.state, COUNT(*) FROM "+from+" AND q.state IN ("+everyState()+") GROUP BY q.state", args)
 	q, args = queueQuery(s.d, "D000007", 0, storage.QueueKey{Priority: 0, Seq: 1}, 100)
 	add("a queue", "nano_enrollment_queue_next", q, args)
 	q, args = queueQuery(s.d, "D000007", storage.Acknowledged, storage.QueueKey{}, 100)

@@ -111,7 +111,9 @@ CREATE INDEX {if_not_exists} nano_commands_request_type ON nano_commands (reques
 -- what devices report changes neither.
 -- A command goes to thousands at once, so the keys begin with what those rows have
 -- in common, and their entries are neighbours; only the next of each enrollment has
--- a place of its own, and that among those that wait.
+-- a place of its own, and that among those that wait. No index but the primary key
+-- begins with the command: PostgreSQL takes any of them for as good while the table is
+-- empty, and goes on with what it chose.
 CREATE TABLE IF NOT EXISTS nano_enrollment_queue (
     id            {id} NOT NULL,
     command_uuid  {id} NOT NULL,
@@ -130,7 +132,7 @@ CREATE TABLE IF NOT EXISTS nano_enrollment_queue (
     PRIMARY KEY (command_uuid, id)
 ) {table};
 CREATE INDEX {if_not_exists} nano_enrollment_queue_next ON nano_enrollment_queue (state, id, priority DESC, seq);
-CREATE INDEX {if_not_exists} nano_enrollment_queue_command_uuid ON nano_enrollment_queue (command_uuid, state, id);
+CREATE INDEX {if_not_exists} nano_enrollment_queue_command_uuid ON nano_enrollment_queue (state, command_uuid, id);
 CREATE INDEX {if_not_exists} nano_enrollment_queue_finished_at ON nano_enrollment_queue (state, finished_at, command_uuid, id);
 CREATE INDEX {if_not_exists} nano_enrollment_queue_not_before ON nano_enrollment_queue (not_before) {where} not_before IS NOT NULL;
 CREATE INDEX {if_not_exists} nano_enrollment_queue_ends_at ON nano_enrollment_queue (ends_at) {where} ends_at IS NOT NULL;
