@@ -20,7 +20,7 @@ const (
 	hookedName   = "reports with webhook"
 	hangingName  = "reports, webhook receiver hangs"
 	pacedRate    = 1000
-	pacedVisits  = 300
+	pacedVisits  = 800
 )
 
 func pacedName(name string) string { return fmt.Sprintf("%d a second: %s", pacedRate, name) }
