@@ -377,7 +377,7 @@ func TestPatience(t *testing.T) {
 		}
 		return apnstest.Answer{}
 	})
-	s := w.service(push.Config{Patience: 300 * time.Millisecond, APNs: apns.Config{StreamTimeout: 2 * time.Second, PingInterval: time.Second, PingTimeout: time.Second}})
+	s := w.service(push.Config{Patience: 2 * time.Second, APNs: apns.Config{StreamTimeout: 5 * time.Second, PingInterval: 2 * time.Second, PingTimeout: 5 * time.Second}})
 	results, err := s.Push(t.Context(), push.Request{IDs: []string{"A", "B"}})
 	require.NoError(t, err)
 	require.Equal(t, push.Result{Owed: true}, results["A"])
