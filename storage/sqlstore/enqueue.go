@@ -160,8 +160,7 @@ func enqueue(ctx context.Context, t *tx, scope storage.Scope, e *storage.Enqueue
 
 // lockNumbers locks push rows and reads the last number of each queue.
 func lockNumbers(ctx context.Context, t *tx, ids []string) (map[string]int64, error) {
-	is, args := t.among(ids)
-	rows, err := t.query(ctx, "SELECT id, last_seq FROM nano_enrollment_push"+t.d.by("PRIMARY")+" WHERE id "+is+" ORDER BY id"+t.d.forUpdate, args...)
+	rows, err := t.locked(ctx, "id, last_seq", "nano_enrollment_push", ids)
 	if err != nil {
 		return nil, fmt.Errorf("locking push rows: %w", err)
 	}
@@ -186,13 +185,8 @@ func lockNumbers(ctx context.Context, t *tx, ids []string) (map[string]int64, er
 // disabled are there. Only the ids choose rows: given the rest, planners take
 // the index of enabled enrollments or of a topic's, which is the fleet.
 func enrolledAmong(ctx context.Context, t *tx, scope storage.Scope, ids []string, uuid string) (has map[string]bool, err error) {
-	is, args := t.among(ids)
-	column, join := "NULL", ""
-	if uuid != "" {
-		column, join = "q.id", t.d.lookup(true, "nano_enrollment_queue", "q", "q.id = e.id AND q.command_uuid = ?")
-		args = append([]any{uuid}, args...)
-	}
-	rows, err := t.query(ctx, "SELECT e.id, e.enabled, e.topic, "+column+" FROM nano_enrollments e"+t.d.by("PRIMARY")+join+" WHERE e.id "+is, args...)
+	q, args := t.enrolledText(ids, uuid)
+	rows, err := t.query(ctx, q, args...)
 	if err != nil {
 		return nil, fmt.Errorf("reading enrollments: %w", err)
 	}
@@ -213,6 +207,21 @@ func enrolledAmong(ctx context.Context, t *tx, scope storage.Scope, ids []string
 		return nil, fmt.Errorf("reading enrollments: %w", err)
 	}
 	return has, nil
+}
+
+func (t *tx) enrolledText(ids []string, uuid string) (q string, args []any) {
+	is, args := t.among(ids)
+	column, join := "NULL", ""
+	var of []any
+	if uuid != "" {
+		column, join = "q.id", t.d.lookup(true, "nano_enrollment_queue", "q", "q.id = e.id AND q.command_uuid = ?")
+		of = []any{uuid}
+	}
+	q = "SELECT e.id, e.enabled, e.topic, " + column + " FROM "
+	if t.d.arrays { // each by itself; see locked
+		return q + "unnest(?::text[]) r (key)" + t.d.lookup(false, "nano_enrollments", "e", "e.id = r.key") + join, append(args, of...)
+	}
+	return q + "nano_enrollments e" + t.d.by("PRIMARY") + join + " WHERE e.id " + is, append(of, args...)
 }
 
 // findCommand says whether a command is there and keeps it until the
@@ -303,8 +312,8 @@ func insertItems(ctx context.Context, t *tx, e *storage.Enqueue, ids []string, l
 		at := t.now + firstPush.Microseconds()
 		args = append(args, at, at)
 	}
-	is, idArgs := t.among(ids)
-	if _, err := t.exec(ctx, "UPDATE nano_enrollment_push"+t.d.by("PRIMARY")+" SET "+set+"last_seq = last_seq + 1 WHERE id "+is, append(args, idArgs...)...); err != nil {
+	q, idArgs := t.updateLockedIDsText("nano_enrollment_push", set+"last_seq = last_seq + 1", ids)
+	if _, err := t.exec(ctx, q, append(args, idArgs...)...); err != nil {
 		return fmt.Errorf("owing pushes: %w", err)
 	}
 	return nil

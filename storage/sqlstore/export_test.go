@@ -166,6 +166,8 @@ func (s *Store) DeviceStatementsForTest(ids []string, uuid string) map[string]St
 	ending, endArgs := t.updateLockedText("state = 10", keys)
 	is, idArgs := t.among(ids)
 	locking, lockArgs := t.lockedText("id", "nano_devices", ids)
+	numbering, numberArgs := t.updateLockedIDsText("nano_enrollment_push", "last_seq = last_seq + 1", ids)
+	eligible, eligibleArgs := t.enrolledText(ids, uuid)
 	return map[string]StatementForTest{
 		"subjects": {Text: s.d.subjects, Args: append([]any{int64(1), int64(1)}, pairs...), Index: "nano_enrollment_queue_next", Unsorted: true},
 		"senders":  {Text: s.d.senders, Args: pairs, Index: "nano_cert_auth_associations_id"},
@@ -173,6 +175,9 @@ func (s *Store) DeviceStatementsForTest(ids []string, uuid string) map[string]St
 		"rows":     {Text: rows, Args: rowArgs},
 		"told":     {Text: told, Args: toldArgs},
 		"ending":   {Text: ending, Args: endArgs},
-		"enrolled": {Text: "SELECT id FROM nano_enrollments WHERE id " + is, Args: idArgs},
+
+		"numbering": {Text: numbering, Args: numberArgs},
+		"eligible":  {Text: eligible, Args: eligibleArgs},
+		"enrolled":  {Text: "SELECT id FROM nano_enrollments WHERE id " + is, Args: idArgs},
 	}
 }

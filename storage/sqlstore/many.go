@@ -50,7 +50,16 @@ func (t *tx) lockedText(columns, table string, ids []string) (q string, args []a
 	if t.d.arrays {
 		return "SELECT " + columns + " FROM unnest(?::text[]) r (key), LATERAL (SELECT * FROM " + table + " WHERE id = r.key" + t.d.forUpdate + ") k", args
 	}
-	return "SELECT " + columns + " FROM " + table + " WHERE id " + is + " ORDER BY id" + t.d.forUpdate, args
+	return "SELECT " + columns + " FROM " + table + t.d.by("PRIMARY") + " WHERE id " + is + " ORDER BY id" + t.d.forUpdate, args
+}
+
+// updateLockedIDsText is updateLockedText for rows that ids are the keys of.
+func (t *tx) updateLockedIDsText(table, set string, ids []string) (q string, args []any) {
+	is, args := t.among(ids)
+	if t.d.arrays {
+		return "UPDATE " + table + " u SET " + set + " FROM unnest(?::text[]) r (key), LATERAL (SELECT ctid FROM " + table + " WHERE id = r.key OFFSET 0) k WHERE u.ctid = k.ctid", args
+	}
+	return "UPDATE " + table + t.d.by("PRIMARY") + " SET " + set + " WHERE id " + is, args
 }
 
 // tuples returns the places of rows to insert.

@@ -76,7 +76,7 @@ func TestEmptyTablesAreReadByKey(t *testing.T) {
 		t.Run(engine.Name, func(t *testing.T) {
 			h := storagetest.NewHarness(t, engine)
 			statements := h.Store.DeviceStatementsForTest([]string{"D1", "D2", "D3"}, "C1")
-			for _, name := range []string{"senders", "locking", "rows", "told", "ending"} {
+			for _, name := range []string{"senders", "locking", "rows", "told", "ending", "numbering", "eligible"} {
 				plan, err := h.Store.ExplainForTest(t.Context(), statements[name].Text, statements[name].Args...)
 				require.NoError(t, err, name)
 				require.NotRegexp(t, `Seq Scan|SCAN nano_|(using|INDEX|"key":) "?nano_(cert_auth_associations_not_after|enrollment_queue_command_uuid)`, plan, name)
