@@ -209,6 +209,7 @@ func enrolledAmong(ctx context.Context, t *tx, scope storage.Scope, ids []string
 	return has, nil
 }
 
+// enrolledText reads enrollments, each with its row of the command if there is one.
 func (t *tx) enrolledText(ids []string, uuid string) (q string, args []any) {
 	is, args := t.among(ids)
 	column, join := "NULL", ""

@@ -6,8 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"strconv"
-	"strings"
 	"time"
 
 	"github.com/nanomdm/nanomdm/storage"
@@ -434,15 +432,6 @@ func removeQueueRows(ctx context.Context, t *tx, d *doomed) (more bool, err erro
 		return true, removeCommands(ctx, t, uuids, &out)
 	}
 	return false, nil
-}
-
-// everyState lists all states, for the index that begins with them.
-func everyState() string {
-	var list []string
-	for _, state := range storage.States() {
-		list = append(list, strconv.Itoa(int(state)))
-	}
-	return strings.Join(list, ", ")
 }
 
 // removeLeftResults removes some of the results whose queue rows are gone.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 	"sync/atomic"
 
@@ -38,6 +39,15 @@ func (s *Store) sweep(ctx context.Context, l storage.Lease, fn func(ctx context.
 
 // waitingStates are those that a row can leave without the device.
 var waitingStates = [...]storage.State{storage.Scheduled, storage.Queued, storage.NotNow}
+
+// everyState lists all states, for the index that begins with them.
+func everyState() string {
+	var list []string
+	for _, state := range storage.States() {
+		list = append(list, strconv.Itoa(int(state)))
+	}
+	return strings.Join(list, ", ")
+}
 
 // ExpireCommands implements storage.Sweeps.
 func (s *Store) ExpireCommands(ctx context.Context, l storage.Lease, limit int) (expired int, err error) {

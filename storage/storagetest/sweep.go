@@ -402,9 +402,12 @@ func sweepOneTime(t *testing.T, h *Harness) {
 	l := sweepLease(t, h)
 	now := h.Clock.Now()
 	plantCommands(t, h, "ProfileList", "C")
+	var rows []row
 	for i := range 30 {
-		plantResults(t, h, now, row{id: fmt.Sprintf("D%02d", i/3), uuid: fmt.Sprint("C", i%3)})
+		rows = append(rows, row{id: fmt.Sprintf("D%02d", i/3), uuid: fmt.Sprint("C", i%3), seq: i % 3, state: storage.Acknowledged, finishedAt: now})
 	}
+	plant(t, h, rows...)
+	plantResults(t, h, now, rows...)
 	step := func(r storage.Removal) (storage.Removed, error) { return h.Store.RemoveResults(t.Context(), l, r) }
 	kept := removeAll(t, storage.Removal{Before: now.Add(1), Type: "Other", Limit: 7}, step)
 	require.Zero(t, kept.Looked, "before is less than a microsecond later")
@@ -412,6 +415,15 @@ func sweepOneTime(t *testing.T, h *Harness) {
 	require.Equal(t, storage.Removed{Looked: 30}, kept)
 	removed := removeAll(t, storage.Removal{Before: now.Add(time.Microsecond), Limit: 7}, step)
 	require.Equal(t, storage.Removed{Looked: 30, Results: 30, Bytes: 120}, removed)
+
+	step = func(r storage.Removal) (storage.Removed, error) {
+		return h.Store.RemoveFinished(t.Context(), l, storage.Acknowledged, r)
+	}
+	kept = removeAll(t, storage.Removal{Before: now.Add(time.Microsecond), Type: "Other", Limit: 7}, step)
+	require.Equal(t, storage.Removed{Looked: 30}, kept)
+	removed = removeAll(t, storage.Removal{Before: now.Add(time.Microsecond), Limit: 7}, step)
+	require.Equal(t, 30, removed.Rows)
+	require.Zero(t, h.Int(t, "SELECT COUNT(*) FROM nano_enrollment_queue"))
 }
 
 func sweepFinished(t *testing.T, h *Harness) {
