@@ -111,6 +111,8 @@ func TestFiltersUseTheirIndexes(t *testing.T) {
 	}
 }
 
+// usesIndexes wants each of the indexes, which are regular expressions, in the
+// plan, no table read from end to end, and no queue row looked up by itself.
 func usesIndexes(t *testing.T, h *storagetest.Harness, name string, indexes []string, q string, args []any) {
 	t.Helper()
 	plan, err := h.Store.ExplainForTest(t.Context(), q, args...)
@@ -120,7 +122,9 @@ func usesIndexes(t *testing.T, h *storagetest.Harness, name string, indexes []st
 		require.Regexp(t, `\b`+index+`\b`, plan, name)
 	}
 	require.NotRegexp(t, `Seq Scan|SCAN nano_|"access_type": "ALL".*nano_`, plan, name)
-	require.NotContains(t, plan, "nano_enrollment_queue_pkey", name)
+	if !slices.ContainsFunc(indexes, func(index string) bool { return strings.Contains(index, "pkey") }) {
+		require.NotContains(t, plan, "nano_enrollment_queue_pkey", name)
+	}
 }
 
 // Commands in a state are found by the rows of it if it is rare, and among all
