@@ -10,11 +10,10 @@ import (
 )
 
 // What a Devices.Apply does with Source.Events, for the Outbox to work: in
-// the transaction of the change, behind its locks, it inserts them and a batch
-// that says which they are, not yet numbered. Of two batches that nobody has
-// numbered the one that was committed before the other was begun has the
-// smaller stamp. Columns that the Event does not have (APNs topic, request
-// type, tally) are the store's to fill.
+// the transaction of the change, behind its locks, it inserts them as a batch
+// that is not yet numbered. Of two batches that nobody has numbered the one
+// that was committed before the other was begun has the smaller stamp. What the
+// Event does not have (APNs topic, request type, tally) is the store's to fill.
 
 // Topics of events. Those of a device's messages are MicroMDM's.
 const (
@@ -237,6 +236,7 @@ const (
 type Delivery struct {
 	Seq        int64
 	Enrollment string
+	CreatedAt  time.Time // of the event
 	State      DeliveryState
 	Attempts   int
 	NextAt     time.Time // waiting heads and DeliveryAgain

@@ -419,7 +419,7 @@ func (r *runner) skip(ctx context.Context, rows int64, state storage.DeliverySta
 		} else {
 			r.count.dead.Add(1)
 		}
-		r.rows[e.Seq] = &storage.Delivery{Seq: e.Seq, Enrollment: e.Enroll.ID, State: state, Error: text}
+		r.rows[e.Seq] = &storage.Delivery{Seq: e.Seq, Enrollment: e.Enroll.ID, CreatedAt: e.CreatedAt, State: state, Error: text}
 	}
 	return r.save(ctx)
 }
@@ -607,7 +607,7 @@ func (r *runner) send(sending context.Context, e *storage.EventRecord) (f *failu
 
 // wait puts an event behind what waits.
 func (r *runner) wait(e *storage.EventRecord, attempts int, at time.Time, text string) {
-	r.rows[e.Seq] = &storage.Delivery{Seq: e.Seq, Enrollment: e.Enroll.ID, State: storage.DeliveryWaiting,
+	r.rows[e.Seq] = &storage.Delivery{Seq: e.Seq, Enrollment: e.Enroll.ID, CreatedAt: e.CreatedAt, State: storage.DeliveryWaiting,
 		Attempts: attempts, NextAt: at, Error: text}
 }
 
@@ -673,7 +673,7 @@ func (r *runner) laneFailed(l *lane, res result, now time.Time) {
 	if next.Before(r.pausedTo) {
 		next = r.pausedTo
 	}
-	d := storage.Delivery{Seq: e.Seq, Enrollment: e.Enroll.ID, State: storage.DeliveryWaiting, Attempts: attempts, NextAt: next, Error: res.failure.text}
+	d := storage.Delivery{Seq: e.Seq, Enrollment: e.Enroll.ID, CreatedAt: e.CreatedAt, State: storage.DeliveryWaiting, Attempts: attempts, NextAt: next, Error: res.failure.text}
 	dead := now.Sub(e.CreatedAt) > r.d.cfg.MaxAge
 	if l.from == fromAgain {
 		d.State, dead = storage.DeliveryAgain, attempts >= againTries

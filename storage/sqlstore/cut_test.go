@@ -50,8 +50,8 @@ func TestCutDuringCommit(t *testing.T) {
 				return []int64{
 					h.Int(t, "SELECT COUNT(*) FROM nano_enrollment_queue WHERE state = 10 AND command_uuid = ?", uuid),
 					h.Int(t, "SELECT COUNT(*) FROM nano_command_results WHERE command_uuid = ?", uuid),
-					h.Int(t, "SELECT COUNT(*) FROM nano_events WHERE event_id = ?", "E"+uuid),
-					h.Int(t, "SELECT COUNT(*) FROM nano_event_batches WHERE events LIKE ?", "%E"+uuid+"%"),
+					h.Int(t, "SELECT COUNT(*) FROM nano_events WHERE details LIKE ?", "%E"+uuid+"%"),
+					h.Int(t, "SELECT COUNT(*) FROM nano_event_batches WHERE batch_id IN (SELECT batch_id FROM nano_events WHERE details LIKE ?)", "%E"+uuid+"%"),
 				}
 			}
 			c.cutAt([]byte(result))

@@ -5,14 +5,20 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"slices"
 
 	"github.com/nanomdm/nanomdm/mdm"
 	"github.com/nanomdm/nanomdm/storage"
 )
 
-// eventRows is how many events one statement inserts.
-const eventRows = 256
+const (
+	// eventRows and eventBytes bound a batch of events: how many, and the bytes
+	// of the payloads that stand with it.
+	eventRows  = 256
+	eventBytes = 64 << 10
+	// mostWithin is the largest payload, in bytes, that stands with its batch:
+	// who wants one event of a batch reads all of it.
+	mostWithin = 16 << 10
+)
 
 // facts are what an operation knows for its events.
 type facts struct {
@@ -48,43 +54,6 @@ func outgoing(batch []*pending) []outEvent {
 	return events
 }
 
-// eventInsertColumns are those of an event; the last ones have defaults.
-var eventInsertColumns = [...]string{"event_id", "enrollment_id", "enrollment_type", "topic", "created_at",
-	"parent_id", "udid", "user_enrollment_id", "apns_topic", "request_type", "status", "command_uuid", "tally", "params", "traceparent", "payload"}
-
-const eventColumnsWithout = 5 // a default
-
-// inUse leaves out the columns of rows that have their default in all of them,
-// as half a dozen of a report's: each value of a statement costs.
-func inUse(rows [][len(eventInsertColumns)]any) (cols []string, args []any) {
-	var used []int
-	for c := range eventInsertColumns {
-		if c < eventColumnsWithout || slices.ContainsFunc(rows, func(row [len(eventInsertColumns)]any) bool { return !isDefault(row[c]) }) {
-			used = append(used, c)
-			cols = append(cols, eventInsertColumns[c])
-		}
-	}
-	args = make([]any, 0, len(used)*len(rows))
-	for i := range rows {
-		for _, c := range used {
-			args = append(args, rows[i][c])
-		}
-	}
-	return cols, args
-}
-
-func isDefault(value any) bool {
-	switch v := value.(type) {
-	case string:
-		return v == ""
-	case int:
-		return v == 0
-	case []byte:
-		return v == nil
-	}
-	return false
-}
-
 // insertEvents puts what operations tell into the outbox, with what the
 // database knows of the enrollments that it is of.
 func insertEvents(ctx context.Context, t *tx, events []outEvent) error {
@@ -112,47 +81,113 @@ func insertEvents(ctx context.Context, t *tx, events []outEvent) error {
 	return putEvents(ctx, t, events)
 }
 
+// eventDetails is an event as the JSON of its batch has it.
+type eventDetails struct {
+	ID          string            `json:"id"`
+	Enrollment  string            `json:"enrollment"`
+	Type        mdm.EnrollType    `json:"type"`
+	Parent      string            `json:"parent,omitempty"`
+	Topic       string            `json:"topic"`
+	UDID        string            `json:"udid,omitempty"`
+	UserID      string            `json:"enrollment_id,omitempty"`
+	APNsTopic   string            `json:"apns_topic,omitempty"`
+	RequestType string            `json:"request_type,omitempty"`
+	Status      string            `json:"status,omitempty"`
+	CommandUUID string            `json:"command_uuid,omitempty"`
+	Tally       int               `json:"tally,omitempty"`
+	Params      map[string]string `json:"params,omitempty"`
+	TraceParent string            `json:"traceparent,omitempty"`
+	CreatedAt   int64             `json:"created_at"`
+	// Size is that of the payload as it is stored, -1 if there is none.
+	Size int `json:"size"`
+	// Apart: the payload has a row of nano_event_payloads.
+	Apart bool `json:"apart,omitempty"`
+}
+
+func (e *outEvent) details() eventDetails {
+	d := eventDetails{
+		ID: e.ID, Enrollment: e.enroll.ID, Type: e.enroll.Type, Parent: e.enroll.ParentID,
+		Topic: e.Topic, UDID: clip(e.UDID), UserID: clip(e.Enrollment), APNsTopic: clip(e.topic), RequestType: clip(e.requestType),
+		Status: clip(e.Status), CommandUUID: clip(e.CommandUUID), Tally: e.tally, Params: e.Params, TraceParent: clip(e.TraceParent),
+		CreatedAt: micros(e.CreatedAt), Size: len(e.Raw),
+		Apart: len(e.Raw) > mostWithin || len(e.Raw) > 0 && storage.BearsTokens(e.Topic),
+	}
+	if e.Raw == nil {
+		d.Size = -1
+	}
+	return d
+}
+
+// record is the event without its payload, which is left if it is apart.
+func (d *eventDetails) record(seq int64) storage.EventRecord {
+	return storage.EventRecord{
+		Event: storage.Event{
+			ID: d.ID, Topic: d.Topic, CreatedAt: fromMicros(d.CreatedAt), UDID: d.UDID, Enrollment: d.UserID,
+			Status: d.Status, CommandUUID: d.CommandUUID, Params: d.Params, TraceParent: d.TraceParent,
+		},
+		Seq: seq, Enroll: mdm.EnrollID{Type: d.Type, ID: d.Enrollment, ParentID: d.Parent},
+		APNsTopic: d.APNsTopic, RequestType: d.RequestType, Tally: d.Tally,
+		RawSize: int64(d.Size), RawLeft: d.Apart,
+	}
+}
+
 // putEvents inserts events, in batches that are numbered later. It belongs
 // behind the locks of what the events tell.
 func putEvents(ctx context.Context, t *tx, events []outEvent) error {
-	for chunk := range slices.Chunk(events, eventRows) {
-		rows := make([][len(eventInsertColumns)]any, len(chunk))
-		ids := make([]string, len(chunk))
-		for i := range chunk {
-			e := &chunk[i]
-			ids[i] = e.ID
-			var params []byte
-			if len(e.Params) > 0 {
-				var err error
-				if params, err = json.Marshal(e.Params); err != nil {
-					return fmt.Errorf("encoding an event's parameters: %w", err)
-				}
-			}
-			rows[i] = [...]any{e.ID, e.enroll.ID, string(e.enroll.Type), e.Topic, micros(e.CreatedAt),
-				e.enroll.ParentID, clip(e.UDID), clip(e.Enrollment), clip(e.topic), clip(e.requestType), clip(e.Status), clip(e.CommandUUID),
-				e.tally, params, clip(e.TraceParent), t.sealedEvent(e.Topic, e.ID, e.Raw)}
-		}
-		cols, args := inUse(rows)
-		if err := t.upsert(ctx, "nano_events", cols, []string{"event_id"}, nil, args); err != nil {
+	for len(events) > 0 {
+		n, err := putBatch(ctx, t, events)
+		if err != nil {
 			return fmt.Errorf("storing events: %w", err)
 		}
-		if err := putBatch(ctx, t, ids); err != nil {
-			return fmt.Errorf("storing a batch of events: %w", err)
-		}
+		events = events[n:]
 	}
 	return nil
 }
 
-// putBatch stores which events there are to number. The stamp is larger than
-// those of all that were committed before and wait to be numbered, whatever
-// the clocks of replicas say, so that batches are numbered in an order in
-// which they could have been committed one after the other.
-func putBatch(ctx context.Context, t *tx, ids []string) error {
-	list, err := json.Marshal(ids)
+// putBatch inserts the first n events as a batch.
+func putBatch(ctx context.Context, t *tx, events []outEvent) (n int, err error) {
+	var details []eventDetails
+	var payloads []byte
+	var apart []any
+	var newest int64
+	for n < len(events) && n < eventRows {
+		e := &events[n]
+		d := e.details()
+		switch {
+		case d.Apart:
+			value := t.sealedEvent(e.Topic, e.ID, e.Raw)
+			d.Size = len(value)
+			apart = append(apart, e.ID, e.Topic, value)
+		case len(payloads)+len(e.Raw) > eventBytes:
+			return n, storeBatch(ctx, t, details, payloads, apart, newest)
+		default:
+			payloads = append(payloads, e.Raw...)
+		}
+		details, newest = append(details, d), max(newest, d.CreatedAt)
+		n++
+	}
+	return n, storeBatch(ctx, t, details, payloads, apart, newest)
+}
+
+// storeBatch inserts a batch. Its stamp is larger than those of all that were
+// committed before and wait to be numbered, whatever the clocks of replicas
+// say, so that batches are numbered in an order in which they could have been
+// committed one after the other.
+func storeBatch(ctx context.Context, t *tx, details []eventDetails, payloads []byte, apart []any, newest int64) error {
+	text, err := json.Marshal(details)
 	if err != nil {
 		return err
 	}
-	return t.later(ctx, `INSERT INTO nano_event_batches (batch_id, stamp, size, events)
-SELECT ?, `+t.d.greatest+`(`+t.d.number+`, COALESCE(MAX(stamp) + 1, 0)), `+t.d.number+`, ? FROM nano_event_batches WHERE seq = 0`,
-		eventID(t.now), t.now, len(ids), string(list))
+	if len(apart) > 0 {
+		if err := t.insert(ctx, "nano_event_payloads", []string{"event_id", "topic", "payload"}, apart); err != nil {
+			return err
+		}
+	}
+	id := eventID(t.now)
+	if err := t.later(ctx, "INSERT INTO nano_events (batch_id, details, payloads) VALUES (?, ?, ?)", id, string(text), payloads); err != nil {
+		return err
+	}
+	return t.later(ctx, `INSERT INTO nano_event_batches (batch_id, stamp, size, newest)
+SELECT ?, `+t.d.greatest+`(`+t.d.number+`, COALESCE(MAX(stamp) + 1, 0)), `+t.d.number+`, `+t.d.number+` FROM nano_event_batches WHERE seq = 0`,
+		id, t.now, len(details), newest)
 }

@@ -74,7 +74,11 @@ func (d *dialect) steps() ([]step, error) {
 			return nil, err
 		}
 		for i, statement := range statements(string(text)) {
-			all = append(all, step{version, int64(i + 1), d.ddl(statement)})
+			text := d.ddl(statement)
+			if strings.HasPrefix(text, "--") { // another engine's
+				text = ""
+			}
+			all = append(all, step{version, int64(i + 1), text})
 		}
 	}
 	return all, nil

@@ -230,7 +230,7 @@ func mysqlCommon() *dialect {
 			return errors.Is(err, mysql.ErrInvalidConn) || lostConnection(err)
 		},
 
-		words: map[string]string{"blob": "LONGBLOB", "room": "", "where": "--"}, // it has no such indexes
+		words: map[string]string{"blob": "LONGBLOB", "room": "", "where": "--", "pgsql": "--"}, // it has no such indexes
 		// DDL commits by itself, so a step may have been done and not
 		// recorded: 1061 duplicate key name, 1060 duplicate column, 1091
 		// nothing to drop, 1050 table exists.

@@ -140,6 +140,7 @@ FROM information_schema.columns WHERE table_schema = current_schema()`,
 			"room":          "WITH (fillfactor = 50)",
 			"if_not_exists": "IF NOT EXISTS",
 			"where":         "WHERE",
+			"pgsql":         "",
 		},
 		// Two replicas may still create the same thing at once, before there
 		// is a lease to take: 42P07 duplicate_table, 42710 duplicate_object for

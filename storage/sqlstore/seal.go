@@ -25,7 +25,7 @@ const (
 	userAuthenticateColumn = "nano_users.user_authenticate"
 	commandColumn          = "nano_commands.command"
 	pushKeyColumn          = "nano_push_certs.key_pem"
-	eventColumn            = "nano_events.payload"
+	eventColumn            = "nano_event_payloads.payload"
 	sinkColumn             = "nano_event_sinks.config"
 )
 
@@ -196,7 +196,7 @@ type sealedTable struct {
 }
 
 func sealedTables(commands bool) []sealedTable {
-	events := sealedTable{name: "nano_events", key: "event_id", columns: []string{eventColumn}}
+	events := sealedTable{name: "nano_event_payloads", key: "event_id", columns: []string{eventColumn}}
 	for _, topic := range storage.EventTopics() {
 		if storage.BearsTokens(topic) {
 			events.args = append(events.args, topic)

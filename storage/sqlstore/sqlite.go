@@ -190,6 +190,7 @@ func sqliteDialect() *dialect {
 			"room":          "",
 			"if_not_exists": "IF NOT EXISTS",
 			"where":         "WHERE",
+			"pgsql":         "--",
 		},
 		repeated: func(error) bool { return false },
 		tables:   "SELECT name FROM sqlite_master WHERE type = 'table'",

@@ -1,6 +1,7 @@
 package storagetest
 
 import (
+	"bytes"
 	"fmt"
 	"slices"
 	"sync"
@@ -25,6 +26,8 @@ func outboxTests() []subtest {
 		{"two who believe that they number do it once", outboxNumbersOnce},
 		{"a page has the events after a number", outboxPage},
 		{"a large payload is read by itself", outboxLarge},
+		{"payloads of all sizes and kinds are read as they came", outboxMixed},
+		{"many events of one report are read in order", outboxMany},
 		{"the log is read by topic and scope, from where one left off", outboxLog},
 		{"the log goes on behind what was removed", outboxLogRemoved},
 	}
@@ -55,6 +58,7 @@ func deliveryTests() []subtest {
 func upkeepTests() []subtest {
 	return []subtest{
 		{"a dropped payload goes when no sink needs it", upkeepPayloads},
+		{"payloads go one by one, wherever they are stored", upkeepMixed},
 		{"old events go when every sink is done with them", upkeepEvents},
 		{"nothing is kept up without the lease", upkeepWithoutLease},
 		{"certificates near their end are announced once", upkeepExpiring},
@@ -485,7 +489,7 @@ func sinkForgotten(t *testing.T, h *Harness) {
 
 // waits is a delivery of what a device A told.
 func waits(seq int64, state storage.DeliveryState) storage.Delivery {
-	return storage.Delivery{Seq: seq, Enrollment: "A", State: state}
+	return storage.Delivery{Seq: seq, Enrollment: "A", CreatedAt: time.Unix(1_700_000_000, 0), State: state}
 }
 
 func deliverySettled(t *testing.T, h *Harness) {
@@ -572,7 +576,7 @@ func deliveryGivenUp(t *testing.T, h *Harness) {
 	for seq := range int64(4) {
 		put = append(put, waits(seq+1, storage.DeliveryWaiting))
 	}
-	put[2].State = storage.DeliveryAgain
+	put[2].State, put[3].CreatedAt = storage.DeliveryAgain, young.CreatedAt
 	require.NoError(t, h.Store.Settle(t.Context(), l, k, storage.Settlement{Cursor: 4, Put: put}))
 	for _, want := range []int{1, 1, 0} {
 		n, err := h.Store.GiveUp(t.Context(), l, k, young.CreatedAt, "late", 1)
@@ -695,7 +699,7 @@ func upkeepPayloads(t *testing.T, h *Harness) {
 		t.Helper()
 		_, err := h.Store.DropPayloads(t.Context(), l, 10)
 		require.NoError(t, err)
-		return h.Strings(t, "SELECT event_id FROM nano_events WHERE payload IS NULL ORDER BY event_id")
+		return eventIDs(t, h, func(e storedEvent) bool { return e.Size < 0 })
 	}
 	put := []storage.Delivery{waits(1, storage.DeliveryDropped), waits(2, storage.DeliveryDropped), waits(3, storage.DeliveryDead)}
 	require.NoError(t, h.Store.Settle(t.Context(), l, k, storage.Settlement{Cursor: 3, Put: put}))
@@ -705,9 +709,131 @@ func upkeepPayloads(t *testing.T, h *Harness) {
 	require.NoError(t, h.Store.Settle(t.Context(), l, o, storage.Settlement{Done: []int64{2}}))
 	require.Equal(t, []string{"a1", "a2"}, bare(), "a dead letter keeps its payload")
 	require.Equal(t, []string{"5", "5", "3"}, h.Strings(t, "SELECT state FROM nano_event_deliveries WHERE sink = 'hook' ORDER BY seq"))
-	events, err := h.Store.SinkPage(t.Context(), 0, 1)
+	events, err := h.Store.SinkPage(t.Context(), 0, 10)
 	require.NoError(t, err)
+	for i, want := range []string{"", "", "raw a3"} {
+		require.Equal(t, want, string(events[i].Raw))
+		require.False(t, events[i].RawLeft)
+	}
 	require.EqualValues(t, -1, events[0].RawSize)
+	require.EqualValues(t, 6, events[2].RawSize)
+}
+
+// mixed are events of one report whose payloads are stored in each of the ways.
+func mixed() []storage.Event {
+	var events []storage.Event
+	for i, size := range []int{100, 16<<10 + 1, 16 << 10, 0, 64<<10 + 1, 64 << 10, 50, 60, 70} {
+		e := event(fmt.Sprint("m", i), storage.TopicConnect)
+		e.Raw = bytes.Repeat([]byte{byte('0' + i)}, size)
+		if i >= 7 {
+			e.Topic = storage.TopicTokenUpdate
+		}
+		events = append(events, e)
+	}
+	events[3].Raw = nil
+	return events
+}
+
+func outboxMixed(t *testing.T, h *Harness) {
+	l := eventLease(t, h)
+	want := mixed()
+	h.device("A").enrolls(t).telling(want...).reports(t, mdm.StatusAcknowledged, "X")
+	h.number(t, l)
+	check := func(events []storage.EventRecord) {
+		t.Helper()
+		require.Len(t, events, len(want))
+		for i, e := range events {
+			require.Equal(t, want[i].ID, e.ID)
+			require.EqualValues(t, i+1, e.Seq)
+			size := len(want[i].Raw)
+			if want[i].Raw == nil {
+				size = -1
+			}
+			require.EqualValues(t, size, e.RawSize, e.ID)
+			require.Equal(t, size > 64<<10, e.RawLeft, e.ID)
+			if !e.RawLeft {
+				require.True(t, bytes.Equal(want[i].Raw, e.Raw), e.ID)
+			}
+			raw, err := h.Store.EventPayload(t.Context(), e.Seq)
+			require.NoError(t, err)
+			require.True(t, bytes.Equal(want[i].Raw, raw), e.ID)
+		}
+	}
+	events, err := h.Store.SinkPage(t.Context(), 0, 100)
+	require.NoError(t, err)
+	check(events)
+	events, _, err = h.Store.ReadEvents(t.Context(), storage.Scope{Topics: []string{topicA}}, storage.EventQuery{Limit: 100})
+	require.NoError(t, err)
+	check(events)
+	k := h.putSink(t, hook())
+	var put []storage.Delivery
+	for i := range want {
+		put = append(put, waits(int64(i+1), storage.DeliveryWaiting))
+	}
+	require.NoError(t, h.Store.Settle(t.Context(), l, k, storage.Settlement{Put: put}))
+	events, err = h.Store.WaitingEvents(t.Context(), "hook", "A", 100)
+	require.NoError(t, err)
+	check(events)
+}
+
+func upkeepMixed(t *testing.T, h *Harness) {
+	l := eventLease(t, h)
+	k := h.putSink(t, hook())
+	h.device("A").enrolls(t).telling(mixed()...).reports(t, mdm.StatusAcknowledged, "X")
+	h.number(t, l)
+	var put []storage.Delivery
+	for _, seq := range []int64{1, 2, 5, 8} {
+		put = append(put, waits(seq, storage.DeliveryDropped))
+	}
+	require.NoError(t, h.Store.Settle(t.Context(), l, k, storage.Settlement{Cursor: 9, Put: put}))
+	_, err := h.Store.DropPayloads(t.Context(), l, 100)
+	require.NoError(t, err)
+	require.Equal(t, []string{"m0", "m1", "m3", "m4", "m7"}, eventIDs(t, h, func(e storedEvent) bool { return e.Size < 0 }))
+	require.Equal(t, []string{"m5", "m8"}, h.Strings(t, "SELECT event_id FROM nano_event_payloads ORDER BY event_id"))
+	events, err := h.Store.SinkPage(t.Context(), 0, 100)
+	require.NoError(t, err)
+	for i, e := range mixed() {
+		if slices.Contains([]int{0, 1, 3, 4, 7}, i) {
+			e.Raw = nil
+		}
+		require.True(t, bytes.Equal(e.Raw, events[i].Raw), e.ID)
+	}
+	n, err := h.Store.RemoveEvents(t.Context(), l, h.Clock.Now(), 1)
+	require.NoError(t, err)
+	require.Equal(t, 9, n)
+	for _, table := range []string{"nano_events", "nano_event_batches", "nano_event_payloads", "nano_event_deliveries"} {
+		require.Zero(t, h.Int(t, "SELECT COUNT(*) FROM "+table), table)
+	}
+}
+
+func outboxMany(t *testing.T, h *Harness) {
+	l := eventLease(t, h)
+	d := h.device("A").enrolls(t)
+	var events []storage.Event
+	for i := range 300 {
+		e := event(fmt.Sprintf("many%03d", i), storage.TopicConnect)
+		e.Raw = bytes.Repeat([]byte{byte(i)}, 1000)
+		events = append(events, e)
+	}
+	d.telling(events...).reports(t, mdm.StatusAcknowledged, "X")
+	require.EqualValues(t, 300, h.number(t, l))
+	require.Greater(t, h.Int(t, "SELECT COUNT(*) FROM nano_events"), int64(1), "no batch is larger than who wants one of its events may read")
+	var read []string
+	for after := int64(0); ; {
+		page, err := h.Store.SinkPage(t.Context(), after, 7)
+		require.NoError(t, err)
+		if len(page) == 0 {
+			break
+		}
+		for _, e := range page {
+			require.True(t, bytes.Equal(events[len(read)].Raw, e.Raw), e.ID)
+			read = append(read, e.ID)
+			require.EqualValues(t, len(read), e.Seq)
+		}
+		after = page[len(page)-1].Seq
+	}
+	require.Len(t, read, 300)
+	require.IsIncreasing(t, read)
 }
 
 func upkeepEvents(t *testing.T, h *Harness) {
@@ -727,7 +853,7 @@ func upkeepEvents(t *testing.T, h *Harness) {
 		t.Helper()
 		_, err := h.Store.RemoveEvents(t.Context(), l, young.CreatedAt, limit)
 		require.NoError(t, err)
-		require.Len(t, told(t, h, "A"), int(h.Int(t, "SELECT COUNT(*) FROM nano_events")), "with their batches")
+		require.Equal(t, h.Int(t, "SELECT COUNT(*) FROM nano_event_batches"), h.Int(t, "SELECT COUNT(*) FROM nano_events"))
 		return told(t, h, "A")
 	}
 	require.Len(t, left(10), 6, "the sink has them before it")
@@ -759,7 +885,7 @@ func upkeepWithoutLease(t *testing.T, h *Harness) {
 		_, err := step()
 		require.ErrorIs(t, err, storage.ErrLeaseLost, name)
 	}
-	require.EqualValues(t, 1, h.Int(t, "SELECT COUNT(*) FROM nano_events WHERE payload IS NOT NULL"))
+	require.Equal(t, []string{"raw a1"}, h.Strings(t, "SELECT payloads FROM nano_events"))
 	require.EqualValues(t, 1, h.Int(t, "SELECT COUNT(*) FROM nano_event_sinks"))
 }
 

@@ -3,7 +3,6 @@ package storagetest
 import (
 	"encoding/json"
 	"fmt"
-	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -264,17 +263,53 @@ func reportLarge(t *testing.T, h *Harness) {
 	require.True(t, string(raw) == h.Strings(t, "SELECT result FROM nano_command_results")[0])
 }
 
+// storedEvent is an event as its batch describes it, with its payload.
+type storedEvent struct {
+	ID          string            `json:"id"`
+	Enrollment  string            `json:"enrollment"`
+	Type        mdm.EnrollType    `json:"type"`
+	Parent      string            `json:"parent"`
+	Topic       string            `json:"topic"`
+	UDID        string            `json:"udid"`
+	APNsTopic   string            `json:"apns_topic"`
+	RequestType string            `json:"request_type"`
+	Status      string            `json:"status"`
+	CommandUUID string            `json:"command_uuid"`
+	Tally       int               `json:"tally"`
+	Params      map[string]string `json:"params"`
+	TraceParent string            `json:"traceparent"`
+	CreatedAt   int64             `json:"created_at"`
+	Size        int               `json:"size"`
+	Apart       bool              `json:"apart"`
+}
+
+// storedEvents reads all events in their order, and without the store.
+func storedEvents(t *testing.T, h *Harness) (events []storedEvent) {
+	t.Helper()
+	for _, details := range h.Strings(t, `SELECT details FROM nano_event_batches b JOIN nano_events e ON e.batch_id = b.batch_id
+ORDER BY CASE WHEN seq = 0 THEN 1 ELSE 0 END, seq, stamp`) {
+		var batch []storedEvent
+		require.NoError(t, json.Unmarshal([]byte(details), &batch))
+		events = append(events, batch...)
+	}
+	return events
+}
+
+// eventIDs are the ids of those events that fit, in their order.
+func eventIDs(t *testing.T, h *Harness, fits func(e storedEvent) bool) (ids []string) {
+	t.Helper()
+	for _, e := range storedEvents(t, h) {
+		if fits(e) {
+			ids = append(ids, e.ID)
+		}
+	}
+	return ids
+}
+
 // told reads the events of an enrollment in their order.
 func told(t *testing.T, h *Harness, id string) []string {
 	t.Helper()
-	var ids []string
-	for _, batch := range h.Strings(t, "SELECT events FROM nano_event_batches ORDER BY CASE WHEN seq = 0 THEN 1 ELSE 0 END, seq, stamp") {
-		var all []string
-		require.NoError(t, json.Unmarshal([]byte(batch), &all))
-		ids = append(ids, all...)
-	}
-	of := h.Strings(t, "SELECT event_id FROM nano_events WHERE enrollment_id = ?", id)
-	return slices.DeleteFunc(ids, func(e string) bool { return !slices.Contains(of, e) })
+	return eventIDs(t, h, func(e storedEvent) bool { return e.Enrollment == id })
 }
 
 func eventCommits(t *testing.T, h *Harness) {
@@ -304,13 +339,28 @@ func eventCommits(t *testing.T, h *Harness) {
 	require.Equal(t, []string{"authenticate", "token", "report", "unknown", "status", "bootstrap", "check out"}, told(t, h, "D"))
 	require.Equal(t, []string{"stranger"}, told(t, h, "E"))
 	require.Equal(t, []string{"user", "user 2"}, told(t, h, "D:U"))
-	require.Equal(t, []string{"1", "2"}, h.Strings(t, "SELECT tally FROM nano_events WHERE enrollment_id = 'D:U' AND parent_id = 'D' AND enrollment_type = 'User' ORDER BY event_id"))
-	require.EqualValues(t, 9, h.Int(t, "SELECT COUNT(*) FROM nano_events WHERE apns_topic = ? AND udid = 'udid'", topicA))
-	require.Equal(t, []string{"report"}, h.Strings(t, "SELECT event_id FROM nano_events WHERE request_type <> ''"))
-	require.Equal(t, []string{`{"a":"b"}`}, h.Strings(t, `SELECT params FROM nano_events
-WHERE event_id = 'report' AND request_type = 'ProfileList' AND status = 'Acknowledged' AND command_uuid = 'C' AND topic = 'mdm.Connect' AND created_at = ?`,
-		time.Unix(1_700_000_000, 0).UnixMicro()))
-	require.Equal(t, []string{"report"}, h.Strings(t, "SELECT event_id FROM nano_events WHERE traceparent = ?", report.TraceParent))
+	all := storedEvents(t, h)
+	require.Len(t, all, 10)
+	byID := make(map[string]storedEvent)
+	for _, e := range all {
+		byID[e.ID] = e
+		if e.ID != "stranger" {
+			require.Equal(t, topicA, e.APNsTopic, e.ID)
+			require.Equal(t, "udid", e.UDID, e.ID)
+		}
+	}
+	for i, id := range []string{"user", "user 2"} {
+		require.Equal(t, i+1, byID[id].Tally)
+		require.Equal(t, "D", byID[id].Parent)
+		require.Equal(t, mdm.User, byID[id].Type)
+	}
+	require.Equal(t, storedEvent{
+		ID: "report", Enrollment: "D", Type: mdm.Device, Topic: "mdm.Connect", UDID: "udid", APNsTopic: topicA, RequestType: "ProfileList",
+		Status: "Acknowledged", CommandUUID: "C", Params: map[string]string{"a": "b"}, TraceParent: report.TraceParent,
+		CreatedAt: time.Unix(1_700_000_000, 0).UnixMicro(), Size: len("raw report"),
+	}, byID["report"])
+	require.Equal(t, []string{"report"}, eventIDs(t, h, func(e storedEvent) bool { return e.RequestType != "" }))
+	require.Equal(t, []string{"report"}, eventIDs(t, h, func(e storedEvent) bool { return e.TraceParent != "" }))
 	events := h.holdEvents(t, h.Store)
 	_, _, err = h.Store.NumberEvents(t.Context(), events, 100)
 	require.NoError(t, err)
@@ -324,7 +374,11 @@ WHERE event_id = 'report' AND request_type = 'ProfileList' AND status = 'Acknowl
 		require.Equal(t, want, e.TraceParent, e.ID)
 	}
 	require.Len(t, page, 10)
-	require.Equal(t, []string{"raw report"}, h.Strings(t, "SELECT payload FROM nano_events WHERE event_id = 'report'"))
+	for _, e := range page {
+		require.Equal(t, "raw "+e.ID, string(e.Raw))
+		require.EqualValues(t, len(e.Raw), e.RawSize)
+		require.False(t, e.RawLeft)
+	}
 }
 
 func eventOrder(t *testing.T, h *Harness) {

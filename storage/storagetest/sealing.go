@@ -163,9 +163,10 @@ func planted(t *testing.T, h *Harness) map[string]string {
 		values[column] = rows[0]
 	}
 	values["user token_update"] = h.Strings(t, "SELECT token_update FROM nano_users")[0]
-	for _, topic := range []string{storage.TopicAuthenticate, storage.TopicTokenUpdate, storage.TopicSetBootstrapToken} {
-		values[topic] = h.Strings(t, "SELECT payload FROM nano_events WHERE topic = ?", topic)[0]
+	for _, topic := range []string{storage.TopicTokenUpdate, storage.TopicSetBootstrapToken} {
+		values[topic] = h.Strings(t, "SELECT payload FROM nano_event_payloads WHERE topic = ?", topic)[0]
 	}
+	values[storage.TopicAuthenticate] = strings.Join(h.Strings(t, "SELECT payloads FROM nano_events WHERE payloads IS NOT NULL"), " ")
 	return values
 }
 

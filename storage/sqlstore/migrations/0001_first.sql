@@ -189,38 +189,35 @@ CREATE TABLE IF NOT EXISTS nano_cert_auth_associations (
 CREATE INDEX {if_not_exists} nano_cert_auth_associations_id ON nano_cert_auth_associations (id, retired_at);
 CREATE INDEX {if_not_exists} nano_cert_auth_associations_not_after ON nano_cert_auth_associations (retired_at, not_after, id);
 
--- The outbox. An event's number follows from its batch.
-CREATE TABLE IF NOT EXISTS nano_events (
-    event_id           {id} NOT NULL PRIMARY KEY,
-    enrollment_id      {id} NOT NULL,
-    enrollment_type    {id} NOT NULL,
-    parent_id          {id} NOT NULL DEFAULT '',
-    topic              {id} NOT NULL,
-    udid               {id} NOT NULL DEFAULT '',
-    user_enrollment_id {id} NOT NULL DEFAULT '',
-    apns_topic         {id} NOT NULL DEFAULT '',
-    request_type       {id} NOT NULL DEFAULT '',
-    status             {id} NOT NULL DEFAULT '',
-    command_uuid       {id} NOT NULL DEFAULT '',
-    tally              BIGINT NOT NULL DEFAULT 0,
-    params             {blob} NULL,
-    traceparent        {id} NOT NULL DEFAULT '',
-    payload            {blob} NULL,
-    created_at         BIGINT NOT NULL
-) {table};
-
--- Events that were committed together, in order: events is a JSON list of
--- size ids. seq is 0 until the holder of the events lease numbers the batch,
+-- The outbox. Events that were committed together, in order, are a batch of
+-- some size. seq is 0 until the holder of the events lease numbers the batch,
 -- and then the number of its last event; those before it have the numbers
--- before. stamp is the order of batches that have none.
+-- before. stamp is the order of batches that have none. newest is when the
+-- last event of it came in.
 CREATE TABLE IF NOT EXISTS nano_event_batches (
     batch_id {id} NOT NULL PRIMARY KEY,
     seq      BIGINT NOT NULL DEFAULT 0,
     stamp    BIGINT NOT NULL,
     size     BIGINT NOT NULL,
-    events   {text} NOT NULL
+    newest   BIGINT NOT NULL
 ) {table};
 CREATE INDEX {if_not_exists} nano_event_batches_seq ON nano_event_batches (seq, stamp);
+
+-- What a batch tells: details is a JSON list of its events, with the size of
+-- each one's payload. The payloads follow each other, but for those that have
+-- rows of their own, since they are sealed or large. PostgreSQL is not to spend
+-- time on compressing what is removed soon.
+CREATE TABLE IF NOT EXISTS nano_events (
+    batch_id {id} NOT NULL PRIMARY KEY,
+    details  {text} NOT NULL,
+    payloads {blob} NULL
+) {table};
+{pgsql} ALTER TABLE nano_events ALTER details SET STORAGE EXTERNAL, ALTER payloads SET STORAGE EXTERNAL;
+CREATE TABLE IF NOT EXISTS nano_event_payloads (
+    event_id {id} NOT NULL PRIMARY KEY,
+    topic    {id} NOT NULL,
+    payload  {blob} NOT NULL
+) {table};
 
 -- name seq: the last number that was given to an event.
 CREATE TABLE IF NOT EXISTS nano_event_counters (
@@ -242,12 +239,14 @@ CREATE TABLE IF NOT EXISTS nano_event_sinks (
     updated_at BIGINT NOT NULL
 ) {table};
 
--- What a sink has not got; state holds the numbers of storage.DeliveryState.
+-- What a sink has not got; state holds the numbers of storage.DeliveryState,
+-- created_at is the event's.
 CREATE TABLE IF NOT EXISTS nano_event_deliveries (
     sink          {id} NOT NULL,
     seq           BIGINT NOT NULL,
-    event_id      {id} NOT NULL,
+    batch_id      {id} NOT NULL,
     enrollment_id {id} NOT NULL,
+    created_at    BIGINT NOT NULL,
     state         SMALLINT NOT NULL,
     attempts      BIGINT NOT NULL DEFAULT 0,
     next_at       BIGINT NULL,

@@ -1,0 +1,209 @@
+package sqlstore
+
+import (
+	"context"
+	"database/sql"
+	"encoding/json"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/nanomdm/nanomdm/storage"
+)
+
+// DropPayloads implements storage.EventUpkeep.
+func (s *Store) DropPayloads(ctx context.Context, l storage.Lease, limit int) (int, error) {
+	sinks, err := s.EventSinks(ctx)
+	if err != nil {
+		return 0, err
+	}
+	var n int
+	err = s.write(ctx, func(ctx context.Context, t *tx) error {
+		n = 0
+		if err := t.checkLease(ctx, l); err != nil {
+			return err
+		}
+		settled, err := settledBy(ctx, t, sinks)
+		if err != nil {
+			return err
+		}
+		for _, sink := range sinks {
+			rows, err := deliveryRecords(ctx, t, `WHERE sink = ? AND state = ? AND seq <= ? LIMIT ?`,
+				sink.Name, int(storage.DeliveryDropped), settled, limit-n)
+			if err != nil {
+				return err
+			}
+			if len(rows) == 0 {
+				continue
+			}
+			if err := dropPayloads(ctx, t, rows); err != nil {
+				return err
+			}
+			for chunk := range slices.Chunk(rows, deliveryRows) {
+				place, args := amongNumbers(numbersOf(chunk))
+				if _, err := t.exec(ctx, `UPDATE nano_event_deliveries SET state = ? WHERE sink = ? AND seq IN `+place,
+					append([]any{int(storage.DeliveryGone), sink.Name}, args...)...); err != nil {
+					return err
+				}
+			}
+			if n += len(rows); n >= limit {
+				break
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return 0, fmt.Errorf("dropping payloads: %w", err)
+	}
+	return n, nil
+}
+
+// dropPayloads writes batches anew, without the payloads of some events.
+func dropPayloads(ctx context.Context, t *tx, rows []deliveryRow) error {
+	drop := make(map[int64]bool, len(rows))
+	for _, r := range rows {
+		drop[r.seq] = true
+	}
+	batches, err := readBatches(ctx, t, batchesOfRows(rows), true)
+	if err != nil {
+		return err
+	}
+	var apart []string
+	for i := range batches {
+		b := &batches[i]
+		var kept []byte
+		rest := b.payloads
+		for at := range b.events {
+			d := &b.events[at]
+			var payload []byte
+			if !d.Apart && d.Size > 0 {
+				if d.Size > len(rest) {
+					return fmt.Errorf("the payloads of the events up to %d are cut", b.last)
+				}
+				payload, rest = rest[:d.Size], rest[d.Size:]
+			}
+			switch {
+			case !drop[b.number(at)]:
+				kept = append(kept, payload...)
+				continue
+			case d.Apart:
+				apart = append(apart, d.ID)
+			}
+			d.Size, d.Apart = -1, false
+		}
+		details, err := json.Marshal(b.events)
+		if err != nil {
+			return err
+		}
+		if err := t.later(ctx, `UPDATE nano_events SET details = ?, payloads = ? WHERE batch_id = ?`, string(details), kept, b.id); err != nil {
+			return err
+		}
+	}
+	return deleteByID(ctx, t, "nano_event_payloads", "event_id", apart)
+}
+
+func deleteByID(ctx context.Context, t *tx, table, key string, ids []string) error {
+	for chunk := range slices.Chunk(ids, idRows) {
+		is, args := t.among(chunk)
+		if _, err := t.exec(ctx, `DELETE FROM `+table+` WHERE `+key+` `+is, args...); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// settledBy returns the number up to which every enabled sink is done: its
+// cursor is behind it and nothing before it waits to be sent.
+func settledBy(ctx context.Context, t *tx, sinks []storage.EventSink) (int64, error) {
+	settled, err := lastNumber(ctx, t, "")
+	if err != nil {
+		return 0, err
+	}
+	for _, sink := range sinks {
+		if !sink.Enabled || sink.URL == "" {
+			continue
+		}
+		settled = min(settled, sink.Cursor)
+		for _, state := range []storage.DeliveryState{storage.DeliveryWaiting, storage.DeliveryAgain} {
+			var first sql.Null[int64]
+			err := t.queryRow(ctx, `SELECT MIN(seq) FROM nano_event_deliveries WHERE sink = ? AND state = ?`, sink.Name, int(state)).Scan(&first)
+			if err != nil {
+				return 0, err
+			}
+			if first.Valid {
+				settled = min(settled, first.V-1)
+			}
+		}
+	}
+	return settled, nil
+}
+
+// RemoveEvents implements storage.EventUpkeep.
+func (s *Store) RemoveEvents(ctx context.Context, l storage.Lease, before time.Time, limit int) (int, error) {
+	sinks, err := s.EventSinks(ctx)
+	if err != nil {
+		return 0, err
+	}
+	var n int
+	err = s.write(ctx, func(ctx context.Context, t *tx) error {
+		n = 0
+		if err := t.checkLease(ctx, l); err != nil {
+			return err
+		}
+		settled, err := settledBy(ctx, t, sinks)
+		if err != nil {
+			return err
+		}
+		old, events, err := oldBatches(ctx, t, settled, micros(before), limit)
+		if err != nil || len(old) == 0 {
+			return err
+		}
+		last := old[len(old)-1].last
+		for _, sink := range sinks {
+			if _, err := t.exec(ctx, `DELETE FROM nano_event_deliveries WHERE sink = ? AND seq <= ?`, sink.Name, last); err != nil {
+				return err
+			}
+		}
+		batches, err := readBatches(ctx, t, idsOf(old), false)
+		if err != nil {
+			return err
+		}
+		var apart []string
+		for _, b := range batches {
+			for _, d := range b.events {
+				if d.Apart {
+					apart = append(apart, d.ID)
+				}
+			}
+		}
+		if err := deleteByID(ctx, t, "nano_event_payloads", "event_id", apart); err != nil {
+			return err
+		}
+		if err := deleteByID(ctx, t, "nano_events", "batch_id", idsOf(old)); err != nil {
+			return err
+		}
+		_, err = t.exec(ctx, `DELETE FROM nano_event_batches WHERE seq > 0 AND seq <= ?`, last)
+		n = events
+		return err
+	})
+	if err != nil {
+		return 0, fmt.Errorf("removing events: %w", err)
+	}
+	return n, nil
+}
+
+// oldBatches reads the first batches of the log that are old and settled:
+// with up to limit events, or a single one.
+func oldBatches(ctx context.Context, t *tx, settled, before int64, limit int) (old []numberedBatch, events int, err error) {
+	list, err := batchesAfter(ctx, t, 0, limit)
+	if err != nil {
+		return nil, 0, err
+	}
+	for _, h := range list {
+		if h.last > settled || h.newest >= before || len(old) > 0 && events+int(h.size) > limit {
+			break
+		}
+		old, events = append(old, h), events+int(h.size)
+	}
+	return old, events, nil
+}
