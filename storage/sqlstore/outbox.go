@@ -369,6 +369,14 @@ func deliveryRecords(ctx context.Context, t *tx, where string, args ...any) (lis
 	return list, rows.Err()
 }
 
+func statesOf(rows []deliveryRow) map[int64]storage.DeliveryState {
+	states := make(map[int64]storage.DeliveryState, len(rows))
+	for _, r := range rows {
+		states[r.seq] = r.state
+	}
+	return states
+}
+
 func numbersOf(rows []deliveryRow) []int64 {
 	seqs := make([]int64, len(rows))
 	for i := range rows {
@@ -418,8 +426,8 @@ func (s *Store) Redeliver(ctx context.Context, r storage.Redelivery) (int64, err
 	return total, nil
 }
 
-// redeliverSome marks events of the next numbers that there are. next is 0 at
-// the end.
+// redeliverSome marks events of the next numbers that there are, up to next,
+// which is 0 at the end.
 func (s *Store) redeliverSome(ctx context.Context, sink *storage.EventSink, r storage.Redelivery, total, after, through int64) (n, next int64, err error) {
 	err = s.write(ctx, func(ctx context.Context, t *tx) error {
 		n, next = 0, 0
@@ -427,15 +435,14 @@ func (s *Store) redeliverSome(ctx context.Context, sink *storage.EventSink, r st
 		if r.Dead {
 			read = deadLetters
 		}
-		list, more, err := read(ctx, t, r.Sink, after, through)
-		if err != nil || len(list) == 0 {
+		list, end, err := read(ctx, t, r.Sink, after, through)
+		if err != nil {
 			return err
 		}
 		var put []storage.Delivery
 		batches := make(map[int64]string)
 		for i := 0; i < len(list) && (r.Limit == 0 || total+int64(len(put)) < int64(r.Limit)); i++ {
 			e := &list[i]
-			next = e.Seq
 			gone := e.RawSize < 0 && !storage.ServerTopic(e.Topic)
 			if gone || e.state == storage.DeliveryWaiting || !sink.Match(&e.EventRecord) {
 				continue
@@ -444,10 +451,7 @@ func (s *Store) redeliverSome(ctx context.Context, sink *storage.EventSink, r st
 			put = append(put, storage.Delivery{Seq: e.Seq, Enrollment: e.Enroll.ID, CreatedAt: e.CreatedAt,
 				State: storage.DeliveryAgain, NextAt: fromMicros(t.now)})
 		}
-		if !more {
-			next = 0
-		}
-		n = int64(len(put))
+		n, next = int64(len(put)), end
 		return putDeliveries(ctx, t, r.Sink, put, batches)
 	})
 	return n, next, err
@@ -461,45 +465,43 @@ type loggedEvent struct {
 	state storage.DeliveryState
 }
 
-// redeliverable reads what comes next in a range of the log. more says that
-// there may be further ones.
-func redeliverable(ctx context.Context, t *tx, sink string, after, through int64) (list []loggedEvent, more bool, err error) {
+// redeliverable reads what comes next in a range of the log, up to end, which
+// is 0 if there is nothing.
+func redeliverable(ctx context.Context, t *tx, sink string, after, through int64) (list []loggedEvent, end int64, err error) {
 	found, err := batchesAfter(ctx, t, after, redeliverRows)
 	if err != nil || len(found) == 0 {
-		return nil, false, err
+		return nil, 0, err
 	}
-	through = min(through, found[len(found)-1].last)
-	rows, err := deliveryRecords(ctx, t, `WHERE sink = ? AND seq > ? AND seq <= ?`, sink, after, through)
+	end = min(through, found[len(found)-1].last)
+	rows, err := deliveryRecords(ctx, t, `WHERE sink = ? AND seq > ? AND seq <= ?`, sink, after, end)
 	if err != nil {
-		return nil, false, err
+		return nil, 0, err
 	}
-	states := make(map[int64]storage.DeliveryState, len(rows))
-	for _, r := range rows {
-		states[r.seq] = r.state
-	}
-	list, err = loggedEvents(ctx, t, idsOf(found), func(seq int64) bool { return seq > after && seq <= through })
+	states := statesOf(rows)
+	list, err = loggedEvents(ctx, t, idsOf(found), func(seq int64) bool { return seq > after && seq <= end })
 	for i := range list {
 		list[i].state = states[list[i].Seq]
 	}
-	return list, true, err
+	return list, end, err
 }
 
-// deadLetters reads those of a sink that come next.
-func deadLetters(ctx context.Context, t *tx, sink string, after, through int64) (list []loggedEvent, more bool, err error) {
+// deadLetters reads those of a sink that come next, up to end, which is 0 if
+// there are no more.
+func deadLetters(ctx context.Context, t *tx, sink string, after, through int64) (list []loggedEvent, end int64, err error) {
 	rows, err := deliveryRecords(ctx, t, `WHERE sink = ? AND seq > ? AND seq <= ? AND state IN (`+
 		strconv.Itoa(int(storage.DeliveryDead))+`, `+strconv.Itoa(int(storage.DeliveryDropped))+`) ORDER BY seq LIMIT ?`, sink, after, through, redeliverRows)
 	if err != nil || len(rows) == 0 {
-		return nil, false, err
+		return nil, 0, err
 	}
-	states := make(map[int64]storage.DeliveryState, len(rows))
-	for _, r := range rows {
-		states[r.seq] = r.state
+	if len(rows) == redeliverRows {
+		end = rows[len(rows)-1].seq
 	}
+	states := statesOf(rows)
 	list, err = loggedEvents(ctx, t, batchesOfRows(rows), func(seq int64) bool { return states[seq] != 0 })
 	for i := range list {
 		list[i].state = states[list[i].Seq]
 	}
-	return list, len(rows) == redeliverRows, err
+	return list, end, err
 }
 
 // loggedEvents reads events of batches without their payloads.
