@@ -278,7 +278,8 @@ func (b *bench) compare(ctx context.Context, name string, l load,
 // median of the values, which it sorts.
 func median[T float64 | time.Duration](values []T) T {
 	slices.Sort(values)
-	return values[len(values)/2]
+	n := len(values)
+	return (values[(n-1)/2] + values[n/2]) / 2
 }
 
 // more makes devices that are not enrolled yet.

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"io"
 	"runtime"
+	"slices"
 	"strings"
 	"time"
 )
@@ -149,11 +150,24 @@ const method = `
   10,000 there, at 8 connections), so that figure is an estimate.
 `
 
+// leftOut are the engines without a report.
+func leftOut(reports []*report) (labels []string) {
+	for _, e := range engines() {
+		if !slices.ContainsFunc(reports, func(r *report) bool { return r.engine.name == e.name }) {
+			labels = append(labels, e.label)
+		}
+	}
+	return labels
+}
+
 // write renders the results in Markdown.
 func write(w io.Writer, o *options, reports []*report) error {
 	var b strings.Builder
 	fmt.Fprintf(&b, intro, runtime.Version(), runtime.GOOS, runtime.GOARCH, runtime.NumCPU(),
 		time.Now().UTC().Format("2 January 2006"), o.devices, o.rounds)
+	if left := leftOut(reports); len(left) > 0 {
+		fmt.Fprintf(&b, "Not measured: %s.\n\n", strings.Join(left, ", "))
+	}
 	b.WriteString("| |")
 	for _, r := range reports {
 		fmt.Fprintf(&b, " %s |", r.engine.label)
