@@ -63,6 +63,25 @@ type batch struct {
 // number is that of the event at a place.
 func (b *batch) number(at int) int64 { return b.last - int64(len(b.events)-1-at) }
 
+// each calls fn with each event of a batch that was read with payloads, and
+// the one that stands there, nil if there is none. Size is -1 if it should and
+// does not: one that is lost must not hold up the others.
+func (b *batch) each(fn func(d *eventDetails, seq int64, payload []byte)) {
+	rest := b.payloads
+	for at := range b.events {
+		d := &b.events[at]
+		var payload []byte
+		switch {
+		case d.Apart || d.Size < 0:
+		case d.Size > len(rest):
+			d.Size, rest = -1, nil
+		default:
+			payload, rest = rest[:d.Size:d.Size], rest[d.Size:]
+		}
+		fn(d, b.number(at), payload)
+	}
+}
+
 // readBatches reads batches that are numbered, in order, with their payloads
 // or without. Those that were removed are missing. They are looked up by their
 // keys however small the tables were when the statement was planned, since
@@ -120,31 +139,20 @@ func idsOf(list []numberedBatch) []string {
 }
 
 // eventsOf reads those events of batches that fit, in order.
-func (s *Store) eventsOf(ctx context.Context, t *tx, ids []string, fits func(d *eventDetails, seq int64) bool) ([]storage.EventRecord, error) {
+func eventsOf(ctx context.Context, t *tx, ids []string, fits func(d *eventDetails, seq int64) bool) ([]storage.EventRecord, error) {
 	batches, err := readBatches(ctx, t, ids, true)
 	if err != nil {
 		return nil, err
 	}
 	var events []storage.EventRecord
 	for i := range batches {
-		b := &batches[i]
-		from := 0
-		for at := range b.events {
-			d, seq := &b.events[at], b.number(at)
-			to := from
-			if !d.Apart && d.Size > 0 {
-				to += d.Size
-			}
-			if to > len(b.payloads) {
-				return nil, fmt.Errorf("the payloads of the events up to %d are cut", b.last)
-			}
+		batches[i].each(func(d *eventDetails, seq int64, payload []byte) {
 			if fits(d, seq) {
 				r := d.record(seq)
-				r.Raw = b.payloads[from:to:to]
+				r.Raw = payload
 				events = append(events, r)
 			}
-			from = to
-		}
+		})
 	}
 	return events, nil
 }
@@ -219,7 +227,7 @@ func (s *Store) SinkPage(ctx context.Context, after int64, limit int) ([]storage
 			if err != nil || len(list) == 0 {
 				return err
 			}
-			events, err = s.eventsOf(ctx, t, idsOf(list), func(_ *eventDetails, seq int64) bool { return seq > after })
+			events, err = eventsOf(ctx, t, idsOf(list), func(_ *eventDetails, seq int64) bool { return seq > after })
 			if err != nil {
 				return err
 			}
@@ -265,7 +273,7 @@ func (s *Store) ReadEvents(ctx context.Context, scope storage.Scope, q storage.E
 					return err
 				}
 			}
-			found, err := s.eventsOf(ctx, t, ids, func(d *eventDetails, seq int64) bool { return seq > next && match(d) })
+			found, err := eventsOf(ctx, t, ids, func(d *eventDetails, seq int64) bool { return seq > next && match(d) })
 			if err != nil {
 				return err
 			}
@@ -306,7 +314,7 @@ func (s *Store) EventPayload(ctx context.Context, seq int64) ([]byte, error) {
 		if err != nil {
 			return err
 		}
-		events, err := s.eventsOf(ctx, t, idsOf(list), func(_ *eventDetails, at int64) bool { return at == seq })
+		events, err := eventsOf(ctx, t, idsOf(list), func(_ *eventDetails, at int64) bool { return at == seq })
 		if err != nil {
 			return err
 		}

@@ -72,25 +72,16 @@ func dropPayloads(ctx context.Context, t *tx, rows []deliveryRow) error {
 	for i := range batches {
 		b := &batches[i]
 		var kept []byte
-		rest := b.payloads
-		for at := range b.events {
-			d := &b.events[at]
-			var payload []byte
-			if !d.Apart && d.Size > 0 {
-				if d.Size > len(rest) {
-					return fmt.Errorf("the payloads of the events up to %d are cut", b.last)
-				}
-				payload, rest = rest[:d.Size], rest[d.Size:]
-			}
-			switch {
-			case !drop[b.number(at)]:
+		b.each(func(d *eventDetails, seq int64, payload []byte) {
+			if !drop[seq] {
 				kept = append(kept, payload...)
-				continue
-			case d.Apart:
+				return
+			}
+			if d.Apart {
 				apart = append(apart, d.ID)
 			}
 			d.Size, d.Apart = -1, false
-		}
+		})
 		details, err := json.Marshal(b.events)
 		if err != nil {
 			return err

@@ -326,7 +326,7 @@ func (s *Store) deliveries(ctx context.Context, where string, args ...any) ([]st
 		for i := range rows {
 			place[rows[i].seq] = i
 		}
-		events, err = s.eventsOf(ctx, t, batchesOfRows(rows), func(_ *eventDetails, seq int64) bool {
+		events, err = eventsOf(ctx, t, batchesOfRows(rows), func(_ *eventDetails, seq int64) bool {
 			_, wanted := place[seq]
 			return wanted
 		})

@@ -28,6 +28,7 @@ func outboxTests() []subtest {
 		{"a large payload is read by itself", outboxLarge},
 		{"payloads of all sizes and kinds are read as they came", outboxMixed},
 		{"many events of one report are read in order", outboxMany},
+		{"an event whose payload is cut holds up no other", outboxCut},
 		{"the log is read by topic and scope, from where one left off", outboxLog},
 		{"the log goes on behind what was removed", outboxLogRemoved},
 	}
@@ -803,6 +804,25 @@ func upkeepMixed(t *testing.T, h *Harness) {
 	require.Equal(t, 9, n)
 	for _, table := range []string{"nano_events", "nano_event_batches", "nano_event_payloads", "nano_event_deliveries"} {
 		require.Zero(t, h.Int(t, "SELECT COUNT(*) FROM "+table), table)
+	}
+}
+
+func outboxCut(t *testing.T, h *Harness) {
+	l := eventLease(t, h)
+	d := h.device("A").enrolls(t)
+	d.telling(event("a1", storage.TopicConnect), event("a2", storage.TopicConnect), event("a3", storage.TopicConnect)).
+		reports(t, mdm.StatusAcknowledged, "X")
+	d.tells(t, "a4")
+	h.number(t, l)
+	h.Exec(t, "UPDATE nano_events SET payloads = SUBSTR(payloads, 1, 8) WHERE details LIKE '%a1%'")
+	events, err := h.Store.SinkPage(t.Context(), 0, 10)
+	require.NoError(t, err)
+	require.Equal(t, []string{"a1", "a2", "a3", "a4"}, idsOf(events))
+	for i, want := range []string{"raw a1", "", "", "raw a4"} {
+		require.Equal(t, want, string(events[i].Raw))
+		if want == "" {
+			require.EqualValues(t, -1, events[i].RawSize)
+		}
 	}
 }
 
