@@ -179,7 +179,9 @@ func storeBatch(ctx context.Context, t *tx, details []eventDetails, payloads []b
 		return err
 	}
 	if len(apart) > 0 {
-		if err := t.insert(ctx, "nano_event_payloads", []string{"event_id", "topic", "payload"}, apart); err != nil {
+		// They may be there: events without a change are stored again if nothing
+		// is known of the commit.
+		if err := t.upsert(ctx, "nano_event_payloads", []string{"event_id", "topic", "payload"}, []string{"event_id"}, nil, apart); err != nil {
 			return err
 		}
 	}

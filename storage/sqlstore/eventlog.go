@@ -159,11 +159,11 @@ func eventsOf(ctx context.Context, t *tx, ids []string, fits func(d *eventDetail
 
 // addApart reads payloads that are left but small.
 func (s *Store) addApart(ctx context.Context, t *tx, events []storage.EventRecord) error {
-	left := make(map[string]*storage.EventRecord)
+	left := make(map[string][]*storage.EventRecord) // one may be stored twice
 	var keys []queueKey
 	for i := range events {
 		if r := &events[i]; r.RawLeft && r.RawSize <= smallPayload {
-			left[r.ID] = r
+			left[r.ID] = append(left[r.ID], r)
 			keys = append(keys, queueKey{id: r.ID})
 			r.RawSize, r.RawLeft = -1, false // unless it is found
 		}
@@ -180,7 +180,7 @@ func (s *Store) addApart(ctx context.Context, t *tx, events []storage.EventRecor
 	return nil
 }
 
-func (s *Store) scanApart(ctx context.Context, t *tx, left map[string]*storage.EventRecord, args []any) error {
+func (s *Store) scanApart(ctx context.Context, t *tx, left map[string][]*storage.EventRecord, args []any) error {
 	rows, err := t.query(ctx, `SELECT p.event_id, p.payload FROM `+t.d.pairs+t.d.lookup(false, "nano_event_payloads", "p", "p.event_id = r.id"), args...)
 	if err != nil {
 		return err
@@ -198,7 +198,9 @@ func (s *Store) scanApart(ctx context.Context, t *tx, left map[string]*storage.E
 			s.log.Error("the payload of an event is lost", "event_id", id, "error", err)
 			continue
 		}
-		left[id].Raw, left[id].RawSize = raw, int64(len(value))
+		for _, r := range left[id] {
+			r.Raw, r.RawSize = raw, int64(len(value))
+		}
 	}
 	return rows.Err()
 }

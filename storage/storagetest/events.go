@@ -29,6 +29,7 @@ func outboxTests() []subtest {
 		{"payloads of all sizes and kinds are read as they came", outboxMixed},
 		{"many events of one report are read in order", outboxMany},
 		{"an event whose payload is cut holds up no other", outboxCut},
+		{"an event that was stored before is stored again", outboxTwice},
 		{"the log is read by topic and scope, from where one left off", outboxLog},
 		{"the log goes on behind what was removed", outboxLogRemoved},
 	}
@@ -804,6 +805,24 @@ func upkeepMixed(t *testing.T, h *Harness) {
 	require.Equal(t, 9, n)
 	for _, table := range []string{"nano_events", "nano_event_batches", "nano_event_payloads", "nano_event_deliveries"} {
 		require.Zero(t, h.Int(t, "SELECT COUNT(*) FROM "+table), table)
+	}
+}
+
+func outboxTwice(t *testing.T, h *Harness) {
+	l := eventLease(t, h)
+	d := h.device("A").enrolls(t)
+	for _, uuid := range []string{"X", "Y"} {
+		d.telling(mixed()[1], mixed()[7]).reports(t, mdm.StatusAcknowledged, uuid)
+	}
+	h.number(t, l)
+	events, err := h.Store.SinkPage(t.Context(), 0, 10)
+	require.NoError(t, err)
+	require.Equal(t, []string{"m1", "m7", "m1", "m7"}, idsOf(events))
+	for _, seq := range []int64{1, 2, 3, 4} {
+		raw, err := h.Store.EventPayload(t.Context(), seq)
+		require.NoError(t, err)
+		require.NotEmpty(t, raw)
+		require.True(t, bytes.Equal(raw, events[seq-1].Raw))
 	}
 }
 
