@@ -1,8 +1,6 @@
 package storagetest
 
 import (
-	"context"
-	"errors"
 	"fmt"
 	"strings"
 	"sync"
@@ -102,17 +100,9 @@ func (c *channel) identity() mdm.Enrollment {
 	return mdm.Enrollment{UDID: c.enroll.ID}
 }
 
-// apply says again what the database had no time for, as a device does that was
-// answered 503: machines that tests run on may be slow.
-func (c *channel) apply(t *testing.T, op storage.Op) (out *storage.Outcome, err error) {
+func (c *channel) apply(t *testing.T, op storage.Op) (*storage.Outcome, error) {
 	t.Helper()
-	for range 3 {
-		out, err = c.store.Apply(t.Context(), op)
-		if !errors.Is(err, storage.ErrUnavailable) || !errors.Is(err, context.DeadlineExceeded) {
-			break
-		}
-	}
-	return out, err
+	return c.store.Apply(t.Context(), op)
 }
 
 func (c *channel) authenticate(t *testing.T) error {
