@@ -62,8 +62,9 @@ type Sweeps interface {
 	// first wins; one that comes later is stored as late.
 	ExpireCommands(ctx context.Context, l Lease, limit int) (int, error)
 	// PromoteCommands queues up to limit scheduled rows whose not-before time
-	// has come, behind what waits already and in the order of their times,
-	// makes a push owed for them, and returns how many.
+	// has come, behind what waits already and in the order of their times, or
+	// of one time in that in which they were queued, makes a push owed for
+	// them, and returns how many.
 	PromoteCommands(ctx context.Context, l Lease, limit int) (int, error)
 	// RemoveResults removes results, by the time when they came in. Their
 	// queue rows and commands stay.

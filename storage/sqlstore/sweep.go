@@ -161,6 +161,9 @@ WHERE state = %d AND not_before <= ? ORDER BY not_before LIMIT ?`, storage.Sched
 		if err != nil {
 			return fmt.Errorf("looking for commands that are due: %w", err)
 		}
+		if due, err = foremost(ctx, t, due); err != nil {
+			return fmt.Errorf("looking for what was queued first of them: %w", err)
+		}
 		promoted, err = promote(ctx, t, due)
 		return err
 	})
@@ -169,6 +172,30 @@ WHERE state = %d AND not_before <= ? ORDER BY not_before LIMIT ?`, storage.Sched
 	}
 	s.swept.promoted.Add(int64(promoted))
 	return promoted, nil
+}
+
+// foremost returns as many due rows of each enrollment as there are among due,
+// the first ones of its order: which rows of one time come first in the index
+// has nothing to do with it.
+func foremost(ctx context.Context, t *tx, due []queueKey) ([]queueKey, error) {
+	if len(due) == 0 {
+		return nil, nil
+	}
+	left := make(map[string]int)
+	for _, k := range due {
+		left[k.id]++
+	}
+	is, args := t.among(enrollmentsOf(due))
+	all, err := queueKeys(ctx, t, fmt.Sprintf(`SELECT id, command_uuid FROM nano_enrollment_queue%s
+WHERE state = %d AND not_before <= ? AND id %s ORDER BY id, not_before, seq`, t.d.by("nano_enrollment_queue_next"), storage.Scheduled, is),
+		append([]any{t.now}, args...)...)
+	if err != nil {
+		return nil, err
+	}
+	return slices.DeleteFunc(all, func(k queueKey) bool {
+		left[k.id]--
+		return left[k.id] < 0
+	}), nil
 }
 
 // promote gives rows the next numbers of their enrollments' queues and makes

@@ -307,7 +307,7 @@ func sweepAtOnce(t *testing.T, h *Harness) {
 		id := fmt.Sprint("D", i)
 		ids = append(ids, id)
 		for j := range 10 {
-			rows = append(rows, row{id: id, uuid: fmt.Sprint("C", j), state: storage.Scheduled, seq: j, notBefore: now})
+			rows = append(rows, row{id: id, uuid: fmt.Sprint("C", 9-j), state: storage.Scheduled, seq: j, notBefore: now})
 		}
 	}
 	h.Enroll(t, ids...)
@@ -328,7 +328,7 @@ func sweepAtOnce(t *testing.T, h *Harness) {
 	require.EqualValues(t, 100, h.Int(t, "SELECT SUM(last_seq) FROM nano_enrollment_push")-before, "one number each")
 	require.EqualValues(t, 100, h.Store.Stats().Promoted+second.Stats().Promoted)
 	for _, id := range ids {
-		require.Equal(t, []string{"C0", "C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8", "C9"},
+		require.Equal(t, []string{"C9", "C8", "C7", "C6", "C5", "C4", "C3", "C2", "C1", "C0"},
 			h.Strings(t, "SELECT command_uuid FROM nano_enrollment_queue WHERE id = ? ORDER BY seq", id))
 	}
 }
