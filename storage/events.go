@@ -10,8 +10,8 @@ import (
 )
 
 // What a Devices.Apply does with Source.Events, for the Outbox to work: in
-// the transaction of the change, behind its locks, it inserts them as a batch
-// that is not yet numbered. Of two batches that nobody has numbered the one
+// the transaction of the change, behind its locks, it inserts them in batches
+// that are not yet numbered. Of two batches that nobody has numbered the one
 // that was committed before the other was begun has the smaller stamp. What the
 // Event does not have (APNs topic, request type, tally) is the store's to fill.
 

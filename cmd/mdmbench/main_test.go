@@ -99,6 +99,12 @@ func TestMissedGoalsAreBold(t *testing.T) {
 		{name: "fetch and acknowledge", connections: 64, ratio: 0.7, dbCounts: true, dbCommits: 0.05},
 		{name: historyName(0), connections: 8, ratio: 2},
 		{name: historyName(500), connections: 8, ratio: 1.9},
+		{name: unhookedName, connections: 64, ratio: 0.7},
+		{name: hookedName, connections: 64, ratio: 0.48},
+		{name: againName, connections: 64, ratio: 0.5},
+		{name: pacedName(unhookedName), connections: 64, p99: 10 * time.Millisecond},
+		{name: pacedName(hangingName), connections: 64, p99: 24 * time.Millisecond},
+		{name: pacedName(againName), connections: 64, p99: 30 * time.Millisecond},
 	}}
 	var b strings.Builder
 	require.NoError(t, write(&b, &options{devices: 2000, fleet: 200_000, history: 500, rounds: 5}, []*report{r}))
@@ -111,6 +117,8 @@ func TestMissedGoalsAreBold(t *testing.T) {
 		"| commits a report, 64 connections | **0.06** (≤ 0.05) |",
 		"(scaled, see Method) | 3.00 (≥ 2.00) |",
 		"Not measured: MariaDB, MySQL, SQLite.",
+		"to reports without | 0.80 (≥ 0.80) |",
+		"to p99 without webhook | 1.20 (≤ 1.20) |",
 	} {
 		require.Contains(t, out, want)
 	}

@@ -9,7 +9,6 @@ import (
 	"net"
 	"net/http"
 	"os"
-	"strings"
 	"sync"
 	"time"
 )
@@ -30,8 +29,8 @@ func pacedName(name string) string { return fmt.Sprintf("%d a second: %s", paced
 // webhook measures what it costs devices that their reports are told to a
 // receiver, and what a receiver costs them that takes requests and does not
 // answer. Reports without one are measured before and after, since the database
-// grows meanwhile and some engines are the slower for it. The receiver is part of this process, so that its processor time is
-// the client's.
+// grows meanwhile and some engines are the slower for it. The receiver is part
+// of this process, so that its processor time is the client's.
 func (b *bench) webhook(ctx context.Context, devices []device) error {
 	measure := func(name string) error {
 		err := b.compare(ctx, name, load{connections: 64}, func(int) ([][]message, error) { return b.visits(ctx, devices, commandsEach) })
@@ -165,22 +164,18 @@ func (b *bench) drained(ctx context.Context, name string) error {
 // hookedRatio compares reports that are told to a receiver to those that are
 // not, by their ratios to the reference.
 func hookedRatio(r *report) (float64, bool) {
-	return r.toUnhooked(hookedName, func(m row) float64 { return m.ratio })
+	return r.toMean(func(m row) float64 { return m.ratio }, hookedName, unhookedName, againName)
 }
 
 // hangingLatency compares the p99 of paced reports while the receiver hangs to
 // that of reports without one.
 func hangingLatency(r *report) (float64, bool) {
-	return r.toUnhooked(pacedName(hangingName), func(m row) float64 { return m.p99.Seconds() })
+	return r.toMean(func(m row) float64 { return m.p99.Seconds() }, pacedName(hangingName), pacedName(unhookedName), pacedName(againName))
 }
 
-// toUnhooked compares something of a measurement to the mean of those without a
-// receiver before it and after it.
-func (r *report) toUnhooked(name string, value func(m row) float64) (float64, bool) {
-	before, after := unhookedName, againName
-	if strings.HasPrefix(name, pacedName("")) {
-		before, after = pacedName(before), pacedName(after)
-	}
+// toMean compares a value of a measurement to the mean of those of the ones
+// before it and after it.
+func (r *report) toMean(value func(m row) float64, name, before, after string) (float64, bool) {
 	var values [3]float64
 	for i, name := range []string{name, before, after} {
 		m, ok := r.find(name, 64)

@@ -136,7 +136,8 @@ const method = `
   database by a second replica. Memory is the most that was resident up to then.
 - Reports with webhook are fetch and acknowledge while each report is told to a
   receiver, which is part of the client; it answers at once, or takes the requests
-  and does not answer. What waited for it then is taken afterwards. With %d messages
+  and does not answer. What waited for it then is taken afterwards. They are compared
+  to the mean of reports without one, before and after ("again"). With %d messages
   a second, a latency is from when its message was due, and %d devices report.
 - History and the size of the fleet are compared by their ratios to the reference.
   With history, %d devices poll, at 8 connections.

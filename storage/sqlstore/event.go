@@ -83,21 +83,21 @@ func insertEvents(ctx context.Context, t *tx, events []outEvent) error {
 
 // eventDetails is an event as the JSON of its batch has it.
 type eventDetails struct {
-	ID          string            `json:"id"`
-	Enrollment  string            `json:"enrollment"`
-	Type        mdm.EnrollType    `json:"type"`
-	Parent      string            `json:"parent,omitempty"`
-	Topic       string            `json:"topic"`
-	UDID        string            `json:"udid,omitempty"`
-	UserID      string            `json:"enrollment_id,omitempty"`
-	APNsTopic   string            `json:"apns_topic,omitempty"`
-	RequestType string            `json:"request_type,omitempty"`
-	Status      string            `json:"status,omitempty"`
-	CommandUUID string            `json:"command_uuid,omitempty"`
-	Tally       int               `json:"tally,omitempty"`
-	Params      map[string]string `json:"params,omitempty"`
-	TraceParent string            `json:"traceparent,omitempty"`
-	CreatedAt   int64             `json:"created_at"`
+	ID           string            `json:"id"`
+	Enrollment   string            `json:"enrollment"`
+	Type         mdm.EnrollType    `json:"type"`
+	Parent       string            `json:"parent,omitempty"`
+	Topic        string            `json:"topic"`
+	UDID         string            `json:"udid,omitempty"`
+	EnrollmentID string            `json:"enrollment_id,omitempty"`
+	APNsTopic    string            `json:"apns_topic,omitempty"`
+	RequestType  string            `json:"request_type,omitempty"`
+	Status       string            `json:"status,omitempty"`
+	CommandUUID  string            `json:"command_uuid,omitempty"`
+	Tally        int               `json:"tally,omitempty"`
+	Params       map[string]string `json:"params,omitempty"`
+	TraceParent  string            `json:"traceparent,omitempty"`
+	CreatedAt    int64             `json:"created_at"`
 	// Size is that of the payload as it is stored, -1 if there is none.
 	Size int `json:"size"`
 	// Apart: the payload has a row of nano_event_payloads.
@@ -107,7 +107,7 @@ type eventDetails struct {
 func (e *outEvent) details() eventDetails {
 	d := eventDetails{
 		ID: e.ID, Enrollment: e.enroll.ID, Type: e.enroll.Type, Parent: e.enroll.ParentID,
-		Topic: e.Topic, UDID: clip(e.UDID), UserID: clip(e.Enrollment), APNsTopic: clip(e.topic), RequestType: clip(e.requestType),
+		Topic: e.Topic, UDID: clip(e.UDID), EnrollmentID: clip(e.Enrollment), APNsTopic: clip(e.topic), RequestType: clip(e.requestType),
 		Status: clip(e.Status), CommandUUID: clip(e.CommandUUID), Tally: e.tally, Params: e.Params, TraceParent: clip(e.TraceParent),
 		CreatedAt: micros(e.CreatedAt), Size: len(e.Raw),
 		Apart: len(e.Raw) > mostWithin || len(e.Raw) > 0 && storage.BearsTokens(e.Topic),
@@ -122,7 +122,7 @@ func (e *outEvent) details() eventDetails {
 func (d *eventDetails) record(seq int64) storage.EventRecord {
 	return storage.EventRecord{
 		Event: storage.Event{
-			ID: d.ID, Topic: d.Topic, CreatedAt: fromMicros(d.CreatedAt), UDID: d.UDID, Enrollment: d.UserID,
+			ID: d.ID, Topic: d.Topic, CreatedAt: fromMicros(d.CreatedAt), UDID: d.UDID, Enrollment: d.EnrollmentID,
 			Status: d.Status, CommandUUID: d.CommandUUID, Params: d.Params, TraceParent: d.TraceParent,
 		},
 		Seq: seq, Enroll: mdm.EnrollID{Type: d.Type, ID: d.Enrollment, ParentID: d.Parent},

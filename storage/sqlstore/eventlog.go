@@ -32,8 +32,8 @@ type numberedBatch struct {
 	newest int64
 }
 
-// batchesAfter reads which batches have events after a number: so many that they
-// hold limit of those, or all that there are.
+// batchesAfter reads which batches have events after a number: so many that
+// they hold limit of those, or all that there are.
 func batchesAfter(ctx context.Context, t *tx, after int64, limit int) (list []numberedBatch, err error) {
 	rows, err := t.query(ctx, `SELECT batch_id, seq, size, newest FROM nano_event_batches`+t.d.by("nano_event_batches_seq")+
 		` WHERE seq > ? ORDER BY seq LIMIT ?`, after, limit)
@@ -42,31 +42,32 @@ func batchesAfter(ctx context.Context, t *tx, after int64, limit int) (list []nu
 	}
 	defer rows.Close()
 	for events := int64(0); events < int64(limit) && rows.Next(); {
-		var h numberedBatch
-		if err := rows.Scan(&h.id, &h.last, &h.size, &h.newest); err != nil {
+		var b numberedBatch
+		if err := rows.Scan(&b.id, &b.last, &b.size, &b.newest); err != nil {
 			return nil, err
 		}
-		list = append(list, h)
-		events += min(h.size, h.last-after)
+		list = append(list, b)
+		events += min(b.size, b.last-after)
 	}
 	return list, cmp.Or(rows.Err(), rows.Close())
 }
 
-// batch is what a batch tells.
-type batch struct {
+// eventBatch is what a numbered batch tells.
+type eventBatch struct {
 	id       string
 	last     int64
 	events   []eventDetails
 	payloads []byte // if they were asked for
+	cut      bool   // some of them are lost; set by each
 }
 
 // number is that of the event at a place.
-func (b *batch) number(at int) int64 { return b.last - int64(len(b.events)-1-at) }
+func (b *eventBatch) number(at int) int64 { return b.last - int64(len(b.events)-1-at) }
 
 // each calls fn with each event of a batch that was read with payloads, and
 // the one that stands there, nil if there is none. Size is -1 if it should and
 // does not: one that is lost must not hold up the others.
-func (b *batch) each(fn func(d *eventDetails, seq int64, payload []byte)) {
+func (b *eventBatch) each(fn func(d *eventDetails, seq int64, payload []byte)) {
 	rest := b.payloads
 	for at := range b.events {
 		d := &b.events[at]
@@ -74,7 +75,7 @@ func (b *batch) each(fn func(d *eventDetails, seq int64, payload []byte)) {
 		switch {
 		case d.Apart || d.Size < 0:
 		case d.Size > len(rest):
-			d.Size, rest = -1, nil
+			d.Size, rest, b.cut = -1, nil, true
 		default:
 			payload, rest = rest[:d.Size:d.Size], rest[d.Size:]
 		}
@@ -86,7 +87,7 @@ func (b *batch) each(fn func(d *eventDetails, seq int64, payload []byte)) {
 // or without. Those that were removed are missing. They are looked up by their
 // keys however small the tables were when the statement was planned, since
 // they grow fast.
-func readBatches(ctx context.Context, t *tx, ids []string, payloads bool) (list []batch, err error) {
+func readBatches(ctx context.Context, t *tx, ids []string, payloads bool) (list []eventBatch, err error) {
 	q := `SELECT b.batch_id, b.seq, c.details, NULL FROM `
 	if payloads {
 		q = `SELECT b.batch_id, b.seq, c.details, c.payloads FROM `
@@ -105,18 +106,18 @@ func readBatches(ctx context.Context, t *tx, ids []string, payloads bool) (list 
 			return nil, err
 		}
 	}
-	slices.SortFunc(list, func(a, b batch) int { return cmp.Compare(a.last, b.last) })
+	slices.SortFunc(list, func(a, b eventBatch) int { return cmp.Compare(a.last, b.last) })
 	return list, nil
 }
 
-func scanBatches(ctx context.Context, t *tx, list []batch, q string, args []any) ([]batch, error) {
+func scanBatches(ctx context.Context, t *tx, list []eventBatch, q string, args []any) ([]eventBatch, error) {
 	rows, err := t.query(ctx, q, args...)
 	if err != nil {
 		return nil, err
 	}
 	defer rows.Close()
 	for rows.Next() {
-		var b batch
+		var b eventBatch
 		var details []byte
 		if err := rows.Scan(&b.id, &b.last, &details, &b.payloads); err != nil {
 			return nil, err
@@ -139,7 +140,7 @@ func idsOf(list []numberedBatch) []string {
 }
 
 // eventsOf reads those events of batches that fit, in order.
-func eventsOf(ctx context.Context, t *tx, ids []string, fits func(d *eventDetails, seq int64) bool) ([]storage.EventRecord, error) {
+func (s *Store) eventsOf(ctx context.Context, t *tx, ids []string, fits func(d *eventDetails, seq int64) bool) ([]storage.EventRecord, error) {
 	batches, err := readBatches(ctx, t, ids, true)
 	if err != nil {
 		return nil, err
@@ -153,6 +154,9 @@ func eventsOf(ctx context.Context, t *tx, ids []string, fits func(d *eventDetail
 				events = append(events, r)
 			}
 		})
+		if batches[i].cut {
+			s.log.Error("payloads of events are lost", "batch", batches[i].id, "through", batches[i].last)
+		}
 	}
 	return events, nil
 }
@@ -229,7 +233,7 @@ func (s *Store) SinkPage(ctx context.Context, after int64, limit int) ([]storage
 			if err != nil || len(list) == 0 {
 				return err
 			}
-			events, err = eventsOf(ctx, t, idsOf(list), func(_ *eventDetails, seq int64) bool { return seq > after })
+			events, err = s.eventsOf(ctx, t, idsOf(list), func(_ *eventDetails, seq int64) bool { return seq > after })
 			if err != nil {
 				return err
 			}
@@ -275,7 +279,7 @@ func (s *Store) ReadEvents(ctx context.Context, scope storage.Scope, q storage.E
 					return err
 				}
 			}
-			found, err := eventsOf(ctx, t, ids, func(d *eventDetails, seq int64) bool { return seq > next && match(d) })
+			found, err := s.eventsOf(ctx, t, ids, func(d *eventDetails, seq int64) bool { return seq > next && match(d) })
 			if err != nil {
 				return err
 			}
@@ -295,17 +299,17 @@ func (s *Store) ReadEvents(ctx context.Context, scope storage.Scope, q storage.E
 }
 
 // having are those batches that have an event that matches.
-func having(ctx context.Context, t *tx, ids []string, match func(d *eventDetails) bool) (having []string, err error) {
+func having(ctx context.Context, t *tx, ids []string, match func(d *eventDetails) bool) (found []string, err error) {
 	batches, err := readBatches(ctx, t, ids, false)
 	if err != nil {
 		return nil, err
 	}
 	for _, b := range batches {
 		if slices.ContainsFunc(b.events, func(d eventDetails) bool { return match(&d) }) {
-			having = append(having, b.id)
+			found = append(found, b.id)
 		}
 	}
-	return having, nil
+	return found, nil
 }
 
 // EventPayload implements storage.EventLog.
@@ -316,7 +320,7 @@ func (s *Store) EventPayload(ctx context.Context, seq int64) ([]byte, error) {
 		if err != nil {
 			return err
 		}
-		events, err := eventsOf(ctx, t, idsOf(list), func(_ *eventDetails, at int64) bool { return at == seq })
+		events, err := s.eventsOf(ctx, t, idsOf(list), func(_ *eventDetails, at int64) bool { return at == seq })
 		if err != nil {
 			return err
 		}

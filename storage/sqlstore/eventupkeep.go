@@ -11,46 +11,57 @@ import (
 	"github.com/nanomdm/nanomdm/storage"
 )
 
-// DropPayloads implements storage.EventUpkeep.
-func (s *Store) DropPayloads(ctx context.Context, l storage.Lease, limit int) (int, error) {
+// tidy is sweep for work on what the sinks are done with: events up to the
+// number settled. It returns how many of them it did.
+func (s *Store) tidy(ctx context.Context, l storage.Lease,
+	work func(ctx context.Context, t *tx, sinks []storage.EventSink, settled int64) (int, error),
+) (n int, err error) {
 	sinks, err := s.EventSinks(ctx)
 	if err != nil {
 		return 0, err
 	}
-	var n int
-	err = s.write(ctx, func(ctx context.Context, t *tx) error {
-		n = 0
-		if err := t.checkLease(ctx, l); err != nil {
-			return err
-		}
+	err = s.sweep(ctx, l, func(ctx context.Context, t *tx) error {
 		settled, err := settledBy(ctx, t, sinks)
 		if err != nil {
 			return err
 		}
+		n, err = work(ctx, t, sinks, settled)
+		return err
+	})
+	if err != nil {
+		return 0, err
+	}
+	return n, nil
+}
+
+// DropPayloads implements storage.EventUpkeep.
+func (s *Store) DropPayloads(ctx context.Context, l storage.Lease, limit int) (int, error) {
+	n, err := s.tidy(ctx, l, func(ctx context.Context, t *tx, sinks []storage.EventSink, settled int64) (n int, err error) {
 		for _, sink := range sinks {
+			if n == limit {
+				break
+			}
 			rows, err := deliveryRecords(ctx, t, `WHERE sink = ? AND state = ? AND seq <= ? LIMIT ?`,
 				sink.Name, int(storage.DeliveryDropped), settled, limit-n)
 			if err != nil {
-				return err
+				return 0, err
 			}
 			if len(rows) == 0 {
 				continue
 			}
 			if err := dropPayloads(ctx, t, rows); err != nil {
-				return err
+				return 0, err
 			}
 			for chunk := range slices.Chunk(rows, deliveryRows) {
 				place, args := amongNumbers(numbersOf(chunk))
 				if _, err := t.exec(ctx, `UPDATE nano_event_deliveries SET state = ? WHERE sink = ? AND seq IN `+place,
 					append([]any{int(storage.DeliveryGone), sink.Name}, args...)...); err != nil {
-					return err
+					return 0, err
 				}
 			}
-			if n += len(rows); n >= limit {
-				break
-			}
+			n += len(rows)
 		}
-		return nil
+		return n, nil
 	})
 	if err != nil {
 		return 0, fmt.Errorf("dropping payloads: %w", err)
@@ -131,56 +142,47 @@ func settledBy(ctx context.Context, t *tx, sinks []storage.EventSink) (int64, er
 
 // RemoveEvents implements storage.EventUpkeep.
 func (s *Store) RemoveEvents(ctx context.Context, l storage.Lease, before time.Time, limit int) (int, error) {
-	sinks, err := s.EventSinks(ctx)
-	if err != nil {
-		return 0, err
-	}
-	var n int
-	err = s.write(ctx, func(ctx context.Context, t *tx) error {
-		n = 0
-		if err := t.checkLease(ctx, l); err != nil {
-			return err
-		}
-		settled, err := settledBy(ctx, t, sinks)
-		if err != nil {
-			return err
-		}
+	n, err := s.tidy(ctx, l, func(ctx context.Context, t *tx, sinks []storage.EventSink, settled int64) (int, error) {
 		old, events, err := oldBatches(ctx, t, settled, micros(before), limit)
 		if err != nil || len(old) == 0 {
-			return err
+			return 0, err
 		}
 		last := old[len(old)-1].last
 		for _, sink := range sinks {
 			if _, err := t.exec(ctx, `DELETE FROM nano_event_deliveries WHERE sink = ? AND seq <= ?`, sink.Name, last); err != nil {
-				return err
+				return 0, err
 			}
 		}
-		batches, err := readBatches(ctx, t, idsOf(old), false)
-		if err != nil {
-			return err
-		}
-		var apart []string
-		for _, b := range batches {
-			for _, d := range b.events {
-				if d.Apart {
-					apart = append(apart, d.ID)
-				}
-			}
-		}
-		if err := deleteByID(ctx, t, "nano_event_payloads", "event_id", apart); err != nil {
-			return err
-		}
-		if err := deleteByID(ctx, t, "nano_events", "batch_id", idsOf(old)); err != nil {
-			return err
+		if err := deleteBatches(ctx, t, idsOf(old)); err != nil {
+			return 0, err
 		}
 		_, err = t.exec(ctx, `DELETE FROM nano_event_batches WHERE seq > 0 AND seq <= ?`, last)
-		n = events
-		return err
+		return events, err
 	})
 	if err != nil {
 		return 0, fmt.Errorf("removing events: %w", err)
 	}
 	return n, nil
+}
+
+// deleteBatches deletes what batches tell, with the payloads that are apart.
+func deleteBatches(ctx context.Context, t *tx, ids []string) error {
+	batches, err := readBatches(ctx, t, ids, false)
+	if err != nil {
+		return err
+	}
+	var apart []string
+	for _, b := range batches {
+		for _, d := range b.events {
+			if d.Apart {
+				apart = append(apart, d.ID)
+			}
+		}
+	}
+	if err := deleteByID(ctx, t, "nano_event_payloads", "event_id", apart); err != nil {
+		return err
+	}
+	return deleteByID(ctx, t, "nano_events", "batch_id", ids)
 }
 
 // oldBatches reads the first batches of the log that are old and settled:
@@ -190,11 +192,11 @@ func oldBatches(ctx context.Context, t *tx, settled, before int64, limit int) (o
 	if err != nil {
 		return nil, 0, err
 	}
-	for _, h := range list {
-		if h.last > settled || h.newest >= before || len(old) > 0 && events+int(h.size) > limit {
+	for _, b := range list {
+		if b.last > settled || b.newest >= before || len(old) > 0 && events+int(b.size) > limit {
 			break
 		}
-		old, events = append(old, h), events+int(h.size)
+		old, events = append(old, b), events+int(b.size)
 	}
 	return old, events, nil
 }

@@ -198,10 +198,10 @@ func batchesOf(ctx context.Context, t *tx, deliveries []storage.Delivery) (map[i
 		if err != nil || len(list) == 0 {
 			return batches, err
 		}
-		for _, h := range list {
-			for len(seqs) > 0 && seqs[0] <= h.last {
-				if seqs[0] > h.last-h.size {
-					batches[seqs[0]] = h.id
+		for _, b := range list {
+			for len(seqs) > 0 && seqs[0] <= b.last {
+				if seqs[0] > b.last-b.size {
+					batches[seqs[0]] = b.id
 				}
 				seqs = seqs[1:]
 			}
@@ -326,7 +326,7 @@ func (s *Store) deliveries(ctx context.Context, where string, args ...any) ([]st
 		for i := range rows {
 			place[rows[i].seq] = i
 		}
-		events, err = eventsOf(ctx, t, batchesOfRows(rows), func(_ *eventDetails, seq int64) bool {
+		events, err = s.eventsOf(ctx, t, batchesOfRows(rows), func(_ *eventDetails, seq int64) bool {
 			_, wanted := place[seq]
 			return wanted
 		})
@@ -477,11 +477,7 @@ func redeliverable(ctx context.Context, t *tx, sink string, after, through int64
 	if err != nil {
 		return nil, 0, err
 	}
-	states := statesOf(rows)
-	list, err = loggedEvents(ctx, t, idsOf(found), func(seq int64) bool { return seq > after && seq <= end })
-	for i := range list {
-		list[i].state = states[list[i].Seq]
-	}
+	list, err = loggedEvents(ctx, t, idsOf(found), statesOf(rows), func(seq int64) bool { return seq > after && seq <= end })
 	return list, end, err
 }
 
@@ -497,15 +493,13 @@ func deadLetters(ctx context.Context, t *tx, sink string, after, through int64) 
 		end = rows[len(rows)-1].seq
 	}
 	states := statesOf(rows)
-	list, err = loggedEvents(ctx, t, batchesOfRows(rows), func(seq int64) bool { return states[seq] != 0 })
-	for i := range list {
-		list[i].state = states[list[i].Seq]
-	}
+	list, err = loggedEvents(ctx, t, batchesOfRows(rows), states, func(seq int64) bool { return states[seq] != 0 })
 	return list, end, err
 }
 
-// loggedEvents reads events of batches without their payloads.
-func loggedEvents(ctx context.Context, t *tx, ids []string, wanted func(seq int64) bool) (list []loggedEvent, err error) {
+// loggedEvents reads events of batches without their payloads. states are by
+// their numbers.
+func loggedEvents(ctx context.Context, t *tx, ids []string, states map[int64]storage.DeliveryState, wanted func(seq int64) bool) (list []loggedEvent, err error) {
 	batches, err := readBatches(ctx, t, ids, false)
 	if err != nil {
 		return nil, err
@@ -514,7 +508,7 @@ func loggedEvents(ctx context.Context, t *tx, ids []string, wanted func(seq int6
 		b := &batches[i]
 		for at := range b.events {
 			if seq := b.number(at); wanted(seq) {
-				list = append(list, loggedEvent{EventRecord: b.events[at].record(seq), batch: b.id})
+				list = append(list, loggedEvent{EventRecord: b.events[at].record(seq), batch: b.id, state: states[seq]})
 			}
 		}
 	}
@@ -571,7 +565,7 @@ func oldestUnsettled(ctx context.Context, t *tx, sink *storage.EventSink) (time.
 	if err != nil || len(list) == 0 {
 		return time.Time{}, err
 	}
-	events, err := loggedEvents(ctx, t, idsOf(list), func(seq int64) bool { return seq >= from })
+	events, err := loggedEvents(ctx, t, idsOf(list), nil, func(seq int64) bool { return seq >= from })
 	if err != nil || len(events) == 0 {
 		return time.Time{}, err
 	}
