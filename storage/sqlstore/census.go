@@ -39,8 +39,8 @@ func (s *Store) Census(ctx context.Context) (Census, error) {
 	err := s.read(ctx, func(ctx context.Context, t *tx) error {
 		for _, state := range []storage.State{storage.Scheduled, storage.Queued, storage.NotNow} {
 			var n, oldest int64
-			err := t.queryRow(ctx, `SELECT COUNT(*), COALESCE(MIN(created_at), 0) FROM
-				(SELECT created_at FROM nano_enrollment_queue WHERE state = ? LIMIT ?) waiting`, int(state), censusLimit).Scan(&n, &oldest)
+			err := t.queryRow(ctx, "SELECT COUNT(*), COALESCE(MIN(created_at), 0) FROM ("+rowsInState(t.d, "q.created_at", state)+") waiting",
+				censusLimit).Scan(&n, &oldest)
 			if err != nil {
 				return err
 			}
@@ -60,6 +60,13 @@ func (s *Store) Census(ctx context.Context) (Census, error) {
 		return Census{}, fmt.Errorf("counting what waits: %w", err)
 	}
 	return c, nil
+}
+
+// rowsInState reads some queue rows of a state. In the order of an index they
+// are read from that, and never are all rows searched for the few of a state.
+func rowsInState(d *dialect, columns string, state storage.State) string {
+	return fmt.Sprintf("SELECT %s FROM nano_enrollment_queue q%s WHERE q.state = %d ORDER BY q.state, q.id, q.priority DESC, q.seq LIMIT ?",
+		columns, d.by("nano_enrollment_queue_next"), state)
 }
 
 // CertificatesExpiring counts the live certificates of devices that expire

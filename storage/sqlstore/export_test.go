@@ -112,6 +112,9 @@ func (s *Store) ListQueriesForTest() (list []ListQueryForTest) {
 	add("a queue", "nano_enrollment_queue_next", q, args)
 	q, args = queueQuery(s.d, "D000007", storage.Acknowledged, storage.QueueKey{}, 100)
 	add("a queue by state", "nano_enrollment_queue_next", q, args)
+	for _, state := range storage.States() {
+		add("rows in state "+state.String(), "nano_enrollment_queue_(next|finished_at|command_uuid)", rowsInState(s.d, "q.created_at", state), []any{censusLimit})
+	}
 	return list
 }
 
@@ -168,6 +171,7 @@ func (s *Store) DeviceStatementsForTest(ids []string, uuid string) map[string]St
 	rows, rowArgs := t.lockedRowsText(keys, false)
 	told, toldArgs := t.lockedRowsText(keys, true)
 	ending, endArgs := t.updateLockedText("state = 10", keys)
+	offered, offerArgs := t.lockedKeysText("id, command_uuid", keys, stillWaits)
 	is, idArgs := t.among(ids)
 	locking, lockArgs := t.lockedText("id", "nano_devices", ids)
 	numbering, numberArgs := t.updateLockedIDsText("nano_enrollment_push", "last_seq = last_seq + 1", ids)
@@ -179,6 +183,7 @@ func (s *Store) DeviceStatementsForTest(ids []string, uuid string) map[string]St
 		"rows":     {Text: rows, Args: rowArgs},
 		"told":     {Text: told, Args: toldArgs},
 		"ending":   {Text: ending, Args: endArgs},
+		"offered":  {Text: offered, Args: offerArgs},
 
 		"numbering": {Text: numbering, Args: numberArgs},
 		"eligible":  {Text: eligible, Args: eligibleArgs},

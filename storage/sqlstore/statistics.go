@@ -120,10 +120,9 @@ func (s *Store) Statistics(ctx context.Context, scope storage.Scope) (*storage.S
 
 func countQueue(ctx context.Context, t *tx, scope storage.Scope, st *storage.Statistics) error {
 	condition, topics := scoped(scope)
-	states, join := storage.States(), ""
+	states := storage.States()
 	if condition != "" {
 		states = waitingStates[:]
-		join = " JOIN nano_enrollments e ON e.id = q.id" + condition
 	}
 	st.Queue = make(map[storage.State]int64)
 	oldest := int64(0)
@@ -132,9 +131,13 @@ func countQueue(ctx context.Context, t *tx, scope storage.Scope, st *storage.Sta
 		if !state.Terminal() {
 			since = "q.created_at"
 		}
+		rows := rowsInState(t.d, since, state)
+		if condition != "" {
+			rows = fmt.Sprintf("SELECT %s FROM nano_enrollment_queue q JOIN nano_enrollments e ON e.id = q.id%s WHERE q.state = %d LIMIT ?", since, condition, state)
+		}
 		var n, first int64
-		err := t.queryRow(ctx, "SELECT COUNT(*), COALESCE(MIN(c.created_at), 0) FROM (SELECT "+since+" FROM nano_enrollment_queue q"+join+
-			" WHERE q.state = ? LIMIT ?) c", append(slices.Clone(topics), int(state), storage.StatisticsLimit)...).Scan(&n, &first)
+		err := t.queryRow(ctx, "SELECT COUNT(*), COALESCE(MIN(c.created_at), 0) FROM ("+rows+") c",
+			append(slices.Clone(topics), storage.StatisticsLimit)...).Scan(&n, &first)
 		if err != nil {
 			return err
 		}

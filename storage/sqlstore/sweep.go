@@ -144,10 +144,13 @@ func queueKeys(ctx context.Context, t *tx, q string, args ...any) (keys []queueK
 	return keys, rows.Err()
 }
 
-// stillWaits is the condition of rows that have not ended.
-var stillWaits = fmt.Sprintf(" AND state < %d", storage.Acknowledged)
+// stillWaits is a condition for lockKeys: rows that have not ended.
+var stillWaits = fmt.Sprintf(" AND state + 0 < %d", storage.Acknowledged)
 
 // lockKeys locks the queue rows of keys that meet a condition, in key order.
+// Conditions have + 0 behind columns that indexes begin with. Without it,
+// PostgreSQL looks each row up among all that wait if it believes that nothing
+// does.
 func lockKeys(ctx context.Context, t *tx, keys []queueKey, and string, args ...any) ([]queueKey, error) {
 	q, keyArgs := t.lockedKeysText("id, command_uuid", keys, and)
 	return queueKeys(ctx, t, q, append(keyArgs, args...)...)
@@ -207,7 +210,7 @@ func promote(ctx context.Context, t *tx, due []queueKey) (int, error) {
 	if _, err := lock(ctx, t, "nano_enrollment_push", enrollmentsOf(due)); err != nil {
 		return 0, err
 	}
-	locked, err := lockKeys(ctx, t, due, fmt.Sprintf(" AND state = %d AND not_before <= ?", storage.Scheduled), t.now)
+	locked, err := lockKeys(ctx, t, due, fmt.Sprintf(" AND state + 0 = %d AND not_before + 0 <= ?", storage.Scheduled), t.now)
 	if err != nil {
 		return 0, fmt.Errorf("locking commands that are due: %w", err)
 	}
@@ -391,7 +394,7 @@ func removeFinished(ctx context.Context, t *tx, state storage.State, before int6
 	if err := lockCommands(ctx, t, uuids); err != nil {
 		return err
 	}
-	old, err := lockKeys(ctx, t, old, " AND state = ? AND finished_at < ?", int(state), before)
+	old, err := lockKeys(ctx, t, old, " AND state + 0 = ? AND finished_at < ?", int(state), before)
 	if err != nil {
 		return fmt.Errorf("locking old queue rows: %w", err)
 	}
