@@ -33,11 +33,13 @@ const enqueueIDs = 1000
 type row struct {
 	name            string
 	connections     int
-	ratio           float64 // to the reference
-	low, high       float64 // of the rounds' ratios
-	rate, reference float64 // requests a second
+	ratio           float64   // to the reference, 0 if it had no part
+	low, high       float64   // of the rounds' ratios
+	rate, reference float64   // requests a second
+	rates           []float64 // of the rounds
 	p50, p99        time.Duration
-	daemon, db      time.Duration // processor time a request
+	p99s            []time.Duration // of the rounds
+	daemon, db      time.Duration   // processor time a request
 	referenceCPU    time.Duration
 	allocations     float64 // a request
 	statements      float64 // a request, by the daemon's count
@@ -189,95 +191,133 @@ func (b *bench) drive(ctx context.Context, p *process, l load, visits [][]messag
 	return sample{o, after - before}, err
 }
 
-// compare makes the rounds of one measurement: the daemon and the reference
-// take turns with the same requests, which prepare makes for each round.
+// series is what the rounds of one measurement found.
+type series struct {
+	name                      string
+	load                      load
+	ratios, rates, references []float64
+	p50s, p99s                []time.Duration
+
+	// These are of all rounds.
+	requests, referenceRequests                 int
+	daemon, db, reference                       time.Duration // processor time
+	statements, commits, allocations, dbCommits float64
+	dbCounts                                    bool
+	failed                                      int
+	failure                                     string
+}
+
+// compare makes the rounds of one measurement, with the requests that prepare
+// makes for each.
 func (b *bench) compare(ctx context.Context, name string, l load,
 	prepare func(round int) ([][]message, error),
 ) error {
-	m := row{name: name, connections: l.connections}
-	lax := l
-	lax.lax = true
-	var ratios, rates, references []float64
-	var p50s, p99s []time.Duration
-	var daemon, db, reference time.Duration
-	var statements, commits, allocations, dbCommits float64
-	referenceRequests := 0
+	s := &series{name: name, load: l}
 	for round := range b.o.rounds {
 		visits, err := prepare(round)
 		if err != nil {
 			return err
 		}
-		ref, err := b.drive(ctx, b.reference, lax, visits)
-		if err != nil {
+		if err := b.round(ctx, s, visits); err != nil {
+			return err
+		}
+	}
+	b.conclude(s)
+	return nil
+}
+
+// round has the reference and the daemon take turns with the same requests.
+// The reference has no part where requests are sent at a rate: it keeps up.
+func (b *bench) round(ctx context.Context, s *series, visits [][]message) error {
+	var ref sample
+	var err error
+	if s.load.rate == 0 {
+		lax := s.load
+		lax.lax = true
+		if ref, err = b.drive(ctx, b.reference, lax, visits); err != nil {
 			return err
 		}
 		if ref.failed > 0 {
 			return fmt.Errorf("the reference failed: %s", ref.failure)
 		}
-		metricsBefore, err := b.daemon.metrics(ctx)
-		if err != nil {
-			return err
-		}
-		commitsBefore, known, err := b.db.commits(ctx)
-		if err != nil {
-			return err
-		}
-		cpuBefore, err := b.db.cpu()
-		if err != nil {
-			return err
-		}
-		var s sample
-		err = b.profiled(ctx, fmt.Sprintf("%s-%d", name, l.connections), func() (err error) {
-			s, err = b.drive(ctx, b.daemon, l, visits)
-			return err
-		})
-		if err != nil {
-			return err
-		}
-		cpuAfter, err := b.db.cpu()
-		if err != nil {
-			return err
-		}
-		commitsAfter, _, err := b.db.commits(ctx)
-		if err != nil {
-			return err
-		}
-		metricsAfter, err := b.daemon.metrics(ctx)
-		if err != nil {
-			return err
-		}
-		delta := func(name string) float64 { return metricsAfter[name] - metricsBefore[name] }
-		ratios = append(ratios, s.rate()/ref.rate())
-		rates, references = append(rates, s.rate()), append(references, ref.rate())
-		p50s, p99s = append(p50s, s.percentile(0.5)), append(p99s, s.percentile(0.99))
-		daemon, db, reference = daemon+s.cpu, db+cpuAfter-cpuBefore, reference+ref.cpu
-		statements += delta("nanomdm_store_statements_total")
-		commits += delta("nanomdm_store_commit_messages_count")
-		allocations += delta("go_memstats_mallocs_total")
-		dbCommits, m.dbCounts = dbCommits+commitsAfter-commitsBefore, known
-		m.requests, referenceRequests = m.requests+s.requests, referenceRequests+ref.requests
-		m.failed += s.failed
-		if m.failure == "" {
-			m.failure = s.failure
-		}
 	}
-	n := float64(m.requests)
-	m.ratio, m.low, m.high = median(ratios), slices.Min(ratios), slices.Max(ratios)
-	m.rate, m.reference = median(rates), median(references)
-	m.p50, m.p99 = median(p50s), median(p99s)
-	m.daemon, m.db = daemon/time.Duration(m.requests), db/time.Duration(m.requests)
-	m.referenceCPU = reference / time.Duration(referenceRequests)
-	m.statements, m.commits, m.allocations, m.dbCommits = statements/n, commits/n, allocations/n, dbCommits/n
-	b.report.rows = append(b.report.rows, m)
-	fmt.Fprintf(os.Stderr, "%-10s  %-32s %3d connections  %6.0f/s  %.2f of the reference (%.2f to %.2f)  daemon %v + database %v (%v)  %d failed %s\n",
-		b.db.label, name, l.connections, m.rate, m.ratio, m.low, m.high,
-		m.daemon.Round(time.Microsecond), m.db.Round(time.Microsecond), m.referenceCPU.Round(time.Microsecond), m.failed, m.failure)
+	metricsBefore, err := b.daemon.metrics(ctx)
+	if err != nil {
+		return err
+	}
+	commitsBefore, known, err := b.db.commits(ctx)
+	if err != nil {
+		return err
+	}
+	cpuBefore, err := b.db.cpu()
+	if err != nil {
+		return err
+	}
+	var o sample
+	err = b.profiled(ctx, fmt.Sprintf("%s-%d", s.name, s.load.connections), func() (err error) {
+		o, err = b.drive(ctx, b.daemon, s.load, visits)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	cpuAfter, err := b.db.cpu()
+	if err != nil {
+		return err
+	}
+	commitsAfter, _, err := b.db.commits(ctx)
+	if err != nil {
+		return err
+	}
+	metricsAfter, err := b.daemon.metrics(ctx)
+	if err != nil {
+		return err
+	}
+	delta := func(name string) float64 { return metricsAfter[name] - metricsBefore[name] }
+	s.rates = append(s.rates, o.rate())
+	if s.load.rate == 0 {
+		s.ratios, s.references = append(s.ratios, o.rate()/ref.rate()), append(s.references, ref.rate())
+	}
+	s.p50s, s.p99s = append(s.p50s, o.percentile(0.5)), append(s.p99s, o.percentile(0.99))
+	s.daemon, s.db, s.reference = s.daemon+o.cpu, s.db+cpuAfter-cpuBefore, s.reference+ref.cpu
+	s.statements += delta("nanomdm_store_statements_total")
+	s.commits += delta("nanomdm_store_commit_messages_count")
+	s.allocations += delta("go_memstats_mallocs_total")
+	s.dbCommits, s.dbCounts = s.dbCommits+commitsAfter-commitsBefore, known
+	s.requests, s.referenceRequests = s.requests+o.requests, s.referenceRequests+ref.requests
+	s.failed += o.failed
+	if s.failure == "" {
+		s.failure = o.failure
+	}
 	return nil
 }
 
-// median of the values, which it sorts.
+// conclude reports what the rounds of a measurement found.
+func (b *bench) conclude(s *series) {
+	n := float64(s.requests)
+	m := row{
+		name: s.name, connections: s.load.connections,
+		rate: median(s.rates), rates: s.rates, p50: median(s.p50s), p99: median(s.p99s), p99s: s.p99s,
+		daemon: s.daemon / time.Duration(s.requests), db: s.db / time.Duration(s.requests),
+		statements: s.statements / n, commits: s.commits / n, allocations: s.allocations / n,
+		dbCommits: s.dbCommits / n, dbCounts: s.dbCounts,
+		requests: s.requests, failed: s.failed, failure: s.failure,
+	}
+	compared := ""
+	if len(s.ratios) > 0 {
+		m.ratio, m.low, m.high = median(s.ratios), slices.Min(s.ratios), slices.Max(s.ratios)
+		m.reference = median(s.references)
+		m.referenceCPU = s.reference / time.Duration(s.referenceRequests)
+		compared = fmt.Sprintf("  %.2f of the reference (%.2f to %.2f, %v)", m.ratio, m.low, m.high, m.referenceCPU.Round(time.Microsecond))
+	}
+	b.report.rows = append(b.report.rows, m)
+	fmt.Fprintf(os.Stderr, "%-10s  %-32s %3d connections  %6.0f/s%s  p99 %v  daemon %v + database %v  %d failed %s\n",
+		b.db.label, m.name, m.connections, m.rate, compared, m.p99.Round(100*time.Microsecond),
+		m.daemon.Round(time.Microsecond), m.db.Round(time.Microsecond), m.failed, m.failure)
+}
+
 func median[T float64 | time.Duration](values []T) T {
-	slices.Sort(values)
+	values = slices.Sorted(slices.Values(values))
 	n := len(values)
 	return (values[(n-1)/2] + values[n/2]) / 2
 }

@@ -13,11 +13,11 @@ import (
 	"time"
 )
 
-// The measurements of reports, without a webhook receiver and with one: as many
-// as get an answer, and pacedRate a second.
+// The measurements of reports: without a webhook receiver, with one, and with
+// one that takes requests and does not answer. Each is made with as many
+// messages as get an answer, and with pacedRate a second.
 const (
 	unhookedName = "reports without webhook"
-	againName    = "reports without webhook, again"
 	hookedName   = "reports with webhook"
 	hangingName  = "reports, webhook receiver hangs"
 	pacedRate    = 1000
@@ -27,58 +27,81 @@ const (
 func pacedName(name string) string { return fmt.Sprintf("%d a second: %s", pacedRate, name) }
 
 // webhook measures what it costs devices that their reports are told to a
-// receiver, and what a receiver costs them that takes requests and does not
-// answer. Reports without one are measured before and after, since the database
-// grows meanwhile and some engines are the slower for it. The receiver is part
-// of this process, so that its processor time is the client's.
+// receiver. The three kinds of reports take turns in each round, in changing
+// order, since the database grows meanwhile and some engines are the slower for
+// it. The receiver is part of this process, so that its processor time is the
+// client's.
 func (b *bench) webhook(ctx context.Context, devices []device) error {
-	measure := func(name string) error {
-		err := b.compare(ctx, name, load{connections: 64}, func(int) ([][]message, error) { return b.visits(ctx, devices, commandsEach) })
-		if err != nil {
-			return err
+	full, paced := load{connections: 64}, load{connections: 64, rate: pacedRate}
+	var all []*series
+	for _, name := range []string{unhookedName, hookedName, hangingName} {
+		all = append(all, &series{name: name, load: full}, &series{name: pacedName(name), load: paced})
+	}
+	turns := []func(measure func() error) error{
+		func(measure func() error) error { return measure() },
+		func(measure func() error) error { return b.hooked(ctx, false, measure) },
+		func(measure func() error) error { return b.hooked(ctx, true, measure) },
+	}
+	for round := range b.o.rounds {
+		for i := range turns {
+			turn := (round + i) % len(turns)
+			err := turns[turn](func() error {
+				visits, err := b.visits(ctx, devices, commandsEach)
+				if err != nil {
+					return err
+				}
+				if err := b.round(ctx, all[2*turn], visits); err != nil {
+					return err
+				}
+				if visits, err = b.visits(ctx, devices[:min(pacedVisits, len(devices))], commandsEach); err != nil {
+					return err
+				}
+				return b.round(ctx, all[2*turn+1], visits)
+			})
+			if err != nil {
+				return err
+			}
 		}
-		some := devices[:min(pacedVisits, len(devices))]
-		return b.compare(ctx, pacedName(name), load{connections: 64, rate: pacedRate}, func(int) ([][]message, error) {
-			return b.visits(ctx, some, commandsEach)
-		})
 	}
-	if err := measure(unhookedName); err != nil {
-		return err
+	for _, s := range all {
+		b.conclude(s)
 	}
+	return nil
+}
+
+// hooked measures while there is a receiver, and sees to it that it got
+// everything afterwards.
+func (b *bench) hooked(ctx context.Context, hangs bool, measure func() error) error {
 	receiver, err := newReceiver()
 	if err != nil {
 		return err
 	}
 	defer receiver.close()
-	for _, hook := range []struct{ measurement, path string }{{hookedName, "/"}, {hangingName, "/hang"}} {
-		sink, err := json.Marshal(map[string]any{
-			"url": "http://" + receiver.Addr().String() + hook.path, "filter": map[string]any{"topics": []string{"mdm.Connect"}},
-		})
-		if err != nil {
-			return err
-		}
-		if _, err := b.daemon.call(ctx, http.MethodPut, "/v1/sinks/mdmbench", sink); err != nil {
-			return err
-		}
-		if err := measure(hook.measurement); err != nil {
-			return err
-		}
-		if hook.measurement == hangingName {
-			receiver.open()
-		}
-		if err := b.drained(ctx, hook.measurement); err != nil {
-			return err
-		}
-		if _, err := b.daemon.call(ctx, http.MethodDelete, "/v1/sinks/mdmbench", nil); err != nil {
-			return err
-		}
+	if !hangs {
+		receiver.open()
 	}
-	return measure(againName)
+	sink, err := json.Marshal(map[string]any{
+		"url": "http://" + receiver.Addr().String(), "filter": map[string]any{"topics": []string{"mdm.Connect"}},
+	})
+	if err != nil {
+		return err
+	}
+	if _, err := b.daemon.call(ctx, http.MethodPut, "/v1/sinks/mdmbench", sink); err != nil {
+		return err
+	}
+	if err := measure(); err != nil {
+		return err
+	}
+	receiver.open()
+	if err := b.drained(ctx, hangs); err != nil {
+		return err
+	}
+	_, err = b.daemon.call(ctx, http.MethodDelete, "/v1/sinks/mdmbench", nil)
+	return err
 }
 
 // receiver answers requests over kept connections and does no more than it
-// must, as it is not what is measured. What goes to /hang is answered once it
-// is open.
+// must, as it is not what is measured. It answers once it is open.
 type receiver struct {
 	net.Listener
 	open   func()
@@ -114,9 +137,7 @@ func (r *receiver) serve(c net.Conn) {
 		if _, err := io.Copy(io.Discard, request.Body); err != nil {
 			return
 		}
-		if request.URL.Path == "/hang" {
-			<-r.opened
-		}
+		<-r.opened
 		if _, err := io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"); err != nil {
 			return
 		}
@@ -129,8 +150,9 @@ func (r *receiver) close() {
 	_ = r.Close()
 }
 
-// drained waits until the receiver has got everything.
-func (b *bench) drained(ctx context.Context, name string) error {
+// drained waits until the receiver has got everything, and says how much it
+// was if it waited for long.
+func (b *bench) drained(ctx context.Context, say bool) error {
 	begun, first := time.Now(), int64(-1)
 	for {
 		text, err := b.daemon.call(ctx, http.MethodGet, "/v1/sinks/mdmbench", nil)
@@ -147,10 +169,16 @@ func (b *bench) drained(ctx context.Context, name string) error {
 		if first < 0 {
 			first = left
 		}
+		if lost := sink.Backlog.Dead + sink.Backlog.Dropped; lost > 0 {
+			return fmt.Errorf("%d events were given up", lost)
+		}
 		if left == 0 {
+			if !say {
+				return nil
+			}
 			resident, err := b.daemon.resident()
-			fmt.Fprintf(os.Stderr, "%-10s  %-32s %d events waited, all taken after %v; %d given up; memory at its highest so far %d MB\n",
-				b.db.label, name, first, time.Since(begun).Round(time.Second), sink.Backlog.Dead+sink.Backlog.Dropped, resident>>20)
+			fmt.Fprintf(os.Stderr, "%-10s  %d events waited, all taken after %v; memory at its highest so far %d MB\n",
+				b.db.label, first, time.Since(begun).Round(100*time.Millisecond), resident>>20)
 			return err
 		}
 		select {
@@ -162,27 +190,28 @@ func (b *bench) drained(ctx context.Context, name string) error {
 }
 
 // hookedRatio compares reports that are told to a receiver to those that are
-// not, by their ratios to the reference.
+// not.
 func hookedRatio(r *report) (float64, bool) {
-	return r.toMean(func(m row) float64 { return m.ratio }, hookedName, unhookedName, againName)
+	return inTurns(r, hookedName, unhookedName, func(m row) []float64 { return m.rates })
 }
 
 // hangingLatency compares the p99 of paced reports while the receiver hangs to
 // that of reports without one.
 func hangingLatency(r *report) (float64, bool) {
-	return r.toMean(func(m row) float64 { return m.p99.Seconds() }, pacedName(hangingName), pacedName(unhookedName), pacedName(againName))
+	return inTurns(r, pacedName(hangingName), pacedName(unhookedName), func(m row) []time.Duration { return m.p99s })
 }
 
-// toMean compares a value of a measurement to the mean of those of the ones
-// before it and after it.
-func (r *report) toMean(value func(m row) float64, name, before, after string) (float64, bool) {
-	var values [3]float64
-	for i, name := range []string{name, before, after} {
-		m, ok := r.find(name, 64)
-		if !ok {
-			return 0, false
-		}
-		values[i] = value(m)
+// inTurns compares two measurements that took turns: it is the median of the
+// rounds' quotients.
+func inTurns[T float64 | time.Duration](r *report, of, to string, values func(m row) []T) (float64, bool) {
+	m, ok := r.find(of, 64)
+	n, also := r.find(to, 64)
+	if !ok || !also {
+		return 0, false
 	}
-	return 2 * values[0] / (values[1] + values[2]), true
+	var quotients []float64
+	for i, v := range values(m) {
+		quotients = append(quotients, float64(v)/float64(values(n)[i]))
+	}
+	return median(quotients), true
 }

@@ -136,9 +136,10 @@ const method = `
   database by a second replica. Memory is the most that was resident up to then.
 - Reports with webhook are fetch and acknowledge while each report is told to a
   receiver, which is part of the client; it answers at once, or takes the requests
-  and does not answer. What waited for it then is taken afterwards. They are compared
-  to the mean of reports without one, before and after ("again"). With %d messages
-  a second, a latency is from when its message was due, and %d devices report.
+  and does not answer. What waited for it then is taken afterwards. They and reports
+  without one take turns in each round and are compared by requests/s or p99; the
+  figure is the median of the rounds. With %d messages a second, a latency is from
+  when its message was due, and %d devices report; the reference has no part.
 - History and the size of the fleet are compared by their ratios to the reference.
   With history, %d devices poll, at 8 connections.
 - CPU is from /proc, in units of 10 ms, for the daemon's process and the database
@@ -224,10 +225,15 @@ func (r *report) write(b *strings.Builder) {
 		if m.failed > 0 {
 			failed = fmt.Sprintf("%d of %d: %s", m.failed, m.requests, strings.ReplaceAll(m.failure, "|", "/"))
 		}
-		fmt.Fprintf(b, "| %s | %d | %.0f | %.0f | %.2f (%.2f to %.2f) | %.1f / %.1f | %d + %d (%d) | %.0f | %.3f | %.3f | %s | %s |\n",
-			m.name, m.connections, m.rate, m.reference, m.ratio, m.low, m.high,
+		reference, ratio, cpu := "–", "–", "–"
+		if m.ratio > 0 {
+			reference, cpu = fmt.Sprintf("%.0f", m.reference), fmt.Sprint(m.referenceCPU.Microseconds())
+			ratio = fmt.Sprintf("%.2f (%.2f to %.2f)", m.ratio, m.low, m.high)
+		}
+		fmt.Fprintf(b, "| %s | %d | %.0f | %s | %s | %.1f / %.1f | %d + %d (%s) | %.0f | %.3f | %.3f | %s | %s |\n",
+			m.name, m.connections, m.rate, reference, ratio,
 			m.p50.Seconds()*1000, m.p99.Seconds()*1000,
-			m.daemon.Microseconds(), m.db.Microseconds(), m.referenceCPU.Microseconds(),
+			m.daemon.Microseconds(), m.db.Microseconds(), cpu,
 			m.allocations, m.statements, m.commits, dbCommits, failed)
 	}
 }
