@@ -91,15 +91,19 @@ func (h *hanger) taken() (n int) {
 	return n
 }
 
-// reporters are devices that report at a steady rate.
+// reporters are devices that acknowledge commands, which are numbered, at a
+// steady rate.
 type reporters struct {
 	devices []*mdmtest.Device
 	said    []int // by device, the number of its last report
+	queued  int   // the last command that was queued for all of them
 }
 
-// report has them report for some time and returns how long each took.
-func (r *reporters) report(t *testing.T, length time.Duration) []time.Duration {
+// report has them report for some time and returns how long each took. The
+// commands for it are queued before.
+func (r *reporters) report(t *testing.T, m *mortal, length time.Duration) []time.Duration {
 	each := time.Duration(len(r.devices)) * time.Second / time.Duration(*hangReports)
+	r.queue(m, slices.Max(r.said)+int(length/each)+2)
 	took := make([][]time.Duration, len(r.devices))
 	ctx, cancel := context.WithTimeout(t.Context(), length)
 	defer cancel()
@@ -128,6 +132,18 @@ func (r *reporters) report(t *testing.T, length time.Duration) []time.Duration {
 	return slices.Concat(took...)
 }
 
+func (r *reporters) queue(m *mortal, through int) {
+	var ids []string
+	for _, d := range r.devices {
+		ids = append(ids, d.UDID())
+	}
+	for ; r.queued < through; r.queued++ {
+		command := mdmtest.NewCommand(strconv.Itoa(r.queued+1), "DeviceInformation", nil)
+		status, body, _ := m.api("PUT", "/v1/enqueue/"+strings.Join(ids, ",")+"?nopush=1", "nanomdm", testKey, command)
+		require.Equal(m.t, 200, status, body)
+	}
+}
+
 // A receiver that hangs costs devices nothing and the daemon no memory, and
 // gets everything afterwards, in order for each enrollment. Run with
 // -args -hang=10m -hang-reports=1000 and see with -v what was measured.
@@ -144,16 +160,16 @@ func TestReceiverHangs(t *testing.T) {
 				require.NoError(t, d.Enroll(t.Context()))
 				r.devices = append(r.devices, d)
 			}
-			m.measured("without a webhook", r.report(t, *hang/10))
+			m.measured("without a webhook", r.report(t, m, *hang/10))
 			for i, d := range r.devices {
 				h.last[d.UDID()] = r.said[i]
 			}
 			status, body, _ := m.api("PUT", "/v1/sinks/hook", "nanomdm", testKey, []byte(`{"url": "`+h.URL+`", "filter": {"topics": ["mdm.Connect"]}}`))
 			require.Equal(t, 200, status, body)
-			m.measured("while it answers", r.report(t, *hang/10))
+			m.measured("while it answers", r.report(t, m, *hang/10))
 			open := h.hang()
 			for i := range 10 {
-				m.measured(fmt.Sprintf("while it hangs, part %d of 10", i+1), r.report(t, *hang/10))
+				m.measured(fmt.Sprintf("while it hangs, part %d of 10", i+1), r.report(t, m, *hang/10))
 			}
 			open()
 			said, begun := 0, time.Now()
