@@ -1,10 +1,14 @@
 package sqlstore
 
 import (
+	"bytes"
 	"cmp"
+	"compress/flate"
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
+	"sync"
 
 	"github.com/nanomdm/nanomdm/mdm"
 	"github.com/nanomdm/nanomdm/storage"
@@ -186,10 +190,48 @@ func storeBatch(ctx context.Context, t *tx, details []eventDetails, payloads []b
 		}
 	}
 	id := eventID(t.now)
-	if err := t.later(ctx, "INSERT INTO nano_events (batch_id, details, payloads) VALUES (?, ?, ?)", id, string(text), payloads); err != nil {
+	if err := t.later(ctx, "INSERT INTO nano_events (batch_id, details, payloads) VALUES (?, ?, ?)", id, string(text), deflate(payloads)); err != nil {
 		return err
 	}
 	return t.later(ctx, `INSERT INTO nano_event_batches (batch_id, stamp, size, newest)
 SELECT ?, `+t.d.greatest+`(`+t.d.number+`, COALESCE(MAX(stamp) + 1, 0)), `+t.d.number+`, `+t.d.number+` FROM nano_event_batches WHERE seq = 0`,
 		id, t.now, len(details), newest)
+}
+
+var (
+	deflaters = sync.Pool{New: func() any {
+		w, _ := flate.NewWriter(nil, flate.BestSpeed) // the level is valid
+		return w
+	}}
+	inflaters = sync.Pool{New: func() any { return flate.NewReader(nil) }}
+)
+
+// deflate compresses the payloads of a batch. Property lists, and the reports
+// of one batch above all, are mostly repetition, and bytes cost databases and
+// their logs more than this.
+func deflate(payloads []byte) []byte {
+	if len(payloads) == 0 {
+		return nil
+	}
+	w := deflaters.Get().(*flate.Writer)
+	defer deflaters.Put(w)
+	var b bytes.Buffer
+	w.Reset(&b)
+	_, _ = w.Write(payloads) // a buffer takes everything
+	_ = w.Close()
+	return b.Bytes()
+}
+
+// inflate is the opposite, for payloads of a size. It returns as much as can
+// be read.
+func inflate(value []byte, size int) []byte {
+	if len(value) == 0 {
+		return nil
+	}
+	r := inflaters.Get().(io.ReadCloser)
+	defer inflaters.Put(r)
+	_ = r.(flate.Resetter).Reset(bytes.NewReader(value), nil) // never fails
+	payloads := make([]byte, size)
+	n, _ := io.ReadFull(r, payloads) // what is missing is noticed by whoever wants it
+	return payloads[:n]
 }

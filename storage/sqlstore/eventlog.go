@@ -64,6 +64,16 @@ type eventBatch struct {
 // number is that of the event at a place.
 func (b *eventBatch) number(at int) int64 { return b.last - int64(len(b.events)-1-at) }
 
+// size is that of the payloads that stand with the batch, in bytes.
+func (b *eventBatch) size() (n int) {
+	for i := range b.events {
+		if d := &b.events[i]; !d.Apart && d.Size > 0 {
+			n += d.Size
+		}
+	}
+	return n
+}
+
 // each calls fn with each event of a batch that was read with payloads, and
 // the one that stands there, nil if there is none. Size is -1 if it should and
 // does not: one that is lost must not hold up the others.
@@ -125,6 +135,7 @@ func scanBatches(ctx context.Context, t *tx, list []eventBatch, q string, args [
 		if err := json.Unmarshal(details, &b.events); err != nil {
 			return nil, fmt.Errorf("the events up to %d: %w", b.last, err)
 		}
+		b.payloads = inflate(b.payloads, b.size())
 		list = append(list, b)
 	}
 	return list, rows.Err()

@@ -2,8 +2,11 @@ package storagetest
 
 import (
 	"bytes"
+	"compress/flate"
 	"fmt"
+	"io"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -833,7 +836,7 @@ func outboxCut(t *testing.T, h *Harness) {
 		reports(t, mdm.StatusAcknowledged, "X")
 	d.tells(t, "a4")
 	h.number(t, l)
-	h.Exec(t, "UPDATE nano_events SET payloads = SUBSTR(payloads, 1, 8) WHERE details LIKE '%a1%'")
+	h.Exec(t, "UPDATE nano_events SET payloads = ? WHERE details LIKE '%a1%'", deflated(t, "raw a1ra"))
 	events, err := h.Store.SinkPage(t.Context(), 0, 10)
 	require.NoError(t, err)
 	require.Equal(t, []string{"a1", "a2", "a3", "a4"}, idsOf(events))
@@ -843,6 +846,31 @@ func outboxCut(t *testing.T, h *Harness) {
 			require.EqualValues(t, -1, events[i].RawSize)
 		}
 	}
+	h.Exec(t, "UPDATE nano_events SET payloads = SUBSTR(payloads, 1, LENGTH(payloads) - 4) WHERE details LIKE '%a1%'")
+	events, err = h.Store.SinkPage(t.Context(), 0, 10)
+	require.NoError(t, err)
+	require.Equal(t, []string{"a1", "a2", "a3", "a4"}, idsOf(events))
+	require.Equal(t, "raw a4", string(events[3].Raw))
+}
+
+// deflated and inflated compress payloads as batches of events have them, and
+// the opposite.
+func deflated(t *testing.T, payloads string) []byte {
+	t.Helper()
+	var b bytes.Buffer
+	w, err := flate.NewWriter(&b, flate.BestCompression)
+	require.NoError(t, err)
+	_, err = w.Write([]byte(payloads))
+	require.NoError(t, err)
+	require.NoError(t, w.Close())
+	return b.Bytes()
+}
+
+func inflated(t *testing.T, value string) string {
+	t.Helper()
+	payloads, err := io.ReadAll(flate.NewReader(strings.NewReader(value)))
+	require.NoError(t, err)
+	return string(payloads)
 }
 
 func outboxMany(t *testing.T, h *Harness) {
@@ -924,7 +952,9 @@ func upkeepWithoutLease(t *testing.T, h *Harness) {
 		_, err := step()
 		require.ErrorIs(t, err, storage.ErrLeaseLost, name)
 	}
-	require.Equal(t, []string{"raw a1"}, h.Strings(t, "SELECT payloads FROM nano_events"))
+	kept := h.Strings(t, "SELECT payloads FROM nano_events")
+	require.Len(t, kept, 1)
+	require.Equal(t, "raw a1", inflated(t, kept[0]))
 	require.EqualValues(t, 1, h.Int(t, "SELECT COUNT(*) FROM nano_event_sinks"))
 }
 

@@ -166,7 +166,9 @@ func planted(t *testing.T, h *Harness) map[string]string {
 	for _, topic := range []string{storage.TopicTokenUpdate, storage.TopicSetBootstrapToken} {
 		values[topic] = h.Strings(t, "SELECT payload FROM nano_event_payloads WHERE topic = ?", topic)[0]
 	}
-	values[storage.TopicAuthenticate] = strings.Join(h.Strings(t, "SELECT payloads FROM nano_events WHERE payloads IS NOT NULL"), " ")
+	for _, payloads := range h.Strings(t, "SELECT payloads FROM nano_events WHERE payloads IS NOT NULL") {
+		values[storage.TopicAuthenticate] += inflated(t, payloads)
+	}
 	return values
 }
 

@@ -204,9 +204,9 @@ CREATE TABLE IF NOT EXISTS nano_event_batches (
 CREATE INDEX {if_not_exists} nano_event_batches_seq ON nano_event_batches (seq, stamp);
 
 -- What a batch tells: details is a JSON list of its events, with the size of
--- each one's payload. The payloads follow each other, but for those that have
--- rows of their own, since they are sealed or large. PostgreSQL is not to spend
--- time on compressing what is removed soon.
+-- each one's payload. The payloads follow each other, compressed (RFC 1951), but
+-- for those that have rows of their own, since they are sealed or large.
+-- PostgreSQL is not to spend time on compressing what is removed soon.
 CREATE TABLE IF NOT EXISTS nano_events (
     batch_id {id} NOT NULL PRIMARY KEY,
     details  {text} NOT NULL,
