@@ -32,39 +32,46 @@ func pacedName(name string) string { return fmt.Sprintf("%d a second: %s", paced
 // it. The receiver is part of this process, so that its processor time is the
 // client's.
 func (b *bench) webhook(ctx context.Context, devices []device) error {
-	full, paced := load{connections: 64}, load{connections: 64, rate: pacedRate}
-	var all []*series
-	for _, name := range []string{unhookedName, hookedName, hangingName} {
-		all = append(all, &series{name: name, load: full}, &series{name: pacedName(name), load: paced})
+	type turn struct {
+		during      func(measure func() error) error
+		full, paced *series
 	}
-	turns := []func(measure func() error) error{
-		func(measure func() error) error { return measure() },
-		func(measure func() error) error { return b.hooked(ctx, false, measure) },
-		func(measure func() error) error { return b.hooked(ctx, true, measure) },
+	var turns []turn
+	add := func(name string, during func(measure func() error) error) {
+		turns = append(turns, turn{
+			during: during,
+			full:   &series{name: name, load: load{connections: 64}},
+			paced:  &series{name: pacedName(name), load: load{connections: 64, rate: pacedRate}},
+		})
 	}
+	add(unhookedName, func(measure func() error) error { return measure() })
+	add(hookedName, func(measure func() error) error { return b.hooked(ctx, false, measure) })
+	add(hangingName, func(measure func() error) error { return b.hooked(ctx, true, measure) })
+	some := devices[:min(pacedVisits, len(devices))]
 	for round := range b.o.rounds {
 		for i := range turns {
-			turn := (round + i) % len(turns)
-			err := turns[turn](func() error {
+			t := turns[(round+i)%len(turns)]
+			err := t.during(func() error {
 				visits, err := b.visits(ctx, devices, commandsEach)
 				if err != nil {
 					return err
 				}
-				if err := b.round(ctx, all[2*turn], visits); err != nil {
+				if err := b.round(ctx, t.full, visits); err != nil {
 					return err
 				}
-				if visits, err = b.visits(ctx, devices[:min(pacedVisits, len(devices))], commandsEach); err != nil {
+				if visits, err = b.visits(ctx, some, commandsEach); err != nil {
 					return err
 				}
-				return b.round(ctx, all[2*turn+1], visits)
+				return b.round(ctx, t.paced, visits)
 			})
 			if err != nil {
 				return err
 			}
 		}
 	}
-	for _, s := range all {
-		b.conclude(s)
+	for _, t := range turns {
+		b.conclude(t.full)
+		b.conclude(t.paced)
 	}
 	return nil
 }
