@@ -316,6 +316,7 @@ func (b *bench) conclude(s *series) {
 		m.daemon.Round(time.Microsecond), m.db.Round(time.Microsecond), m.failed, m.failure)
 }
 
+// median of the values, which stay in their order.
 func median[T float64 | time.Duration](values []T) T {
 	values = slices.Sorted(slices.Values(values))
 	n := len(values)

@@ -135,7 +135,7 @@ func scanBatches(ctx context.Context, t *tx, list []eventBatch, q string, args [
 		if err := json.Unmarshal(details, &b.events); err != nil {
 			return nil, fmt.Errorf("the events up to %d: %w", b.last, err)
 		}
-		b.payloads = inflate(b.payloads, b.size())
+		b.payloads = inflate(b.payloads, min(b.size(), eventBytes))
 		list = append(list, b)
 	}
 	return list, rows.Err()

@@ -851,6 +851,13 @@ func outboxCut(t *testing.T, h *Harness) {
 	require.NoError(t, err)
 	require.Equal(t, []string{"a1", "a2", "a3", "a4"}, idsOf(events))
 	require.Equal(t, "raw a4", string(events[3].Raw))
+	// A size is no reason to make room for it.
+	h.Exec(t, `UPDATE nano_events SET details = REPLACE(details, '"size":6', '"size":9000000000000000') WHERE details LIKE '%a1%'`)
+	events, err = h.Store.SinkPage(t.Context(), 0, 10)
+	require.NoError(t, err)
+	require.Equal(t, []string{"a1", "a2", "a3", "a4"}, idsOf(events))
+	require.EqualValues(t, -1, events[0].RawSize)
+	require.Equal(t, "raw a4", string(events[3].Raw))
 }
 
 // deflated and inflated compress payloads as batches of events have them, and
