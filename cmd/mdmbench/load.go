@@ -126,15 +126,16 @@ func (d device) idle(want string) (message, error) {
 	return sign(d.id, reportType, d.document(func(p *mdmtest.Plist) { p.String("Status", "Idle") }), want)
 }
 
-// fetch is a whole connection: a poll, and a report for each command.
-func (d device) fetch(uuids []string) ([]message, error) {
+// fetch is a whole connection: a poll, and a report for each command. The last
+// one is answered with the command after them, or nothing.
+func (d device) fetch(uuids []string, after string) ([]message, error) {
 	poll, err := d.idle(uuids[0])
 	if err != nil {
 		return nil, err
 	}
 	visit := []message{poll}
 	for i, uuid := range uuids {
-		next := ""
+		next := after
 		if i+1 < len(uuids) {
 			next = uuids[i+1]
 		}

@@ -27,7 +27,7 @@ type options struct {
 	devices, fleet         int
 	history, historyFleet  int
 	rounds                 int
-	duration               time.Duration
+	duration, paced        time.Duration
 	quick                  bool
 }
 
@@ -57,6 +57,7 @@ func run(ctx context.Context, args []string) error {
 	flags.IntVar(&o.historyFleet, "history-devices", 100, "how many devices have that history")
 	flags.IntVar(&o.rounds, "rounds", 3, "how often each measurement is made; the median counts")
 	flags.DurationVar(&o.duration, "duration", 1500*time.Millisecond, "how long a measurement of idle takes")
+	flags.DurationVar(&o.paced, "paced", 8*time.Second, "how long, at least, reports are sent at a steady rate, without a webhook and while its receiver hangs")
 	flags.BoolVar(&o.quick, "quick", false, "a fraction of everything, in a minute or two for each engine")
 	if err := flags.Parse(args); err != nil {
 		return err
@@ -65,8 +66,8 @@ func run(ctx context.Context, args []string) error {
 		o.devices, o.fleet, o.history, o.historyFleet = 500, 0, 50, 100
 		o.rounds, o.duration = 3, time.Second
 	}
-	if o.devices < 1 || o.rounds < 1 || o.duration <= 0 || o.history < 0 || o.fleet < 0 || (o.history > 0 && o.historyFleet < 1) {
-		return errors.New("-devices, -rounds, -duration and -history-devices are above zero, -fleet and -history not below")
+	if o.devices < 1 || o.rounds < 1 || o.duration <= 0 || o.paced <= 0 || o.history < 0 || o.fleet < 0 || (o.history > 0 && o.historyFleet < 1) {
+		return errors.New("-devices, -rounds, -duration, -paced and -history-devices are above zero, -fleet and -history not below")
 	}
 	for name := range strings.SplitSeq(o.only, ",") {
 		if name != "" && !slices.Contains(measurements(), name) {

@@ -59,7 +59,7 @@ func TestReferenceVerifies(t *testing.T) {
 // A daemon that answers anything but the next command is found out.
 func TestDriveChecksReplies(t *testing.T) {
 	_, d := testDevice(t)
-	visit, err := d.fetch([]string{"uuid-1", "uuid-2"})
+	visit, err := d.fetch([]string{"uuid-1", "uuid-2"}, "")
 	require.NoError(t, err)
 	require.Len(t, visit, 3)
 	for name, c := range map[string]struct {

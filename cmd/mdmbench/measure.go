@@ -400,15 +400,27 @@ func (b *bench) idle(ctx context.Context, name string, devices []device, connect
 // visits queues commands for the devices and makes the visits that fetch and
 // acknowledge them.
 func (b *bench) visits(ctx context.Context, devices []device, commands int) ([][]message, error) {
+	return b.repeatedVisits(ctx, devices, commands, 1)
+}
+
+// repeatedVisits is visits for devices that come so often, each time for that
+// many commands.
+func (b *bench) repeatedVisits(ctx context.Context, devices []device, commands, times int) ([][]message, error) {
 	var uuids []string
-	for range commands {
+	for range commands * times {
 		uuid, err := enqueue(ctx, b.daemon, devices, enqueueIDs)
 		if err != nil {
 			return nil, err
 		}
 		uuids = append(uuids, uuid)
 	}
-	return parallel(ctx, len(devices), func(i int) ([]message, error) { return devices[i].fetch(uuids) })
+	return parallel(ctx, len(devices)*times, func(i int) ([]message, error) {
+		now, after := uuids[i/len(devices)*commands:], ""
+		if len(now) > commands {
+			now, after = now[:commands], now[commands]
+		}
+		return devices[i%len(devices)].fetch(now, after)
+	})
 }
 
 func (b *bench) fetch(ctx context.Context, devices []device) error {

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"net/http"
 	"os"
@@ -15,16 +16,24 @@ import (
 
 // The measurements of reports: without a webhook receiver, with one, and with
 // one that takes requests and does not answer. Each is made with as many
-// messages as get an answer, and with pacedRate a second.
+// messages as get an answer, and at a steady pace.
 const (
 	unhookedName = "reports without webhook"
 	hookedName   = "reports with webhook"
 	hangingName  = "reports, webhook receiver hangs"
-	pacedRate    = 1000
-	pacedVisits  = 800
+	pacedReports = 1000 // a second
+	pacedDevices = 800
 )
 
-func pacedName(name string) string { return fmt.Sprintf("%d a second: %s", pacedRate, name) }
+// pacedLoad is those reports, with the polls that they come after.
+var pacedLoad = load{connections: 64, rate: pacedReports * (commandsEach + 1) / commandsEach}
+
+func pacedName(name string) string { return fmt.Sprintf("%d a second: %s", pacedReports, name) }
+
+// pacedTimes is how often each of some devices comes in a time, at that pace.
+func pacedTimes(devices int, length time.Duration) int {
+	return int(math.Ceil(length.Seconds() * pacedReports / commandsEach / float64(devices)))
+}
 
 // webhook measures what it costs devices that their reports are told to a
 // receiver. The three kinds of reports take turns in each round, in changing
@@ -35,19 +44,23 @@ func (b *bench) webhook(ctx context.Context, devices []device) error {
 	type turn struct {
 		during      func(measure func() error) error
 		full, paced *series
+		times       int // that each device comes at a steady pace
 	}
 	var turns []turn
-	add := func(name string, during func(measure func() error) error) {
+	some := devices[:min(pacedDevices, len(devices))]
+	add := func(name string, times int, during func(measure func() error) error) {
 		turns = append(turns, turn{
 			during: during,
 			full:   &series{name: name, load: load{connections: 64}},
-			paced:  &series{name: pacedName(name), load: load{connections: 64, rate: pacedRate}},
+			paced:  &series{name: pacedName(name), load: pacedLoad},
+			times:  times,
 		})
 	}
-	add(unhookedName, func(measure func() error) error { return measure() })
-	add(hookedName, func(measure func() error) error { return b.hooked(ctx, false, measure) })
-	add(hangingName, func(measure func() error) error { return b.hooked(ctx, true, measure) })
-	some := devices[:min(pacedVisits, len(devices))]
+	// What is compared takes as long as asked for.
+	times := pacedTimes(len(some), b.o.paced)
+	add(unhookedName, times, func(measure func() error) error { return measure() })
+	add(hookedName, 1, func(measure func() error) error { return b.hooked(ctx, false, measure) })
+	add(hangingName, times, func(measure func() error) error { return b.hooked(ctx, true, measure) })
 	for round := range b.o.rounds {
 		for i := range turns {
 			t := turns[(round+i)%len(turns)]
@@ -59,7 +72,7 @@ func (b *bench) webhook(ctx context.Context, devices []device) error {
 				if err := b.round(ctx, t.full, visits); err != nil {
 					return err
 				}
-				if visits, err = b.visits(ctx, some, commandsEach); err != nil {
+				if visits, err = b.repeatedVisits(ctx, some, commandsEach, t.times); err != nil {
 					return err
 				}
 				return b.round(ctx, t.paced, visits)

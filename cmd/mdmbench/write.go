@@ -45,7 +45,7 @@ func goals(o *options) []goal {
 			return float64(r.loaded) / 1e6, r.loaded > 0
 		}},
 		{"reports with webhook, to reports without", [3]float64{0.8, 0.8, 0.8}, false, hookedRatio},
-		{fmt.Sprintf("p99 of %d reports a second while the webhook receiver hangs, to p99 without webhook", pacedRate), [3]float64{1.2, 1.2, 1.2}, true, hangingLatency},
+		{fmt.Sprintf("p99 of %d reports a second while the webhook receiver hangs, to p99 without webhook", pacedReports), [3]float64{1.2, 1.2, 1.2}, true, hangingLatency},
 		{"commits a report, 64 connections", [3]float64{0.05, 0.05, 0.06}, true, commitsPerReport},
 		{"enqueue, rows a second to the peer's (scaled, see Method)", [3]float64{2, 2, 1}, false, func(r *report) (float64, bool) {
 			if r.engine.storage == "mysql" {
@@ -138,8 +138,9 @@ const method = `
   receiver, which is part of the client; it answers at once, or takes the requests
   and does not answer. What waited for it then is taken afterwards. They and reports
   without one take turns in each round and are compared by requests/s or p99; the
-  figure is the median of the rounds. With %d messages a second, a latency is from
-  when its message was due, and %d devices report; the reference has no part.
+  figure is the median of the rounds. With %d reports a second, a latency is from
+  when its message was due, and %d devices report, for %v or a little longer; while
+  a receiver answers, only until each has come once. The reference has no part.
 - History and the size of the fleet are compared by their ratios to the reference.
   With history, %d devices poll, at 8 connections.
 - CPU is from /proc, in units of 10 ms, for the daemon's process and the database
@@ -189,7 +190,7 @@ func write(w io.Writer, o *options, reports []*report) error {
 	for _, r := range reports {
 		r.write(&b)
 	}
-	fmt.Fprintf(&b, method, commandsEach, commandsEach, pacedRate, min(pacedVisits, o.devices), o.historyFleet, enqueueIDs)
+	fmt.Fprintf(&b, method, commandsEach, commandsEach, pacedReports, min(pacedDevices, o.devices), o.paced, o.historyFleet, enqueueIDs)
 	_, err := io.WriteString(w, b.String())
 	return err
 }
