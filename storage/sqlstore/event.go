@@ -190,7 +190,7 @@ func storeBatch(ctx context.Context, t *tx, details []eventDetails, payloads []b
 		}
 	}
 	id := eventID(t.now)
-	if err := t.later(ctx, "INSERT INTO nano_events (batch_id, details, payloads) VALUES (?, ?, ?)", id, string(text), deflate(payloads)); err != nil {
+	if err := t.later(ctx, "INSERT INTO nano_events (batch_id, details, payloads) VALUES (?, ?, ?)", id, deflate(text), deflate(payloads)); err != nil {
 		return err
 	}
 	return t.later(ctx, `INSERT INTO nano_event_batches (batch_id, stamp, size, newest)
@@ -206,32 +206,46 @@ var (
 	inflaters = sync.Pool{New: func() any { return flate.NewReader(nil) }}
 )
 
-// deflate compresses the payloads of a batch. Property lists, and the reports
-// of one batch above all, are mostly repetition, and bytes cost databases and
-// their logs more than this.
-func deflate(payloads []byte) []byte {
-	if len(payloads) == 0 {
+// deflate compresses what a batch has. JSON and property lists, and those of the
+// reports of one batch above all, are mostly repetition, and bytes cost
+// databases, their logs and their disks more than this.
+func deflate(value []byte) []byte {
+	if len(value) == 0 {
 		return nil
 	}
 	w := deflaters.Get().(*flate.Writer)
 	defer deflaters.Put(w)
 	var b bytes.Buffer
 	w.Reset(&b)
-	_, _ = w.Write(payloads) // a buffer takes everything
+	_, _ = w.Write(value) // a buffer takes everything
 	_ = w.Close()
 	return b.Bytes()
 }
 
-// inflate is the opposite, for payloads of a size. It returns as much as can
-// be read.
-func inflate(value []byte, size int) []byte {
-	if len(value) == 0 {
-		return nil
-	}
+// inflate has read what was compressed.
+func inflate(value []byte, read func(r io.Reader) error) error {
 	r := inflaters.Get().(io.ReadCloser)
 	defer inflaters.Put(r)
 	_ = r.(flate.Resetter).Reset(bytes.NewReader(value), nil) // never fails
+	return read(r)
+}
+
+// inflatePayloads returns as much of payloads of a size as can be read.
+func inflatePayloads(value []byte, size int) []byte {
+	if len(value) == 0 {
+		return nil
+	}
 	payloads := make([]byte, size)
-	n, _ := io.ReadFull(r, payloads) // what is missing is noticed by whoever wants it
+	var n int
+	_ = inflate(value, func(r io.Reader) (err error) {
+		n, err = io.ReadFull(r, payloads)
+		return err // what is missing is noticed by whoever wants it
+	})
 	return payloads[:n]
+}
+
+// inflateDetails reads the events of a batch.
+func inflateDetails(value []byte) (events []eventDetails, err error) {
+	err = inflate(value, func(r io.Reader) error { return json.NewDecoder(r).Decode(&events) })
+	return events, err
 }

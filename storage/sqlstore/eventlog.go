@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"context"
 	"database/sql"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
@@ -132,10 +131,10 @@ func scanBatches(ctx context.Context, t *tx, list []eventBatch, q string, args [
 		if err := rows.Scan(&b.id, &b.last, &details, &b.payloads); err != nil {
 			return nil, err
 		}
-		if err := json.Unmarshal(details, &b.events); err != nil {
+		if b.events, err = inflateDetails(details); err != nil {
 			return nil, fmt.Errorf("the events up to %d: %w", b.last, err)
 		}
-		b.payloads = inflate(b.payloads, min(b.size(), eventBytes))
+		b.payloads = inflatePayloads(b.payloads, min(b.size(), eventBytes))
 		list = append(list, b)
 	}
 	return list, rows.Err()

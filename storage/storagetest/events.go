@@ -836,7 +836,8 @@ func outboxCut(t *testing.T, h *Harness) {
 		reports(t, mdm.StatusAcknowledged, "X")
 	d.tells(t, "a4")
 	h.number(t, l)
-	h.Exec(t, "UPDATE nano_events SET payloads = ? WHERE details LIKE '%a1%'", deflated(t, "raw a1ra"))
+	const first = " WHERE batch_id = (SELECT batch_id FROM nano_event_batches WHERE seq = 3)"
+	h.Exec(t, "UPDATE nano_events SET payloads = ?"+first, deflated(t, "raw a1ra"))
 	events, err := h.Store.SinkPage(t.Context(), 0, 10)
 	require.NoError(t, err)
 	require.Equal(t, []string{"a1", "a2", "a3", "a4"}, idsOf(events))
@@ -846,13 +847,16 @@ func outboxCut(t *testing.T, h *Harness) {
 			require.EqualValues(t, -1, events[i].RawSize)
 		}
 	}
-	h.Exec(t, "UPDATE nano_events SET payloads = SUBSTR(payloads, 1, LENGTH(payloads) - 4) WHERE details LIKE '%a1%'")
+	h.Exec(t, "UPDATE nano_events SET payloads = SUBSTR(payloads, 1, LENGTH(payloads) - 4)"+first)
 	events, err = h.Store.SinkPage(t.Context(), 0, 10)
 	require.NoError(t, err)
 	require.Equal(t, []string{"a1", "a2", "a3", "a4"}, idsOf(events))
 	require.Equal(t, "raw a4", string(events[3].Raw))
 	// A size is no reason to make room for it.
-	h.Exec(t, `UPDATE nano_events SET details = REPLACE(details, '"size":6', '"size":9000000000000000') WHERE details LIKE '%a1%'`)
+	details := inflated(t, h.Strings(t, "SELECT details FROM nano_events"+first)[0])
+	large := strings.ReplaceAll(details, `"size":6`, `"size":9000000000000000`)
+	require.NotEqual(t, details, large)
+	h.Exec(t, "UPDATE nano_events SET details = ?"+first, deflated(t, large))
 	events, err = h.Store.SinkPage(t.Context(), 0, 10)
 	require.NoError(t, err)
 	require.Equal(t, []string{"a1", "a2", "a3", "a4"}, idsOf(events))
@@ -860,14 +864,13 @@ func outboxCut(t *testing.T, h *Harness) {
 	require.Equal(t, "raw a4", string(events[3].Raw))
 }
 
-// deflated and inflated compress payloads as batches of events have them, and
-// the opposite.
-func deflated(t *testing.T, payloads string) []byte {
+// deflated and inflated compress as batches of events are, and the opposite.
+func deflated(t *testing.T, text string) []byte {
 	t.Helper()
 	var b bytes.Buffer
 	w, err := flate.NewWriter(&b, flate.BestCompression)
 	require.NoError(t, err)
-	_, err = w.Write([]byte(payloads))
+	_, err = w.Write([]byte(text))
 	require.NoError(t, err)
 	require.NoError(t, w.Close())
 	return b.Bytes()
@@ -875,9 +878,9 @@ func deflated(t *testing.T, payloads string) []byte {
 
 func inflated(t *testing.T, value string) string {
 	t.Helper()
-	payloads, err := io.ReadAll(flate.NewReader(strings.NewReader(value)))
+	text, err := io.ReadAll(flate.NewReader(strings.NewReader(value)))
 	require.NoError(t, err)
-	return string(payloads)
+	return string(text)
 }
 
 func outboxMany(t *testing.T, h *Harness) {

@@ -204,12 +204,12 @@ CREATE TABLE IF NOT EXISTS nano_event_batches (
 CREATE INDEX {if_not_exists} nano_event_batches_seq ON nano_event_batches (seq, stamp);
 
 -- What a batch tells: details is a JSON list of its events, with the size of
--- each one's payload. The payloads follow each other, compressed (RFC 1951), but
--- for those that have rows of their own, since they are sealed or large.
--- PostgreSQL is not to spend time on compressing what is removed soon.
+-- each one's payload, and the payloads follow each other, but for those that have
+-- rows of their own, since they are sealed or large. Both are compressed
+-- (RFC 1951). PostgreSQL is not to spend time on doing it again.
 CREATE TABLE IF NOT EXISTS nano_events (
     batch_id {id} NOT NULL PRIMARY KEY,
-    details  {text} NOT NULL,
+    details  {blob} NOT NULL,
     payloads {blob} NULL
 ) {table};
 {pgsql} ALTER TABLE nano_events ALTER details SET STORAGE EXTERNAL, ALTER payloads SET STORAGE EXTERNAL;
