@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -23,6 +24,9 @@ const (
 	activityLimit = 100_000
 	// activityBytes bounds the events that are remembered, in bytes.
 	activityBytes = 16 << 20
+	// answeredAtOnce is how long a device has for an answer to a command before
+	// it counts as an offer. Most take a moment, and such offers are never written.
+	answeredAtOnce = 5 * time.Second
 )
 
 // activity is what a poll or an accepted push leaves behind besides its
@@ -37,9 +41,10 @@ type activity struct {
 	setPushAt bool
 	pushAt    int64
 	// offered is the command that the device was offered last, and how many
-	// times, as long as it says nothing of it.
-	offered string
-	offers  int
+	// times, as long as it says nothing of it. offeredAt is when that began.
+	offered   string
+	offers    int
+	offeredAt int64
 }
 
 // merge adds what b knows. Numbers only grow; the push time belongs to the
@@ -54,9 +59,19 @@ func (a activity) merge(b activity) activity {
 	case b.offered == a.offered:
 		a.offers += b.offers
 	default: // it has gone on, or has none
-		a.offered, a.offers = b.offered, b.offers
+		a.offered, a.offers, a.offeredAt = b.offered, b.offers, b.offeredAt
 	}
 	return a
+}
+
+// split takes the offers out that began after a time.
+func (a activity) split(after int64) (now, later activity) {
+	if a.offers == 0 || a.offeredAt <= after {
+		return a, activity{}
+	}
+	later = activity{id: a.id, offered: a.offered, offers: a.offers, offeredAt: a.offeredAt}
+	a.offered, a.offers = "", 0
+	return a, later
 }
 
 // activityLog gathers activities, and events that report no change, and writes
@@ -103,7 +118,7 @@ func (a *activityLog) run(every time.Duration) {
 			return
 		case <-ticker.C:
 		}
-		err := a.flush(context.Background())
+		err := a.flush(context.Background(), answeredAtOnce)
 		if err != nil && !failing { // once for each outage
 			a.s.log.Warn("cannot record activity", "error", err)
 		}
@@ -115,7 +130,7 @@ func (a *activityLog) run(every time.Duration) {
 func (a *activityLog) stop() error {
 	close(a.quit)
 	<-a.done
-	return a.flush(context.Background())
+	return a.flush(context.Background(), 0)
 }
 
 // note remembers an activity for the next batch. It never waits for the
@@ -165,17 +180,32 @@ func (s *Store) Flush(ctx context.Context) error {
 	if s.closed.Load() {
 		return storage.ErrClosed
 	}
-	return s.act.flush(ctx)
+	return s.act.flush(ctx, 0)
 }
 
-// flush writes what is pending, in key order. What could not be written is
-// kept for the next time.
-func (a *activityLog) flush(ctx context.Context) error {
+// flush writes what is pending, in key order, but for offers that are younger
+// than an age. What could not be written is kept for the next time.
+func (a *activityLog) flush(ctx context.Context, offerAge time.Duration) error {
 	a.flushing.Lock()
 	defer a.flushing.Unlock()
+	after := int64(math.MaxInt64)
+	if offerAge > 0 {
+		after = micros(a.s.now().Add(-offerAge))
+	}
 	a.mu.Lock()
 	taken, events := a.pending, a.events
 	a.pending = make(map[string]activity, len(taken))
+	for id, n := range taken {
+		now, later := n.split(after)
+		if later.offers > 0 {
+			a.pending[id] = later
+		}
+		if now == (activity{id: id}) {
+			delete(taken, id)
+		} else {
+			taken[id] = now
+		}
+	}
 	a.events, a.eventBytes = nil, 0
 	a.mu.Unlock()
 	return errors.Join(a.flushRows(ctx, taken), a.flushEvents(ctx, events))

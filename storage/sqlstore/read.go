@@ -142,7 +142,7 @@ func offer(ctx context.Context, t *tx, reports []*pending, subs map[string]*subj
 			due[p] = sub.queued.V
 		}
 		if uuid, ok := due[p]; ok {
-			p.note.offered, p.note.offers = uuid, 1
+			p.note.offered, p.note.offers, p.note.offeredAt = uuid, 1, t.now
 		}
 	}
 	return readCommands(ctx, t, due)

@@ -22,6 +22,7 @@ func activityTests() []subtest {
 		{"a poll pays for what was owed when it came", activityPays},
 		{"replicas flush the same enrollments at once", activityAtOnce},
 		{"what was offered without an answer is counted", activityOffers},
+		{"what is answered within seconds is no offer without an answer", activityUnanswered},
 	}
 }
 
@@ -118,15 +119,44 @@ func activityAtOnce(t *testing.T, h *Harness) {
 	require.Zero(t, h.Int(t, "SELECT COUNT(*) FROM nano_enrollment_push WHERE paid_seq < owed_seq"))
 }
 
+func activityUnanswered(t *testing.T, h *Harness) {
+	store := h.Open(t, func(c *sqlstore.Config) { c.RecordActivityEvery = 5 * time.Millisecond })
+	h.Enroll(t, "D", "E", "F", "G")
+	h.enqueue(t, []string{"D", "E"}, "C1")
+	written := func(id string) {
+		t.Helper()
+		at := h.Clock.Advance(time.Second)
+		require.NoError(t, h.device(id).on(store).seen(t))
+		require.Eventually(t, func() bool { return lastSeen(t, h, id) == at.UnixMicro() }, 10*time.Second, 5*time.Millisecond)
+	}
+	for _, id := range []string{"D", "E"} {
+		require.Equal(t, "C1", h.device(id).on(store).polls(t))
+	}
+	written("F")
+	written("G")
+	require.Zero(t, h.attempts(t, "D", "C1"), "it has some seconds to answer")
+	require.Empty(t, h.device("E").on(store).reports(t, mdm.StatusAcknowledged, "C1"))
+	h.Clock.Advance(time.Minute)
+	require.Eventually(t, func() bool { return h.attempts(t, "D", "C1") == 1 }, 10*time.Second, 5*time.Millisecond)
+	require.Zero(t, h.attempts(t, "E", "C1"))
+}
+
+// attempts is how often the device was offered a command without an answer, as
+// far as it is written.
+func (h *Harness) attempts(t *testing.T, id, uuid string) int {
+	t.Helper()
+	item, err := h.Store.QueueItem(t.Context(), storage.Scope{}, id, uuid)
+	require.NoError(t, err)
+	return item.Attempts
+}
+
 func activityOffers(t *testing.T, h *Harness) {
 	h.Enroll(t, "D", "E")
 	h.enqueue(t, []string{"D", "E"}, "C1", "C2")
 	attempts := func(id, uuid string) int {
 		t.Helper()
 		require.NoError(t, h.Store.Flush(t.Context()))
-		item, err := h.Store.QueueItem(t.Context(), storage.Scope{}, id, uuid)
-		require.NoError(t, err)
-		return item.Attempts
+		return h.attempts(t, id, uuid)
 	}
 	d := h.device("D")
 	for range 2 {
