@@ -55,7 +55,7 @@ func (a activity) merge(b activity) activity {
 		a.paid, a.setPushAt, a.pushAt = b.paid, b.setPushAt, b.pushAt
 	}
 	switch {
-	case b.seen == 0:
+	case b.seen == 0 && b.offers == 0: // not of the device
 	case b.offered == a.offered:
 		a.offers += b.offers
 	default: // it has gone on, or has none
@@ -188,34 +188,47 @@ func (s *Store) Flush(ctx context.Context) error {
 func (a *activityLog) flush(ctx context.Context, offerAge time.Duration) error {
 	a.flushing.Lock()
 	defer a.flushing.Unlock()
-	after := int64(math.MaxInt64)
+	after := int64(math.MaxInt64) // all, whatever the clock says
 	if offerAge > 0 {
 		after = micros(a.s.now().Add(-offerAge))
 	}
-	a.mu.Lock()
-	taken, events := a.pending, a.events
-	a.pending = make(map[string]activity, len(taken))
-	for id, n := range taken {
-		now, later := n.split(after)
-		if later.offers > 0 {
-			a.pending[id] = later
-		}
-		if now == (activity{id: id}) {
-			delete(taken, id)
-		} else {
-			taken[id] = now
-		}
-	}
-	a.events, a.eventBytes = nil, 0
-	a.mu.Unlock()
-	return errors.Join(a.flushRows(ctx, taken), a.flushEvents(ctx, events))
+	rows, events := a.take(after)
+	return errors.Join(a.flushRows(ctx, rows), a.flushEvents(ctx, events))
 }
 
-func (a *activityLog) flushRows(ctx context.Context, taken map[string]activity) error {
-	rows := make([]activity, 0, len(taken))
-	for _, n := range taken {
-		rows = append(rows, n)
+// take empties the log, but for offers that began after a time.
+func (a *activityLog) take(after int64) (rows []activity, events []outEvent) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	pending := make(map[string]activity, len(a.pending))
+	for id, n := range a.pending {
+		now, later := n.split(after)
+		if later.offers > 0 {
+			pending[id] = later
+		}
+		if now != (activity{id: id}) {
+			rows = append(rows, now)
+		}
 	}
+	events = a.events
+	a.pending, a.events, a.eventBytes = pending, nil, 0
+	return rows, events
+}
+
+// restore puts back what was taken and not written, before what came since.
+func (a *activityLog) restore(rows []activity) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, n := range rows {
+		if since, ok := a.pending[n.id]; ok {
+			a.pending[n.id] = n.merge(since)
+		} else {
+			a.add(n)
+		}
+	}
+}
+
+func (a *activityLog) flushRows(ctx context.Context, rows []activity) error {
 	slices.SortFunc(rows, func(x, y activity) int { return cmp.Compare(x.id, y.id) })
 	var errs error
 	for chunk := range slices.Chunk(rows, activityRows) {
@@ -225,11 +238,7 @@ func (a *activityLog) flushRows(ctx context.Context, taken map[string]activity) 
 				continue
 			}
 		}
-		a.mu.Lock()
-		for _, n := range chunk {
-			a.add(n)
-		}
-		a.mu.Unlock()
+		a.restore(chunk)
 	}
 	return errs
 }
