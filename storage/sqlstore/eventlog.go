@@ -63,11 +63,12 @@ type eventBatch struct {
 // number is that of the event at a place.
 func (b *eventBatch) number(at int) int64 { return b.last - int64(len(b.events)-1-at) }
 
-// size is that of the payloads that stand with the batch, in bytes.
+// size is that of the payloads that stand with the batch, in bytes, and not
+// more than a batch has, whatever it says.
 func (b *eventBatch) size() (n int) {
 	for i := range b.events {
 		if d := &b.events[i]; !d.Apart && d.Size > 0 {
-			n += d.Size
+			n += min(d.Size, eventBytes-n)
 		}
 	}
 	return n
@@ -134,7 +135,7 @@ func scanBatches(ctx context.Context, t *tx, list []eventBatch, q string, args [
 		if b.events, err = inflateDetails(details); err != nil {
 			return nil, fmt.Errorf("the events up to %d: %w", b.last, err)
 		}
-		b.payloads = inflatePayloads(b.payloads, min(b.size(), eventBytes))
+		b.payloads = inflatePayloads(b.payloads, b.size())
 		list = append(list, b)
 	}
 	return list, rows.Err()

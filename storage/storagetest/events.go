@@ -852,9 +852,10 @@ func outboxCut(t *testing.T, h *Harness) {
 	require.NoError(t, err)
 	require.Equal(t, []string{"a1", "a2", "a3", "a4"}, idsOf(events))
 	require.Equal(t, "raw a4", string(events[3].Raw))
-	// A size is no reason to make room for it.
+	// A size is no reason to make room for it, nor is the sum of three, which is
+	// -1 here.
 	details := inflated(t, h.Strings(t, "SELECT details FROM nano_events"+first)[0])
-	large := strings.ReplaceAll(details, `"size":6`, `"size":9000000000000000`)
+	large := strings.ReplaceAll(details, `"size":6`, `"size":6148914691236517205`)
 	require.NotEqual(t, details, large)
 	h.Exec(t, "UPDATE nano_events SET details = ?"+first, deflated(t, large))
 	events, err = h.Store.SinkPage(t.Context(), 0, 10)
