@@ -278,7 +278,7 @@ func (s *Store) rareCommands(ctx context.Context, state storage.State) (uuids []
 func rareQuery(d *dialect, state storage.State) string {
 	// The number is in the text, as in itemsQuery.
 	return fmt.Sprintf(`SELECT r.command_uuid, COUNT(*) FROM (SELECT command_uuid FROM nano_enrollment_queue%s WHERE state = %d LIMIT ?) r
-GROUP BY r.command_uuid LIMIT ?`, d.by("nano_enrollment_queue_finished_at"), state)
+GROUP BY r.command_uuid LIMIT ?`, d.by("nano_enrollment_queue_command_uuid"), state)
 }
 
 // commandsQuery reads from the index of what the filter has, or by their keys

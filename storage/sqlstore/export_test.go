@@ -101,7 +101,7 @@ func (s *Store) ListQueriesForTest() (list []ListQueryForTest) {
 	add("commands by type", "nano_commands_request_type", q, args)
 	add("commands in a state", "nano_enrollment_queue_command_uuid",
 		"SELECT c.command_uuid FROM nano_commands c WHERE "+chooseAll(s.d, storage.Queued)+" AND c.command_uuid IN (?, ?)", []any{"C1", "C2"})
-	add("commands of a rare state", "nano_enrollment_queue_finished_at", rareQuery(s.d, storage.Queued), []any{rareRows + 1, rareCommands + 1})
+	add("commands of a rare state", "nano_enrollment_queue_command_uuid", rareQuery(s.d, storage.Queued), []any{rareRows + 1, rareCommands + 1})
 	q, args = itemsQuery(s.d, storage.Scope{}, "C1", 0, "D", 100)
 	add("a command's enrollments", byCommand, q, args)
 	q, args = itemsQuery(s.d, storage.Scope{}, "C1", storage.Queued, "D", 100)

@@ -108,7 +108,7 @@ CREATE INDEX {if_not_exists} nano_commands_request_type ON nano_commands (reques
 -- state holds the numbers of storage.State. not_before is NULL once the row
 -- is not scheduled any more, so that its index has rows that are, and no others.
 -- So has the index of ends_at those that wait and expire: most rows never do, and
--- what devices report changes neither.
+-- what devices report changes neither. That of finished_at has those that have ended.
 -- A command goes to thousands at once, so the keys begin with what those rows have
 -- in common, and their entries are neighbours; only the next of each enrollment has
 -- a place of its own, and that among those that wait. No index but the primary key
@@ -133,7 +133,7 @@ CREATE TABLE IF NOT EXISTS nano_enrollment_queue (
 ) {table};
 CREATE INDEX {if_not_exists} nano_enrollment_queue_next ON nano_enrollment_queue (state, id, priority DESC, seq);
 CREATE INDEX {if_not_exists} nano_enrollment_queue_command_uuid ON nano_enrollment_queue (state, command_uuid, id);
-CREATE INDEX {if_not_exists} nano_enrollment_queue_finished_at ON nano_enrollment_queue (state, finished_at, command_uuid, id);
+CREATE INDEX {if_not_exists} nano_enrollment_queue_finished_at ON nano_enrollment_queue (state, finished_at, command_uuid, id) {where} finished_at IS NOT NULL;
 CREATE INDEX {if_not_exists} nano_enrollment_queue_not_before ON nano_enrollment_queue (not_before) {where} not_before IS NOT NULL;
 CREATE INDEX {if_not_exists} nano_enrollment_queue_ends_at ON nano_enrollment_queue (ends_at) {where} ends_at IS NOT NULL;
 
