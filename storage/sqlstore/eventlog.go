@@ -63,17 +63,6 @@ type eventBatch struct {
 // number is that of the event at a place.
 func (b *eventBatch) number(at int) int64 { return b.last - int64(len(b.events)-1-at) }
 
-// size is that of the payloads that stand with the batch, in bytes, and not
-// more than a batch has, whatever it says.
-func (b *eventBatch) size() (n int) {
-	for i := range b.events {
-		if d := &b.events[i]; !d.Apart && d.Size > 0 {
-			n += min(d.Size, eventBytes-n)
-		}
-	}
-	return n
-}
-
 // each calls fn with each event of a batch that was read with payloads, and
 // the one that stands there, nil if there is none. Size is -1 if it should and
 // does not: one that is lost must not hold up the others.
@@ -132,10 +121,10 @@ func scanBatches(ctx context.Context, t *tx, list []eventBatch, q string, args [
 		if err := rows.Scan(&b.id, &b.last, &details, &b.payloads); err != nil {
 			return nil, err
 		}
-		if b.events, err = inflateDetails(details); err != nil {
+		if b.events, err = unsqueezeDetails(details); err != nil {
 			return nil, fmt.Errorf("the events up to %d: %w", b.last, err)
 		}
-		b.payloads = inflatePayloads(b.payloads, b.size())
+		b.payloads, _ = unsqueeze(b.payloads, eventBytes) // what is lost is noticed by whoever wants it
 		list = append(list, b)
 	}
 	return list, rows.Err()

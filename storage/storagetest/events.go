@@ -2,15 +2,14 @@ package storagetest
 
 import (
 	"bytes"
-	"compress/flate"
 	"fmt"
-	"io"
 	"slices"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
+	"github.com/klauspost/compress/s2"
 	"github.com/stretchr/testify/require"
 
 	"github.com/nanomdm/nanomdm/mdm"
@@ -837,7 +836,7 @@ func outboxCut(t *testing.T, h *Harness) {
 	d.tells(t, "a4")
 	h.number(t, l)
 	const first = " WHERE batch_id = (SELECT batch_id FROM nano_event_batches WHERE seq = 3)"
-	h.Exec(t, "UPDATE nano_events SET payloads = ?"+first, deflated(t, "raw a1ra"))
+	h.Exec(t, "UPDATE nano_events SET payloads = ?"+first, squeezed("raw a1ra"))
 	events, err := h.Store.SinkPage(t.Context(), 0, 10)
 	require.NoError(t, err)
 	require.Equal(t, []string{"a1", "a2", "a3", "a4"}, idsOf(events))
@@ -854,10 +853,10 @@ func outboxCut(t *testing.T, h *Harness) {
 	require.Equal(t, "raw a4", string(events[3].Raw))
 	// A size is no reason to make room for it, nor is the sum of three, which is
 	// -1 here.
-	details := inflated(t, h.Strings(t, "SELECT details FROM nano_events"+first)[0])
+	details := unsqueezed(t, h.Strings(t, "SELECT details FROM nano_events"+first)[0])
 	large := strings.ReplaceAll(details, `"size":6`, `"size":6148914691236517205`)
 	require.NotEqual(t, details, large)
-	h.Exec(t, "UPDATE nano_events SET details = ?"+first, deflated(t, large))
+	h.Exec(t, "UPDATE nano_events SET details = ?"+first, squeezed(large))
 	events, err = h.Store.SinkPage(t.Context(), 0, 10)
 	require.NoError(t, err)
 	require.Equal(t, []string{"a1", "a2", "a3", "a4"}, idsOf(events))
@@ -865,21 +864,12 @@ func outboxCut(t *testing.T, h *Harness) {
 	require.Equal(t, "raw a4", string(events[3].Raw))
 }
 
-// deflated and inflated compress as batches of events are, and the opposite.
-func deflated(t *testing.T, text string) []byte {
-	t.Helper()
-	var b bytes.Buffer
-	w, err := flate.NewWriter(&b, flate.BestCompression)
-	require.NoError(t, err)
-	_, err = w.Write([]byte(text))
-	require.NoError(t, err)
-	require.NoError(t, w.Close())
-	return b.Bytes()
-}
+// squeezed and unsqueezed compress as batches of events are, and the opposite.
+func squeezed(text string) []byte { return s2.Encode(nil, []byte(text)) }
 
-func inflated(t *testing.T, value string) string {
+func unsqueezed(t *testing.T, value string) string {
 	t.Helper()
-	text, err := io.ReadAll(flate.NewReader(strings.NewReader(value)))
+	text, err := s2.Decode(nil, []byte(value))
 	require.NoError(t, err)
 	return string(text)
 }
@@ -965,7 +955,7 @@ func upkeepWithoutLease(t *testing.T, h *Harness) {
 	}
 	kept := h.Strings(t, "SELECT payloads FROM nano_events")
 	require.Len(t, kept, 1)
-	require.Equal(t, "raw a1", inflated(t, kept[0]))
+	require.Equal(t, "raw a1", unsqueezed(t, kept[0]))
 	require.EqualValues(t, 1, h.Int(t, "SELECT COUNT(*) FROM nano_event_sinks"))
 }
 

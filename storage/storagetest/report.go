@@ -289,7 +289,7 @@ func storedEvents(t *testing.T, h *Harness) (events []storedEvent) {
 	for _, details := range h.Strings(t, `SELECT details FROM nano_event_batches b JOIN nano_events e ON e.batch_id = b.batch_id
 ORDER BY CASE WHEN seq = 0 THEN 1 ELSE 0 END, seq, stamp`) {
 		var batch []storedEvent
-		require.NoError(t, json.Unmarshal([]byte(inflated(t, details)), &batch))
+		require.NoError(t, json.Unmarshal([]byte(unsqueezed(t, details)), &batch))
 		events = append(events, batch...)
 	}
 	return events

@@ -167,7 +167,7 @@ func planted(t *testing.T, h *Harness) map[string]string {
 		values[topic] = h.Strings(t, "SELECT payload FROM nano_event_payloads WHERE topic = ?", topic)[0]
 	}
 	for _, payloads := range h.Strings(t, "SELECT payloads FROM nano_events WHERE payloads IS NOT NULL") {
-		values[storage.TopicAuthenticate] += inflated(t, payloads)
+		values[storage.TopicAuthenticate] += unsqueezed(t, payloads)
 	}
 	return values
 }

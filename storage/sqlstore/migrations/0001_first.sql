@@ -205,8 +205,8 @@ CREATE INDEX {if_not_exists} nano_event_batches_seq ON nano_event_batches (seq, 
 
 -- What a batch tells: details is a JSON list of its events, with the size of
 -- each one's payload, and the payloads follow each other, but for those that have
--- rows of their own, since they are sealed or large. Both are compressed
--- (RFC 1951). PostgreSQL is not to spend time on doing it again.
+-- rows of their own, since they are sealed or large. Both are compressed, as
+-- blocks of S2. PostgreSQL is not to spend time on doing it again.
 CREATE TABLE IF NOT EXISTS nano_events (
     batch_id {id} NOT NULL PRIMARY KEY,
     details  {blob} NOT NULL,
