@@ -102,8 +102,8 @@ func TestMissedGoalsAreBold(t *testing.T) {
 		// In turns, the rounds are compared each by itself.
 		{name: unhookedName, connections: 64, rates: []float64{1000, 500, 100}},
 		{name: hookedName, connections: 64, rates: []float64{800, 450, 10}},
-		{name: pacedName(unhookedName), connections: 64, p99s: []time.Duration{10, 100, 1000}},
-		{name: pacedName(hangingName), connections: 64, p99s: []time.Duration{12, 500, 10}},
+		{name: pacedName(unhookedName), connections: 256, p99s: []time.Duration{10, 100, 1000}},
+		{name: pacedName(hangingName), connections: 256, p99s: []time.Duration{12, 500, 10}},
 	}}
 	var b strings.Builder
 	require.NoError(t, write(&b, &options{devices: 2000, fleet: 200_000, history: 500, rounds: 5}, []*report{r}))
