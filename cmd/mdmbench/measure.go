@@ -62,9 +62,10 @@ type report struct {
 	resident int64
 }
 
-// find returns the row of a name, and whether there is one.
+// find returns the row of a name, with that many connections unless they are 0, and
+// whether there is one.
 func (r *report) find(name string, connections int) (row, bool) {
-	i := slices.IndexFunc(r.rows, func(m row) bool { return m.name == name && m.connections == connections })
+	i := slices.IndexFunc(r.rows, func(m row) bool { return m.name == name && (m.connections == connections || connections == 0) })
 	if i < 0 {
 		return row{}, false
 	}

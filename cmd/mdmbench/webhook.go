@@ -21,9 +21,6 @@ const (
 	unhookedName = "reports without webhook"
 	hookedName   = "reports with webhook"
 	hangingName  = "reports, webhook receiver hangs"
-
-	reportConnections = 64
-
 	pacedReports = 1000 // a second
 	pacedDevices = 800
 )
@@ -54,11 +51,13 @@ func (b *bench) webhook(ctx context.Context, devices []device) error {
 	}
 	var turns []turn
 	some := devices[:min(pacedDevices, len(devices))]
+	paced := pacedLoad
+	paced.connections = min(paced.connections, max(1, len(some)/2)) // none comes on two at once
 	add := func(name string, times int, during func(measure func() error) error) {
 		turns = append(turns, turn{
 			during: during,
-			full:   &series{name: name, load: load{connections: reportConnections}},
-			paced:  &series{name: pacedName(name), load: pacedLoad},
+			full:   &series{name: name, load: load{connections: 64}},
+			paced:  &series{name: pacedName(name), load: paced},
 			times:  times,
 		})
 	}
@@ -226,20 +225,20 @@ func (b *bench) drained(ctx context.Context, say bool) error {
 // hookedRatio compares reports that are told to a receiver to those that are
 // not.
 func hookedRatio(r *report) (float64, bool) {
-	return inTurns(r, hookedName, unhookedName, reportConnections, func(m row) []float64 { return m.rates })
+	return inTurns(r, hookedName, unhookedName, func(m row) []float64 { return m.rates })
 }
 
 // hangingLatency compares the p99 of paced reports while the receiver hangs to
 // that of reports without one.
 func hangingLatency(r *report) (float64, bool) {
-	return inTurns(r, pacedName(hangingName), pacedName(unhookedName), pacedLoad.connections, func(m row) []time.Duration { return m.p99s })
+	return inTurns(r, pacedName(hangingName), pacedName(unhookedName), func(m row) []time.Duration { return m.p99s })
 }
 
 // inTurns compares two measurements that took turns: it is the median of the
 // rounds' quotients.
-func inTurns[T float64 | time.Duration](r *report, of, to string, connections int, values func(m row) []T) (float64, bool) {
-	m, ok := r.find(of, connections)
-	n, also := r.find(to, connections)
+func inTurns[T float64 | time.Duration](r *report, of, to string, values func(m row) []T) (float64, bool) {
+	m, ok := r.find(of, 0)
+	n, also := r.find(to, 0)
 	if !ok || !also {
 		return 0, false
 	}
