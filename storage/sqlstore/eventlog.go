@@ -57,7 +57,7 @@ type eventBatch struct {
 	last     int64
 	events   []eventDetails
 	payloads []byte // if they were asked for
-	cut      bool   // some of them are lost; set by each
+	cut      bool   // some of them are lost, which each finds out, or all events are
 }
 
 // number is that of the event at a place.
@@ -83,7 +83,8 @@ func (b *eventBatch) each(fn func(d *eventDetails, seq int64, payload []byte)) {
 }
 
 // readBatches reads batches that are numbered, in order, with their payloads
-// or without. Those that were removed are missing. They are looked up by their
+// or without. Those that were removed are missing, and those that are damaged have
+// no events. They are looked up by their
 // keys however small the tables were when the statement was planned, since
 // they grow fast.
 func readBatches(ctx context.Context, t *tx, ids []string, payloads bool) (list []eventBatch, err error) {
@@ -122,7 +123,7 @@ func scanBatches(ctx context.Context, t *tx, list []eventBatch, q string, args [
 			return nil, err
 		}
 		if b.events, err = unsqueezeDetails(details); err != nil {
-			return nil, fmt.Errorf("the events up to %d: %w", b.last, err)
+			b.events, b.cut = nil, true // those behind it must not wait for it
 		}
 		b.payloads, _ = unsqueeze(b.payloads, eventBytes) // what is lost is noticed by whoever wants it
 		list = append(list, b)
@@ -155,7 +156,7 @@ func (s *Store) eventsOf(ctx context.Context, t *tx, ids []string, fits func(d *
 			}
 		})
 		if batches[i].cut {
-			s.log.Error("payloads of events are lost", "batch", batches[i].id, "through", batches[i].last)
+			s.log.Error("events or payloads of them cannot be read any more, and are left out", "batch", batches[i].id, "through", batches[i].last)
 		}
 	}
 	return events, nil

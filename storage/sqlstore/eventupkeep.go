@@ -82,6 +82,9 @@ func dropPayloads(ctx context.Context, t *tx, rows []deliveryRow) error {
 	var apart []string
 	for i := range batches {
 		b := &batches[i]
+		if b.cut {
+			continue
+		}
 		var kept []byte
 		b.each(func(d *eventDetails, seq int64, payload []byte) {
 			if !drop[seq] {

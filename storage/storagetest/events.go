@@ -862,6 +862,21 @@ func outboxCut(t *testing.T, h *Harness) {
 	require.Equal(t, []string{"a1", "a2", "a3", "a4"}, idsOf(events))
 	require.EqualValues(t, -1, events[0].RawSize)
 	require.Equal(t, "raw a4", string(events[3].Raw))
+	// Nor are details that cannot be read a reason for what comes after to wait.
+	h.Exec(t, "UPDATE nano_events SET details = ?"+first, []byte("damaged"))
+	events, err = h.Store.SinkPage(t.Context(), 0, 1)
+	require.NoError(t, err)
+	require.Equal(t, []string{"a4"}, idsOf(events))
+	require.EqualValues(t, 4, events[0].Seq)
+	k := h.putSink(t, hook())
+	require.NoError(t, h.Store.Settle(t.Context(), l, k, storage.Settlement{Cursor: 4, Put: []storage.Delivery{waits(2, storage.DeliveryDropped)}}))
+	n, err := h.Store.DropPayloads(t.Context(), l, 10)
+	require.NoError(t, err)
+	require.Equal(t, 1, n)
+	require.Equal(t, []string{"damaged"}, h.Strings(t, "SELECT details FROM nano_events"+first))
+	n, err = h.Store.RemoveEvents(t.Context(), l, h.Clock.Now().Add(time.Hour), 10)
+	require.NoError(t, err)
+	require.Equal(t, 4, n)
 }
 
 // squeezed and unsqueezed compress as batches of events are, and the opposite.
