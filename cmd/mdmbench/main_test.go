@@ -125,6 +125,16 @@ func TestMissedGoalsAreBold(t *testing.T) {
 	require.NotContains(t, out, "200000 enrollments", "what was not measured has no line")
 }
 
+func TestTurnsOfTwoRounds(t *testing.T) {
+	r := &report{rows: []row{
+		{name: pacedName(unhookedName), p99s: []time.Duration{10, 90}},
+		{name: pacedName(hangingName), p99s: []time.Duration{30, 30}}, // it came second, and then first
+	}}
+	ratio, ok := hangingLatency(r)
+	require.True(t, ok)
+	require.InDelta(t, 1, ratio, 1e-9)
+}
+
 func TestMedianAndPercentile(t *testing.T) {
 	require.Equal(t, 2.0, median([]float64{9, 1, 2}))
 	values := []float64{9, 1, 0, 2}

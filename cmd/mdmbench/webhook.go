@@ -84,6 +84,7 @@ func (b *bench) webhook(ctx context.Context, devices []device) error {
 	// Tables that are nearly empty are the fastest, and one of the three would have
 	// them to itself: the first turn does not count.
 	first := turns[0]
+	first.times = pacedTimes(len(some), min(b.o.paced, time.Minute))
 	first.full, first.paced = &series{load: first.full.load}, &series{load: first.paced.load}
 	if err := take(first); err != nil {
 		return err
@@ -235,7 +236,8 @@ func hangingLatency(r *report) (float64, bool) {
 }
 
 // inTurns compares two measurements that took turns: it is the median of the
-// rounds' quotients.
+// rounds' quotients, and of two in the middle that by which three times as much and
+// a third as much are the same.
 func inTurns[T float64 | time.Duration](r *report, of, to string, values func(m row) []T) (float64, bool) {
 	m, ok := r.find(of, 0)
 	n, also := r.find(to, 0)
@@ -244,7 +246,7 @@ func inTurns[T float64 | time.Duration](r *report, of, to string, values func(m 
 	}
 	var quotients []float64
 	for i, v := range values(m) {
-		quotients = append(quotients, float64(v)/float64(values(n)[i]))
+		quotients = append(quotients, math.Log(float64(v)/float64(values(n)[i])))
 	}
-	return median(quotients), true
+	return math.Exp(median(quotients)), true
 }
