@@ -14,7 +14,7 @@ import (
 
 const (
 	// eventRows and eventBytes bound a batch of events: how many, and the bytes
-	// of the payloads that stand with it.
+	// of the payloads that stand with it, and of the parameters of their URLs.
 	eventRows  = 256
 	eventBytes = 64 << 10
 	// mostWithin is the largest payload, in bytes, that stands with its batch:
@@ -152,17 +152,21 @@ func putBatch(ctx context.Context, t *tx, events []outEvent) (n int, err error) 
 	var payloads []byte
 	var apart []any
 	var newest int64
+	params := 0
 	for n < len(events) && n < eventRows {
 		e := &events[n]
 		d := e.details()
-		switch {
-		case d.Apart:
+		for k, v := range e.Params {
+			params += len(k) + len(v)
+		}
+		if n > 0 && (params > eventBytes || !d.Apart && len(payloads)+len(e.Raw) > eventBytes) {
+			break
+		}
+		if d.Apart {
 			value := t.sealedEvent(e.Topic, e.ID, e.Raw)
 			d.Size = len(value)
 			apart = append(apart, e.ID, e.Topic, value)
-		case len(payloads)+len(e.Raw) > eventBytes:
-			return n, storeBatch(ctx, t, details, payloads, apart, newest)
-		default:
+		} else {
 			payloads = append(payloads, e.Raw...)
 		}
 		details, newest = append(details, d), max(newest, d.CreatedAt)
@@ -197,8 +201,9 @@ SELECT ?, `+t.d.greatest+`(`+t.d.number+`, COALESCE(MAX(stamp) + 1, 0)), `+t.d.n
 }
 
 // mostOfBatch bounds what is made room for when details of a batch are read, in
-// bytes: eventRows of them with all that they may have take less.
-const mostOfBatch = 64 << 20
+// bytes. As JSON, eventRows of them with all that their columns may have, and the
+// longest parameters that fit into a request, take less than half of it.
+const mostOfBatch = 16 << 20
 
 // squeeze compresses what a batch has, as a block of S2. JSON and property lists,
 // and those of the reports of one batch above all, are mostly repetition, and bytes

@@ -30,6 +30,7 @@ func outboxTests() []subtest {
 		{"a large payload is read by itself", outboxLarge},
 		{"payloads of all sizes and kinds are read as they came", outboxMixed},
 		{"many events of one report are read in order", outboxMany},
+		{"long parameters of URLs", outboxParams},
 		{"an event whose payload is cut holds up no other", outboxCut},
 		{"an event that was stored before is stored again", outboxTwice},
 		{"the log is read by topic and scope, from where one left off", outboxLog},
@@ -887,6 +888,35 @@ func unsqueezed(t *testing.T, value string) string {
 	text, err := s2.Decode(nil, []byte(value))
 	require.NoError(t, err)
 	return string(text)
+}
+
+// Parameters of URLs are stored with the details: they must not make a batch so
+// large that nobody reads it.
+func outboxParams(t *testing.T, h *Harness) {
+	l := eventLease(t, h)
+	d := h.device("A").enrolls(t)
+	long := strings.Repeat("<", 60_000) // six bytes each, as JSON
+	var events []storage.Event
+	for i := range 60 {
+		e := event(fmt.Sprintf("long%02d", i), storage.TopicConnect)
+		e.Params = map[string]string{"a": long, "b": e.ID}
+		events = append(events, e)
+	}
+	d.telling(events...).reports(t, mdm.StatusAcknowledged, "X")
+	require.EqualValues(t, 60, h.number(t, l))
+	require.EqualValues(t, 60, h.Int(t, "SELECT COUNT(*) FROM nano_events"))
+	read, err := h.Store.SinkPage(t.Context(), 0, 100)
+	require.NoError(t, err)
+	require.Equal(t, idsOf(read), func() (ids []string) {
+		for _, e := range events {
+			ids = append(ids, e.ID)
+		}
+		return ids
+	}())
+	for _, e := range read {
+		require.Equal(t, map[string]string{"a": long, "b": e.ID}, e.Params)
+		require.Equal(t, "raw "+e.ID, string(e.Raw))
+	}
 }
 
 func outboxMany(t *testing.T, h *Harness) {
