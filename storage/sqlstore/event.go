@@ -238,5 +238,6 @@ func unsqueezeDetails(value []byte) (events []eventDetails, err error) {
 	if err != nil {
 		return nil, err
 	}
-	return events, json.Unmarshal(text, &events)
+	err = json.Unmarshal(text, &events)
+	return events, err
 }

@@ -84,9 +84,8 @@ func (b *eventBatch) each(fn func(d *eventDetails, seq int64, payload []byte)) {
 
 // readBatches reads batches that are numbered, in order, with their payloads
 // or without. Those that were removed are missing, and those that are damaged have
-// no events. They are looked up by their
-// keys however small the tables were when the statement was planned, since
-// they grow fast.
+// no events. They are looked up by their keys however small the tables were when the
+// statement was planned, since they grow fast.
 func readBatches(ctx context.Context, t *tx, ids []string, payloads bool) (list []eventBatch, err error) {
 	q := `SELECT b.batch_id, b.seq, c.details, NULL FROM `
 	if payloads {
