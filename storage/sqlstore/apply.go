@@ -20,6 +20,11 @@ import (
 // that it refused for now, may stay silent before the sweep wakes it.
 const firstSilence = 3 * time.Minute
 
+// silenceSlack is how much earlier the sweep may look at it, so that a visit of
+// many messages plans that once, not with each of them. It finds that the device
+// was there since, and waits.
+const silenceSlack = 30 * time.Second
+
 // pending is one Op on its way through a batch.
 type pending struct {
 	op     storage.Op

@@ -158,7 +158,11 @@ func idle(p *pending) bool {
 func (a *activity) settle(now int64, sub *subject) {
 	switch {
 	case sub.queued.Valid || sub.notnow.Valid:
-		a.setPushAt, a.pushAt = true, now+firstSilence.Microseconds()
+		at := now + firstSilence.Microseconds()
+		// It is not planned again if it is planned for about then.
+		if early := at - sub.pushAt.V; early < 0 || early > silenceSlack.Microseconds() {
+			a.setPushAt, a.pushAt = true, at
+		}
 	case sub.pushAt.Valid:
 		a.setPushAt, a.pushAt = true, 0
 	}

@@ -293,6 +293,28 @@ func pushSilent(t *testing.T, h *Harness) {
 	h.Clock.Advance(time.Second)
 	require.Equal(t, "C1", a.polls(t))
 	require.NoError(t, h.Store.Flush(t.Context()))
+	planned := h.pushState(t, "A").NextAt
+
+	// What it does in one visit is planned for once, and counts all the same.
+	h.Clock.Advance(20 * time.Second)
+	require.Equal(t, "C1", a.polls(t))
+	require.NoError(t, h.Store.Flush(t.Context()))
+	require.Equal(t, planned, h.pushState(t, "A").NextAt)
+	h.Clock.Advance(3*time.Minute - 20*time.Second)
+	require.Empty(t, h.claim(t, l, nil), "it is silent for less than three minutes")
+	h.Clock.Advance(19 * time.Second)
+	require.Empty(t, h.claim(t, l, nil))
+	h.Clock.Advance(time.Second)
+	require.Equal(t, []string{"A"}, h.claim(t, l, nil))
+
+	h.Clock.Advance(time.Second)
+	require.Equal(t, "C1", a.polls(t))
+	h.Clock.Advance(20 * time.Second)
+	require.Equal(t, "C1", a.polls(t))
+	h.Clock.Advance(20 * time.Second)
+	require.Equal(t, "C1", a.polls(t))
+	require.NoError(t, h.Store.Flush(t.Context()))
+	require.Equal(t, h.Clock.Now().Add(3*time.Minute), h.pushState(t, "A").NextAt)
 	h.Clock.Advance(4 * time.Minute)
 	require.Empty(t, h.claim(t, l, func(c *storage.PushClaim) { c.Silence = 5 * time.Minute }), "it may be silent longer")
 	h.Clock.Advance(time.Minute)
