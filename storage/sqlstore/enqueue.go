@@ -220,7 +220,7 @@ func (t *tx) enrolledText(ids []string, uuid string) (q string, args []any) {
 	}
 	q = "SELECT e.id, e.enabled, e.topic, " + column + " FROM "
 	if t.d.arrays { // each by itself; see locked
-		return q + "unnest(?::text[]) r (key)" + t.d.lookup(false, "nano_enrollments", "e", "e.id = r.key") + join, append(args, of...)
+		return q + t.d.arrayTable("key") + t.d.lookup(false, "nano_enrollments", "e", "e.id = r.key") + join, append(args, of...)
 	}
 	return q + "nano_enrollments e" + t.d.by("PRIMARY") + join + " WHERE e.id " + is, append(of, args...)
 }

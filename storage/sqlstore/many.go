@@ -30,7 +30,7 @@ func among(ids []string) (place string, args []any) {
 // looks them up.
 func (t *tx) among(ids []string) (is string, args []any) {
 	if t.d.arrays {
-		return "IN (SELECT unnest(?::text[]))", []any{ids}
+		return "IN (SELECT unnest(" + t.d.hide("?::text[]") + "))", []any{ids}
 	}
 	place, args := among(ids)
 	return "IN " + place, args
@@ -48,7 +48,7 @@ func (t *tx) locked(ctx context.Context, columns, table string, ids []string) (*
 func (t *tx) lockedText(columns, table string, ids []string) (q string, args []any) {
 	is, args := t.among(ids)
 	if t.d.arrays {
-		return "SELECT " + columns + " FROM unnest(?::text[]) r (key), LATERAL (SELECT * FROM " + table + " WHERE id = r.key" + t.d.forUpdate + ") k", args
+		return "SELECT " + columns + " FROM " + t.d.arrayTable("key") + ", LATERAL (SELECT * FROM " + table + " WHERE id = r.key" + t.d.forUpdate + ") k", args
 	}
 	return "SELECT " + columns + " FROM " + table + t.d.by("PRIMARY") + " WHERE id " + is + " ORDER BY id" + t.d.forUpdate, args
 }
@@ -57,9 +57,15 @@ func (t *tx) lockedText(columns, table string, ids []string) (q string, args []a
 func (t *tx) updateLockedIDsText(table, set string, ids []string) (q string, args []any) {
 	is, args := t.among(ids)
 	if t.d.arrays {
-		return "UPDATE " + table + " u SET " + set + " FROM unnest(?::text[]) r (key), LATERAL (SELECT ctid FROM " + table + " WHERE id = r.key OFFSET 0) k WHERE u.ctid = k.ctid", args
+		return "UPDATE " + table + " u SET " + set + " FROM " + t.d.arrayTable("key") + ", LATERAL (SELECT ctid FROM " + table + " WHERE id = r.key OFFSET 0) k WHERE u.ctid = k.ctid", args
 	}
 	return "UPDATE " + table + t.d.by("PRIMARY") + " SET " + set + " WHERE id " + is, args
+}
+
+// arrayTable is the derived table r of one array of texts for each column.
+func (d *dialect) arrayTable(columns ...string) string {
+	place := d.hide("?::text[]")
+	return "unnest(" + place + strings.Repeat(", "+place, len(columns)-1) + ") AS r (" + strings.Join(columns, ", ") + ")"
 }
 
 // tuples returns the places of rows to insert.
@@ -97,7 +103,7 @@ func (t *tx) amongKeys(keys []queueKey) (where string, args []any) {
 func (t *tx) lockedKeysText(columns string, keys []queueKey, and string) (q string, args []any) {
 	if t.d.arrays {
 		ids, uuids := columnsOf(slices.Compact(slices.SortedFunc(slices.Values(keys), compareKeys)))
-		return "SELECT " + columns + ` FROM unnest(?::text[], ?::text[]) r (key, uuid),
+		return "SELECT " + columns + " FROM " + t.d.arrayTable("key", "uuid") + `,
 LATERAL (SELECT * FROM nano_enrollment_queue WHERE id = r.key AND command_uuid = r.uuid` + and + t.d.forUpdate + ") q", []any{ids, uuids}
 	}
 	where, args := t.amongKeys(keys)
@@ -110,7 +116,7 @@ LATERAL (SELECT * FROM nano_enrollment_queue WHERE id = r.key AND command_uuid =
 func (t *tx) updateLockedText(set string, keys []queueKey) (q string, args []any) {
 	if t.d.arrays {
 		ids, uuids := columnsOf(keys)
-		return "UPDATE nano_enrollment_queue q SET " + set + ` FROM unnest(?::text[], ?::text[]) r (key, uuid),
+		return "UPDATE nano_enrollment_queue q SET " + set + " FROM " + t.d.arrayTable("key", "uuid") + `,
 LATERAL (SELECT ctid FROM nano_enrollment_queue WHERE id = r.key AND command_uuid = r.uuid OFFSET 0) k WHERE q.ctid = k.ctid`, []any{ids, uuids}
 	}
 	where, args := t.amongKeys(keys)
