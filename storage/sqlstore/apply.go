@@ -276,33 +276,37 @@ FROM ` + d.pairs +
 // subjects reads enrollments, and the next command of each besides that of the
 // key, all as of the same moment. Enrollments that do not exist are missing.
 func subjects(ctx context.Context, t *tx, keys []queueKey) (map[string]*subject, error) {
+	subs := make(map[string]*subject, len(keys))
+	q, err := subjectsQuestion(t, keys, subs)
+	if err != nil {
+		return nil, err
+	}
+	return subs, t.ask(ctx, q)
+}
+
+// subjectsQuestion is the query of subjects.
+func subjectsQuestion(t *tx, keys []queueKey, into map[string]*subject) (question, error) {
 	pairs, err := t.d.pairArgs(keys)
 	if err != nil {
-		return nil, fmt.Errorf("reading enrollments: %w", err)
+		return question{}, fmt.Errorf("reading enrollments: %w", err)
 	}
-	rows, err := t.query(ctx, t.d.subjects, append([]any{t.now, t.now}, pairs...)...)
-	if err != nil {
-		return nil, fmt.Errorf("reading enrollments: %w", err)
-	}
-	defer rows.Close()
-	out := make(map[string]*subject, len(keys))
-	for rows.Next() {
-		var s subject
-		var enabled, disabled bool
-		var pinned sql.Null[string]
-		var owed, paid sql.Null[int64]
-		err := rows.Scan(&s.id, &s.topic, &enabled, &disabled, &pinned, &owed, &paid, &s.pushAt, &s.queued, &s.notnow)
-		if err != nil {
-			return nil, fmt.Errorf("reading enrollments: %w", err)
+	read := func(rows rows) error {
+		for rows.Next() {
+			var s subject
+			var enabled, disabled bool
+			var pinned sql.Null[string]
+			var owed, paid sql.Null[int64]
+			err := rows.Scan(&s.id, &s.topic, &enabled, &disabled, &pinned, &owed, &paid, &s.pushAt, &s.queued, &s.notnow)
+			if err != nil {
+				return err
+			}
+			s.active = enabled && !disabled
+			s.pinned, s.owed, s.paid = pinned.V, owed.V, paid.V
+			into[s.id] = &s
 		}
-		s.active = enabled && !disabled
-		s.pinned, s.owed, s.paid = pinned.V, owed.V, paid.V
-		out[s.id] = &s
+		return nil
 	}
-	if err := rows.Err(); err != nil {
-		return nil, fmt.Errorf("reading enrollments: %w", err)
-	}
-	return out, nil
+	return question{doing: "reading enrollments", text: t.d.subjects, args: append([]any{t.now, t.now}, pairs...), read: read}, nil
 }
 
 // certificates is what is known of the certificates of a batch and of the

@@ -29,6 +29,9 @@ type dialect struct {
 	// the first that fails; nil if there are no round trips to save.
 	together func(ctx context.Context, conn *sql.Conn, late []statement) error
 	counts   bool // together tells how many rows statements returned
+	// ask is together with queries behind the statements; nil if it would save
+	// nothing.
+	ask func(ctx context.Context, conn *sql.Conn, late []statement, questions []question) error
 
 	// forUpdate and forShare end a SELECT that locks the rows it reads.
 	forUpdate string

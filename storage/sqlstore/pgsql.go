@@ -1,6 +1,7 @@
 package sqlstore
 
 import (
+	"cmp"
 	"context"
 	"database/sql"
 	"errors"
@@ -72,6 +73,7 @@ func pgsqlDialect() *dialect {
 		// A server's default may be stricter, at the price of retries.
 		begin:     "BEGIN ISOLATION LEVEL READ COMMITTED",
 		together:  pgsqlTogether,
+		ask:       pgsqlAsk,
 		counts:    true,
 		forUpdate: " FOR UPDATE",
 		forShare:  " FOR SHARE",
@@ -158,27 +160,72 @@ FROM information_schema.columns WHERE table_schema = current_schema()`,
 
 // pgsqlTogether sends all statements before it reads the first outcome.
 func pgsqlTogether(ctx context.Context, conn *sql.Conn, late []statement) error {
-	return conn.Raw(func(dc any) error {
+	return pgsqlAsk(ctx, conn, late, nil)
+}
+
+// pgsqlAsk sends all statements and queries before it reads the first outcome.
+func pgsqlAsk(ctx context.Context, conn *sql.Conn, late []statement, questions []question) error {
+	return conn.Raw(func(dc any) (err error) {
 		var b pgx.Batch
 		for _, s := range late {
 			b.Queue(s.text, s.args...)
 		}
+		for _, q := range questions {
+			b.Queue(q.text, q.args...)
+		}
 		results := dc.(*stdlib.Conn).Conn().SendBatch(ctx, &b)
+		defer func() { err = cmp.Or(err, results.Close()) }()
 		for _, s := range late {
 			tag, err := results.Exec()
 			if err == nil && tag.String() == "ROLLBACK" {
 				err = pgx.ErrTxCommitRollback // it had failed before
 			}
 			if err != nil {
-				_ = results.Close()
 				return fmt.Errorf("%s: %w", s.name(), err)
 			}
 			if s.rows != nil {
 				*s.rows = int(tag.RowsAffected())
 			}
 		}
-		return results.Close()
+		for _, q := range questions {
+			rows, err := results.Query()
+			if err != nil {
+				return q.failed(err)
+			}
+			err = q.read(pgsqlRows{rows})
+			rows.Close()
+			if err := cmp.Or(err, rows.Err()); err != nil {
+				return q.failed(err)
+			}
+		}
+		return nil
 	})
+}
+
+// pgsqlRows are rows of the driver itself.
+type pgsqlRows struct{ pgx.Rows }
+
+// Scan is that of database/sql, in that a number is also true or false.
+func (r pgsqlRows) Scan(into ...any) error {
+	for i, v := range into {
+		if v, ok := v.(*bool); ok {
+			into[i] = (*flag)(v)
+		}
+	}
+	return r.Rows.Scan(into...)
+}
+
+// flag is a bool that is stored as a number.
+type flag bool
+
+// Scan implements sql.Scanner.
+func (f *flag) Scan(value any) error {
+	n, ok := value.(int64)
+	*f = n != 0
+	if !ok {
+		return fmt.Errorf("%T is neither true nor false", value)
+	}
+	return nil
 }
 
 func pgCode(err error) string {

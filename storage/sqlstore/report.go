@@ -37,12 +37,17 @@ func takeReports(ctx context.Context, t *tx, reports []*pending) error {
 			told = told || len(p.src.Events) > 0
 		}
 	}
-	rows, err := lockQueueRows(ctx, t, keys, told)
+	rows := make(map[queueKey]queueRow, len(keys))
+	subs := make(map[string]*subject, len(of))
+	ask, err := subjectsQuestion(t, of, subs)
 	if err != nil {
 		return err
 	}
-	subs, err := subjects(ctx, t, of)
-	if err != nil {
+	questions := []question{ask}
+	if len(keys) > 0 { // what is read of the others is as of when these are locked
+		questions = []question{lockQuestion(t, keys, told, rows), ask}
+	}
+	if err := t.ask(ctx, questions...); err != nil {
 		return err
 	}
 	if err := admitReports(ctx, t, reports, subs); err != nil {
@@ -83,33 +88,30 @@ func (t *tx) lockedRowsText(keys []queueKey, told bool) (q string, args []any) {
 	return t.lockedKeysText(columns, keys, "")
 }
 
-// lockQueueRows locks rows in key order and reads them, with what events tell
-// of their commands if they are told.
-func lockQueueRows(ctx context.Context, t *tx, keys []queueKey, told bool) (map[queueKey]queueRow, error) {
-	if len(keys) == 0 {
-		return nil, nil
-	}
-	q, args := t.lockedRowsText(keys, told)
-	rows, err := t.query(ctx, q, args...)
-	if err != nil {
-		return nil, fmt.Errorf("locking queue rows: %w", err)
-	}
-	defer rows.Close()
+// lockQueueRows locks rows in key order and reads them. There must be one.
+func lockQueueRows(ctx context.Context, t *tx, keys []queueKey) (map[queueKey]queueRow, error) {
 	found := make(map[queueKey]queueRow, len(keys))
-	for rows.Next() {
-		var k queueKey
-		var row queueRow
-		var requestType sql.Null[string]
-		if err := rows.Scan(&k.id, &k.uuid, &row.state, &requestType); err != nil {
-			return nil, fmt.Errorf("locking queue rows: %w", err)
+	return found, t.ask(ctx, lockQuestion(t, keys, false, found))
+}
+
+// lockQuestion locks rows in key order and reads them, with what events tell of
+// their commands if they are told.
+func lockQuestion(t *tx, keys []queueKey, told bool, into map[queueKey]queueRow) question {
+	read := func(rows rows) error {
+		for rows.Next() {
+			var k queueKey
+			var row queueRow
+			var requestType sql.Null[string]
+			if err := rows.Scan(&k.id, &k.uuid, &row.state, &requestType); err != nil {
+				return err
+			}
+			row.requestType = requestType.V
+			into[k] = row
 		}
-		row.requestType = requestType.V
-		found[k] = row
+		return nil
 	}
-	if err := rows.Err(); err != nil {
-		return nil, fmt.Errorf("locking queue rows: %w", err)
-	}
-	return found, nil
+	text, args := t.lockedRowsText(keys, told)
+	return question{doing: "locking queue rows", text: text, args: args, read: read}
 }
 
 // admitReports checks the certificates of reports. Most are settled by what

@@ -36,7 +36,7 @@ func cancel(ctx context.Context, t *tx, keys []queueKey) (int, error) {
 
 // stateOf locks a row and reads its state, or fails with storage.ErrNotFound.
 func stateOf(ctx context.Context, t *tx, k queueKey) (storage.State, error) {
-	rows, err := lockQueueRows(ctx, t, []queueKey{k}, false)
+	rows, err := lockQueueRows(ctx, t, []queueKey{k})
 	if err != nil {
 		return 0, err
 	}
@@ -419,7 +419,7 @@ func removeQueueRows(ctx context.Context, t *tx, d *doomed) (more bool, err erro
 			keys[i] = queueKey{id, uuid}
 		}
 		var out storage.Removed
-		if _, err := lockQueueRows(ctx, t, keys, false); err != nil {
+		if _, err := lockQueueRows(ctx, t, keys); err != nil {
 			return false, err
 		}
 		if err := removeResults(ctx, t, keys, &out); err != nil {

@@ -400,6 +400,51 @@ func (t *tx) flush(ctx context.Context) error {
 	return t.d.together(ctx, t.conn, late)
 }
 
+// question is a query and what reads its rows.
+type question struct {
+	doing string // for errors
+	text  string
+	args  []any
+	read  func(rows) error
+}
+
+// failed says what failed.
+func (q *question) failed(err error) error { return fmt.Errorf("%s: %w", q.doing, err) }
+
+// rows are the rows of a question.
+type rows interface {
+	Next() bool
+	Scan(into ...any) error
+	Err() error
+}
+
+// ask runs queries, one after the other. What waits goes with them: where the
+// engine can do it, it all costs one round trip. No query may need what one
+// before it read.
+func (t *tx) ask(ctx context.Context, questions ...question) error {
+	if t.conn != nil && t.d.ask != nil {
+		late := t.late
+		t.late, t.begun = nil, true
+		for i := range questions {
+			q := &questions[i]
+			q.text, q.args = t.d.rebind(q.text), values(q.args)
+		}
+		t.sent.Add(int64(len(questions)))
+		return t.d.ask(ctx, t.conn, late, questions)
+	}
+	for _, q := range questions {
+		rows, err := t.query(ctx, q.text, q.args...)
+		if err != nil {
+			return q.failed(err)
+		}
+		err = cmp.Or(q.read(rows), rows.Err())
+		if err := cmp.Or(err, rows.Close()); err != nil {
+			return q.failed(err)
+		}
+	}
+	return nil
+}
+
 // begin begins the transaction, at once or with its first statement.
 func (t *tx) begin(ctx context.Context) (err error) {
 	if t.d.begin != "" {
