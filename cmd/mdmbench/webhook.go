@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -10,6 +11,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"strconv"
 	"sync"
 	"time"
 )
@@ -164,16 +166,33 @@ func newReceiver() (*receiver, error) {
 func (r *receiver) serve(c net.Conn) {
 	defer c.Close()
 	for in := bufio.NewReader(c); ; {
-		request, err := http.ReadRequest(in)
-		if err != nil {
-			return
-		}
-		if _, err := io.Copy(io.Discard, request.Body); err != nil {
+		if err := skipRequest(in); err != nil {
 			return
 		}
 		<-r.opened
 		if _, err := io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"); err != nil {
 			return
+		}
+	}
+}
+
+// skipRequest reads a request with a body of known length.
+func skipRequest(in *bufio.Reader) error {
+	length := 0
+	for {
+		line, err := in.ReadSlice('\n')
+		if err != nil {
+			return err
+		}
+		line = bytes.TrimSpace(line)
+		if len(line) == 0 {
+			_, err := in.Discard(length)
+			return err
+		}
+		if name, value, _ := bytes.Cut(line, []byte(": ")); string(name) == "Content-Length" {
+			if length, err = strconv.Atoi(string(value)); err != nil {
+				return err
+			}
 		}
 	}
 }
