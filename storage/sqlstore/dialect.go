@@ -30,7 +30,7 @@ type dialect struct {
 	together func(ctx context.Context, conn *sql.Conn, late []statement) error
 	counts   bool // together tells how many rows statements returned
 	// ask is together with queries behind the statements; nil if it would save
-	// nothing.
+	// little.
 	ask func(ctx context.Context, conn *sql.Conn, late []statement, questions []question) error
 
 	// forUpdate and forShare end a SELECT that locks the rows it reads.
