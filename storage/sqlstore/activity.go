@@ -40,6 +40,9 @@ type activity struct {
 	// what is owed when it is written: a newer debt keeps its own time.
 	setPushAt bool
 	pushAt    int64
+	// planned: push_at is about that, and is written only if something else was
+	// to be written before.
+	planned bool
 	// offered is the command that the device was offered last, and how many
 	// times, as long as it says nothing of it. offeredAt is when that began.
 	offered   string
@@ -52,6 +55,7 @@ type activity struct {
 func (a activity) merge(b activity) activity {
 	a.seen = max(a.seen, b.seen)
 	if b.paid > a.paid || b.paid == a.paid && b.setPushAt {
+		a.planned = b.planned && (a.planned || !a.setPushAt)
 		a.paid, a.setPushAt, a.pushAt = b.paid, b.setPushAt, b.pushAt
 	}
 	switch {
@@ -341,7 +345,7 @@ func storePaid(ctx context.Context, t *tx, chunk []activity, setPushAt bool) err
 	set = append(set, "paid_seq = "+t.d.greatest+"("+table+".paid_seq, new.paid_seq)")
 	var args []any
 	for _, n := range chunk {
-		if n.setPushAt != setPushAt || n.paid == 0 && !setPushAt {
+		if n.setPushAt != setPushAt || n.paid == 0 && !setPushAt || n.planned && setPushAt {
 			continue
 		}
 		args = append(args, n.id, n.paid)

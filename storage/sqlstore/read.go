@@ -158,11 +158,9 @@ func idle(p *pending) bool {
 func (a *activity) settle(now int64, sub *subject) {
 	switch {
 	case sub.queued.Valid || sub.notnow.Valid:
-		at := now + firstSilence.Microseconds()
-		// It is not planned again if it is planned for about then.
-		if early := at - sub.pushAt.V; early < 0 || early > silenceSlack.Microseconds() {
-			a.setPushAt, a.pushAt = true, at
-		}
+		a.setPushAt, a.pushAt = true, now+firstSilence.Microseconds()
+		early := a.pushAt - sub.pushAt.V
+		a.planned = sub.paid >= sub.owed && 0 <= early && early <= silenceSlack.Microseconds()
 	case sub.pushAt.Valid:
 		a.setPushAt, a.pushAt = true, 0
 	}

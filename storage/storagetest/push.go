@@ -315,6 +315,16 @@ func pushSilent(t *testing.T, h *Harness) {
 	require.Equal(t, "C1", a.polls(t))
 	require.NoError(t, h.Store.Flush(t.Context()))
 	require.Equal(t, h.Clock.Now().Add(3*time.Minute), h.pushState(t, "A").NextAt)
+
+	// That nothing waits, which is not written yet, does not undo what is planned
+	// for what it is offered next.
+	require.Empty(t, a.reports(t, mdm.StatusAcknowledged, "C1"))
+	_, err := h.Store.Enqueue(t.Context(), storage.Scope{}, &storage.Enqueue{Command: command("C2"), IDs: []string{"A"}, NoPush: true})
+	require.NoError(t, err)
+	require.Equal(t, "C2", a.polls(t))
+	require.NoError(t, h.Store.Flush(t.Context()))
+	require.Equal(t, h.Clock.Now().Add(3*time.Minute), h.pushState(t, "A").NextAt)
+
 	h.Clock.Advance(4 * time.Minute)
 	require.Empty(t, h.claim(t, l, func(c *storage.PushClaim) { c.Silence = 5 * time.Minute }), "it may be silent longer")
 	h.Clock.Advance(time.Minute)
