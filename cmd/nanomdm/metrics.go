@@ -123,6 +123,7 @@ func emitStore(emit metrics.Emit, stats sqlstore.Stats) {
 	emit("nanomdm_queue_promoted_total", float64(stats.Promoted))
 	emit("nanomdm_queue_expired_total", float64(stats.Expired))
 	emit("nanomdm_events_dropped_total", float64(stats.EventsDropped))
+	emit("nanomdm_events_unreadable_total", float64(stats.EventsUnreadable))
 	for _, lease := range stats.Leases {
 		emit("nanomdm_lease_held", 1, lease)
 	}

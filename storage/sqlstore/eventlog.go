@@ -155,6 +155,7 @@ func (s *Store) eventsOf(ctx context.Context, t *tx, ids []string, fits func(d *
 			}
 		})
 		if batches[i].cut {
+			s.unreadable.Add(1)
 			s.log.Error("events or payloads of them cannot be read any more, and are left out", "batch", batches[i].id, "through", batches[i].last)
 		}
 	}
@@ -199,6 +200,7 @@ func (s *Store) scanApart(ctx context.Context, t *tx, left map[string][]*storage
 		raw, err := t.opened(eventColumn, id, value)
 		if err != nil {
 			// One that is lost must not hold up the others.
+			s.unreadable.Add(1)
 			s.log.Error("the payload of an event is lost", "event_id", id, "error", err)
 			continue
 		}

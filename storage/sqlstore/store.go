@@ -104,10 +104,12 @@ type Store struct {
 	changes *batcher[*pending]
 	seal    *sealing
 	retries atomic.Int64
-	sent    atomic.Int64 // statements
-	counted headcount
-	held    sync.Map // names of leases that were taken and not lost or released
-	swept   swept
+	// unreadable counts what was read of the event log and is damaged.
+	unreadable atomic.Int64
+	sent       atomic.Int64 // statements
+	counted    headcount
+	held       sync.Map // names of leases that were taken and not lost or released
+	swept      swept
 
 	closed    atomic.Bool
 	closeOnce sync.Once
@@ -128,6 +130,9 @@ type Stats struct {
 	// EventsDropped counts events without a change, such as idle polls, that
 	// were dropped for the same reason.
 	EventsDropped int64
+	// EventsUnreadable counts how often a batch of events or a payload was left
+	// out because it is damaged, or sealed with a key that is not here.
+	EventsUnreadable int64
 	// What this store's sweeps did: commands that became due and that
 	// expired, and history that was removed.
 	Promoted, Expired                            int64
@@ -258,8 +263,8 @@ func (s *Store) Stats() Stats {
 		Statements: s.sent.Load(),
 		Leases:     s.leasesHeld(),
 		Retries:    s.retries.Load(), ActivityDropped: s.act.dropped.Load(),
-		EventsDropped: s.act.eventsDropped.Load(),
-		Promoted:      s.swept.promoted.Load(), Expired: s.swept.expired.Load(),
+		EventsDropped: s.act.eventsDropped.Load(), EventsUnreadable: s.unreadable.Load(),
+		Promoted: s.swept.promoted.Load(), Expired: s.swept.expired.Load(),
 		RemovedRows: s.swept.rows.Load(), RemovedResults: s.swept.results.Load(),
 		RemovedCommands: s.swept.commands.Load(), RemovedResultBytes: s.swept.resultBytes.Load(),
 	}
