@@ -78,7 +78,7 @@ func Table() []Metric {
 
 		{"nanomdm_events_unnumbered", Gauge, nil, "Committed events that the holder of the events lease has not numbered yet. Counted up to 100000.", groupEvents},
 		{"nanomdm_events_dropped_total", Counter, nil, "Events without a change, such as idle polls, that were dropped because the database was away for long.", groupEvents},
-		{"nanomdm_events_unreadable_total", Counter, nil, "Times that a batch of events, or a large payload, was left out of what was delivered or listed because it is damaged in the database or sealed with a key that is not here. The log names it.", groupEvents},
+		{"nanomdm_events_unreadable_total", Counter, nil, "Times that a batch of events, or a payload that is stored by itself, was wanted and could not be read, because it is damaged or sealed with a key that is not here. The log names it.", groupEvents},
 		{"nanomdm_webhook_backlog_events", Gauge, []string{"sink"}, "Numbered events that a sink has before it.", groupEvents},
 		{"nanomdm_webhook_oldest_seconds", Gauge, []string{"sink"}, "Age of the oldest event that a sink has before it or that waits for its next try; 0 if there is none.", groupEvents},
 		{"nanomdm_webhook_events", Gauge, []string{"sink", "state"}, "Events that a sink did not take at once, by state: waiting (for the next try), again (asked for again), dead (given up), dropped (too many). Counted up to 100000 each.", groupEvents},

@@ -197,18 +197,25 @@ func (s *Store) scanApart(ctx context.Context, t *tx, left map[string][]*storage
 		if err := rows.Scan(&id, &value); err != nil {
 			return err
 		}
-		raw, err := t.opened(eventColumn, id, value)
+		raw, err := s.openApart(t, id, value)
 		if err != nil {
-			// One that is lost must not hold up the others.
-			s.unreadable.Add(1)
-			s.log.Error("the payload of an event is lost", "event_id", id, "error", err)
-			continue
+			continue // one that is lost must not hold up the others
 		}
 		for _, r := range left[id] {
 			r.Raw, r.RawSize = raw, int64(len(value))
 		}
 	}
 	return rows.Err()
+}
+
+// openApart opens a payload that has a row of its own.
+func (s *Store) openApart(t *tx, id string, value []byte) ([]byte, error) {
+	raw, err := t.opened(eventColumn, id, value)
+	if err != nil {
+		s.unreadable.Add(1)
+		s.log.Error("the payload of an event cannot be read", "event_id", id, "error", err)
+	}
+	return raw, err
 }
 
 // LastEvent implements storage.EventLog.
@@ -337,7 +344,7 @@ func (s *Store) EventPayload(ctx context.Context, seq int64) ([]byte, error) {
 		if err := t.queryRow(ctx, `SELECT payload FROM nano_event_payloads WHERE event_id = ?`, id).Scan(&payload); err != nil {
 			return err
 		}
-		payload, err = t.opened(eventColumn, id, payload)
+		payload, err = s.openApart(t, id, payload)
 		return err
 	})
 	if errors.Is(err, sql.ErrNoRows) {

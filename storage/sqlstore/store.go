@@ -104,7 +104,7 @@ type Store struct {
 	changes *batcher[*pending]
 	seal    *sealing
 	retries atomic.Int64
-	// unreadable counts what was read of the event log and is damaged.
+	// unreadable counts what Stats calls EventsUnreadable.
 	unreadable atomic.Int64
 	sent       atomic.Int64 // statements
 	counted    headcount
@@ -130,8 +130,8 @@ type Stats struct {
 	// EventsDropped counts events without a change, such as idle polls, that
 	// were dropped for the same reason.
 	EventsDropped int64
-	// EventsUnreadable counts how often a batch of events or a payload was left
-	// out because it is damaged, or sealed with a key that is not here.
+	// EventsUnreadable counts how often a batch of events or a payload was
+	// wanted and could not be read: damaged, or sealed with a key that is not here.
 	EventsUnreadable int64
 	// What this store's sweeps did: commands that became due and that
 	// expired, and history that was removed.

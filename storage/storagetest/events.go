@@ -357,6 +357,12 @@ func outboxLarge(t *testing.T, h *Harness) {
 	require.Len(t, raw, 1<<20)
 	_, err = h.Store.EventPayload(t.Context(), 99)
 	require.ErrorIs(t, err, storage.ErrNotFound)
+	// One that nobody can open is an error, and counted.
+	h.Exec(t, "UPDATE nano_event_payloads SET payload = ?", []byte("\xffNS1damaged"))
+	_, err = h.Store.EventPayload(t.Context(), events[0].Seq)
+	require.Error(t, err)
+	require.NotErrorIs(t, err, storage.ErrNotFound)
+	require.EqualValues(t, 1, h.Store.Stats().EventsUnreadable)
 }
 
 func outboxLog(t *testing.T, h *Harness) {
