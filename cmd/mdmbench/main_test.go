@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"math"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -100,9 +101,9 @@ func TestMissedGoalsAreBold(t *testing.T) {
 		{name: historyName(0), connections: 8, ratio: 2},
 		{name: historyName(500), connections: 8, ratio: 1.9},
 		// In turns, the rounds are compared each by itself.
-		{name: unhookedName, connections: 64, rates: []float64{1000, 500, 100}},
+		{name: unhookedName, connections: 64, rates: []float64{1000, 1000, 500, 500, 100, 100}},
 		{name: hookedName, connections: 64, rates: []float64{800, 450, 10}},
-		{name: pacedName(unhookedName), connections: 256, p99s: []time.Duration{10, 100, 1000}},
+		{name: pacedName(unhookedName), connections: 256, p99s: []time.Duration{10, 10, 100, 100, 1000, 1000}},
 		{name: pacedName(hangingName), connections: 256, p99s: []time.Duration{12, 500, 10}},
 	}}
 	var b strings.Builder
@@ -125,14 +126,24 @@ func TestMissedGoalsAreBold(t *testing.T) {
 	require.NotContains(t, out, "200000 enrollments", "what was not measured has no line")
 }
 
-func TestTurnsOfTwoRounds(t *testing.T) {
-	r := &report{rows: []row{
-		{name: pacedName(unhookedName), p99s: []time.Duration{10, 90}},
-		{name: pacedName(hangingName), p99s: []time.Duration{30, 30}}, // it came second, and then first
-	}}
-	ratio, ok := hangingLatency(r)
-	require.True(t, ok)
-	require.InDelta(t, 1, ratio, 1e-9)
+// What is without a webhook comes before and after what is compared with it.
+func TestTurns(t *testing.T) {
+	for _, test := range []struct {
+		unhooked, hanging []time.Duration
+		want              float64
+	}{
+		{[]time.Duration{10, 40}, []time.Duration{20}, 1},
+		{[]time.Duration{10, 40}, []time.Duration{30}, 1.5},
+		{[]time.Duration{10, 10, 10, 40}, []time.Duration{30, 20}, math.Sqrt(3)},
+	} {
+		r := &report{rows: []row{
+			{name: pacedName(unhookedName), p99s: test.unhooked},
+			{name: pacedName(hangingName), p99s: test.hanging},
+		}}
+		ratio, ok := hangingLatency(r)
+		require.True(t, ok)
+		require.InDelta(t, test.want, ratio, 1e-9)
+	}
 }
 
 func TestMedianAndPercentile(t *testing.T) {

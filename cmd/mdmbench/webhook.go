@@ -11,6 +11,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"slices"
 	"strconv"
 	"sync"
 	"time"
@@ -41,33 +42,30 @@ func pacedTimes(devices int, length time.Duration) int {
 }
 
 // webhook measures what it costs devices that their reports are told to a
-// receiver. The three kinds of reports take turns in each round, in changing
-// order, since the database grows meanwhile and some engines are the slower for
-// it. The receiver is part of this process, so that its processor time is the
-// client's.
+// receiver. Each round begins and ends with reports without one, for half as long
+// each, since the database grows meanwhile and some engines are the slower for it.
+// The two kinds with a receiver are between, in changing order. The receiver is part
+// of this process, so that its processor time is the client's.
 func (b *bench) webhook(ctx context.Context, devices []device) error {
 	type turn struct {
 		during      func(measure func() error) error
 		full, paced *series
-		times       int // that each device comes at a steady pace
+		length      time.Duration // at least, at a steady pace
 	}
-	var turns []turn
 	some := devices[:min(pacedDevices, len(devices))]
 	paced := pacedLoad
 	paced.connections = min(paced.connections, max(1, len(some)/2)) // none comes on two at once
-	add := func(name string, times int, during func(measure func() error) error) {
-		turns = append(turns, turn{
+	kind := func(name string, length time.Duration, during func(measure func() error) error) turn {
+		return turn{
 			during: during,
 			full:   &series{name: name, load: load{connections: 64}},
 			paced:  &series{name: pacedName(name), load: paced},
-			times:  times,
-		})
+			length: length,
+		}
 	}
-	// What is compared takes as long as asked for.
-	times := pacedTimes(len(some), b.o.paced)
-	add(unhookedName, times, func(measure func() error) error { return measure() })
-	add(hookedName, 1, func(measure func() error) error { return b.hooked(ctx, false, measure) })
-	add(hangingName, times, func(measure func() error) error { return b.hooked(ctx, true, measure) })
+	unhooked := kind(unhookedName, b.o.paced/2, func(measure func() error) error { return measure() })
+	hooked := kind(hookedName, 0, func(measure func() error) error { return b.hooked(ctx, false, measure) })
+	hanging := kind(hangingName, b.o.paced, func(measure func() error) error { return b.hooked(ctx, true, measure) })
 	take := func(t turn) error {
 		return t.during(func() error {
 			visits, err := b.visits(ctx, devices, commandsEach)
@@ -77,28 +75,33 @@ func (b *bench) webhook(ctx context.Context, devices []device) error {
 			if err := b.round(ctx, t.full, visits); err != nil {
 				return err
 			}
-			if visits, err = b.repeatedVisits(ctx, some, commandsEach, t.times); err != nil {
+			times := max(1, pacedTimes(len(some), t.length))
+			if visits, err = b.repeatedVisits(ctx, some, commandsEach, times); err != nil {
 				return err
 			}
 			return b.round(ctx, t.paced, visits)
 		})
 	}
-	// Tables that are nearly empty are the fastest, and one of the three would have
-	// them to itself: the first turn does not count.
-	first := turns[0]
-	first.times = pacedTimes(len(some), min(b.o.paced, time.Minute))
+	// Tables that are nearly empty are the fastest, and the first turn would have
+	// them to itself: it does not count.
+	first := unhooked
+	first.length = min(first.length, time.Minute)
 	first.full, first.paced = &series{load: first.full.load}, &series{load: first.paced.load}
 	if err := take(first); err != nil {
 		return err
 	}
 	for round := range b.o.rounds {
-		for i := range turns {
-			if err := take(turns[(round+i)%len(turns)]); err != nil {
+		turns := []turn{unhooked, hooked, hanging, unhooked}
+		if round%2 == 1 {
+			slices.Reverse(turns)
+		}
+		for _, t := range turns {
+			if err := take(t); err != nil {
 				return err
 			}
 		}
 	}
-	for _, t := range turns {
+	for _, t := range []turn{unhooked, hooked, hanging} {
 		b.conclude(t.full)
 		b.conclude(t.paced)
 	}
@@ -254,9 +257,9 @@ func hangingLatency(r *report) (float64, bool) {
 	return inTurns(r, pacedName(hangingName), pacedName(unhookedName), func(m row) []time.Duration { return m.p99s })
 }
 
-// inTurns compares two measurements that took turns: it is the median of the
-// rounds' quotients, and of two in the middle that by which three times as much and
-// a third as much are the same.
+// inTurns compares a measurement with one that was made before and after it in each
+// round: it is the median of the rounds' quotients. Of two values, the middle is that
+// of which one is as many times more as it is of the other.
 func inTurns[T float64 | time.Duration](r *report, of, to string, values func(m row) []T) (float64, bool) {
 	m, ok := r.find(of, 0)
 	n, also := r.find(to, 0)
@@ -265,7 +268,8 @@ func inTurns[T float64 | time.Duration](r *report, of, to string, values func(m 
 	}
 	var quotients []float64
 	for i, v := range values(m) {
-		quotients = append(quotients, math.Log(float64(v)/float64(values(n)[i])))
+		before, after := values(n)[2*i], values(n)[2*i+1]
+		quotients = append(quotients, math.Log(float64(v))-(math.Log(float64(before))+math.Log(float64(after)))/2)
 	}
 	return math.Exp(median(quotients)), true
 }

@@ -136,11 +136,12 @@ const method = `
   database by a second replica. Memory is the most that was resident up to then.
 - Reports with webhook are fetch and acknowledge while each report is told to a
   receiver, which is part of the client; it answers at once, or takes the requests
-  and does not answer. What waited for it then is taken afterwards. They and reports
-  without one take turns in each round, after a first turn without one that does not
-  count, and are compared by requests/s or p99; the figure is the median of the rounds.
-  With %d reports a second, a latency is from when its message was due, and %d
-  devices report, for %v or a little longer; while a receiver answers, only until each
+  and does not answer. What waited for it then is taken afterwards. Each round begins
+  and ends with reports without one, and is compared with the two of them, by their
+  requests/s or p99; the figure is the median of the rounds. A first turn, on tables
+  that are nearly empty, does not count. With %d reports a second, a latency is from
+  when its message was due, and %d devices report, for %v or a little longer while a
+  receiver hangs and half of it before and after; while one answers, only until each
   has come once. The reference has no part.
 - History and the size of the fleet are compared by their ratios to the reference.
   With history, %d devices poll, at 8 connections.
