@@ -307,14 +307,15 @@ func (s *Store) ReadEvents(ctx context.Context, scope storage.Scope, q storage.E
 	return events, next, nil
 }
 
-// having are those batches that have an event that matches.
+// having are those batches that have an event that matches, or may have had one: those
+// that are damaged are for whoever reads the others to notice.
 func having(ctx context.Context, t *tx, ids []string, match func(d *eventDetails) bool) (found []string, err error) {
 	batches, err := readBatches(ctx, t, ids, false)
 	if err != nil {
 		return nil, err
 	}
 	for _, b := range batches {
-		if slices.ContainsFunc(b.events, func(d eventDetails) bool { return match(&d) }) {
+		if b.cut || slices.ContainsFunc(b.events, func(d eventDetails) bool { return match(&d) }) {
 			found = append(found, b.id)
 		}
 	}

@@ -876,6 +876,10 @@ func outboxCut(t *testing.T, h *Harness) {
 	require.Equal(t, []string{"a4"}, idsOf(events))
 	require.EqualValues(t, 4, events[0].Seq)
 	require.EqualValues(t, 4, h.Store.Stats().EventsUnreadable) // one for each look at it
+	events, _, err = h.Store.ReadEvents(t.Context(), storage.Scope{}, storage.EventQuery{Limit: 10, Topics: []string{storage.TopicConnect}})
+	require.NoError(t, err)
+	require.Equal(t, []string{"a4"}, idsOf(events))
+	require.EqualValues(t, 5, h.Store.Stats().EventsUnreadable, "what was asked for may have been in it")
 	k := h.putSink(t, hook())
 	require.NoError(t, h.Store.Settle(t.Context(), l, k, storage.Settlement{Cursor: 4, Put: []storage.Delivery{waits(2, storage.DeliveryDropped)}}))
 	n, err := h.Store.DropPayloads(t.Context(), l, 10)
