@@ -124,6 +124,11 @@ func TestMissedGoalsAreBold(t *testing.T) {
 	}
 	require.Contains(t, out, "| "+hookedName+" | 64 | 0 | – | – |", "it was not compared to the reference")
 	require.NotContains(t, out, "200000 enrollments", "what was not measured has no line")
+
+	r.scaled = 0
+	b.Reset()
+	require.NoError(t, write(&b, &options{}, []*report{r}))
+	require.NotContains(t, b.String(), "(scaled, see Method)")
 }
 
 // What is without a webhook comes before and after what is compared with it.

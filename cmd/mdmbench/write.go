@@ -49,9 +49,9 @@ func goals(o *options) []goal {
 		{"commits a report, 64 connections", [3]float64{0.05, 0.05, 0.06}, true, commitsPerReport},
 		{"enqueue, rows a second to the peer's (scaled, see Method)", [3]float64{2, 2, 1}, false, func(r *report) (float64, bool) {
 			if r.engine.storage == "mysql" {
-				return r.scaled / peerRowsMariaDB, true
+				return r.scaled / peerRowsMariaDB, r.scaled > 0
 			}
-			return r.scaled / peerRows, true
+			return r.scaled / peerRows, r.scaled > 0
 		}},
 	}
 }
