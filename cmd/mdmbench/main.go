@@ -57,7 +57,7 @@ func run(ctx context.Context, args []string) error {
 	flags.IntVar(&o.historyFleet, "history-devices", 100, "how many devices have that history")
 	flags.IntVar(&o.rounds, "rounds", 3, "how often each measurement is made; the median counts")
 	flags.DurationVar(&o.duration, "duration", 1500*time.Millisecond, "how long a measurement of idle takes")
-	flags.DurationVar(&o.paced, "paced", 8*time.Second, "how long, at least, reports are sent at a steady rate, without a webhook and while its receiver hangs")
+	flags.DurationVar(&o.paced, "paced", 8*time.Second, "how long, at least, reports are sent at a steady rate while the webhook's receiver hangs, and half as long before and after, without a webhook")
 	flags.BoolVar(&o.quick, "quick", false, "a fraction of everything, in a minute or two for each engine")
 	if err := flags.Parse(args); err != nil {
 		return err

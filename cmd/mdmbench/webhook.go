@@ -258,8 +258,8 @@ func hangingLatency(r *report) (float64, bool) {
 }
 
 // inTurns compares a measurement with one that was made before and after it in each
-// round: it is the median of the rounds' quotients. Of two values, the middle is that
-// of which one is as many times more as it is of the other.
+// round: it is the median of the rounds' quotients. Means of two are geometric, so that
+// three times as much and a third as much cancel out.
 func inTurns[T float64 | time.Duration](r *report, of, to string, values func(m row) []T) (float64, bool) {
 	m, ok := r.find(of, 0)
 	n, also := r.find(to, 0)

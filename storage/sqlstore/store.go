@@ -91,21 +91,20 @@ const (
 // Store is an open database. Every method may be called concurrently, and any
 // number of Stores, in any number of processes, may share one database.
 type Store struct {
-	cfg     Config
-	d       *dialect
-	db      *sql.DB // transactions; with SQLite its single writer
-	rdb     *sql.DB // reads outside transactions; db itself but for SQLite
-	stmts   *stmtCache
-	rstmts  *stmtCache
-	now     func() time.Time
-	log     *slog.Logger
-	act     *activityLog
-	polls   *batcher[*pending]
-	changes *batcher[*pending]
-	seal    *sealing
-	retries atomic.Int64
-	// unreadable counts what Stats calls EventsUnreadable.
-	unreadable atomic.Int64
+	cfg        Config
+	d          *dialect
+	db         *sql.DB // transactions; with SQLite its single writer
+	rdb        *sql.DB // reads outside transactions; db itself but for SQLite
+	stmts      *stmtCache
+	rstmts     *stmtCache
+	now        func() time.Time
+	log        *slog.Logger
+	act        *activityLog
+	polls      *batcher[*pending]
+	changes    *batcher[*pending]
+	seal       *sealing
+	retries    atomic.Int64
+	unreadable atomic.Int64 // what Stats calls EventsUnreadable
 	sent       atomic.Int64 // statements
 	counted    headcount
 	held       sync.Map // names of leases that were taken and not lost or released
