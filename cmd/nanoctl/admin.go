@@ -11,7 +11,7 @@ import (
 	"time"
 )
 
-// apiKey is a named key as the server tells of it.
+// apiKey is a named key in the answers of the server.
 type apiKey struct {
 	Name      string     `json:"name"`
 	Role      string     `json:"role"`
@@ -40,7 +40,7 @@ func keysLsCommand() command {
 		prepare: func(*flag.FlagSet) runner {
 			return func(ctx context.Context, e *env, args []string) error {
 				a, err := e.api.do(ctx, http.MethodGet, "/v1/keys", nil, nil)
-				return e.show(a, err, nil, func() error { return showItems(e, a, "keys", keyColumns) })
+				return e.printAnswer(a, err, nil, func() error { return showItems(e, a, "keys", keyColumns) })
 			}
 		},
 	}
@@ -48,7 +48,7 @@ func keysLsCommand() command {
 
 func keysCreateCommand() command {
 	return command{
-		name: "keys create", args: "NAME -role ROLE",
+		name: "keys create", args: "NAME",
 		short:   "Make a named API key and print it, this once",
 		long:    "The key goes to standard output and all else to standard error; the server keeps only a hash of it.",
 		example: "nanoctl keys create helpdesk -role push\nnanoctl keys create tenant-a -role enqueue -topic com.apple.mgmt.External.A > tenant-a.key",
@@ -57,8 +57,8 @@ func keysCreateCommand() command {
 			var topics list
 			flags.Var(&topics, "topic", "bind the key to enrollments of this APNs `topic`; may be repeated")
 			return func(ctx context.Context, e *env, args []string) error {
-				if len(args) != 1 || *role == "" {
-					return usage("keys create: give a name and -role")
+				if *role == "" {
+					return usage("keys create: -role is missing")
 				}
 				body := map[string]any{"name": args[0], "role": *role}
 				if len(topics) > 0 {
@@ -66,7 +66,7 @@ func keysCreateCommand() command {
 				}
 				a, err := e.api.do(ctx, http.MethodPost, "/v1/keys", nil, body)
 				var k apiKey
-				return e.show(a, err, &k, func() error {
+				return e.printAnswer(a, err, &k, func() error {
 					fmt.Fprintf(e.err, "key %s, role %s; it is not shown again:\n", k.Name, k.Role)
 					_, err := fmt.Fprintln(e.out, k.Key)
 					return err
@@ -81,17 +81,14 @@ func keysRmCommand() command {
 		name: "keys rm", args: "NAME", short: "Revoke a named API key", example: "nanoctl keys rm helpdesk",
 		prepare: func(*flag.FlagSet) runner {
 			return func(ctx context.Context, e *env, args []string) error {
-				if len(args) != 1 {
-					return usage("keys rm: give the key's name")
-				}
 				a, err := e.api.do(ctx, http.MethodDelete, "/v1/keys/"+url.PathEscape(args[0]), nil, nil)
-				return e.tell(a, err, nil, func() string { return "key " + args[0] + " is revoked; other replicas notice within seconds" })
+				return e.printSentence(a, err, nil, func() string { return "key " + args[0] + " is revoked; other replicas notice within seconds" })
 			}
 		},
 	}
 }
 
-// auditRecord is one deed of an operator.
+// auditRecord is one action of an operator.
 type auditRecord struct {
 	At      *time.Time `json:"at"`
 	Who     string     `json:"who"`
@@ -120,12 +117,11 @@ func auditCommand() command {
 		name: "audit", short: "List what operators did, the newest first",
 		example: "nanoctl audit -since 7d -action enrollment.delete",
 		prepare: func(flags *flag.FlagSet) runner {
-			var since, before moment
+			var during timeRange
 			who := flags.String("who", "", "only of this key's `name`")
 			action := flags.String("action", "", "only this `action`, such as command.cancel")
 			target := flags.String("target", "", "only what was done to this `target`")
-			flags.Var(&since, "since", "at this `time` or later")
-			flags.Var(&before, "before", "before this `time`")
+			during.flags(flags, "done")
 			limit := flags.Int("limit", 100, "list no more than this many; 0 is all")
 			return func(ctx context.Context, e *env, args []string) error {
 				q := url.Values{}
@@ -134,11 +130,7 @@ func auditCommand() command {
 						q.Set(name, value)
 					}
 				}
-				for name, at := range map[string]moment{"from": since, "to": before} {
-					if !at.IsZero() {
-						q.Set(name, at.query())
-					}
-				}
+				during.query(q, "from", "to")
 				return showList(ctx, e, "/v1/audit", "audit", q, *limit, auditColumns)
 			}
 		},
@@ -207,7 +199,7 @@ func statsCommand() command {
 		prepare: func(*flag.FlagSet) runner {
 			return func(ctx context.Context, e *env, args []string) error {
 				a, err := e.api.do(ctx, http.MethodGet, "/v1/stats", nil, nil)
-				return e.show(a, err, nil, func() error {
+				return e.printAnswer(a, err, nil, func() error {
 					stats, err := decodeJSON(string(a.body))
 					if err != nil {
 						return fmt.Errorf("the server's answer is not what this version of nanoctl expects: %w", err)

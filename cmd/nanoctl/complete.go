@@ -16,9 +16,6 @@ func completionCommand() command {
 		example: "source <(nanoctl completion bash)\nsource <(nanoctl completion zsh)\nnanoctl completion fish > ~/.config/fish/completions/nanoctl.fish",
 		prepare: func(*flag.FlagSet) runner {
 			return func(_ context.Context, e *env, args []string) error {
-				if len(args) != 1 {
-					return usage("completion: name one of bash, zsh and fish")
-				}
 				switch args[0] {
 				case "bash":
 					writeBash(e.out)

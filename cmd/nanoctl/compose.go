@@ -12,6 +12,8 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/google/uuid"
+
 	"github.com/nanomdm/nanomdm/mdm"
 )
 
@@ -202,7 +204,7 @@ func (u *updateFlags) update(action string) map[string]any {
 
 func commandCommand() command {
 	return command{
-		name: "command", args: "REQUEST_TYPE [ARGUMENTS]", offline: true,
+		name: "command", args: "[REQUEST_TYPE] [ARGUMENT...]", offline: true,
 		short: "Print a command's plist",
 		long: `The plist goes to standard output, for PUT /v1/enqueue/ID or any other MDM server.
 Some request types take arguments:
@@ -278,16 +280,16 @@ func wrapped(words []string) string {
 }
 
 // plistCommand makes the plist of a command.
-func plistCommand(requestType, uuid string, keys map[string]any) (*mdm.Command, error) {
+func plistCommand(requestType, commandUUID string, keys map[string]any) (*mdm.Command, error) {
 	if pin, given := keys["PIN"]; given && slices.Contains([]string{"EraseDevice", "DeviceLock"}, requestType) {
 		if text, ok := pin.(string); !ok || len(text) != 6 {
 			return nil, usage("%s: PIN: six characters of text are wanted", requestType)
 		}
 	}
-	if uuid == "" {
-		uuid = newUUID()
+	if commandUUID == "" {
+		commandUUID = strings.ToUpper(uuid.NewString()) // as Apple's own tools write them
 	}
-	cmd, err := mdm.EncodeCommand(uuid, requestType, keys)
+	cmd, err := mdm.EncodeCommand(commandUUID, requestType, keys)
 	if err != nil {
 		return nil, usage("%s: %w", requestType, err)
 	}

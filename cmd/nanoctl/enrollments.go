@@ -14,7 +14,7 @@ import (
 	"time"
 )
 
-// enrollment is what the server tells of one.
+// enrollment is the answer of the server for one.
 type enrollment struct {
 	ID                    string     `json:"id"`
 	Type                  string     `json:"type"`
@@ -191,13 +191,9 @@ func (f *filter) query() url.Values {
 	if f.certExpires > 0 {
 		expires.Time = time.Now().Add(time.Duration(f.certExpires))
 	}
-	for name, at := range map[string]moment{
-		"last_seen_before": before, "last_seen_after": f.seenAfter, "certificate_expires_before": expires,
-	} {
-		if !at.IsZero() {
-			q.Set(name, at.query())
-		}
-	}
+	before.set(q, "last_seen_before")
+	f.seenAfter.set(q, "last_seen_after")
+	expires.set(q, "certificate_expires_before")
 	return q
 }
 
@@ -242,12 +238,9 @@ func showCommand() command {
 		example: "nanoctl show C02XK0AAJG5H",
 		prepare: func(*flag.FlagSet) runner {
 			return func(ctx context.Context, e *env, args []string) error {
-				if len(args) != 1 {
-					return usage("show: name one enrollment by id or serial number")
-				}
 				a, err := e.api.do(ctx, http.MethodGet, enrollmentPath(args[0]), nil, nil)
 				var x enrollment
-				return e.show(a, err, &x, func() error { return e.showEnrollment(&x) })
+				return e.printAnswer(a, err, &x, func() error { return e.showEnrollment(&x) })
 			}
 		},
 	}
@@ -255,7 +248,7 @@ func showCommand() command {
 
 func (e *env) showEnrollment(x *enrollment) error {
 	rows := [][2]string{
-		{"id", x.ID}, {"type", x.Type}, {"device", other(x.DeviceID, x.ID)}, {"status", x.status()}, {"serial number", x.Serial},
+		{"id", x.ID}, {"type", x.Type}, {"device", unlessEqual(x.DeviceID, x.ID)}, {"status", x.status()}, {"serial number", x.Serial},
 		{"name", x.DeviceName}, {"model", joined(x.Model, x.ModelName, x.ProductName)}, {"OS", joined(x.OSVersion, x.BuildVersion)},
 		{"IMEI", x.IMEI}, {"MEID", x.MEID}, {"topic", x.Topic},
 	}
@@ -271,10 +264,10 @@ func (e *env) showEnrollment(x *enrollment) error {
 	if c := x.Certificate; c != nil {
 		rows = append(rows, [2]string{"certificate", joined(c.Subject, c.SHA256)}, [2]string{"certificate expires", stamp(c.NotAfter)})
 	}
-	rows = append(rows, [2]string{"tokens kept", joined(yes(x.HasBootstrapToken, "bootstrap"), yes(x.HasUnlockToken, "unlock"))})
+	rows = append(rows, [2]string{"tokens kept", joined(wordIf(x.HasBootstrapToken, "bootstrap"), wordIf(x.HasUnlockToken, "unlock"))})
 	if p := x.Push; p != nil {
 		rows = append(rows, [2]string{"last push", joined(stamp(p.LastAt), p.LastClass, p.LastReason)},
-			[2]string{"push owed", yes(p.Owed, "yes")}, [2]string{"next push", stamp(p.NextAt)}, [2]string{"push token dead since", stamp(p.TokenDeadAt)})
+			[2]string{"push owed", wordIf(p.Owed, "yes")}, [2]string{"next push", stamp(p.NextAt)}, [2]string{"push token dead since", stamp(p.TokenDeadAt)})
 	}
 	if q := x.Queue; q != nil {
 		rows = append(rows, [2]string{"queue", fmt.Sprintf("%d queued, %d answered NotNow, %d scheduled", q.Queued, q.NotNow, q.Scheduled)})
@@ -300,14 +293,14 @@ func (e *env) showEnrollment(x *enrollment) error {
 }
 
 // other is a if it says something that b does not.
-func other(a, b string) string {
+func unlessEqual(a, b string) string {
 	if a == b {
 		return ""
 	}
 	return a
 }
 
-func yes(is bool, word string) string {
+func wordIf(is bool, word string) string {
 	if is {
 		return word
 	}
@@ -331,10 +324,10 @@ var queueColumns = []column[queueItem]{
 	{"STATE", func(q *queueItem) string { return q.State }},
 	{"QUEUED", func(q *queueItem) string { return ago(q.CreatedAt) }},
 	{"NOTNOW", func(q *queueItem) string { return strconv.Itoa(q.NotNowCount) }},
-	{"EXPIRES", func(q *queueItem) string { return orNothing(q.ExpiresAt) }},
+	{"EXPIRES", func(q *queueItem) string { return agoOrEmpty(q.ExpiresAt) }},
 }
 
-func orNothing(t *time.Time) string {
+func agoOrEmpty(t *time.Time) string {
 	if t == nil {
 		return ""
 	}
@@ -350,9 +343,6 @@ func queueCommand() command {
 			state := flags.String("state", "", "list commands in this `state` instead, such as acknowledged, error or cancelled")
 			limit := flags.Int("limit", 0, "list no more than this many; 0 is all")
 			return func(ctx context.Context, e *env, args []string) error {
-				if len(args) != 1 {
-					return usage("queue: name one enrollment by id or serial number")
-				}
 				x, err := e.enrollment(ctx, args[0])
 				if err != nil {
 					return err
@@ -387,7 +377,7 @@ func clearCommand() command {
 		example: "nanoctl clear C02XK0AAJG5H",
 		prepare: func(*flag.FlagSet) runner {
 			return func(ctx context.Context, e *env, args []string) error {
-				x, err := e.one(ctx, "clear", args)
+				x, err := e.enrollment(ctx, args[0])
 				if err != nil {
 					return err
 				}
@@ -396,24 +386,16 @@ func clearCommand() command {
 				}
 				a, err := e.api.do(ctx, http.MethodDelete, enrollmentPath(x.ID, "queue"), nil, nil)
 				var done struct{ Cancelled int }
-				return e.tell(a, err, &done, func() string { return fmt.Sprintf("cancelled %d commands", done.Cancelled) })
+				return e.printSentence(a, err, &done, func() string { return fmt.Sprintf("cancelled %d commands", done.Cancelled) })
 			}
 		},
 	}
 }
 
-// one is the enrollment that the only argument names.
-func (e *env) one(ctx context.Context, name string, args []string) (*enrollment, error) {
-	if len(args) != 1 {
-		return nil, usage("%s: name one enrollment by id or serial number", name)
-	}
-	return e.enrollment(ctx, args[0])
-}
-
-// show prints an answer, which came with an error or not: as it is for
+// printAnswer prints an answer, which came with an error or not: as it is for
 // programs, and otherwise as print does it once it is decoded into into, if
 // that is not nil.
-func (e *env) show(a *answer, err error, into any, print func() error) error {
+func (e *env) printAnswer(a *answer, err error, into any, print func() error) error {
 	if err != nil {
 		return err
 	}
@@ -428,9 +410,9 @@ func (e *env) show(a *answer, err error, into any, print func() error) error {
 	return print()
 }
 
-// tell is show with a sentence.
-func (e *env) tell(a *answer, err error, into any, sentence func() string) error {
-	return e.show(a, err, into, func() error {
+// printSentence is printAnswer with a sentence.
+func (e *env) printSentence(a *answer, err error, into any, sentence func() string) error {
+	return e.printAnswer(a, err, into, func() error {
 		_, err := fmt.Fprintln(e.out, printable(sentence()))
 		return err
 	})
@@ -450,12 +432,12 @@ func switchCommand(name, short, done string) command {
 		name: name, args: "ID|SERIAL", short: short, example: "nanoctl " + name + " C02XK0AAJG5H",
 		prepare: func(*flag.FlagSet) runner {
 			return func(ctx context.Context, e *env, args []string) error {
-				x, err := e.one(ctx, name, args)
+				x, err := e.enrollment(ctx, args[0])
 				if err != nil {
 					return err
 				}
 				a, err := e.api.do(ctx, http.MethodPost, enrollmentPath(x.ID, name), nil, nil)
-				return e.tell(a, err, nil, func() string { return x.label() + " " + done })
+				return e.printSentence(a, err, nil, func() string { return x.label() + " " + done })
 			}
 		},
 	}
@@ -465,11 +447,11 @@ func deleteCommand() command {
 	return command{
 		name: "delete", args: "ID|SERIAL",
 		short:   "Delete an enrollment with its queue, results and certificates",
-		long:    "The device is not told; it stays enrolled on its side, and is not known here any more. Asks for the id to be typed again.",
+		long:    "The device stays enrolled on its side; the server no longer knows it. Asks for the id to be typed again.",
 		example: "nanoctl delete C02XK0AAJG5H",
 		prepare: func(*flag.FlagSet) runner {
 			return func(ctx context.Context, e *env, args []string) error {
-				x, err := e.one(ctx, "delete", args)
+				x, err := e.enrollment(ctx, args[0])
 				if err != nil {
 					return err
 				}
@@ -477,7 +459,7 @@ func deleteCommand() command {
 					return err
 				}
 				a, err := e.api.do(ctx, http.MethodDelete, enrollmentPath(x.ID), url.Values{"confirm": {x.ID}}, nil)
-				return e.tell(a, err, nil, func() string { return x.label() + " is deleted" })
+				return e.printSentence(a, err, nil, func() string { return x.label() + " is deleted" })
 			}
 		},
 	}
@@ -524,12 +506,12 @@ func renewalCloseCommand() command {
 		short: "Close a renewal window", example: "nanoctl renewal close C02XK0AAJG5H",
 		prepare: func(*flag.FlagSet) runner {
 			return func(ctx context.Context, e *env, args []string) error {
-				x, err := e.one(ctx, "renewal close", args)
+				x, err := e.enrollment(ctx, args[0])
 				if err != nil {
 					return err
 				}
 				a, err := e.api.do(ctx, http.MethodDelete, enrollmentPath(x.ID, "renewal"), nil, nil)
-				return e.tell(a, err, nil, func() string { return "the renewal window of " + x.label() + " is closed" })
+				return e.printSentence(a, err, nil, func() string { return "the renewal window of " + x.label() + " is closed" })
 			}
 		},
 	}
@@ -553,13 +535,13 @@ func tokenCommand(name, endpoint, short, long string) command {
 		prepare: func(flags *flag.FlagSet) runner {
 			raw := flags.Bool("raw", false, "the bytes themselves instead of base64")
 			return func(ctx context.Context, e *env, args []string) error {
-				x, err := e.one(ctx, name, args)
+				x, err := e.enrollment(ctx, args[0])
 				if err != nil {
 					return err
 				}
 				a, err := e.api.do(ctx, http.MethodPost, enrollmentPath(x.ID, endpoint), nil, nil)
 				var tokens map[string]json.RawMessage
-				return e.show(a, err, &tokens, func() error {
+				return e.printAnswer(a, err, &tokens, func() error {
 					var token []byte
 					if err := json.Unmarshal(tokens[endpoint], &token); err != nil {
 						return fmt.Errorf("the server's answer has no token: %w", err)

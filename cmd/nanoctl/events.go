@@ -131,7 +131,7 @@ func (s *eventStream) run(ctx context.Context) error {
 				return nil
 			}
 			continue
-		case ctx.Err() != nil || !s.follow || !passing(err):
+		case ctx.Err() != nil || !s.follow || !temporary(err):
 			return err
 		}
 		fmt.Fprintf(s.e.err, "nanoctl: %v; asking again in %v\n", err, retry)
@@ -143,9 +143,9 @@ func (s *eventStream) run(ctx context.Context) error {
 	return nil
 }
 
-// passing says whether an error may be gone the next time: the server is away
+// temporary says whether an error may be gone the next time: the server is away
 // or busy.
-func passing(err error) bool {
+func temporary(err error) bool {
 	if said := (*statusError)(nil); errors.As(err, &said) {
 		return said.status >= 500
 	}
@@ -192,7 +192,7 @@ func (s *eventStream) page(ctx context.Context) (more bool, err error) {
 	return more, nil
 }
 
-// sink is where events go, as the server tells of it.
+// sink is where events go, in the answers of the server.
 type sink struct {
 	Name       string      `json:"name"`
 	URL        string      `json:"url"`
@@ -257,7 +257,7 @@ func sinksLsCommand() command {
 		prepare: func(*flag.FlagSet) runner {
 			return func(ctx context.Context, e *env, args []string) error {
 				a, err := e.api.do(ctx, http.MethodGet, "/v1/sinks", nil, nil)
-				return e.show(a, err, nil, func() error { return showItems(e, a, "sinks", sinkColumns) })
+				return e.printAnswer(a, err, nil, func() error { return showItems(e, a, "sinks", sinkColumns) })
 			}
 		},
 	}
@@ -272,26 +272,23 @@ without a URL keeps events in the log alone. Keys that are not given stay as the
 as the flags or the file say.`,
 		example: "nanoctl sinks put siem -to https://siem.example.org/hook -hmac-key-file siem.key\nnanoctl sinks put log\nnanoctl sinks put siem sink.json",
 		prepare: func(flags *flag.FlagSet) runner {
-			var ask struct {
+			var request struct {
 				URL      string      `json:"url,omitempty"`
 				Keys     []string    `json:"keys,omitempty"`
 				Tokens   bool        `json:"tokens,omitempty"`
 				Filter   eventFilter `json:"filter"`
 				Disabled bool        `json:"disabled,omitempty"`
 			}
-			flags.StringVar(&ask.URL, "to", "", "`URL` where events are sent")
+			flags.StringVar(&request.URL, "to", "", "`URL` where events are sent")
 			keyFile := flags.String("hmac-key-file", "", "`file` with the key that signs")
-			flags.BoolVar(&ask.Tokens, "tokens", false, "send events that hold tokens, too")
-			flags.BoolVar(&ask.Filter.Idle, "idle", false, "send polls without a result, too")
-			flags.BoolVar(&ask.Disabled, "off", false, "keep it, and tell it nothing")
-			flags.Var((*list)(&ask.Filter.Topics), "topic", "only events of this `topic`, such as mdm.Connect; may be repeated")
-			flags.Var((*list)(&ask.Filter.RequestTypes), "request-type", "of commands' events only those of this `type`; may be repeated")
-			flags.Var((*list)(&ask.Filter.APNsTopics), "apns-topic", "only enrollments of this APNs `topic`; may be repeated")
+			flags.BoolVar(&request.Tokens, "tokens", false, "send events that hold tokens, too")
+			flags.BoolVar(&request.Filter.Idle, "idle", false, "send polls without a result, too")
+			flags.BoolVar(&request.Disabled, "off", false, "keep it, and send it nothing")
+			flags.Var((*list)(&request.Filter.Topics), "topic", "only events of this `topic`, such as mdm.Connect; may be repeated")
+			flags.Var((*list)(&request.Filter.RequestTypes), "request-type", "of commands' events only those of this `type`; may be repeated")
+			flags.Var((*list)(&request.Filter.APNsTopics), "apns-topic", "only enrollments of this APNs `topic`; may be repeated")
 			return func(ctx context.Context, e *env, args []string) error {
-				if len(args) < 1 || len(args) > 2 {
-					return usage("sinks put: give the name, and flags or the file of the sink's JSON")
-				}
-				var body any = ask
+				var body any = request
 				switch {
 				case len(args) == 2:
 					content, err := e.readFile(args[1])
@@ -307,11 +304,11 @@ as the flags or the file say.`,
 					if err != nil {
 						return err
 					}
-					ask.Keys = []string{strings.TrimSpace(string(key))}
-					body = ask
+					request.Keys = []string{strings.TrimSpace(string(key))}
+					body = request
 				}
 				a, err := e.api.do(ctx, http.MethodPut, "/v1/sinks/"+url.PathEscape(args[0]), nil, body)
-				return e.tell(a, err, nil, func() string { return "sink " + args[0] + " is stored" })
+				return e.printSentence(a, err, nil, func() string { return "sink " + args[0] + " is stored" })
 			}
 		},
 	}
@@ -322,14 +319,11 @@ func sinksRmCommand() command {
 		name: "sinks rm", args: "NAME", short: "Remove a sink", example: "nanoctl sinks rm siem",
 		prepare: func(*flag.FlagSet) runner {
 			return func(ctx context.Context, e *env, args []string) error {
-				if len(args) != 1 {
-					return usage("sinks rm: give the sink's name")
-				}
 				if err := e.confirm("Sink %s is removed, with what it was not sent yet.", printable(args[0])); err != nil {
 					return err
 				}
 				a, err := e.api.do(ctx, http.MethodDelete, "/v1/sinks/"+url.PathEscape(args[0]), nil, nil)
-				return e.tell(a, err, nil, func() string { return "sink " + args[0] + " is removed" })
+				return e.printSentence(a, err, nil, func() string { return "sink " + args[0] + " is removed" })
 			}
 		},
 	}
@@ -345,9 +339,6 @@ func redeliverCommand() command {
 			through := flags.String("through", "", "end with this `cursor`")
 			dead := flags.Bool("dead", false, "those that were given up")
 			return func(ctx context.Context, e *env, args []string) error {
-				if len(args) != 1 {
-					return usage("redeliver: give the sink's name")
-				}
 				if *dead == (*after != "" || *through != "") {
 					return usage("redeliver: give -dead, or a range by -after and -through")
 				}
@@ -362,7 +353,7 @@ func redeliverCommand() command {
 				}
 				a, err := e.api.do(ctx, http.MethodPost, "/v1/events/redeliver", nil, body)
 				var done struct{ Redelivering int }
-				return e.tell(a, err, &done, func() string { return fmt.Sprintf("%d events go to %s again", done.Redelivering, args[0]) })
+				return e.printSentence(a, err, &done, func() string { return fmt.Sprintf("%d events go to %s again", done.Redelivering, args[0]) })
 			}
 		},
 	}

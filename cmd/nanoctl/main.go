@@ -89,7 +89,7 @@ func pause(ctx context.Context, d time.Duration) error {
 // run finds the command and maps its error to an exit code.
 func run(ctx context.Context, e *env, args []string) int {
 	err := dispatch(ctx, e, args)
-	if err == nil || errors.Is(err, errHelped) {
+	if err == nil || errors.Is(err, errHelpShown) {
 		return 0
 	}
 	if errors.Is(err, context.Canceled) && ctx.Err() != nil {

@@ -17,6 +17,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/uuid"
 	"github.com/stretchr/testify/require"
 
 	"github.com/nanomdm/nanomdm/mdm"
@@ -80,8 +81,8 @@ func TestMistakesOnTheCommandLine(t *testing.T) {
 		{"", "no command given"},
 		{"frobnicate", `no command "frobnicate"`},
 		{"enrollments frobnicate", `no command "enrollments frobnicate"`},
-		{"show", "name one enrollment"},
-		{"show a b", "name one enrollment"},
+		{"show", "the argument ID|SERIAL is missing"},
+		{"show a b", `unexpected argument "b"`},
 		{"show -frobnicate", "nanoctl show -help"},
 		{"show a -o yaml", "the formats are table and json"},
 		{"enrollments ls x", `unexpected argument "x"`},
@@ -107,21 +108,24 @@ func TestMistakesOnTheCommandLine(t *testing.T) {
 		{"send -file /nowhere A", "no such file"},
 		{"send -file x -uuid y A", "-file is a whole command"},
 		{"send ProfileList -from " + empty, "names no enrollment"},
-		{"install-profile", "give the profile's file"},
+		{"install-profile", "the argument FILE is missing"},
 		{"install-profile /nowhere A", "no such file"},
 		{"install-profile " + empty + " A", "is empty"},
-		{"remove-profile", "give the profile's identifier"},
-		{"status", "give the CommandUUID"},
-		{"result x", "give the CommandUUID and the enrollment"},
-		{"cancel", "give the CommandUUID"},
-		{"requeue x", "give the CommandUUID and the enrollments"},
-		{"pushcert put", "give the file"},
+		{"remove-profile", "the argument IDENTIFIER is missing"},
+		{"status", "the argument COMMAND_UUID is missing"},
+		{"result x", "the argument ID|SERIAL is missing"},
+		{"cancel", "the argument COMMAND_UUID is missing"},
+		{"requeue x", "the argument ID|SERIAL is missing: nanoctl requeue COMMAND_UUID ID|SERIAL..."},
+		{"pushcert put", "the argument FILE is missing"},
+		{"pushcert put a b c", `unexpected argument "c"`},
 		{"pushcert put /nowhere", "no such file"},
-		{"keys create", "give a name and -role"},
+		{"keys create", "the argument NAME is missing"},
+		{"keys create x", "-role is missing"},
 		{"redeliver a", "give -dead, or a range"},
 		{"redeliver a -dead -after 3", "give -dead, or a range"},
-		{"sinks put", "give the name, and flags or"},
+		{"sinks put", "the argument NAME is missing"},
 		{"escrow-unlock", "-escrow-key-file is missing"},
+		{"completion", "the argument bash|zsh|fish is missing"},
 		{"completion tcsh", "none of bash, zsh and fish"},
 		{"command", "give one request type, or -random"},
 		{"command ProfileList -r", "give one request type, or -random"},
@@ -447,7 +451,7 @@ func TestInterruption(t *testing.T) {
 			}
 			var list []string
 			for range 500 {
-				list = append(list, `{"id":"`+newUUID()+`"}`)
+				list = append(list, `{"id":"`+uuid.NewString()+`"}`)
 			}
 			_, _ = io.WriteString(w, `{"enrollments":[`+strings.Join(list, ",")+`]}`)
 			return
@@ -596,8 +600,11 @@ func requireCommands(t *testing.T, lines string) int {
 			n++
 			c, rest := find(commands(), words[1:])
 			require.NotNil(t, c, line)
-			_, err := parseAnywhere(flagsOf(c, new(env)), rest)
+			positional, err := parseAnywhere(flagsOf(c, new(env)), rest)
 			require.NoError(t, err, line)
+			if len(positional) > 0 { // a name in a sentence has none
+				require.NoError(t, c.checkArity(positional), line)
+			}
 		}
 	}
 	return n

@@ -59,7 +59,7 @@ func pushCommand() command {
 	}
 }
 
-// notWoken counts and tells whom one call did not wake.
+// notWoken counts and prints the enrollments that one call did not wake.
 func (e *env) notWoken(a *answer, err error) (int, error) {
 	said, err := resultOf(a, err)
 	if err != nil {
@@ -83,9 +83,6 @@ func pushCertPutCommand() command {
 		example: "nanoctl pushcert put push.pem push.key",
 		prepare: func(*flag.FlagSet) runner {
 			return func(ctx context.Context, e *env, args []string) error {
-				if len(args) < 1 || len(args) > 2 {
-					return usage("pushcert put: give the file of the certificate and its key, or two files")
-				}
 				var pem []byte
 				for _, name := range args {
 					part, err := e.readFile(name)
@@ -99,7 +96,7 @@ func pushCertPutCommand() command {
 					pushCert
 					Warning string `json:"warning"`
 				}
-				err = e.tell(a, err, &put, func() string { return "stored for " + put.Topic + ", expires " + stamp(put.NotAfter) })
+				err = e.printSentence(a, err, &put, func() string { return "stored for " + put.Topic + ", expires " + stamp(put.NotAfter) })
 				if put.Warning != "" {
 					fmt.Fprintln(e.err, "nanoctl:", printable(put.Warning))
 				}
@@ -109,7 +106,7 @@ func pushCertPutCommand() command {
 	}
 }
 
-// pushCert is a push certificate as the server tells of it.
+// pushCert is a push certificate in the answers of the server.
 type pushCert struct {
 	Topic       string     `json:"topic"`
 	NotAfter    *time.Time `json:"not_after"`
@@ -162,7 +159,7 @@ func pushCertLsCommand() command {
 			return func(ctx context.Context, e *env, args []string) error {
 				a, err := e.api.do(ctx, http.MethodGet, "/v1/pushcerts", nil, nil)
 				var said struct{ Stranded []pushCert }
-				return e.show(a, err, &said, func() error {
+				return e.printAnswer(a, err, &said, func() error {
 					err := showItems(e, a, "pushcerts", pushCertColumns)
 					for _, s := range said.Stranded {
 						fmt.Fprintf(e.err, "nanoctl: %d enrollments are of topic %s, which has no push certificate: nothing wakes them\n",
@@ -175,9 +172,9 @@ func pushCertLsCommand() command {
 	}
 }
 
-// ownError says whether an error is the server's own and not one that it hands
+// isServerError says whether an error is the server's own and not one that it hands
 // on.
-func ownError(a *answer) bool {
+func isServerError(a *answer) bool {
 	var said struct {
 		Error *string `json:"error"`
 	}
@@ -216,7 +213,7 @@ the machine see command lines.`,
 					}
 				}
 				a, err := e.api.do(ctx, http.MethodPost, "/v1/escrowkeyunlock", nil, body)
-				if a == nil || err != nil && ownError(a) {
+				if a == nil || err != nil && isServerError(a) {
 					return err
 				}
 				if _, writeErr := e.out.Write(a.body); writeErr != nil {

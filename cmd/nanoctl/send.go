@@ -23,7 +23,7 @@ var destructive = []string{
 
 func sendCommand() command {
 	return command{
-		name: "send", args: "REQUEST_TYPE [ID|SERIAL...]",
+		name: "send", args: "[REQUEST_TYPE] [ID|SERIAL...]",
 		short: "Queue a command, made from flags or read from a plist file",
 		long:  "Asks before commands that erase, lock or remove, and before more than 100 enrollments.",
 		example: `nanoctl send DeviceInformation -query OSVersion C02XK0AAJG5H -wait
@@ -72,9 +72,6 @@ func installProfileCommand() command {
 		example: "nanoctl install-profile wifi.mobileconfig -all\nnanoctl install-profile wifi.mobileconfig -model MacBookPro18,3 -supersede wifi",
 		prepare: func(flags *flag.FlagSet) runner {
 			return queueing(flags, func(e *env, uuid string, args []string) (*mdm.Command, error) {
-				if len(args) == 0 {
-					return nil, usage("install-profile: give the profile's file")
-				}
 				profile, err := e.readFile(args[0])
 				if err != nil {
 					return nil, err
@@ -91,13 +88,10 @@ func installProfileCommand() command {
 func removeProfileCommand() command {
 	return command{
 		name: "remove-profile", args: "IDENTIFIER [ID|SERIAL...]",
-		short:   "Queue RemoveProfile",
+		short:   "Queue RemoveProfile for the identifier that ProfileList reports",
 		example: "nanoctl remove-profile org.example.wifi C02XK0AAJG5H",
 		prepare: func(flags *flag.FlagSet) runner {
 			return queueing(flags, func(_ *env, uuid string, args []string) (*mdm.Command, error) {
-				if len(args) == 0 {
-					return nil, usage("remove-profile: give the profile's identifier, as ProfileList tells it")
-				}
 				return plistCommand("RemoveProfile", uuid, map[string]any{"Identifier": args[0]})
 			})
 		},
@@ -204,7 +198,7 @@ func (o *sending) send(ctx context.Context, e *env, cmd *mdm.Command, to *target
 		return err
 	}
 	if slices.Contains(destructive, cmd.RequestType) {
-		err = e.confirm("%s goes to %s.", cmd.RequestType, several(chosen))
+		err = e.confirm("%s goes to %s.", cmd.RequestType, summarize(chosen))
 	} else {
 		err = e.confirmMany(len(chosen), cmd.RequestType+" goes to")
 	}

@@ -11,12 +11,12 @@ import (
 )
 
 // errHelped: help was asked for and given.
-var errHelped = errors.New("help given")
+var errHelpShown = errors.New("help given")
 
 // command is one row of the table.
 type command struct {
 	name    string // one or two words
-	args    string // what follows the flags, as the help shows it; others are refused if empty
+	args    string // the arguments as the help shows them, from which their number is checked
 	short   string
 	long    string // further sentences for the command's own help
 	example string
@@ -42,11 +42,11 @@ func dispatch(ctx context.Context, e *env, args []string) error {
 		if len(args) > 1 {
 			if c, _ := find(table, args[1:]); c != nil {
 				writeCommandHelp(e.out, c, flagsOf(c, e))
-				return errHelped
+				return errHelpShown
 			}
 		}
 		writeHelp(e.out, table)
-		return errHelped
+		return errHelpShown
 	}
 	c, rest := find(table, args)
 	if c == nil {
@@ -59,10 +59,13 @@ func dispatch(ctx context.Context, e *env, args []string) error {
 	positional, err := parseAnywhere(flags, rest)
 	if errors.Is(err, flag.ErrHelp) {
 		writeCommandHelp(e.out, c, flags)
-		return errHelped
+		return errHelpShown
 	}
 	if err != nil {
 		return usage("%s: %w; see nanoctl %s -help", c.name, err, c.name)
+	}
+	if err := c.checkArity(positional); err != nil {
+		return err
 	}
 	if e.format != "table" && e.format != "json" {
 		return usage("-o %s: the formats are table and json", e.format)
@@ -74,9 +77,6 @@ func dispatch(ctx context.Context, e *env, args []string) error {
 		}
 		e.api = newClient(base, key)
 		defer e.api.http.CloseIdleConnections()
-	}
-	if c.args == "" && len(positional) > 0 {
-		return usage("%s: unexpected argument %q", c.name, positional[0])
 	}
 	return work(ctx, e, positional)
 }
@@ -99,6 +99,21 @@ func versionCommand() command {
 			}
 		},
 	}
+}
+
+// checkArity compares the number of arguments with the command's args: words
+// without brackets are required, and three dots are any number of the word.
+func (c *command) checkArity(given []string) error {
+	words := strings.Fields(c.args)
+	for i, word := range words {
+		if i >= len(given) && !strings.HasPrefix(word, "[") {
+			return usage("%s: the argument %s is missing: nanoctl %s %s", c.name, strings.TrimSuffix(word, "..."), c.name, c.args)
+		}
+	}
+	if len(given) > len(words) && !strings.Contains(c.args, "...") {
+		return usage("%s: unexpected argument %q", c.name, given[len(words)])
+	}
+	return nil
 }
 
 // find returns the command whose words args begin with, and what follows.

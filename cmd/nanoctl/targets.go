@@ -50,7 +50,7 @@ func (t *targets) resolve(ctx context.Context, e *env, args []string) ([]enrollm
 	case !selects && len(args) == 0:
 		return nil, usage("name an enrollment by id or serial number, or select some with -all or a filter")
 	case !selects:
-		return e.named(ctx, args)
+		return e.lookUp(ctx, args)
 	}
 	if !query.Has("enabled") {
 		query.Set("enabled", "true")
@@ -82,7 +82,7 @@ func (t *targets) resolve(ctx context.Context, e *env, args []string) ([]enrollm
 	return chosen, nil
 }
 
-func (e *env) named(ctx context.Context, names []string) ([]enrollment, error) {
+func (e *env) lookUp(ctx context.Context, names []string) ([]enrollment, error) {
 	var chosen []enrollment
 	known := make(map[string]bool)
 	for _, name := range names {
@@ -145,8 +145,8 @@ func (e *env) confirmMany(n int, what string) error {
 	return e.confirm("%s %d enrollments.", what, n)
 }
 
-// several names a few and counts many.
-func several(chosen []enrollment) string {
+// summarize names a few and counts many.
+func summarize(chosen []enrollment) string {
 	if len(chosen) > 3 {
 		return fmt.Sprintf("%d enrollments", len(chosen))
 	}
@@ -163,7 +163,7 @@ const chunk = 250
 
 // eachChunk works through the chosen with a progress bar. An interruption lets
 // the call that is under way end, so that it is known what was done; a second
-// one ends the program. done is told how many were worked through, also after
+// one ends the program. done gets the number of enrollments that were worked through, also after
 // an interruption or an error that leaves some undone.
 func (e *env) eachChunk(ctx context.Context, label string, chosen []enrollment, work func(ctx context.Context, ids []string) error, done func(n int) error) error {
 	bar := e.progress()

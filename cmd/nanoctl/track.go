@@ -68,11 +68,10 @@ func commandsLsCommand() command {
 		name: "commands ls", short: "List commands, the newest first",
 		example: "nanoctl commands ls -request-type InstallProfile -since 2d",
 		prepare: func(flags *flag.FlagSet) runner {
-			var since, before moment
+			var created timeRange
 			requestType := flags.String("request-type", "", "only of this request `type`")
 			state := flags.String("state", "", "only those that are in this `state` for an enrollment")
-			flags.Var(&since, "since", "made at this `time` or later")
-			flags.Var(&before, "before", "made before this `time`")
+			created.flags(flags, "made")
 			limit := flags.Int("limit", 100, "list no more than this many; 0 is all")
 			return func(ctx context.Context, e *env, args []string) error {
 				q := url.Values{}
@@ -81,11 +80,7 @@ func commandsLsCommand() command {
 						q.Set(name, value)
 					}
 				}
-				for name, at := range map[string]moment{"created_after": since, "created_before": before} {
-					if !at.IsZero() {
-						q.Set(name, at.query())
-					}
-				}
+				created.query(q, "created_after", "created_before")
 				return showList(ctx, e, "/v1/commands", "commands", q, *limit, commandColumns)
 			}
 		},
@@ -96,7 +91,7 @@ var commandQueueColumns = []column[queueItem]{
 	{"ENROLLMENT", func(q *queueItem) string { return q.EnrollmentID }},
 	{"STATE", func(q *queueItem) string { return q.State }},
 	{"NOTNOW", func(q *queueItem) string { return strconv.Itoa(q.NotNowCount) }},
-	{"ENDED", func(q *queueItem) string { return orNothing(q.FinishedAt) }},
+	{"ENDED", func(q *queueItem) string { return agoOrEmpty(q.FinishedAt) }},
 }
 
 func statusCommand() command {
@@ -111,9 +106,6 @@ func statusCommand() command {
 			timeout := age(5 * time.Minute)
 			flags.Var(&timeout, "timeout", "how `long` -wait waits")
 			return func(ctx context.Context, e *env, args []string) error {
-				if len(args) != 1 {
-					return usage("status: give the CommandUUID")
-				}
 				if *wait {
 					return e.awaitAnswers(ctx, args[0], time.Duration(timeout))
 				}
@@ -154,9 +146,6 @@ func resultCommand() command {
 		prepare: func(flags *flag.FlagSet) runner {
 			raw := flags.Bool("raw", false, "the plist, as the device sent it")
 			return func(ctx context.Context, e *env, args []string) error {
-				if len(args) != 2 {
-					return usage("result: give the CommandUUID and the enrollment")
-				}
 				x, err := e.enrollment(ctx, args[1])
 				if err != nil {
 					return err
@@ -367,15 +356,12 @@ func cancelCommand() command {
 		example: "nanoctl cancel 5F0C3A3E-4C5B-4B0E-9E6C-0C4C2F1D7B11",
 		prepare: func(*flag.FlagSet) runner {
 			return func(ctx context.Context, e *env, args []string) error {
-				if len(args) == 0 {
-					return usage("cancel: give the CommandUUID; nanoctl clear cancels all of an enrollment")
-				}
 				if len(args) > 1 {
-					return e.steerSome(ctx, http.MethodDelete, args, "", "cancelled")
+					return e.changeEach(ctx, http.MethodDelete, args, "", "cancelled")
 				}
 				a, err := e.api.do(ctx, http.MethodDelete, commandPath(args[0]), nil, nil)
 				var done struct{ Cancelled, Finished int }
-				return e.tell(a, err, &done, func() string {
+				return e.printSentence(a, err, &done, func() string {
 					return fmt.Sprintf("cancelled for %d; %d had ended before", done.Cancelled, done.Finished)
 				})
 			}
@@ -390,19 +376,16 @@ func requeueCommand() command {
 		example: "nanoctl requeue 5F0C3A3E-4C5B-4B0E-9E6C-0C4C2F1D7B11 C02XK0AAJG5H",
 		prepare: func(*flag.FlagSet) runner {
 			return func(ctx context.Context, e *env, args []string) error {
-				if len(args) < 2 {
-					return usage("requeue: give the CommandUUID and the enrollments")
-				}
-				return e.steerSome(ctx, http.MethodPost, args, "requeue", "queued again")
+				return e.changeEach(ctx, http.MethodPost, args, "requeue", "queued again")
 			}
 		},
 	}
 }
 
-// steerSome cancels or requeues a command for single enrollments. One that
-// cannot be is told, and the others go on.
-func (e *env) steerSome(ctx context.Context, method string, args []string, verb, done string) error {
-	chosen, err := e.named(ctx, args[1:])
+// changeEach cancels or requeues a command for single enrollments. One that
+// fails is printed, and the others go on.
+func (e *env) changeEach(ctx context.Context, method string, args []string, verb, done string) error {
+	chosen, err := e.lookUp(ctx, args[1:])
 	if err != nil {
 		return err
 	}

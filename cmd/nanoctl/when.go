@@ -1,7 +1,9 @@
 package main
 
 import (
+	"flag"
 	"fmt"
+	"net/url"
 	"strconv"
 	"strings"
 	"time"
@@ -80,10 +82,29 @@ func (m *moment) Set(text string) error {
 	return nil
 }
 
-// query is the time as the server wants it.
-func (m *moment) query() string { return m.UTC().Format(time.RFC3339) }
+// set sets a parameter to the time, if there is one.
+func (m *moment) set(q url.Values, name string) {
+	if !m.IsZero() {
+		q.Set(name, m.UTC().Format(time.RFC3339))
+	}
+}
 
-// ago tells a time the way people do.
+// timeRange is the pair of flags -since and -before.
+type timeRange struct{ since, before moment }
+
+// flags adds both; what is the participle that the help puts before the time.
+func (r *timeRange) flags(flags *flag.FlagSet, what string) {
+	flags.Var(&r.since, "since", what+" at this `time` or later")
+	flags.Var(&r.before, "before", what+" before this `time`")
+}
+
+// query sets the range's parameters under the server's names.
+func (r *timeRange) query(q url.Values, from, to string) {
+	r.since.set(q, from)
+	r.before.set(q, to)
+}
+
+// ago is a time relative to now.
 func ago(t *time.Time) string {
 	if t == nil || t.IsZero() {
 		return "never"
@@ -91,11 +112,11 @@ func ago(t *time.Time) string {
 	d := time.Since(*t)
 	switch {
 	case d < -2*time.Second:
-		return "in " + short(-d)
+		return "in " + shortDuration(-d)
 	case d < 2*time.Second:
 		return "now"
 	}
-	return short(d) + " ago"
+	return shortDuration(d) + " ago"
 }
 
 // stamp is ago with the time itself beside it; empty if there is none.
@@ -106,7 +127,7 @@ func stamp(t *time.Time) string {
 	return t.Local().Format("2006-01-02 15:04:05") + " (" + ago(t) + ")"
 }
 
-func short(d time.Duration) string {
+func shortDuration(d time.Duration) string {
 	switch {
 	case d < 2*time.Minute:
 		return fmt.Sprintf("%ds", int(d.Seconds()))

@@ -21,7 +21,7 @@ func (e *env) confirm(format string, args ...any) error {
 	if e.yes {
 		return nil
 	}
-	line, err := e.ask(fmt.Sprintf(format, args...) + " Go on? [y/N] ")
+	line, err := e.prompt(fmt.Sprintf(format, args...) + " Go on? [y/N] ")
 	if err != nil {
 		return err
 	}
@@ -37,7 +37,7 @@ func (e *env) confirmName(name, what string) error {
 	if e.yes {
 		return nil
 	}
-	line, err := e.ask(what + "\nType " + printable(name) + " to go on: ")
+	line, err := e.prompt(what + "\nType " + printable(name) + " to go on: ")
 	if err != nil {
 		return err
 	}
@@ -47,7 +47,7 @@ func (e *env) confirmName(name, what string) error {
 	return nil
 }
 
-func (e *env) ask(question string) (string, error) {
+func (e *env) prompt(question string) (string, error) {
 	fmt.Fprint(e.err, question)
 	line, err := bufio.NewReader(e.in).ReadString('\n')
 	if err != nil && line == "" {
