@@ -12,7 +12,7 @@ import (
 	"github.com/nanomdm/nanomdm/storage"
 )
 
-// What operators do, as the audit table has it.
+// The actions of the audit table.
 const (
 	actEnqueue       = "command.enqueue"
 	actCancel        = "command.cancel"
@@ -36,11 +36,11 @@ const (
 	actEscrowUnlock  = "escrowkey.unlock"
 )
 
-// auditTime bounds how long a record is written for.
+// auditTime bounds the writing of a record.
 const auditTime = 10 * time.Second
 
-// auditRecord is a record of what the caller does, for methods of the store
-// that append it themselves.
+// auditRecord is a record of the caller's action, for methods of the store that
+// append it in their own transaction.
 func auditRecord(ctx context.Context, action, target, detail string) *storage.AuditRecord {
 	return &storage.AuditRecord{
 		Who: callerOf(ctx).name, Action: action, Target: target, Detail: detail,
@@ -48,9 +48,9 @@ func auditRecord(ctx context.Context, action, target, detail string) *storage.Au
 	}
 }
 
-// audit appends a record of what the caller did, or, with err, of what was
-// refused. It is for after the deed: that stands, even if the record cannot be
-// written, and then the log has it. A caller who has gone makes no difference.
+// audit appends a record of an action that was done or, with err, refused. The
+// action stands even if the record cannot be written; the log has the record
+// then. It writes for callers who are gone, too.
 func (a *API) audit(ctx context.Context, action, target, detail string, err error) {
 	rec := auditRecord(ctx, action, target, detail)
 	if err != nil {
@@ -64,8 +64,8 @@ func (a *API) audit(ctx context.Context, action, target, detail string, err erro
 	}
 }
 
-// outcome is what an audit record says of an error: no more than its caller is
-// told.
+// outcome is the text of an error in an audit record. It holds no more than
+// the caller's answer does.
 func outcome(err error) string {
 	if p := (*problem)(nil); errors.As(err, &p) {
 		return p.text
@@ -78,7 +78,7 @@ func outcome(err error) string {
 	return "failed"
 }
 
-// someOf names a few of many ids, for a record's detail.
+// someOf lists a few of many ids, for a record's detail.
 func someOf(ids []string) string {
 	const few = 20
 	if len(ids) <= few {
@@ -99,7 +99,7 @@ type auditInfo struct {
 	RequestID string    `json:"request_id,omitempty"`
 }
 
-// auditQuery reads which records are asked for.
+// auditQuery reads the parameters of a list of records.
 func auditQuery(q *query) (f storage.AuditFilter, after storage.AuditKey, limit int, err error) {
 	f = storage.AuditFilter{
 		Who: q.text("who"), Action: q.text("action"), Target: q.text("target"), From: q.time("from"), To: q.time("to"),
@@ -146,7 +146,7 @@ func (q *query) auditPlace() storage.AuditKey {
 	if !q.cursor(&p) {
 		return storage.AuditKey{}
 	}
-	if unfit(p.ID) != "" {
+	if textFault(p.ID) != "" {
 		q.fail("after: that is not a next of this list's")
 	}
 	return storage.AuditKey{At: time.UnixMicro(p.At).UTC(), ID: p.ID}

@@ -17,23 +17,23 @@ import (
 // User is the Basic authentication user of the main API key.
 const User = "nanomdm"
 
-// role is what a caller may do; each role includes those below it.
+// role is the set of actions that a caller may do; each includes those below.
 type role int
 
 const (
 	roleNone    role = iota
-	roleRead         // look at everything but secrets
+	roleRead         // read everything but secrets
 	rolePush         // and wake devices
 	roleEnqueue      // and queue, cancel and requeue commands
 	roleAdmin        // everything
 )
 
-// roleNames are the roles' words in requests, answers and the store.
+// roleNames are the names of the roles in requests, answers and the store.
 var roleNames = [...]string{roleNone: "none", roleRead: "read", rolePush: "push", roleEnqueue: "enqueue", roleAdmin: "admin"}
 
 func (r role) String() string { return roleNames[r] }
 
-// parseRole returns roleNone for a word that is no role.
+// parseRole returns roleNone for a word that names no role.
 func parseRole(word string) role {
 	for r := roleRead; r <= roleAdmin; r++ {
 		if roleNames[r] == word {
@@ -43,26 +43,26 @@ func parseRole(word string) role {
 	return roleNone
 }
 
-// caller is who is behind a request.
+// caller is the owner of the API key of a request.
 type caller struct {
-	// name goes into the audit table.
+	// name is for the audit table.
 	name string
 	role role
-	// scope restricts the caller to the APNs topics of a tenant.
+	// scope restricts the caller to some APNs topics.
 	scope storage.Scope
 }
 
 type callerKey struct{}
 
-// callerOf returns who is behind the request of ctx: nobody, without a role,
-// unless the request went through require.
+// callerOf returns the caller of the request of ctx: one without a role unless
+// the request went through require.
 func callerOf(ctx context.Context) caller {
 	c, _ := ctx.Value(callerKey{}).(caller)
 	return c
 }
 
-// require wraps next so that it is reached only by callers with the role. It
-// has to keep to callerOf's scope.
+// require wraps next so that only callers with the role reach it. next has to
+// keep to callerOf's scope.
 func (a *API) require(need role, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		c, err := a.authenticate(r)
@@ -79,21 +79,21 @@ func (a *API) require(need role, next http.Handler) http.Handler {
 	})
 }
 
-// requireUnbound is require for what is of all topics: a key that is bound to
-// some is refused.
+// requireUnbound is require for handlers that concern all APNs topics: it
+// refuses keys that are bound to some.
 func (a *API) requireUnbound(need role, next http.Handler) http.Handler {
 	return a.require(need, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if len(callerOf(r.Context()).scope.Topics) > 0 {
 			a.cfg.Refused(refusedForbidden)
-			writeJSON(w, http.StatusForbidden, errorBody{"this API key is bound to APNs topics, and that is of all"})
+			writeJSON(w, http.StatusForbidden, errorBody{"this API key is bound to APNs topics, and this endpoint concerns all of them"})
 			return
 		}
 		next.ServeHTTP(w, r)
 	}))
 }
 
-// Admin wraps a handler of another package so that it is reached with the
-// role admin, of all topics, only.
+// Admin wraps a handler of another package so that only callers with the role
+// admin, for all topics, reach it.
 func (a *API) Admin(next http.Handler) http.Handler { return a.requireUnbound(roleAdmin, next) }
 
 // Reader is Admin for the role read.
@@ -109,7 +109,7 @@ type errSlowDown struct{ wait time.Duration }
 
 func (errSlowDown) Error() string { return "too many wrong API keys from this address" }
 
-// What Config.Refused is told.
+// The arguments of Config.Refused.
 const (
 	refusedNoKey     = "no_key"
 	refusedWrongKey  = "wrong_key"
@@ -117,7 +117,7 @@ const (
 	refusedForbidden = "forbidden"
 )
 
-// refuse answers a request whose caller is not known.
+// refuse answers a request that was not authenticated.
 func (a *API) refuse(w http.ResponseWriter, r *http.Request, err error) {
 	var slow errSlowDown
 	switch {
@@ -165,7 +165,7 @@ func (a *API) authenticate(r *http.Request) (caller, error) {
 	return c, err
 }
 
-// anyUser stands for the user that Bearer authentication does not have.
+// anyUser stands for the missing user of Bearer authentication.
 const anyUser = ""
 
 // credentials reads Basic (the user is the key's name) or Bearer

@@ -16,15 +16,15 @@ import (
 )
 
 const (
-	// maxResultJSON is how many bytes of a result are turned into JSON;
+	// maxResultJSON bounds the results that are converted to JSON, in bytes;
 	// larger ones come raw only.
 	maxResultJSON = 4 << 20
-	// maxWaits bounds the calls that wait for a command; more of them are
-	// answered at once.
+	// maxWaits bounds the calls that wait for a command to end; the rest get
+	// an answer at once.
 	maxWaits = 256
-	// Between two looks whether a command is done.
-	firstLook = 100 * time.Millisecond
-	lastLook  = 2 * time.Second
+	// The first and the longest pause between two polls of a command.
+	firstPoll = 100 * time.Millisecond
+	lastPoll  = 2 * time.Second
 )
 
 // itemInfo is a storage.QueueItem as JSON.
@@ -61,7 +61,7 @@ func infosOfItems(items []storage.QueueItem) []itemInfo {
 	return infos
 }
 
-// state is a state's word, 0 if it was not given.
+// state reads a queue row's state; 0 if the parameter is missing.
 func (q *query) state() storage.State {
 	words := make([]string, 0, 9)
 	for _, s := range storage.States() {
@@ -109,11 +109,11 @@ func (a *API) listQueue(ctx context.Context, r *http.Request) (int, any, error) 
 	}{infosOfItems(items), next}, nil
 }
 
-// clearQueue cancels all that waits for an enrollment.
+// clearQueue cancels the waiting commands of an enrollment.
 func (a *API) clearQueue(ctx context.Context, r *http.Request) (int, any, error) {
 	id, err := a.enrollmentID(ctx, r.PathValue("id"))
 	if err != nil {
-		return 0, nil, a.refused(ctx, actClearQueue, r.PathValue("id"), err)
+		return 0, nil, a.auditRefusal(ctx, actClearQueue, r.PathValue("id"), err)
 	}
 	n, err := a.store.ClearQueue(ctx, callerOf(ctx).scope, id)
 	a.audit(ctx, actClearQueue, id, fmt.Sprintf("%d cancelled", n), err)
@@ -131,7 +131,7 @@ type commandInfo struct {
 	RequestType string           `json:"request_type"`
 	CreatedAt   time.Time        `json:"created_at"`
 	States      map[string]int64 `json:"states"`
-	// Counted is how many enrollments were counted if there are more.
+	// Counted is the number of enrollments that were counted, if there are more.
 	Counted int64 `json:"counted,omitempty"`
 }
 
@@ -158,7 +158,7 @@ func (a *API) listCommands(ctx context.Context, r *http.Request) (int, any, erro
 	var after storage.CommandKey
 	if p := (commandPlace{}); q.cursor(&p) {
 		after = storage.CommandKey{At: time.UnixMicro(p.At).UTC(), UUID: p.UUID}
-		if unfit(p.UUID) != "" {
+		if textFault(p.UUID) != "" {
 			q.fail("after: that is not a next of this list's")
 		}
 	}
@@ -190,7 +190,7 @@ type commandStatus struct {
 	Next        string     `json:"next,omitempty"`
 }
 
-// itemPlace is where a command's next page of enrollments begins.
+// itemPlace is the beginning of a command's next page of enrollments.
 type itemPlace struct {
 	ID string `json:"i"`
 }
@@ -199,7 +199,7 @@ func (a *API) showCommand(ctx context.Context, r *http.Request) (int, any, error
 	q := queryOf(r)
 	state, limit, wait := q.state(), q.limit(), q.wait()
 	var after itemPlace
-	if q.cursor(&after) && unfit(after.ID) != "" {
+	if q.cursor(&after) && textFault(after.ID) != "" {
 		q.fail("after: that is not a next of this list's")
 	}
 	if err := q.done(); err != nil {
@@ -240,9 +240,9 @@ func noCommand(err error) error {
 	return err
 }
 
-// waitFor returns when a command waits for nobody any more, when it has waited
-// long enough, when too many wait already, when the caller is gone, or when the
-// server is about to stop. It looks now and then, and holds nothing in between.
+// waitFor returns when a command has ended for every enrollment, after
+// patience, when too many calls wait, when the caller is gone, or when the
+// server is about to stop. It polls, and holds nothing between two polls.
 func (a *API) waitFor(ctx context.Context, scope storage.Scope, uuid string, patience time.Duration) {
 	defer a.waits.Add(-1)
 	if a.waits.Add(1) > maxWaits {
@@ -250,11 +250,11 @@ func (a *API) waitFor(ctx context.Context, scope storage.Scope, uuid string, pat
 	}
 	timeout := time.NewTimer(patience)
 	defer timeout.Stop()
-	look := time.NewTimer(firstLook)
-	defer look.Stop()
-	for pause := firstLook; ; look.Reset(pause) {
+	poll := time.NewTimer(firstPoll)
+	defer poll.Stop()
+	for pause := firstPoll; ; poll.Reset(pause) {
 		select {
-		case <-look.C:
+		case <-poll.C:
 		case <-timeout.C:
 			return
 		case <-ctx.Done():
@@ -264,9 +264,9 @@ func (a *API) waitFor(ctx context.Context, scope storage.Scope, uuid string, pat
 		}
 		waits, err := a.store.CommandWaits(ctx, scope, uuid)
 		if err != nil || !waits {
-			return // what is wrong shows when the command is read
+			return // the next read reports the fault
 		}
-		pause = min(pause*3/2, lastLook)
+		pause = min(pause*3/2, lastPoll)
 	}
 }
 
@@ -333,7 +333,7 @@ func noItem(err error) error {
 	return err
 }
 
-// wantsXML says whether the caller asks for a property list by itself.
+// wantsXML reports whether the caller accepts the bare property list.
 func wantsXML(r *http.Request) bool {
 	for part := range strings.SplitSeq(r.Header.Get("Accept"), ",") {
 		media, _, _ := strings.Cut(part, ";")
@@ -347,8 +347,8 @@ func wantsXML(r *http.Request) bool {
 	return false
 }
 
-// plainJSON turns a value of a property list into one that JSON has: data
-// becomes base64, a date RFC 3339.
+// plainJSON converts a value of a property list for JSON: data becomes base64,
+// a date RFC 3339.
 func plainJSON(v any) any {
 	switch v := v.(type) {
 	case map[string]any:
@@ -388,14 +388,14 @@ func (a *API) cancelItem(ctx context.Context, r *http.Request) (int, any, error)
 	uuid := r.PathValue("uuid")
 	id, err := a.enrollmentID(ctx, r.PathValue("id"))
 	if err != nil {
-		return 0, nil, a.refused(ctx, actCancel, uuid, err)
+		return 0, nil, a.auditRefusal(ctx, actCancel, uuid, err)
 	}
 	was, err := a.store.CancelItem(ctx, callerOf(ctx).scope, id, uuid, auditRecord(ctx, actCancel, uuid, "for "+id))
 	switch {
 	case err != nil:
-		return 0, nil, a.refused(ctx, actCancel, uuid, noItem(err))
+		return 0, nil, a.auditRefusal(ctx, actCancel, uuid, noItem(err))
 	case was.Terminal():
-		return 0, nil, a.refused(ctx, actCancel, uuid, &problem{http.StatusConflict, "the command has ended for " + id + ": " + was.String()})
+		return 0, nil, a.auditRefusal(ctx, actCancel, uuid, &problem{http.StatusConflict, "the command has ended for " + id + ": " + was.String()})
 	}
 	return a.itemNow(ctx, id, uuid)
 }
@@ -405,17 +405,17 @@ func (a *API) requeue(ctx context.Context, r *http.Request) (int, any, error) {
 	uuid, scope := r.PathValue("uuid"), callerOf(ctx).scope
 	id, err := a.enrollmentID(ctx, r.PathValue("id"))
 	if err != nil {
-		return 0, nil, a.refused(ctx, actRequeue, uuid, err)
+		return 0, nil, a.auditRefusal(ctx, actRequeue, uuid, err)
 	}
 	was, err := a.store.Requeue(ctx, scope, id, uuid, auditRecord(ctx, actRequeue, uuid, "for "+id))
 	switch {
 	case errors.Is(err, storage.ErrNotEnrolled):
-		return 0, nil, a.refused(ctx, actRequeue, uuid, &problem{http.StatusConflict, id + " is not enrolled"})
+		return 0, nil, a.auditRefusal(ctx, actRequeue, uuid, &problem{http.StatusConflict, id + " is not enrolled"})
 	case err != nil:
-		return 0, nil, a.refused(ctx, actRequeue, uuid, noItem(err))
+		return 0, nil, a.auditRefusal(ctx, actRequeue, uuid, noItem(err))
 	case !was.Requeueable():
-		return 0, nil, a.refused(ctx, actRequeue, uuid, &problem{http.StatusConflict,
-			"the command is " + was.String() + " for " + id + "; what ended as error, format_error, cancelled or expired can be queued again"})
+		return 0, nil, a.auditRefusal(ctx, actRequeue, uuid, &problem{http.StatusConflict,
+			"the command is " + was.String() + " for " + id + "; only one that ended as error, format_error, cancelled or expired can be queued again"})
 	}
 	a.wakeSoon(ctx, []string{id})
 	return a.itemNow(ctx, id, uuid)
@@ -429,16 +429,16 @@ func (a *API) itemNow(ctx context.Context, id, uuid string) (int, any, error) {
 	return http.StatusOK, infoOfItem(item), nil
 }
 
-// wakeSoon pushes to enrollments that are owed one, and waits for none of
-// them.
+// wakeSoon pushes to enrollments that are owed a push, without waiting for
+// APNs.
 func (a *API) wakeSoon(ctx context.Context, ids []string) {
 	if _, err := a.pusher.Push(ctx, push.Request{Scope: callerOf(ctx).scope, IDs: ids, Owed: true, Async: true}); err != nil {
 		a.cfg.Logger.WarnContext(ctx, "pushes are left to the sweep", "request_id", requestlog.ID(ctx), "pushes", len(ids), "error", err)
 	}
 }
 
-// refused keeps a record of a deed that was refused, and returns why it was.
-func (a *API) refused(ctx context.Context, action, target string, err error) error {
+// auditRefusal records an action that was refused, and returns its error.
+func (a *API) auditRefusal(ctx context.Context, action, target string, err error) error {
 	a.audit(ctx, action, target, "", err)
 	return err
 }

@@ -8,18 +8,18 @@ import (
 )
 
 const (
-	// longUnseen is how long a device that is well may be away.
+	// longUnseen is the longest absence of a healthy device.
 	longUnseen = 7 * 24 * time.Hour
-	// nearEnd is when a certificate's end is worth a word, nearExpiry when a
-	// command's is.
+	// nearEnd and nearExpiry are the remaining times of a certificate and of a
+	// command at which the diagnosis mentions their end.
 	nearEnd    = 30 * 24 * time.Hour
 	nearExpiry = 24 * time.Hour
-	// answering is how long a device may take to answer a push or a command.
+	// answering is the time that a device may take to answer a push or a command.
 	answering = 2 * time.Minute
 )
 
-// diagnosis is what is known of an enrollment that may be stuck. It says why
-// it is, in words for people; nothing if it is not.
+// diagnosis explains in sentences why an enrollment is stuck; it is empty for
+// one that is not.
 type diagnosis struct {
 	now    time.Time
 	e      *storage.Enrollment
@@ -34,8 +34,8 @@ func (d *diagnosis) say(format string, args ...any) {
 	d.said = append(d.said, fmt.Sprintf(format, args...))
 }
 
-// sentences looks at one cause after the other, those that the operator can do
-// something about first.
+// sentences checks one cause after the other; those that an operator can remedy
+// come first.
 func (d *diagnosis) sentences() []string {
 	d.said = []string{}
 	d.enrollment()
@@ -48,7 +48,7 @@ func (d *diagnosis) sentences() []string {
 	return d.said
 }
 
-// stamp is how times are written.
+// stamp formats a time.
 func stamp(t time.Time) string { return t.UTC().Format(time.RFC3339) }
 
 // days is an age in words.

@@ -2,7 +2,6 @@ package httpapi
 
 import (
 	"context"
-	"crypto/rand"
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
@@ -16,6 +15,8 @@ import (
 	"strings"
 	"time"
 
+	"github.com/google/uuid"
+
 	"github.com/nanomdm/nanomdm/mdm"
 	"github.com/nanomdm/nanomdm/storage"
 )
@@ -28,8 +29,8 @@ type result struct {
 	CommandError string              `json:"command_error,omitempty"`
 	CommandUUID  string              `json:"command_uuid,omitempty"`
 	RequestType  string              `json:"request_type,omitempty"`
-	// Count is of the enrollments that were asked for, and Repeated says that
-	// a call with the idempotency key was made before; NanoMDM has neither.
+	// Count is the number of enrollments that the call names. Repeated marks a
+	// call whose idempotency key was used before. NanoMDM has neither.
 	Count    int  `json:"count,omitempty"`
 	Repeated bool `json:"repeated,omitempty"`
 }
@@ -37,12 +38,12 @@ type result struct {
 type idResult struct {
 	PushError  string `json:"push_error,omitempty"`
 	PushResult string `json:"push_result,omitempty"`
-	// PushOwed: the push was not waited for, and will be paid.
+	// PushOwed: the call did not wait for the push; it is sent later.
 	PushOwed     bool   `json:"push_owed,omitempty"`
 	CommandError string `json:"command_error,omitempty"`
 }
 
-// newResult begins with no error for any of ids.
+// newResult makes a result without an error for any of ids.
 func newResult(ids []string) *result {
 	res := &result{Status: make(map[string]idResult, len(ids))}
 	for _, id := range ids {
@@ -53,8 +54,8 @@ func newResult(ids []string) *result {
 
 func (i idResult) failed() bool { return i.PushError != "" || i.CommandError != "" }
 
-// httpStatus is 200 without an error, 207 if some ids failed and 500 if all
-// did or the call itself.
+// httpStatus is 200 without an error, 207 if some ids failed, and 500 if all
+// ids failed or the call itself did.
 func (r *result) httpStatus() int {
 	if r.PushError != "" || r.CommandError != "" {
 		return http.StatusInternalServerError
@@ -112,25 +113,22 @@ type enqueueOptions struct {
 	NoPush         bool   `json:"no_push,omitempty"`
 }
 
-// order is a call that queues a command, in whichever form it came.
-type order struct {
-	// whom is who it is for.
-	whom audience
-	// uuid is the CommandUUID if the caller gave one, and command makes the
-	// command with that or another one.
-	uuid    string
+// enqueueRequest is a call that queues a command, from any of the endpoints.
+type enqueueRequest struct {
+	targets targetSet
+	// uuid is the CommandUUID that the caller chose; empty lets the API choose.
+	uuid string
+	// command makes the command with a CommandUUID.
 	command func(uuid string) (*mdm.Command, error)
-	// content is what the caller wants queued; it tells calls with one
-	// idempotency key apart.
+	// content distinguishes calls that share an idempotency key.
 	content any
 	options enqueueOptions
 	async   bool
-	// ours is a call in a form that NanoMDM does not have.
-	ours bool
+	// extended calls come through an endpoint that NanoMDM does not have.
+	extended bool
 }
 
-// enqueueIDs is NanoMDM's enqueue. It ignores query parameters that it does
-// not know.
+// enqueueIDs is NanoMDM's enqueue. It ignores unknown query parameters.
 func (a *API) enqueueIDs(ctx context.Context, r *http.Request) (int, any, error) {
 	ids, err := pathIDs(r)
 	if err != nil {
@@ -140,7 +138,7 @@ func (a *API) enqueueIDs(ctx context.Context, r *http.Request) (int, any, error)
 	if err != nil {
 		return 0, nil, err
 	}
-	o := &order{whom: audience{IDs: ids}}
+	o := &enqueueRequest{targets: targetSet{IDs: ids}}
 	if err := o.plist(raw); err != nil {
 		return 0, nil, err
 	}
@@ -153,11 +151,11 @@ func (a *API) enqueueIDs(ctx context.Context, r *http.Request) (int, any, error)
 	if q.err != nil {
 		return 0, nil, q.err
 	}
-	return a.carryOut(ctx, o)
+	return a.enqueueOnce(ctx, o)
 }
 
-// plist takes a command as the caller made it.
-func (o *order) plist(raw []byte) error {
+// plist reads a command that the caller encoded.
+func (o *enqueueRequest) plist(raw []byte) error {
 	cmd, err := mdm.DecodeCommand(raw)
 	if err != nil {
 		return badRequest("command: %v", err)
@@ -167,33 +165,33 @@ func (o *order) plist(raw []byte) error {
 	return nil
 }
 
-// enqueue is enqueueIDs for any number of enrollments.
+// enqueue takes a command and any number of enrollments in a JSON body.
 func (a *API) enqueue(ctx context.Context, r *http.Request) (int, any, error) {
 	q := queryOf(r)
-	o := &order{async: q.async(), ours: true}
+	o := &enqueueRequest{async: q.async(), extended: true}
 	if err := q.done(); err != nil {
 		return 0, nil, err
 	}
-	var ask struct {
-		audience
+	var body struct {
+		targetSet
 		Plist   []byte         `json:"plist"`
 		Options enqueueOptions `json:"options"`
 	}
-	if err := readJSON(r, &ask); err != nil {
+	if err := readJSON(r, &body); err != nil {
 		return 0, nil, err
 	}
-	if len(ask.Plist) == 0 {
+	if len(body.Plist) == 0 {
 		return 0, nil, badRequest("plist: the command's property list is missing, in base64")
 	}
-	if err := o.plist(ask.Plist); err != nil {
+	if err := o.plist(body.Plist); err != nil {
 		return 0, nil, err
 	}
-	o.whom, o.options = ask.audience, ask.Options
-	return a.carryOut(ctx, o)
+	o.targets, o.options = body.targetSet, body.Options
+	return a.enqueueOnce(ctx, o)
 }
 
-// storage is what the store is asked for, but for command and ids. now is
-// when the call came.
+// storage checks the options and turns them into the store's form, without
+// command and ids. now is the time of the call.
 func (o *enqueueOptions) storage(now time.Time) (*storage.Enqueue, error) {
 	e := &storage.Enqueue{Priority: o.Priority, NoPush: o.NoPush, SupersedeKey: o.SupersedeKey}
 	if o.Priority < -maxPriority || o.Priority > maxPriority {
@@ -220,7 +218,7 @@ func (o *enqueueOptions) storage(now time.Time) (*storage.Enqueue, error) {
 		if key == "" {
 			continue
 		}
-		if why := unfit(key); why != "" {
+		if why := textFault(key); why != "" {
 			return nil, badRequest("%s: %s", name, why)
 		}
 		if len(key) > maxKey {
@@ -233,13 +231,13 @@ func (o *enqueueOptions) storage(now time.Time) (*storage.Enqueue, error) {
 	return e, nil
 }
 
-// maxKey bounds the keys that callers make up.
+// maxKey bounds the keys that callers choose, in bytes.
 const maxKey = 255
 
-// carryOut does what a call asks for. With an idempotency key it may have been
-// done before.
-func (a *API) carryOut(ctx context.Context, o *order) (int, any, error) {
-	if err := o.whom.check(); err != nil {
+// enqueueOnce queues a command. A repeated call with an idempotency key gets
+// the answer of the first one.
+func (a *API) enqueueOnce(ctx context.Context, o *enqueueRequest) (int, any, error) {
+	if err := o.targets.check(); err != nil {
 		return 0, nil, err
 	}
 	e, err := o.options.storage(a.cfg.Now())
@@ -254,7 +252,7 @@ func (a *API) carryOut(ctx context.Context, o *order) (int, any, error) {
 		return 0, nil, err
 	}
 	given := o.uuid
-	for range 3 { // the key may come into use while we look
+	for range 3 { // another call may take the key between read and write
 		e.Once = &storage.Once{Caller: callerOf(ctx).name, Key: o.options.IdempotencyKey, Digest: digest}
 		done, err := a.store.FindEnqueued(ctx, e.Once.Caller, e.Once.Key)
 		switch {
@@ -279,30 +277,30 @@ func (a *API) carryOut(ctx context.Context, o *order) (int, any, error) {
 
 var errKeyUsed = &problem{http.StatusConflict, "idempotency_key: it was used for another call; use a new one for each"}
 
-// digest is of everything that is asked for.
-func (o *order) digest() (string, error) {
-	whom := o.whom
-	whom.IDs, whom.UDID, whom.Confirm = o.whom.named(), nil, nil
+// digest covers everything that the caller chose.
+func (o *enqueueRequest) digest() (string, error) {
+	targets := o.targets
+	targets.IDs, targets.UDID, targets.Confirm = o.targets.named(), nil, nil
 	text, err := json.Marshal(struct {
-		Whom    audience
+		Targets targetSet
 		UUID    string
 		Content any
 		Options enqueueOptions
-	}{whom, o.uuid, o.content, o.options})
+	}{targets, o.uuid, o.content, o.options})
 	if err != nil {
-		return "", fmt.Errorf("writing what a call asks for: %w", err)
+		return "", fmt.Errorf("encoding a call for its digest: %w", err)
 	}
 	sum := sha256.Sum256(text)
 	return hex.EncodeToString(sum[:]), nil
 }
 
-// repeated answers a call that was done before.
-func (o *order) repeated(done *storage.Enqueued) (int, any, error) {
+// repeated answers a call whose work was done by an earlier one.
+func (o *enqueueRequest) repeated(done *storage.Enqueued) (int, any, error) {
 	cmd, err := o.command(done.CommandUUID)
 	if err != nil {
 		return 0, nil, err
 	}
-	res := newResult(o.whom.named())
+	res := newResult(o.targets.named())
 	res.CommandUUID, res.RequestType, res.Repeated, res.Count = cmd.CommandUUID, cmd.RequestType, true, done.Count
 	for _, id := range done.Failed {
 		res.Status[id] = idResult{CommandError: storage.ErrNotEnrolled.Error()}
@@ -310,18 +308,18 @@ func (o *order) repeated(done *storage.Enqueued) (int, any, error) {
 	return o.answer(res)
 }
 
-// answer is the reply to a call that was carried out. NanoMDM's form leaves
-// out ids of which there is nothing to say, as NanoMDM does.
-func (o *order) answer(res *result) (int, any, error) {
+// answer is the reply of a completed call. NanoMDM's endpoint leaves out ids
+// that have neither error nor push result, as NanoMDM does.
+func (o *enqueueRequest) answer(res *result) (int, any, error) {
 	status := res.httpStatus()
-	if !o.ours {
+	if !o.extended {
 		maps.DeleteFunc(res.Status, func(_ string, r idResult) bool { return r == idResult{} })
 	}
 	return status, res, nil
 }
 
 // queue queues the command and wakes the devices.
-func (a *API) queue(ctx context.Context, o *order, e *storage.Enqueue) (int, any, error) {
+func (a *API) queue(ctx context.Context, o *enqueueRequest, e *storage.Enqueue) (int, any, error) {
 	if o.uuid == "" {
 		o.uuid = newUUID()
 	}
@@ -329,7 +327,7 @@ func (a *API) queue(ctx context.Context, o *order, e *storage.Enqueue) (int, any
 	if err != nil {
 		return 0, nil, err
 	}
-	ids, refusal, err := a.resolve(ctx, &o.whom)
+	ids, refusal, err := a.resolve(ctx, &o.targets)
 	if err != nil {
 		return 0, nil, err
 	}
@@ -352,7 +350,7 @@ func (a *API) queue(ctx context.Context, o *order, e *storage.Enqueue) (int, any
 	}
 	res := newResult(ids)
 	res.NoPush, res.CommandUUID, res.RequestType = e.NoPush, cmd.CommandUUID, cmd.RequestType
-	if o.ours {
+	if o.extended {
 		res.Count = len(ids)
 	}
 	queued := make([]string, 0, len(ids))
@@ -374,9 +372,9 @@ func (a *API) queue(ctx context.Context, o *order, e *storage.Enqueue) (int, any
 }
 
 // describe is the detail of the call's audit record.
-func (o *order) describe(cmd *mdm.Command, ids []string) string {
+func (o *enqueueRequest) describe(cmd *mdm.Command, ids []string) string {
 	detail := cmd.RequestType + " for " + strconv.Itoa(len(ids)) + " enrollments: " + someOf(ids)
-	if s := o.whom.Selector; s != nil {
+	if s := o.targets.Selector; s != nil {
 		text, _ := json.Marshal(s) // plain values
 		detail += "; selected by " + string(text)
 	}
@@ -387,22 +385,16 @@ func (o *order) describe(cmd *mdm.Command, ids []string) string {
 	return detail
 }
 
-// newUUID makes a CommandUUID as Apple's own tools write them.
-func newUUID() string {
-	var b [16]byte
-	rand.Read(b[:]) // never fails
-	b[6] = b[6]&0x0f | 0x40
-	b[8] = b[8]&0x3f | 0x80
-	return fmt.Sprintf("%X-%X-%X-%X-%X", b[:4], b[4:6], b[6:8], b[8:10], b[10:])
-}
+// newUUID makes a CommandUUID in upper case, as Apple's own tools write them.
+func newUUID() string { return strings.ToUpper(uuid.NewString()) }
 
-// audience is who a call is for, as JSON: some enrollments by their ids (udid
-// is MicroMDM's word for them), or those that a selector chooses.
-type audience struct {
+// targetSet names the enrollments of a call, as JSON: by id (MicroMDM's word
+// is udid) or by a selector.
+type targetSet struct {
 	IDs      []string  `json:"ids,omitempty"`
 	UDID     udids     `json:"udid,omitempty"`
 	Selector *selector `json:"selector,omitempty"`
-	// Confirm is how many enrollments a selector may choose.
+	// Confirm bounds the number of enrollments that a selector chooses.
 	Confirm *int `json:"confirm,omitempty"`
 }
 
@@ -424,10 +416,10 @@ func (u *udids) UnmarshalJSON(text []byte) error {
 	return nil
 }
 
-// check says what is wrong with it.
-func (w *audience) check() error {
+// check refuses a set that names no enrollment, or names them in two ways.
+func (t *targetSet) check() error {
 	ways := 0
-	for _, given := range []bool{len(w.IDs) > 0, len(w.UDID) > 0, w.Selector != nil} {
+	for _, given := range []bool{len(t.IDs) > 0, len(t.UDID) > 0, t.Selector != nil} {
 		if given {
 			ways++
 		}
@@ -437,41 +429,41 @@ func (w *audience) check() error {
 		return badRequest("ids: no enrollment is named; give ids or a selector")
 	case ways > 1:
 		return badRequest("ids: give ids or a selector, one of them")
-	case slices.Contains(w.IDs, "") || slices.Contains(w.UDID, ""):
+	case slices.Contains(t.IDs, "") || slices.Contains(t.UDID, ""):
 		return badRequest("ids: one of them is empty")
-	case w.Selector != nil && *w.Selector == selector{}:
+	case t.Selector != nil && *t.Selector == selector{}:
 		return badRequest("selector: it is empty; to choose every enrollment that takes commands, use {\"enabled\": true}")
-	case w.Confirm != nil && w.Selector == nil:
+	case t.Confirm != nil && t.Selector == nil:
 		return badRequest("confirm: that is for a selector")
 	}
 	return nil
 }
 
-// named are the ids, each once; none with a selector.
-func (w *audience) named() []string {
-	return slices.Compact(slices.Sorted(slices.Values(slices.Concat(w.IDs, w.UDID))))
+// named lists the ids, each once; a selector has none.
+func (t *targetSet) named() []string {
+	return slices.Compact(slices.Sorted(slices.Values(slices.Concat(t.IDs, t.UDID))))
 }
 
 // unconfirmed is the answer to a selector that chooses more enrollments than
-// the caller expects.
+// the caller confirmed.
 type unconfirmed struct {
 	Error string `json:"error"`
 	Count int    `json:"count"`
 }
 
-// resolve lists the ids, or says that a selector has to be confirmed.
-func (a *API) resolve(ctx context.Context, w *audience) (ids []string, refusal *unconfirmed, err error) {
-	if w.Selector == nil {
-		return w.named(), nil, nil
+// resolve lists the ids, or refuses a selector that needs confirmation.
+func (a *API) resolve(ctx context.Context, t *targetSet) (ids []string, refusal *unconfirmed, err error) {
+	if t.Selector == nil {
+		return t.named(), nil, nil
 	}
-	f, err := w.Selector.filter()
+	f, err := t.Selector.filter()
 	if err != nil {
 		return nil, nil, err
 	}
 	if ids, err = a.selected(ctx, callerOf(ctx).scope, f); err != nil {
 		return nil, nil, err
 	}
-	if n := len(ids); n > confirmAbove && (w.Confirm == nil || *w.Confirm < n) {
+	if n := len(ids); n > confirmAbove && (t.Confirm == nil || *t.Confirm < n) {
 		return nil, &unconfirmed{fmt.Sprintf("the selector chooses %d enrollments; repeat the call with \"confirm\": %d", n, n), n}, nil
 	}
 	return ids, nil, nil

@@ -77,7 +77,7 @@ type queueInfo struct {
 	Head      *itemInfo `json:"head,omitempty"`
 }
 
-// enrollmentDetail is an enrollment with what is looked up for one alone.
+// enrollmentDetail is an enrollment with the parts that lists leave out.
 type enrollmentDetail struct {
 	enrollmentInfo
 	Channels  []string `json:"channels"`
@@ -141,15 +141,14 @@ func (a *API) listEnrollments(ctx context.Context, r *http.Request) (int, any, e
 	return http.StatusOK, page, nil
 }
 
-// maxChannels bounds the user channels that are shown of a device.
+// maxChannels bounds the user channels in the answer for a device.
 const maxChannels = 1000
 
-// enrollmentID is the id that a path names by it or by a serial number. Of
-// several enrollments of a serial number it is the device that is enrolled, if
-// there is only one of those.
+// enrollmentID resolves an id or a serial number in a path to an id. Of several
+// devices with a serial number it chooses the only one that is enrolled.
 func (a *API) enrollmentID(ctx context.Context, name string) (string, error) {
 	scope := callerOf(ctx).scope
-	if unfit(name) != "" {
+	if textFault(name) != "" {
 		return "", errNoEnrollment
 	}
 	list, err := a.store.Enrollments(ctx, scope, []string{name})
@@ -185,7 +184,7 @@ func (a *API) enrollmentID(ctx context.Context, name string) (string, error) {
 
 var errNoEnrollment = &problem{http.StatusNotFound, "no enrollment has that id or serial number"}
 
-// noEnrollment says so of one that has gone since it was looked up.
+// noEnrollment explains that an enrollment disappeared after its lookup.
 func noEnrollment(err error) error {
 	if errors.Is(err, storage.ErrNotFound) {
 		return errNoEnrollment
@@ -245,8 +244,8 @@ func (a *API) enrollmentDetail(ctx context.Context, id string) (*enrollmentDetai
 	return detail, nil
 }
 
-// head is the command that the device is offered next, or else the next one
-// that is scheduled; nil if nothing waits.
+// head is the command that the device is offered next, or else the next
+// scheduled one; nil if no command waits.
 func (a *API) head(ctx context.Context, scope storage.Scope, e *storage.Enrollment) (*storage.QueueItem, error) {
 	for _, state := range []storage.State{0, storage.Scheduled} {
 		items, err := a.store.Queue(ctx, scope, e.ID, state, storage.QueueKey{}, 1)
@@ -271,11 +270,11 @@ func (a *API) enable(ctx context.Context, r *http.Request) (int, any, error) {
 func (a *API) setDisabled(ctx context.Context, r *http.Request, disabled bool, action string) (int, any, error) {
 	id, err := a.enrollmentID(ctx, r.PathValue("id"))
 	if err != nil {
-		return 0, nil, a.refused(ctx, action, r.PathValue("id"), err)
+		return 0, nil, a.auditRefusal(ctx, action, r.PathValue("id"), err)
 	}
 	ids, err := a.store.SetDisabled(ctx, callerOf(ctx).scope, id, disabled, auditRecord(ctx, action, id, ""))
 	if err != nil {
-		return 0, nil, a.refused(ctx, action, id, noEnrollment(err))
+		return 0, nil, a.auditRefusal(ctx, action, id, noEnrollment(err))
 	}
 	if !disabled {
 		a.wakeSoon(ctx, ids)
@@ -295,17 +294,17 @@ func (a *API) deleteEnrollment(ctx context.Context, r *http.Request) (int, any, 
 	}
 	id, err := a.enrollmentID(ctx, r.PathValue("id"))
 	if err != nil {
-		return 0, nil, a.refused(ctx, actDelete, r.PathValue("id"), err)
+		return 0, nil, a.auditRefusal(ctx, actDelete, r.PathValue("id"), err)
 	}
 	if confirm != id {
-		return 0, nil, a.refused(ctx, actDelete, id, badRequest("confirm: repeat the enrollment's id, %s, to delete it", id))
+		return 0, nil, a.auditRefusal(ctx, actDelete, id, badRequest("confirm: repeat the enrollment's id, %s, to delete it", id))
 	}
 	err = a.store.DeleteEnrollment(ctx, callerOf(ctx).scope, id, auditRecord(ctx, actDelete, id, ""))
 	if errors.Is(err, storage.ErrConflict) {
 		err = &problem{http.StatusConflict, "it enrolled anew while it was being deleted, and was left so"}
 	}
 	if err != nil {
-		return 0, nil, a.refused(ctx, actDelete, id, noEnrollment(err))
+		return 0, nil, a.auditRefusal(ctx, actDelete, id, noEnrollment(err))
 	}
 	return http.StatusOK, struct {
 		ID string `json:"id"`
@@ -337,14 +336,14 @@ func (a *API) readUnlockToken(ctx context.Context, r *http.Request) (int, any, e
 func (a *API) readToken(ctx context.Context, r *http.Request, action string,
 	read func(context.Context, storage.Scope, string, *storage.AuditRecord) ([]byte, error)) (id string, token []byte, err error) {
 	if id, err = a.enrollmentID(ctx, r.PathValue("id")); err != nil {
-		return "", nil, a.refused(ctx, action, r.PathValue("id"), err)
+		return "", nil, a.auditRefusal(ctx, action, r.PathValue("id"), err)
 	}
 	token, err = read(ctx, callerOf(ctx).scope, id, auditRecord(ctx, action, id, ""))
 	if err == nil && token == nil {
-		err = &problem{http.StatusNotFound, "the device has not given one"}
+		err = &problem{http.StatusNotFound, "the device has not escrowed one"}
 	}
 	if err != nil {
-		return "", nil, a.refused(ctx, action, id, noEnrollment(err))
+		return "", nil, a.auditRefusal(ctx, action, id, noEnrollment(err))
 	}
 	return id, token, nil
 }

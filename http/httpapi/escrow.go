@@ -15,23 +15,23 @@ import (
 )
 
 const (
-	// escrowURL is Apple's service that takes Activation Lock off a device
+	// escrowURL is Apple's service that removes Activation Lock from a device
 	// with the bypass code of its server. Source: Apple, "Creating and using
 	// bypass codes".
 	escrowURL     = "https://deviceservices-external.apple.com/deviceservicesworkers/escrowKeyUnlock"
 	escrowTimeout = 30 * time.Second
-	// maxEscrowAnswer bounds what is handed on.
+	// maxEscrowAnswer bounds the part of the answer that is passed on.
 	maxEscrowAnswer = 1 << 20
 )
 
-// What Apple wants in the query and in the form; the starred are required.
+// The parameters of Apple's query and form; those with a star are required.
 var (
 	escrowQuery = []string{"serial*", "productType*", "imei", "imei2", "meid"}
 	escrowForm  = []string{"orgName*", "guid*", "escrowKey*"}
 )
 
-// escrowKeyUnlock hands a call on to Apple, with the push certificate of its
-// topic, and Apple's answer back.
+// escrowKeyUnlock passes a call to Apple with the push certificate of its
+// topic, and passes Apple's answer back.
 func (a *API) escrowKeyUnlock(w http.ResponseWriter, r *http.Request) {
 	r.Body = http.MaxBytesReader(w, r.Body, a.cfg.MaxBody)
 	resp, err := a.askEscrow(r)
@@ -104,7 +104,7 @@ func noPushCert(topic string) error {
 	return &problem{http.StatusNotFound, "there is no push certificate for the topic " + topic}
 }
 
-// pick takes parameters out of a form.
+// pick copies parameters of a form.
 func pick(from url.Values, names []string) (url.Values, error) {
 	picked := make(url.Values)
 	for _, name := range names {
@@ -127,7 +127,8 @@ func (a *API) postEscrow(r *http.Request, pair tls.Certificate, query, form url.
 	}
 	req.Header.Set("Content-Type", "application/x-www-form-urlencoded")
 	req.Header.Set("User-Agent", "nanomdm")
-	// Such calls are rare, and each may have another certificate.
+	// Such calls are rare and use different certificates, so no connection is
+	// kept.
 	client := &http.Client{
 		Timeout: escrowTimeout,
 		Transport: &http.Transport{

@@ -17,29 +17,28 @@ import (
 )
 
 const (
-	// longestWait is how long a call may wait for something to happen, and
-	// lookEvery how often it looks.
+	// longestWait bounds the wait of one call. The log is polled each
+	// lookEvery meanwhile.
 	longestWait = time.Minute
 	lookEvery   = 500 * time.Millisecond
 	// eventRows is how many events are read at once, and pageBytes the bytes
 	// of payload after which a page ends.
 	eventRows = 100
 	pageBytes = 8 << 20
-	// maxReads bounds how much of the log one call looks through for events
-	// that it is to show.
+	// maxReads bounds the reads of the log that one call makes to fill a page.
 	maxReads = 20
 	// maxSinks bounds the sinks, each of which costs its own deliveries and
 	// its own rows of metrics.
 	maxSinks = 32
-	// sinkSeen is how long ago a replica may have had a sink in its
-	// configuration for the sink to count as configured.
+	// sinkSeen is the age at which a replica's sighting of a configured sink
+	// no longer counts.
 	sinkSeen = time.Minute
 )
 
-// lastEvent stands for the cursor of the last event that there is.
+// lastEvent stands for the cursor of the newest event.
 const lastEvent = "last"
 
-// loggedEvent is an event of the log: what a receiver is sent, and its place.
+// loggedEvent is an event as receivers get it, with its cursor in the log.
 type loggedEvent struct {
 	webhook.Event
 	Cursor string `json:"cursor"`
@@ -50,8 +49,8 @@ type eventPage struct {
 	Next   string        `json:"next"`
 }
 
-// listEvents reads the log from a cursor on, and waits for something to be
-// there if it is asked to.
+// listEvents reads the log from a cursor on. With wait it waits for the first
+// event.
 func (a *API) listEvents(ctx context.Context, r *http.Request) (int, any, error) {
 	q := queryOf(r)
 	limit, after, wait := q.limit(), int64(0), q.wait()
@@ -75,10 +74,10 @@ func (a *API) listEvents(ctx context.Context, r *http.Request) (int, any, error)
 		}
 	}
 	who := callerOf(ctx)
-	ask := storage.EventQuery{After: after, Topics: topics}
+	query := storage.EventQuery{After: after, Topics: topics}
 	deadline := time.Now().Add(wait)
 	for {
-		page, next, err := a.readEvents(ctx, who, ask, limit)
+		page, next, err := a.readEvents(ctx, who, query, limit)
 		if err != nil {
 			return 0, nil, err
 		}
@@ -86,7 +85,7 @@ func (a *API) listEvents(ctx context.Context, r *http.Request) (int, any, error)
 		if len(page) > 0 || left <= 0 || !a.eventsAfter(ctx, next, left) {
 			return http.StatusOK, eventPage{Events: page, Next: strconv.FormatInt(next, 10)}, nil
 		}
-		ask.After = next
+		query.After = next
 	}
 }
 
@@ -110,25 +109,25 @@ func (a *API) eventsAfter(ctx context.Context, number int64, patience time.Durat
 		}
 		last, err := a.store.LastEvent(ctx)
 		if err != nil || last > number {
-			return true // what is wrong shows when events are read
+			return true // the next read reports the fault
 		}
 	}
 }
 
-// readEvents makes a page of the log. Payloads that bear tokens are for
-// admins.
-func (a *API) readEvents(ctx context.Context, who caller, ask storage.EventQuery, limit int) ([]loggedEvent, int64, error) {
+// readEvents makes a page of the log. Only admins get payloads that bear
+// tokens.
+func (a *API) readEvents(ctx context.Context, who caller, query storage.EventQuery, limit int) ([]loggedEvent, int64, error) {
 	page, size := []loggedEvent{}, int64(0)
 	for range maxReads {
-		ask.Limit = min(eventRows, limit-len(page))
-		events, next, err := a.store.ReadEvents(ctx, who.scope, ask)
+		query.Limit = min(eventRows, limit-len(page))
+		events, next, err := a.store.ReadEvents(ctx, who.scope, query)
 		if err != nil {
 			return nil, 0, err
 		}
 		for i := range events {
 			e := &events[i]
 			if size += max(0, e.RawSize); size > pageBytes && len(page) > 0 {
-				return page, ask.After, nil
+				return page, query.After, nil
 			}
 			switch {
 			case storage.BearsTokens(e.Topic) && who.role < roleAdmin:
@@ -139,18 +138,18 @@ func (a *API) readEvents(ctx context.Context, who caller, ask storage.EventQuery
 				}
 			}
 			page = append(page, loggedEvent{webhook.NewEvent(e), strconv.FormatInt(e.Seq, 10)})
-			ask.After = e.Seq
+			query.After = e.Seq
 		}
-		ended := next == ask.After && len(events) < ask.Limit
-		ask.After = next
-		if ended || len(page) > 0 && len(events) < ask.Limit || len(page) == limit {
+		ended := next == query.After && len(events) < query.Limit
+		query.After = next
+		if ended || len(page) > 0 && len(events) < query.Limit || len(page) == limit {
 			break
 		}
 	}
-	return page, ask.After, nil
+	return page, query.After, nil
 }
 
-// eventCursor is a number of the log.
+// eventCursor reads a number of the log.
 func (q *query) eventCursor(name string) int64 {
 	text := q.text(name)
 	if text == "" {
@@ -163,7 +162,7 @@ func (q *query) eventCursor(name string) int64 {
 	return n
 }
 
-// wait is how long the caller wants to wait.
+// wait reads the longest time that the caller waits.
 func (q *query) wait() time.Duration {
 	text := q.text("wait")
 	if text == "" {
@@ -176,15 +175,15 @@ func (q *query) wait() time.Duration {
 	return d
 }
 
-// redeliver asks for events to be sent to a sink again.
+// redeliver has events sent to a sink again.
 func (a *API) redeliver(ctx context.Context, r *http.Request) (int, any, error) {
-	var ask struct {
+	var body struct {
 		Sink    string `json:"sink"`
 		After   string `json:"after"`
 		Through string `json:"through"`
 		Dead    bool   `json:"dead"`
 	}
-	if err := readJSON(r, &ask); err != nil {
+	if err := readJSON(r, &body); err != nil {
 		return 0, nil, err
 	}
 	number := func(name, text string) (n int64, err error) {
@@ -196,21 +195,21 @@ func (a *API) redeliver(ctx context.Context, r *http.Request) (int, any, error) 
 		}
 		return n, err
 	}
-	after, err := number("after", ask.After)
+	after, err := number("after", body.After)
 	if err != nil {
 		return 0, nil, err
 	}
-	through, err := number("through", ask.Through)
+	through, err := number("through", body.Through)
 	switch {
 	case err != nil:
 		return 0, nil, err
-	case ask.Sink == "":
+	case body.Sink == "":
 		return 0, nil, badRequest("sink: name one")
-	case !ask.Dead && ask.After == "" && ask.Through == "":
+	case !body.Dead && body.After == "" && body.Through == "":
 		return 0, nil, badRequest("after, through: give at least one of them, or dead")
 	}
-	n, err := a.store.Redeliver(ctx, storage.Redelivery{Sink: ask.Sink, After: after, Through: through, Dead: ask.Dead})
-	a.audit(ctx, actRedeliver, ask.Sink, fmt.Sprintf("%d events, after %d, through %d, dead letters only: %v", n, after, through, ask.Dead), err)
+	n, err := a.store.Redeliver(ctx, storage.Redelivery{Sink: body.Sink, After: after, Through: through, Dead: body.Dead})
+	a.audit(ctx, actRedeliver, body.Sink, fmt.Sprintf("%d events, after %d, through %d, dead letters only: %v", n, after, through, body.Dead), err)
 	if errors.Is(err, storage.ErrNotFound) {
 		return 0, nil, errNoSink
 	}
@@ -224,7 +223,7 @@ func (a *API) redeliver(ctx context.Context, r *http.Request) (int, any, error) 
 
 var errNoSink = &problem{http.StatusNotFound, "no sink of that name"}
 
-// sinkInfo is what is shown of a sink: not its keys, nor a password in its
+// sinkInfo is a sink as JSON, without its keys and without a password in its
 // URL.
 type sinkInfo struct {
 	Name       string              `json:"name"`
@@ -241,7 +240,7 @@ type sinkInfo struct {
 	Backlog    *sinkBacklog        `json:"backlog,omitempty"`
 }
 
-// sinkBacklog is what a sink that is on has not got.
+// sinkBacklog counts the events that an enabled sink has not received.
 type sinkBacklog struct {
 	Behind   int64     `json:"behind"`
 	OldestAt time.Time `json:"oldest_at,omitzero"`
@@ -319,22 +318,22 @@ func (a *API) showSink(ctx context.Context, r *http.Request) (int, any, error) {
 	return http.StatusOK, infoOfSink(k, backlogs), nil
 }
 
-// storeSink makes or replaces a sink. What an operator cannot see stays if it
-// is left out: keys, and the password in a URL that is shown without it.
+// storeSink makes or replaces a sink. Secrets that an operator cannot see stay
+// if the body leaves them out: the keys, and the password in the URL.
 func (a *API) storeSink(ctx context.Context, r *http.Request) (int, any, error) {
 	body, err := readBody(r)
 	if err != nil {
 		return 0, nil, err
 	}
 	name := r.PathValue("name")
-	ask, err := webhook.ParseSink(body)
+	config, err := webhook.ParseSink(body)
 	if err != nil {
 		return 0, nil, badRequest("body: %v", err)
 	}
-	if ask.Name != "" && ask.Name != name {
+	if config.Name != "" && config.Name != name {
 		return 0, nil, badRequest("name: the path says %s", name)
 	}
-	ask.Name = name
+	config.Name = name
 	was, others, err := a.findSink(ctx, name)
 	switch {
 	case err != nil:
@@ -343,13 +342,13 @@ func (a *API) storeSink(ctx context.Context, r *http.Request) (int, any, error) 
 		return 0, nil, &problem{http.StatusConflict, fmt.Sprintf("there are %d sinks; delete one first", others)}
 	case was != nil && was.Configured:
 		return 0, nil, &problem{http.StatusConflict, "that sink is in the configuration of a replica; change it there"}
-	case was != nil && ask.Keys == nil:
-		ask.Keys = was.Keys
+	case was != nil && config.Keys == nil:
+		config.Keys = was.Keys
 	}
-	if was != nil && ask.URL == redactedURL(was.URL) {
-		ask.URL = was.URL
+	if was != nil && config.URL == redactedURL(was.URL) {
+		config.URL = was.URL
 	}
-	k, err := ask.Check()
+	k, err := config.Check()
 	if err != nil {
 		return 0, nil, badRequest("%v", err)
 	}
@@ -368,7 +367,7 @@ func (a *API) storeSink(ctx context.Context, r *http.Request) (int, any, error) 
 	return http.StatusOK, infoOfSink(stored, nil), nil
 }
 
-// sinkDetail is what the audit says of a sink.
+// sinkDetail describes a sink in the audit.
 func sinkDetail(k *storage.EventSink) string {
 	filter, _ := json.Marshal(k.Filter) // it is lists of texts
 	return fmt.Sprintf("url %s, %d keys, tokens: %v, enabled: %v, filter %s", redactedURL(k.URL), len(k.Keys), k.Tokens, k.Enabled, filter)
@@ -397,7 +396,7 @@ func (a *API) deleteSink(ctx context.Context, r *http.Request) (int, any, error)
 	}{name}, nil
 }
 
-// sinksChanged makes a change known here at once; other replicas see it a few
+// sinksChanged applies a change here at once; other replicas see it a few
 // seconds later.
 func (a *API) sinksChanged(ctx context.Context, what, name string) {
 	id := requestlog.ID(ctx)

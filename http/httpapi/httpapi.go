@@ -1,8 +1,8 @@
 // Package httpapi is the operator's side of the HTTP server.
 //
-// Endpoints answer JSON. Those that NanoMDM has keep its paths, statuses and
-// JSON; an error is {"error": "..."}. One helper decodes, calls, maps errors
-// to statuses and encodes.
+// Endpoints answer JSON; an error is {"error": "..."}. NanoMDM's endpoints keep
+// its paths, statuses and JSON. One helper limits the body, calls the handler,
+// maps errors to statuses and encodes the answer.
 package httpapi
 
 import (
@@ -26,24 +26,23 @@ import (
 type Config struct {
 	// MaxBody bounds a request's body, in bytes; default 16 MiB.
 	MaxBody int64
-	// Refused is called for each request that is refused for its key, with
-	// one of no_key, wrong_key, slowed and forbidden; may be nil.
+	// Refused is called for each request whose key is refused, with one of
+	// no_key, wrong_key, slowed and forbidden; may be nil.
 	Refused func(reason string)
-	// EscrowURL is where Apple takes Activation Lock off devices, and
-	// EscrowCAs are whom to trust there; default Apple's, and the system's.
+	// EscrowURL is the service that removes Activation Lock from devices, and
+	// EscrowCAs are its roots; default Apple's URL and the system's roots.
 	EscrowURL string
 	EscrowCAs *x509.CertPool
-	// SinksChanged is called after a sink was stored or deleted; default
-	// nothing.
+	// SinksChanged is called after a sink was stored or deleted; may be nil.
 	SinksChanged func(context.Context) error
-	// Draining is closed when the server is about to stop: calls that wait for
-	// something to happen answer then.
+	// Draining is closed when the server is about to stop: waiting calls answer
+	// then.
 	Draining <-chan struct{}
-	// Version is the server's, for statistics.
+	// Version of the server, for statistics.
 	Version string
 	// Logger; default discards.
 	Logger *slog.Logger
-	// Now is the clock of failed logins and of copied keys; default time.Now.
+	// Now is the clock; default time.Now.
 	Now func() time.Time
 }
 
@@ -55,10 +54,10 @@ type API struct {
 	store    Store
 	pusher   Pusher
 	cfg      Config
-	waits    atomic.Int64 // calls that wait for a command
+	waits    atomic.Int64 // calls that wait for a command to end
 }
 
-// Store is what the API needs to have kept.
+// Store is the part of the storage that the API uses.
 type Store interface {
 	storage.Enqueuer
 	storage.APIKeys
@@ -78,8 +77,8 @@ type Store interface {
 	EventBacklogs(ctx context.Context) ([]storage.SinkBacklog, error)
 }
 
-// New makes the API behind the main key, which must not be empty, and behind
-// the named keys of the store.
+// New makes the API. Its callers have the main key, which must not be empty,
+// or a named key of the store.
 func New(key string, store Store, pusher Pusher, cfg Config) (*API, error) {
 	if key == "" {
 		return nil, errors.New("API key is empty")
@@ -111,7 +110,7 @@ func Version(version string) http.Handler {
 	})
 }
 
-// problem is an error whose text is for the caller.
+// problem is an error with a status, whose text the caller may read.
 type problem struct {
 	status int
 	text   string
@@ -127,10 +126,10 @@ type errorBody struct {
 	Error string `json:"error"`
 }
 
-// call answers a request with a status and what to encode.
+// call handles a request and returns a status and the value to encode.
 type call func(ctx context.Context, r *http.Request) (status int, body any, err error)
 
-// endpoint is the one JSON helper.
+// endpoint makes an http.Handler of a call.
 func (a *API) endpoint(call call) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		r.Body = http.MaxBytesReader(w, r.Body, a.cfg.MaxBody)
@@ -155,8 +154,8 @@ type rawBody struct {
 	data        []byte
 }
 
-// fail is the one place that maps errors to statuses. The text of an error
-// that is not mapped stays in the log; the caller gets the request's id.
+// fail is the one place that maps errors to statuses. An error without a
+// mapping goes to the log, and the caller gets the request's id.
 func (a *API) fail(w http.ResponseWriter, r *http.Request, err error) {
 	var (
 		p        *problem
@@ -201,8 +200,8 @@ func readBody(r *http.Request) ([]byte, error) {
 	return body, err
 }
 
-// readJSON reads a request's body, which must be one JSON value and have
-// nothing that into has not.
+// readJSON reads a request's body, which must be one JSON value without keys
+// that into does not have.
 func readJSON(r *http.Request, into any) error {
 	body, err := readBody(r)
 	if err != nil {
@@ -219,15 +218,15 @@ func readJSON(r *http.Request, into any) error {
 	return nil
 }
 
-// slowTime is how long a call may take that is about many enrollments.
-const slowTime = 15 * time.Minute
+// manyTime bounds a call that concerns many enrollments.
+const manyTime = 15 * time.Minute
 
-// slow gives a call more time than the server gives others.
+// slow extends the deadlines of a call to manyTime.
 func slow(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		c := http.NewResponseController(w)
-		// One that cannot be told has no deadline either.
-		_ = errors.Join(c.SetReadDeadline(time.Now().Add(slowTime)), c.SetWriteDeadline(time.Now().Add(slowTime)))
+		// A ResponseWriter without deadlines needs no extension.
+		_ = errors.Join(c.SetReadDeadline(time.Now().Add(manyTime)), c.SetWriteDeadline(time.Now().Add(manyTime)))
 		next.ServeHTTP(w, r)
 	})
 }

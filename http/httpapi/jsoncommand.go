@@ -12,11 +12,11 @@ import (
 	"github.com/nanomdm/nanomdm/mdm"
 )
 
-// enqueueJSON queues a command that comes as JSON: what is not the call's own
-// is the command's.
+// enqueueJSON queues a command that comes as JSON. Keys that are not the call's
+// own are the command's.
 func (a *API) enqueueJSON(ctx context.Context, r *http.Request) (int, any, error) {
 	q := queryOf(r)
-	o := &order{async: q.async(), ours: true}
+	o := &enqueueRequest{async: q.async(), extended: true}
 	if err := q.done(); err != nil {
 		return 0, nil, err
 	}
@@ -26,7 +26,7 @@ func (a *API) enqueueJSON(ctx context.Context, r *http.Request) (int, any, error
 	}
 	var requestType string
 	for name, into := range map[string]any{
-		"ids": &o.whom.IDs, "udid": &o.whom.UDID, "selector": &o.whom.Selector, "confirm": &o.whom.Confirm,
+		"ids": &o.targets.IDs, "udid": &o.targets.UDID, "selector": &o.targets.Selector, "confirm": &o.targets.Confirm,
 		"request_type": &requestType, "command_uuid": &o.uuid, "options": &o.options,
 	} {
 		part, ok := parts[name]
@@ -63,7 +63,7 @@ func (a *API) enqueueJSON(ctx context.Context, r *http.Request) (int, any, error
 		}
 		return cmd, nil
 	}
-	return a.carryOut(ctx, o)
+	return a.enqueueOnce(ctx, o)
 }
 
 func decodePart(part json.RawMessage, into any) error {

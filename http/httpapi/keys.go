@@ -15,29 +15,29 @@ import (
 	"github.com/nanomdm/nanomdm/storage"
 )
 
-// A named key is keyPrefix, by which people and scanners of leaked secrets
-// know it, and 256 random bits in base64url.
+// A named key is keyPrefix, which lets people and scanners of leaked secrets
+// recognise it, and 256 random bits in base64url.
 const (
 	keyPrefix = "nmk_"
 	keyLen    = len(keyPrefix) + 43
 )
 
-// keyLife is how long a replica believes a copy of a key, and so how long a
-// key that another replica revoked may live on.
+// keyLife is the age to which a replica uses its copy of a key. A key that
+// another replica revoked is accepted for as long at most.
 const keyLife = 5 * time.Second
 
 // maxCachedKeys bounds the copies.
 const maxCachedKeys = 4096
 
-// keyring finds named keys, with copies that live for keyLife. Only keys that
-// exist are copied, so that wrong ones take no room. Safe for concurrent use.
+// keyring finds named keys and caches them for keyLife. It caches keys that
+// exist only, so that wrong ones take no memory. Safe for concurrent use.
 type keyring struct {
 	store storage.APIKeys
 	now   func() time.Time
 
 	mu      sync.Mutex
 	copies  map[storage.KeyHash]copied
-	revoked int // how often forget was called
+	revoked int // calls of forget
 }
 
 type copied struct {
@@ -74,7 +74,7 @@ func (k *keyring) find(ctx context.Context, hash storage.KeyHash) (*storage.APIK
 	return key, err
 }
 
-// forget drops all copies: a key was revoked here.
+// forget drops all copies after a key was revoked here.
 func (k *keyring) forget() {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -82,14 +82,14 @@ func (k *keyring) forget() {
 	k.revoked++
 }
 
-// keyInfo is what is shown of a key.
+// keyInfo is a key as JSON.
 type keyInfo struct {
 	Name      string    `json:"name"`
 	Role      string    `json:"role"`
 	Topics    []string  `json:"topics,omitempty"`
 	CreatedAt time.Time `json:"created_at"`
 	CreatedBy string    `json:"created_by,omitempty"`
-	// Key is the key itself, in the answer to its making alone.
+	// Key is the key itself; only the answer to its creation has it.
 	Key string `json:"key,omitempty"`
 }
 
@@ -103,15 +103,15 @@ var keyNames = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._@-]{0,63}$`)
 const maxKeyTopics = 256
 
 func (a *API) createKey(ctx context.Context, r *http.Request) (int, any, error) {
-	var ask struct {
+	var body struct {
 		Name   string    `json:"name"`
 		Role   string    `json:"role"`
 		Topics *[]string `json:"topics"`
 	}
-	if err := readJSON(r, &ask); err != nil {
+	if err := readJSON(r, &body); err != nil {
 		return 0, nil, err
 	}
-	k := &storage.APIKey{Name: ask.Name, Role: ask.Role, CreatedBy: callerOf(ctx).name}
+	k := &storage.APIKey{Name: body.Name, Role: body.Role, CreatedBy: callerOf(ctx).name}
 	switch {
 	case !keyNames.MatchString(k.Name):
 		return 0, nil, badRequest("name: 1 to 64 letters, digits or ._@- are wanted, the first a letter or digit")
@@ -120,9 +120,9 @@ func (a *API) createKey(ctx context.Context, r *http.Request) (int, any, error) 
 	case parseRole(k.Role) == roleNone:
 		return 0, nil, badRequest("role: use read, push, enqueue or admin")
 	}
-	if ask.Topics != nil {
+	if body.Topics != nil {
 		var err error
-		if k.Scope.Topics, err = keyTopics(*ask.Topics); err != nil {
+		if k.Scope.Topics, err = keyTopics(*body.Topics); err != nil {
 			return 0, nil, err
 		}
 	}
@@ -148,8 +148,8 @@ func topicsDetail(topics []string) string {
 	return ", topics " + someOf(topics)
 }
 
-// keyTopics checks the topics that a key is to be bound to. An empty list is a
-// mistake: it must not make a key that is not bound.
+// keyTopics checks the topics of a new key. It refuses an empty list, which
+// would make an unbound key by mistake.
 func keyTopics(topics []string) ([]string, error) {
 	if len(topics) == 0 {
 		return nil, badRequest("topics: the list is empty; leave topics out for a key that is not bound")

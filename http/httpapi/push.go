@@ -21,9 +21,8 @@ type Pusher interface {
 	Push(ctx context.Context, r push.Request) (map[string]push.Result, error)
 }
 
-// push wakes enrollments and adds to the result what became of each. Those
-// that are owed a push already stay so whatever happens here: then there is
-// no error.
+// push wakes enrollments and adds each outcome to the result. With owed the
+// store holds the push already, so that a failure here is no error.
 func (a *API) push(ctx context.Context, res *result, ids []string, owed, async bool) error {
 	results, err := a.pusher.Push(ctx, push.Request{Scope: callerOf(ctx).scope, IDs: ids, Owed: owed, Async: async})
 	if err != nil {
@@ -51,8 +50,8 @@ func (a *API) push(ctx context.Context, res *result, ids []string, owed, async b
 	return nil
 }
 
-// pushErrorText is what a caller is told; empty for what is not theirs to
-// know.
+// pushErrorText is the text of an error for the caller; empty for errors that
+// stay in the log.
 func pushErrorText(err error) string {
 	var refused *push.Refused
 	if errors.As(err, &refused) {
@@ -66,7 +65,7 @@ func pushErrorText(err error) string {
 	return ""
 }
 
-// wake is a call that only pushes.
+// wake carries out a call that only pushes.
 func (a *API) wake(ctx context.Context, ids []string, async bool) (int, any, error) {
 	res := newResult(ids)
 	err := a.push(ctx, res, ids, false, async)
@@ -85,7 +84,7 @@ func pushDetail(ids []string, async bool) string {
 	return detail
 }
 
-// onlyOne is the target of a record about one enrollment.
+// onlyOne is the target of an audit record: the id if there is one alone.
 func onlyOne(ids []string) string {
 	if len(ids) == 1 {
 		return ids[0]
@@ -107,11 +106,11 @@ func (a *API) pushIDs(ctx context.Context, r *http.Request) (int, any, error) {
 	return a.wake(ctx, ids, async)
 }
 
-// pushAsync is the value of the query parameter push for callers that do not
-// wait.
+// pushAsync is the value of the query parameter push with which the answer does
+// not wait for APNs.
 const pushAsync = "async"
 
-// async reads whether a caller waits for pushes.
+// async reports whether the answer does not wait for APNs.
 func (q *query) async() bool { return q.word("push", pushAsync) != "" }
 
 func (a *API) pushMany(ctx context.Context, r *http.Request) (int, any, error) {
@@ -120,14 +119,14 @@ func (a *API) pushMany(ctx context.Context, r *http.Request) (int, any, error) {
 	if err := q.done(); err != nil {
 		return 0, nil, err
 	}
-	var whom audience
-	if err := readJSON(r, &whom); err != nil {
+	var targets targetSet
+	if err := readJSON(r, &targets); err != nil {
 		return 0, nil, err
 	}
-	if err := whom.check(); err != nil {
+	if err := targets.check(); err != nil {
 		return 0, nil, err
 	}
-	ids, refusal, err := a.resolve(ctx, &whom)
+	ids, refusal, err := a.resolve(ctx, &targets)
 	switch {
 	case err != nil:
 		return 0, nil, err
@@ -168,7 +167,7 @@ func (a *API) storePushCert(ctx context.Context, r *http.Request) (int, any, err
 		return 0, nil, err
 	}
 	if answer.Warning, err = a.strandedWarning(ctx, pair.Topic); err != nil {
-		// It is stored; a warning more or less does not change that.
+		// The certificate is stored; the warning is an extra.
 		a.cfg.Logger.WarnContext(ctx, "cannot count who uses a push certificate", "topic", pair.Topic, "error", err)
 	}
 	if answer.Warning != "" {
@@ -181,8 +180,8 @@ func covers(scope storage.Scope, topic string) bool {
 	return len(scope.Topics) == 0 || slices.Contains(scope.Topics, topic)
 }
 
-// strandedWarning says that nobody uses the topic, if others are in use: then
-// the certificate was probably made anew in place of being renewed.
+// strandedWarning warns of a topic that no enrollment uses while others are in
+// use: the certificate was probably made anew instead of renewed.
 func (a *API) strandedWarning(ctx context.Context, topic string) (string, error) {
 	infos, stranded, err := a.pushTopics(ctx)
 	if err != nil {
@@ -208,8 +207,8 @@ func (a *API) strandedWarning(ctx context.Context, topic string) (string, error)
 	return text + ". A certificate that is renewed keeps its topic; a new one has another, and devices must enroll again to use it.", nil
 }
 
-// pushTopics reads the certificates of the caller's topics and how many
-// enrollments have none.
+// pushTopics reads the certificates of the caller's topics, and counts the
+// enrollments without one by topic.
 func (a *API) pushTopics(ctx context.Context) (infos []storage.PushCertInfo, stranded map[string]int64, err error) {
 	scope := callerOf(ctx).scope
 	if infos, err = a.store.PushCertInfos(ctx, scope); err != nil {

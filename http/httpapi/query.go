@@ -14,14 +14,14 @@ import (
 	"unicode/utf8"
 )
 
-// How many items a page of a list has.
+// The default and the largest number of items of a page.
 const (
 	pageItems    = 100
 	maxPageItems = 1000
 )
 
-// query reads the parameters of a request. Each method names one that is
-// known; done then says what was wrong with them, or which one is not known.
+// query reads the parameters of a request. Each method reads one of them and
+// keeps the first error; done returns that, or refuses unknown parameters.
 type query struct {
 	values url.Values
 	known  map[string]bool
@@ -43,20 +43,20 @@ func (q *query) fail(format string, args ...any) {
 	}
 }
 
-// texts is a parameter that may be repeated.
+// texts reads a parameter that may be repeated.
 func (q *query) texts(name string) []string {
 	q.known[name] = true
 	values := q.values[name]
 	for _, value := range values {
-		if why := unfit(value); why != "" {
+		if why := textFault(value); why != "" {
 			q.fail("%s: %s", name, why)
 		}
 	}
 	return values
 }
 
-// unfit says why a text cannot be asked for, and nothing if it can.
-func unfit(text string) string {
+// textFault explains why the store cannot look for a text; empty if it can.
+func textFault(text string) string {
 	switch {
 	case text == "":
 		return "it is empty; leave it out"
@@ -66,7 +66,7 @@ func unfit(text string) string {
 	return ""
 }
 
-// text is a parameter that comes once; empty if it does not.
+// text reads a parameter that may be given once; empty if it is missing.
 func (q *query) text(name string) string {
 	values := q.texts(name)
 	switch len(values) {
@@ -79,7 +79,7 @@ func (q *query) text(name string) string {
 	return ""
 }
 
-// word is text that must be one of some words.
+// word is text for a parameter with an enumeration.
 func (q *query) word(name string, words ...string) string {
 	text := q.text(name)
 	if text != "" && !slices.Contains(words, text) {
@@ -88,7 +88,7 @@ func (q *query) word(name string, words ...string) string {
 	return text
 }
 
-// flag is true, false, or nil if it was not given.
+// flag reads true or false; nil if the parameter is missing.
 func (q *query) flag(name string) *bool {
 	switch q.word(name, "true", "false") {
 	case "true":
@@ -99,7 +99,7 @@ func (q *query) flag(name string) *bool {
 	return nil
 }
 
-// number is usual if it was not given.
+// number reads a number within bounds; usual if the parameter is missing.
 func (q *query) number(name string, usual, least, most int) int {
 	text := q.text(name)
 	if text == "" {
@@ -113,17 +113,17 @@ func (q *query) number(name string, usual, least, most int) int {
 	return n
 }
 
-// limit is how many items a page has.
+// limit reads the number of items of a page.
 func (q *query) limit() int { return q.number("limit", pageItems, 1, maxPageItems) }
 
-// cursor is what a list says where its next page begins.
+// cursor encodes the place where the next page of a list begins.
 func cursor(place any) string {
 	plain, _ := json.Marshal(place) // it has texts and numbers only
 	return base64.RawURLEncoding.EncodeToString(plain)
 }
 
-// cursor reads the parameter after, which cursor made, and says whether it
-// was given.
+// cursor reads the parameter after into place and reports whether it was
+// given.
 func (q *query) cursor(place any) bool {
 	text := q.text("after")
 	if text == "" {
@@ -139,7 +139,7 @@ func (q *query) cursor(place any) bool {
 	return true
 }
 
-// time is zero if it was not given.
+// time reads a time; zero if the parameter is missing.
 func (q *query) time(name string) time.Time {
 	text := q.text(name)
 	if text == "" {
@@ -152,7 +152,7 @@ func (q *query) time(name string) time.Time {
 	return at.UTC()
 }
 
-// done says what was wrong.
+// done returns the first error.
 func (q *query) done() error {
 	if q.err != nil {
 		return q.err
@@ -168,7 +168,7 @@ func (q *query) done() error {
 	return nil
 }
 
-// noQuery is for endpoints without parameters.
+// noQuery refuses query parameters.
 func noQuery(next call) call {
 	return func(ctx context.Context, r *http.Request) (int, any, error) {
 		if err := queryOf(r).done(); err != nil {

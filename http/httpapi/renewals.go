@@ -7,11 +7,10 @@ import (
 	"time"
 )
 
-// maxRenewal is how long a renewal window may be open.
+// maxRenewal bounds the length of a renewal window.
 const maxRenewal = 90 * 24 * time.Hour
 
-// renewalTime is until when a window is asked to be open: for a time, or until
-// one.
+// renewalTime is the end of a renewal window as JSON: a duration or a time.
 type renewalTime struct {
 	For   *string    `json:"for,omitempty"`
 	Until *time.Time `json:"until,omitempty"`
@@ -46,11 +45,11 @@ type renewalInfo struct {
 }
 
 func (a *API) openRenewal(ctx context.Context, r *http.Request) (int, any, error) {
-	var ask renewalTime
-	if err := readJSON(r, &ask); err != nil {
+	var body renewalTime
+	if err := readJSON(r, &body); err != nil {
 		return 0, nil, err
 	}
-	until, err := ask.end(a.cfg.Now())
+	until, err := body.end(a.cfg.Now())
 	if err != nil {
 		return 0, nil, err
 	}
@@ -64,7 +63,7 @@ func (a *API) closeRenewal(ctx context.Context, r *http.Request) (int, any, erro
 func (a *API) setRenewal(ctx context.Context, r *http.Request, until time.Time, action string) (int, any, error) {
 	id, err := a.enrollmentID(ctx, r.PathValue("id"))
 	if err != nil {
-		return 0, nil, a.refused(ctx, action, r.PathValue("id"), err)
+		return 0, nil, a.auditRefusal(ctx, action, r.PathValue("id"), err)
 	}
 	changed, err := a.store.SetRenewal(ctx, callerOf(ctx).scope, []string{id}, until)
 	if err == nil && len(changed) == 0 {
@@ -83,21 +82,21 @@ func (a *API) setRenewal(ctx context.Context, r *http.Request, until time.Time, 
 
 // openRenewals opens the windows of many devices.
 func (a *API) openRenewals(ctx context.Context, r *http.Request) (int, any, error) {
-	var ask struct {
-		audience
+	var body struct {
+		targetSet
 		renewalTime
 	}
-	if err := readJSON(r, &ask); err != nil {
+	if err := readJSON(r, &body); err != nil {
 		return 0, nil, err
 	}
-	until, err := ask.end(a.cfg.Now())
+	until, err := body.end(a.cfg.Now())
 	if err != nil {
 		return 0, nil, err
 	}
-	if err := ask.check(); err != nil {
+	if err := body.check(); err != nil {
 		return 0, nil, err
 	}
-	ids, refusal, err := a.resolve(ctx, &ask.audience)
+	ids, refusal, err := a.resolve(ctx, &body.targetSet)
 	if err != nil {
 		return 0, nil, err
 	}
@@ -112,16 +111,16 @@ func (a *API) openRenewals(ctx context.Context, r *http.Request) (int, any, erro
 	answer := struct {
 		Until  time.Time `json:"renewal_until"`
 		Opened int       `json:"opened"`
-		// Missing are ids that are no devices.
+		// Missing are ids that name no device.
 		Missing []string `json:"missing,omitempty"`
 	}{Until: until, Opened: len(changed)}
-	if ask.Selector == nil { // a selector chooses user channels, too, which have no identity of their own
+	if body.Selector == nil { // a selector chooses user channels, too, which have no identity of their own
 		answer.Missing = without(ids, changed)
 	}
 	return http.StatusOK, answer, nil
 }
 
-// without returns the texts that others are not, each once, in order.
+// without returns the texts that are not in others, each once, in order.
 func without(texts, others []string) (rest []string) {
 	gone := make(map[string]bool, len(others))
 	for _, text := range others {

@@ -8,13 +8,13 @@ import (
 	"github.com/nanomdm/nanomdm/storage"
 )
 
-// How many rows one call of reseal looks at.
+// The default and the largest number of rows of one call of reseal.
 const (
 	resealRows    = 100
 	maxResealRows = 1000
 )
 
-// reseal takes one step of rewriting what is sealed with an older key, or not
+// reseal rewrites a batch of values that are sealed with an older key, or not
 // at all. The caller repeats it with after=NEXT until next is missing.
 func (a *API) reseal(ctx context.Context, r *http.Request) (int, any, error) {
 	q := queryOf(r)
@@ -32,7 +32,7 @@ func (a *API) reseal(ctx context.Context, r *http.Request) (int, any, error) {
 	case err != nil:
 		return 0, nil, err
 	}
-	if after == "" { // a run is one deed
+	if after == "" { // one record for each run
 		a.audit(ctx, actReseal, "", "begun", nil)
 	}
 	return http.StatusOK, struct {

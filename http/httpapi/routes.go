@@ -6,78 +6,78 @@ import (
 	"strings"
 )
 
-// route is one endpoint. docs/openapi.yaml says the same, and a test compares.
+// route is one endpoint. A test compares the routes with docs/openapi.yaml.
 type route struct {
 	method, path string
-	// role is the least that reaches the handler. One that is of all topics is
-	// unbound: it refuses keys that are bound to some. Any other keeps to
-	// callerOf's scope.
-	role    role
+	// role is the least role that reaches the handler.
+	role role
+	// unbound routes concern all APNs topics and refuse keys that are bound to
+	// some. The handlers of other routes keep to callerOf's scope.
 	unbound bool
 	handler http.Handler
 }
 
-// routes is every endpoint behind an API key. Those that NanoMDM has take any
-// query parameter, as it does; the others refuse what they do not know.
+// routes lists the endpoints behind an API key. NanoMDM's own endpoints ignore
+// unknown query parameters, as NanoMDM does; the others refuse them.
 func (a *API) routes() []route {
 	return []route{
 		// Enrollments.
-		{"GET", "/v1/enrollments", roleRead, false, a.endpoint(a.listEnrollments)},
-		{"GET", "/v1/enrollments/{id}", roleRead, false, a.endpoint(noQuery(a.showEnrollment))},
-		{"DELETE", "/v1/enrollments/{id}", roleAdmin, false, slow(a.endpoint(a.deleteEnrollment))},
-		{"GET", "/v1/enrollments/{id}/queue", roleRead, false, a.endpoint(a.listQueue)},
-		{"DELETE", "/v1/enrollments/{id}/queue", roleEnqueue, false, slow(a.endpoint(noQuery(a.clearQueue)))},
-		{"POST", "/v1/enrollments/{id}/disable", roleAdmin, false, a.endpoint(noQuery(a.disable))},
-		{"POST", "/v1/enrollments/{id}/enable", roleAdmin, false, a.endpoint(noQuery(a.enable))},
-		{"PUT", "/v1/enrollments/{id}/renewal", roleAdmin, false, a.endpoint(noQuery(a.openRenewal))},
-		{"DELETE", "/v1/enrollments/{id}/renewal", roleAdmin, false, a.endpoint(noQuery(a.closeRenewal))},
-		{"PUT", "/v1/renewals", roleAdmin, false, slow(a.endpoint(noQuery(a.openRenewals)))},
-		{"POST", "/v1/enrollments/{id}/bootstrap_token", roleAdmin, false, a.endpoint(noQuery(a.readBootstrapToken))},
-		{"POST", "/v1/enrollments/{id}/unlock_token", roleAdmin, false, a.endpoint(noQuery(a.readUnlockToken))},
-		{"GET", "/v1/stats", roleRead, false, a.endpoint(noQuery(a.stats))},
+		{method: "GET", path: "/v1/enrollments", role: roleRead, handler: a.endpoint(a.listEnrollments)},
+		{method: "GET", path: "/v1/enrollments/{id}", role: roleRead, handler: a.endpoint(noQuery(a.showEnrollment))},
+		{method: "DELETE", path: "/v1/enrollments/{id}", role: roleAdmin, handler: slow(a.endpoint(a.deleteEnrollment))},
+		{method: "GET", path: "/v1/enrollments/{id}/queue", role: roleRead, handler: a.endpoint(a.listQueue)},
+		{method: "DELETE", path: "/v1/enrollments/{id}/queue", role: roleEnqueue, handler: slow(a.endpoint(noQuery(a.clearQueue)))},
+		{method: "POST", path: "/v1/enrollments/{id}/disable", role: roleAdmin, handler: a.endpoint(noQuery(a.disable))},
+		{method: "POST", path: "/v1/enrollments/{id}/enable", role: roleAdmin, handler: a.endpoint(noQuery(a.enable))},
+		{method: "PUT", path: "/v1/enrollments/{id}/renewal", role: roleAdmin, handler: a.endpoint(noQuery(a.openRenewal))},
+		{method: "DELETE", path: "/v1/enrollments/{id}/renewal", role: roleAdmin, handler: a.endpoint(noQuery(a.closeRenewal))},
+		{method: "PUT", path: "/v1/renewals", role: roleAdmin, handler: slow(a.endpoint(noQuery(a.openRenewals)))},
+		{method: "POST", path: "/v1/enrollments/{id}/bootstrap_token", role: roleAdmin, handler: a.endpoint(noQuery(a.readBootstrapToken))},
+		{method: "POST", path: "/v1/enrollments/{id}/unlock_token", role: roleAdmin, handler: a.endpoint(noQuery(a.readUnlockToken))},
+		{method: "GET", path: "/v1/stats", role: roleRead, handler: a.endpoint(noQuery(a.stats))},
 
 		// Commands.
-		{"PUT", "/v1/enqueue/{ids}", roleEnqueue, false, a.endpoint(a.enqueueIDs)},
-		{"POST", "/v1/enqueue/{ids}", roleEnqueue, false, a.endpoint(a.enqueueIDs)},
-		{"POST", "/v1/enqueue", roleEnqueue, false, slow(a.endpoint(a.enqueue))},
-		{"POST", "/v1/commands", roleEnqueue, false, slow(a.endpoint(a.enqueueJSON))},
+		{method: "PUT", path: "/v1/enqueue/{ids}", role: roleEnqueue, handler: a.endpoint(a.enqueueIDs)},
+		{method: "POST", path: "/v1/enqueue/{ids}", role: roleEnqueue, handler: a.endpoint(a.enqueueIDs)},
+		{method: "POST", path: "/v1/enqueue", role: roleEnqueue, handler: slow(a.endpoint(a.enqueue))},
+		{method: "POST", path: "/v1/commands", role: roleEnqueue, handler: slow(a.endpoint(a.enqueueJSON))},
 
-		{"GET", "/v1/commands", roleRead, false, a.endpoint(a.listCommands)},
-		{"GET", "/v1/commands/{uuid}", roleRead, false, slow(a.endpoint(a.showCommand))},
-		{"DELETE", "/v1/commands/{uuid}", roleEnqueue, false, slow(a.endpoint(noQuery(a.cancelCommand)))},
-		{"GET", "/v1/commands/{uuid}/results/{id}", roleRead, false, a.endpoint(a.showResult)},
-		{"DELETE", "/v1/commands/{uuid}/enrollments/{id}", roleEnqueue, false, a.endpoint(noQuery(a.cancelItem))},
-		{"POST", "/v1/commands/{uuid}/enrollments/{id}/requeue", roleEnqueue, false, a.endpoint(noQuery(a.requeue))},
+		{method: "GET", path: "/v1/commands", role: roleRead, handler: a.endpoint(a.listCommands)},
+		{method: "GET", path: "/v1/commands/{uuid}", role: roleRead, handler: slow(a.endpoint(a.showCommand))},
+		{method: "DELETE", path: "/v1/commands/{uuid}", role: roleEnqueue, handler: slow(a.endpoint(noQuery(a.cancelCommand)))},
+		{method: "GET", path: "/v1/commands/{uuid}/results/{id}", role: roleRead, handler: a.endpoint(a.showResult)},
+		{method: "DELETE", path: "/v1/commands/{uuid}/enrollments/{id}", role: roleEnqueue, handler: a.endpoint(noQuery(a.cancelItem))},
+		{method: "POST", path: "/v1/commands/{uuid}/enrollments/{id}/requeue", role: roleEnqueue, handler: a.endpoint(noQuery(a.requeue))},
 
 		// Push.
-		{"GET", "/v1/push/{ids}", rolePush, false, a.endpoint(a.pushIDs)},
-		{"PUT", "/v1/push/{ids}", rolePush, false, a.endpoint(a.pushIDs)},
-		{"POST", "/v1/push/{ids}", rolePush, false, a.endpoint(a.pushIDs)},
-		{"POST", "/v1/push", rolePush, false, slow(a.endpoint(a.pushMany))},
-		{"PUT", "/v1/pushcert", roleAdmin, false, a.endpoint(a.storePushCert)},
-		{"GET", "/v1/pushcert", roleRead, false, a.endpoint(a.showPushCert)},
-		{"POST", "/v1/escrowkeyunlock", roleAdmin, false, http.HandlerFunc(a.escrowKeyUnlock)},
-		{"GET", "/v1/pushcerts", roleRead, false, a.endpoint(noQuery(a.listPushCerts))},
+		{method: "GET", path: "/v1/push/{ids}", role: rolePush, handler: a.endpoint(a.pushIDs)},
+		{method: "PUT", path: "/v1/push/{ids}", role: rolePush, handler: a.endpoint(a.pushIDs)},
+		{method: "POST", path: "/v1/push/{ids}", role: rolePush, handler: a.endpoint(a.pushIDs)},
+		{method: "POST", path: "/v1/push", role: rolePush, handler: slow(a.endpoint(a.pushMany))},
+		{method: "PUT", path: "/v1/pushcert", role: roleAdmin, handler: a.endpoint(a.storePushCert)},
+		{method: "GET", path: "/v1/pushcert", role: roleRead, handler: a.endpoint(a.showPushCert)},
+		{method: "POST", path: "/v1/escrowkeyunlock", role: roleAdmin, handler: http.HandlerFunc(a.escrowKeyUnlock)},
+		{method: "GET", path: "/v1/pushcerts", role: roleRead, handler: a.endpoint(noQuery(a.listPushCerts))},
 
 		// Events.
-		{"GET", "/v1/events", roleRead, false, slow(a.endpoint(a.listEvents))},
-		{"POST", "/v1/events/redeliver", roleAdmin, true, slow(a.endpoint(noQuery(a.redeliver)))},
-		{"GET", "/v1/sinks", roleAdmin, true, a.endpoint(noQuery(a.listSinks))},
-		{"GET", "/v1/sinks/{name}", roleAdmin, true, a.endpoint(noQuery(a.showSink))},
-		{"PUT", "/v1/sinks/{name}", roleAdmin, true, a.endpoint(noQuery(a.storeSink))},
-		{"DELETE", "/v1/sinks/{name}", roleAdmin, true, a.endpoint(noQuery(a.deleteSink))},
+		{method: "GET", path: "/v1/events", role: roleRead, handler: slow(a.endpoint(a.listEvents))},
+		{method: "POST", path: "/v1/events/redeliver", role: roleAdmin, unbound: true, handler: slow(a.endpoint(noQuery(a.redeliver)))},
+		{method: "GET", path: "/v1/sinks", role: roleAdmin, unbound: true, handler: a.endpoint(noQuery(a.listSinks))},
+		{method: "GET", path: "/v1/sinks/{name}", role: roleAdmin, unbound: true, handler: a.endpoint(noQuery(a.showSink))},
+		{method: "PUT", path: "/v1/sinks/{name}", role: roleAdmin, unbound: true, handler: a.endpoint(noQuery(a.storeSink))},
+		{method: "DELETE", path: "/v1/sinks/{name}", role: roleAdmin, unbound: true, handler: a.endpoint(noQuery(a.deleteSink))},
 
 		// The API itself.
-		{"GET", "/v1/keys", roleAdmin, true, a.endpoint(noQuery(a.listKeys))},
-		{"POST", "/v1/keys", roleAdmin, true, a.endpoint(noQuery(a.createKey))},
-		{"DELETE", "/v1/keys/{name}", roleAdmin, true, a.endpoint(noQuery(a.deleteKey))},
-		{"GET", "/v1/audit", roleAdmin, true, a.endpoint(a.listAudit)},
-		{"POST", "/v1/reseal", roleAdmin, true, a.endpoint(a.reseal)},
+		{method: "GET", path: "/v1/keys", role: roleAdmin, unbound: true, handler: a.endpoint(noQuery(a.listKeys))},
+		{method: "POST", path: "/v1/keys", role: roleAdmin, unbound: true, handler: a.endpoint(noQuery(a.createKey))},
+		{method: "DELETE", path: "/v1/keys/{name}", role: roleAdmin, unbound: true, handler: a.endpoint(noQuery(a.deleteKey))},
+		{method: "GET", path: "/v1/audit", role: roleAdmin, unbound: true, handler: a.endpoint(a.listAudit)},
+		{method: "POST", path: "/v1/reseal", role: roleAdmin, unbound: true, handler: a.endpoint(a.reseal)},
 	}
 }
 
-// Register adds the API's routes to mux, and answers everything else under
-// /v1/ in the API's own words.
+// Register adds the API's routes to mux, with a JSON answer for every other
+// request under /v1/.
 func (a *API) Register(mux *http.ServeMux) {
 	for _, r := range a.routes() {
 		require := a.require
@@ -86,20 +86,20 @@ func (a *API) Register(mux *http.ServeMux) {
 		}
 		mux.Handle(r.method+" "+r.path, require(r.role, r.handler))
 	}
-	mux.Handle(everythingElse, nowhere(mux))
+	mux.Handle(anyOther, noRoute(mux))
 }
 
-const everythingElse = "/v1/"
+const anyOther = "/v1/"
 
-// nowhere answers what no route of mux does: 405 where another method would
-// do, else 404.
-func nowhere(mux *http.ServeMux) http.Handler {
+// noRoute answers requests that no route of mux takes: 405 where a route takes
+// another method, else 404.
+func noRoute(mux *http.ServeMux) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		var allowed []string
 		for _, method := range []string{"GET", "PUT", "POST", "DELETE"} {
 			other := r.Clone(r.Context())
 			other.Method = method
-			if _, pattern := mux.Handler(other); pattern != everythingElse {
+			if _, pattern := mux.Handler(other); pattern != anyOther {
 				allowed = append(allowed, method)
 			}
 		}

@@ -11,8 +11,8 @@ import (
 	"github.com/nanomdm/nanomdm/storage"
 )
 
-// selector chooses enrollments: the filters of GET /v1/enrollments as they
-// stand in a body. What is missing asks for nothing.
+// selector chooses enrollments: the filters of GET /v1/enrollments in a body.
+// A missing filter matches everything.
 type selector struct {
 	Type                     *string `json:"type,omitempty"`
 	Enabled                  *bool   `json:"enabled,omitempty"`
@@ -44,8 +44,8 @@ func (q *query) selector() selector {
 	}
 }
 
-// filter is what the store is asked for. Its error names the filter that is
-// wrong.
+// filter turns a selector into the store's form. Its error names the wrong
+// filter.
 func (s selector) filter() (storage.EnrollmentFilter, error) {
 	f := storage.EnrollmentFilter{Enabled: s.Enabled, Waiting: s.Waiting}
 	var err error
@@ -58,7 +58,7 @@ func (s selector) filter() (storage.EnrollmentFilter, error) {
 		if value == nil {
 			return ""
 		}
-		switch why := unfit(*value); {
+		switch why := textFault(*value); {
 		case why != "":
 			fail(name, why)
 		case len(words) > 0 && !slices.Contains(words, *value):
@@ -101,7 +101,7 @@ func pushStatuses() []string {
 	return append(statuses, storage.RefusedPushes()...)
 }
 
-// selected lists all that a filter chooses, each once, in the order of ids.
+// selected lists the ids that a filter chooses, each once, in order.
 func (a *API) selected(ctx context.Context, scope storage.Scope, f storage.EnrollmentFilter) ([]string, error) {
 	var all []string
 	for after := (storage.EnrollmentKey{}); ; {

@@ -8,7 +8,7 @@ import (
 	"github.com/nanomdm/nanomdm/storage"
 )
 
-// statsInfo is what there is and what waits, as JSON.
+// statsInfo is the number of enrollments, commands, pushes and events as JSON.
 type statsInfo struct {
 	Version     string `json:"version"`
 	Enrollments struct {
@@ -30,7 +30,7 @@ type statsInfo struct {
 	Events *eventStats `json:"events,omitempty"`
 }
 
-// pushTopicInfo is a push certificate's topic.
+// pushTopicInfo is the topic of a push certificate as JSON.
 type pushTopicInfo struct {
 	Topic       string    `json:"topic"`
 	NotAfter    time.Time `json:"not_after"`
@@ -39,7 +39,7 @@ type pushTopicInfo struct {
 	LastAt      time.Time `json:"last_at,omitzero"`
 }
 
-// eventStats is what receivers of events have not got.
+// eventStats counts the events that receivers have not received.
 type eventStats struct {
 	Waiting         int64      `json:"waiting"`
 	Dead            int64      `json:"dead"`
@@ -79,7 +79,7 @@ func (a *API) stats(ctx context.Context, _ *http.Request) (int, any, error) {
 	for _, c := range certs {
 		info.Push.Topics = append(info.Push.Topics, pushTopicInfo{c.Topic, c.NotAfter, c.Enrollments, c.LastClass, c.LastAt})
 	}
-	if len(scope.Topics) == 0 { // events are of all topics
+	if len(scope.Topics) == 0 { // events concern all topics
 		if info.Events, err = a.eventStats(ctx); err != nil {
 			return 0, nil, err
 		}

@@ -142,9 +142,9 @@ func TestReadTokens(t *testing.T) {
 	encode := func(s string) string { return base64.StdEncoding.EncodeToString([]byte(s)) }
 	require.Equal(t, encode("bootstrap"), o.asks(o.admin(), 200, "POST", "/v1/enrollments/mac/bootstrap_token", "")["bootstrap_token"])
 	require.Equal(t, encode("unlock"), o.asks(o.admin(), 200, "POST", "/v1/enrollments/S1/unlock_token", "")["unlock_token"])
-	require.Equal(t, "the device has not given one", o.asks(o.admin(), 404, "POST", "/v1/enrollments/bare/bootstrap_token", "")["error"])
+	require.Equal(t, "the device has not escrowed one", o.asks(o.admin(), 404, "POST", "/v1/enrollments/bare/bootstrap_token", "")["error"])
 	o.asks(o.admin(), 404, "POST", "/v1/enrollments/nobody/unlock_token", "")
-	require.Equal(t, []string{"bare the device has not given one", "mac done"}, o.deeds("enrollment.bootstrap_token.read"))
+	require.Equal(t, []string{"bare the device has not escrowed one", "mac done"}, o.deeds("enrollment.bootstrap_token.read"))
 	require.Equal(t, []string{"mac done", "nobody no enrollment has that id or serial number"}, o.deeds("enrollment.unlock_token.read"))
 	status, answer, _ := o.do(o.admin(), "GET", "/v1/enrollments/mac", "")
 	require.Equal(t, 200, status)
