@@ -8,12 +8,13 @@ import (
 	"time"
 
 	"github.com/nanomdm/nanomdm/storage"
+	"github.com/nanomdm/nanomdm/storage/sqldb"
 )
 
 // WriteForTest runs fn in a transaction as the package's own writes do.
 func (s *Store) WriteForTest(ctx context.Context, fn func(exec func(q string, args ...any) (int64, error)) error) error {
 	return s.write(ctx, func(ctx context.Context, t *tx) error {
-		return fn(func(q string, args ...any) (int64, error) { return t.exec(ctx, q, args...) })
+		return fn(func(q string, args ...any) (int64, error) { return t.Exec(ctx, q, args...) })
 	})
 }
 
@@ -21,41 +22,41 @@ func (s *Store) WriteForTest(ctx context.Context, fn func(exec func(q string, ar
 // what reads a number.
 func (s *Store) LaterForTest(ctx context.Context, fn func(later func(q string, args ...any) error, number func(q string) (int, error)) error) error {
 	return s.write(ctx, func(ctx context.Context, t *tx) error {
-		return fn(func(q string, args ...any) error { return t.later(ctx, q, args...) }, func(q string) (n int, err error) {
-			return n, t.queryRow(ctx, q).Scan(&n)
+		return fn(func(q string, args ...any) error { return t.ExecDeferred(ctx, q, args...) }, func(q string) (n int, err error) {
+			return n, t.QueryRow(ctx, q).Scan(&n)
 		})
 	})
 }
 
 // SettingForTest reads one value on a connection of the pool.
 func (s *Store) SettingForTest(ctx context.Context, q string) (value string, err error) {
-	err = s.db.QueryRowContext(ctx, q).Scan(&value)
+	err = s.db.Writer().QueryRowContext(ctx, q).Scan(&value)
 	return value, err
 }
 
 // ExecForTest runs a statement outside of transactions, for as long as it takes.
 func (s *Store) ExecForTest(ctx context.Context, q string) error {
-	_, err := s.db.ExecContext(ctx, q)
+	_, err := s.db.Writer().ExecContext(ctx, q)
 	return err
 }
 
 // IndexesForTest are the statements that drop all indexes of the schema but
 // primary keys, and those that make them again.
 func (s *Store) IndexesForTest() (drop, create []string) {
-	steps, err := s.d.steps()
+	statements, err := migrations().Statements(s.db.Dialect())
 	if err != nil {
 		panic(err)
 	}
-	for _, st := range steps {
-		found := indexStatement.FindStringSubmatch(st.statement)
+	for _, statement := range statements {
+		found := indexStatement.FindStringSubmatch(statement)
 		if found == nil {
 			continue
 		}
 		q := "DROP INDEX " + found[1]
-		if s.d.forceIndex != nil { // MySQL and MariaDB, whose indexes are named within their tables
+		if s.db.Dialect().Index("x") != "" { // MySQL and MariaDB, whose indexes are named within their tables
 			q += " ON " + found[2]
 		}
-		drop, create = append(drop, q), append(create, st.statement)
+		drop, create = append(drop, q), append(create, statement)
 	}
 	return drop, create
 }
@@ -69,7 +70,7 @@ func (s *Store) FilterQueryForTest(scope storage.Scope, f storage.EnrollmentFilt
 	for _, p := range src.parts {
 		indexes = append(indexes, p.index)
 	}
-	q, args = src.query(s.d, storage.EnrollmentKey{By: src.index, At: time.UnixMicro(1), Key: "D"}, 100)
+	q, args = src.query(s.db.Dialect(), storage.EnrollmentKey{By: src.index, At: time.UnixMicro(1), Key: "D"}, 100)
 	return indexes, q, args
 }
 
@@ -94,26 +95,26 @@ func (s *Store) ListQueriesForTest() (list []ListQueryForTest) {
 	for name, f := range map[string]storage.CommandFilter{
 		"commands": {}, "commands by time": {CreatedAfter: time.UnixMicro(1), CreatedBefore: at},
 	} {
-		q, args := commandsQuery(s.d, f, nil, key, 100)
+		q, args := commandsQuery(s.db.Dialect(), f, nil, key, 100)
 		add(name, "nano_commands_created_at", q, args)
 	}
-	q, args := commandsQuery(s.d, storage.CommandFilter{RequestType: "rare"}, nil, key, 100)
+	q, args := commandsQuery(s.db.Dialect(), storage.CommandFilter{RequestType: "rare"}, nil, key, 100)
 	add("commands by type", "nano_commands_request_type", q, args)
 	add("commands in a state", "nano_enrollment_queue_command_uuid",
-		"SELECT c.command_uuid FROM nano_commands c WHERE "+chooseAll(s.d, storage.Queued)+" AND c.command_uuid IN (?, ?)", []any{"C1", "C2"})
-	add("commands of a rare state", "nano_enrollment_queue_command_uuid", rareQuery(s.d, storage.Queued), []any{rareRows + 1, rareCommands + 1})
-	q, args = itemsQuery(s.d, storage.Scope{}, "C1", 0, "D", 100)
+		"SELECT c.command_uuid FROM nano_commands c WHERE "+chooseAll(s.db.Dialect(), storage.Queued)+" AND c.command_uuid IN (?, ?)", []any{"C1", "C2"})
+	add("commands of a rare state", "nano_enrollment_queue_command_uuid", rareQuery(s.db.Dialect(), storage.Queued), []any{rareRows + 1, rareCommands + 1})
+	q, args = itemsQuery(s.db.Dialect(), storage.Scope{}, "C1", 0, "D", 100)
 	add("a command's enrollments", byCommand, q, args)
-	q, args = itemsQuery(s.d, storage.Scope{}, "C1", storage.Queued, "D", 100)
+	q, args = itemsQuery(s.db.Dialect(), storage.Scope{}, "C1", storage.Queued, "D", 100)
 	add("a command's enrollments of a state", byCommand, q, args)
-	from, args := commandRows(s.d, storage.Scope{}, "C1")
+	from, args := commandRows(s.db.Dialect(), storage.Scope{}, "C1")
 	add("counts of a command", byCommand, "SELECT q.state, COUNT(*) FROM "+from+" AND q.state IN ("+everyState()+") GROUP BY q.state", args)
-	q, args = queueQuery(s.d, "D000007", 0, storage.QueueKey{Priority: 0, Seq: 1}, 100)
+	q, args = queueQuery(s.db.Dialect(), "D000007", 0, storage.QueueKey{Priority: 0, Seq: 1}, 100)
 	add("a queue", "nano_enrollment_queue_next", q, args)
-	q, args = queueQuery(s.d, "D000007", storage.Acknowledged, storage.QueueKey{}, 100)
+	q, args = queueQuery(s.db.Dialect(), "D000007", storage.Acknowledged, storage.QueueKey{}, 100)
 	add("a queue by state", "nano_enrollment_queue_next", q, args)
 	for _, state := range storage.States() {
-		add("rows in state "+state.String(), "nano_enrollment_queue_(next|finished_at|command_uuid)", rowsInState(s.d, "q.created_at", state), []any{censusLimit})
+		add("rows in state "+state.String(), "nano_enrollment_queue_(next|finished_at|command_uuid)", rowsInState(s.db.Dialect(), "q.created_at", state), []any{censusLimit})
 	}
 	return list
 }
@@ -122,8 +123,8 @@ func (s *Store) ListQueriesForTest() (list []ListQueryForTest) {
 func (s *Store) ExplainForTest(ctx context.Context, q string, args ...any) (string, error) {
 	explain := map[string]string{
 		"sqlite": "EXPLAIN QUERY PLAN ", "pgsql": "EXPLAIN ", "mysql": "EXPLAIN FORMAT=JSON ", "mariadb": "EXPLAIN FORMAT=JSON ",
-	}[s.d.name]
-	rows, err := s.db.QueryContext(ctx, s.d.rebind(explain+q), args...)
+	}[s.db.Dialect().Name()]
+	rows, err := s.db.Writer().QueryContext(ctx, s.db.Dialect().Rebind(explain+q), args...)
 	if err != nil {
 		return "", err
 	}
@@ -159,26 +160,26 @@ type StatementForTest struct {
 // DeviceStatementsForTest returns the statements by keys that polls and reports
 // of enrollments need.
 func (s *Store) DeviceStatementsForTest(ids []string, uuid string) map[string]StatementForTest {
-	keys := make([]queueKey, len(ids))
+	keys := make([]keyPair, len(ids))
 	for i, id := range ids {
-		keys[i] = queueKey{id, uuid}
+		keys[i] = keyPair{ID: id, Item: uuid}
 	}
-	t := &tx{d: s.d}
-	pairs, err := s.d.pairArgs(keys)
+	t := &tx{Tx: &sqldb.Tx{Dialect: s.db.Dialect()}}
+	pairs, err := s.db.Dialect().PairArgs(keys)
 	if err != nil {
 		panic(err)
 	}
 	rows, rowArgs := t.lockedRowsText(keys, false)
 	told, toldArgs := t.lockedRowsText(keys, true)
-	ending, endArgs := t.updateLockedText("state = 10", keys)
-	offered, offerArgs := t.lockedKeysText("id, command_uuid", keys, stillWaits)
-	is, idArgs := t.among(ids)
-	locking, lockArgs := t.lockedText("id", "nano_devices", ids)
-	numbering, numberArgs := t.updateLockedIDsText("nano_enrollment_push", "last_seq = last_seq + 1", ids)
+	ending, endArgs := queueRows.UpdateLockedText(t.Tx, "state = 10", keys)
+	offered, offerArgs := queueRows.LockText(t.Tx, "id, command_uuid", keys, stillWaits)
+	is, idArgs := t.Among(ids)
+	locking, lockArgs := t.LockText("id", "nano_devices", ids)
+	numbering, numberArgs := t.UpdateLockedText("nano_enrollment_push", "last_seq = last_seq + 1", ids)
 	eligible, eligibleArgs := t.enrolledText(ids, uuid)
 	return map[string]StatementForTest{
-		"subjects": {Text: s.d.subjects, Args: append([]any{int64(1), int64(1)}, pairs...), Index: "nano_enrollment_queue_next", Unsorted: true},
-		"senders":  {Text: s.d.senders, Args: pairs, Index: "nano_cert_auth_associations_id"},
+		"subjects": {Text: s.texts.subjects, Args: append([]any{int64(1), int64(1)}, pairs...), Index: "nano_enrollment_queue_next", Unsorted: true},
+		"senders":  {Text: s.texts.senders, Args: pairs, Index: "nano_cert_auth_associations_id"},
 		"locking":  {Text: locking, Args: lockArgs},
 		"rows":     {Text: rows, Args: rowArgs},
 		"told":     {Text: told, Args: toldArgs},

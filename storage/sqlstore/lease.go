@@ -17,7 +17,7 @@ func (s *Store) PeekLease(ctx context.Context, name string) (storage.Lease, erro
 	var l storage.Lease
 	err := s.read(ctx, func(ctx context.Context, t *tx) error {
 		l = storage.Lease{Name: name}
-		err := t.queryRow(ctx, `SELECT holder, fence, beat FROM nano_leases WHERE name = ?`, name).
+		err := t.QueryRow(ctx, `SELECT holder, fence, beat FROM nano_leases WHERE name = ?`, name).
 			Scan(&l.Holder, &l.Fence, &l.Beat)
 		if errors.Is(err, sql.ErrNoRows) {
 			return nil
@@ -35,9 +35,9 @@ func (s *Store) TakeLease(ctx context.Context, seen storage.Lease, holder string
 	next := storage.Lease{Name: seen.Name, Holder: holder, Fence: seen.Fence + 1, Beat: seen.Beat + 1}
 	err := s.write(ctx, func(ctx context.Context, t *tx) error {
 		if seen.Fence == 0 && seen.Beat == 0 { // there was no row
-			_, err := t.exec(ctx, `INSERT INTO nano_leases (name, holder, fence, beat) VALUES (?, ?, ?, ?)`,
+			_, err := t.Exec(ctx, `INSERT INTO nano_leases (name, holder, fence, beat) VALUES (?, ?, ?, ?)`,
 				next.Name, next.Holder, next.Fence, next.Beat)
-			if t.d.unique(err) {
+			if t.Dialect.Unique(err) {
 				return storage.ErrLeaseLost
 			}
 			return err
@@ -74,7 +74,7 @@ func (s *Store) RenewLease(ctx context.Context, l storage.Lease) (storage.Lease,
 func (s *Store) ReleaseLease(ctx context.Context, l storage.Lease) error {
 	s.held.Delete(l.Name)
 	err := s.write(ctx, func(ctx context.Context, t *tx) error {
-		_, err := t.exec(ctx, `UPDATE nano_leases SET holder = '', beat = beat + 1
+		_, err := t.Exec(ctx, `UPDATE nano_leases SET holder = '', beat = beat + 1
 			WHERE name = ? AND holder = ? AND fence = ?`, l.Name, l.Holder, l.Fence)
 		return err
 	})
@@ -85,7 +85,7 @@ func (s *Store) ReleaseLease(ctx context.Context, l storage.Lease) error {
 }
 
 func changeLease(ctx context.Context, t *tx, q string, args ...any) error {
-	n, err := t.exec(ctx, q, args...)
+	n, err := t.Exec(ctx, q, args...)
 	if err != nil {
 		return err
 	}
@@ -100,7 +100,7 @@ func changeLease(ctx context.Context, t *tx, q string, args ...any) error {
 // with it.
 func (t *tx) checkLease(ctx context.Context, l storage.Lease) error {
 	var one int
-	err := t.queryRow(ctx, `SELECT 1 FROM nano_leases WHERE name = ? AND holder = ? AND fence = ?`+t.d.forShare,
+	err := t.QueryRow(ctx, `SELECT 1 FROM nano_leases WHERE name = ? AND holder = ? AND fence = ?`+t.Dialect.ForShare(),
 		l.Name, l.Holder, l.Fence).Scan(&one)
 	if errors.Is(err, sql.ErrNoRows) {
 		return storage.ErrLeaseLost

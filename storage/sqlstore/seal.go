@@ -11,6 +11,7 @@ import (
 	"strings"
 
 	"github.com/nanomdm/nanomdm/storage"
+	"github.com/nanomdm/nanomdm/storage/sqldb"
 )
 
 // Columns with values that are sealed. A value is bound to its column and to
@@ -155,8 +156,8 @@ func (s *Store) checkSeal(ctx context.Context) error {
 		if _, known := checks[id]; known {
 			return nil
 		}
-		_, err = t.exec(ctx, t.d.upsert("nano_seal", []string{"id", "value", "created_at"}, []string{"id"}, nil),
-			id, t.sealed(sealCheckColumn, id, []byte(sealCheck)), t.now)
+		_, err = t.Exec(ctx, t.Dialect.Upsert("nano_seal", []string{"id", "value", "created_at"}, []string{"id"}, nil),
+			id, t.sealed(sealCheckColumn, id, []byte(sealCheck)), t.Now)
 		if err != nil {
 			return fmt.Errorf("noting the seal key in use: %w", err)
 		}
@@ -165,7 +166,7 @@ func (s *Store) checkSeal(ctx context.Context) error {
 }
 
 func sealChecks(ctx context.Context, t *tx) (map[string][]byte, error) {
-	rows, err := t.query(ctx, "SELECT id, value FROM nano_seal ORDER BY id")
+	rows, err := t.Query(ctx, "SELECT id, value FROM nano_seal ORDER BY id")
 	if err != nil {
 		return nil, err
 	}
@@ -202,7 +203,7 @@ func sealedTables(commands bool) []sealedTable {
 			events.args = append(events.args, topic)
 		}
 	}
-	events.where = "topic IN " + in(len(events.args))
+	events.where = "topic IN " + sqldb.In(len(events.args))
 	return []sealedTable{
 		{name: "nano_devices", key: "id", columns: []string{authenticateColumn, tokenUpdateColumn, unlockTokenColumn, bootstrapTokenColumn}},
 		{name: "nano_users", key: "id", columns: []string{userTokenUpdateColumn, userAuthenticateColumn}},
@@ -262,7 +263,7 @@ func (s *Store) Reseal(ctx context.Context, after string, limit int) (storage.Re
 		if next.Unreadable {
 			return nil
 		}
-		_, err = t.exec(ctx, "DELETE FROM nano_seal WHERE id <> ?", c.KeyID)
+		_, err = t.Exec(ctx, "DELETE FROM nano_seal WHERE id <> ?", c.KeyID)
 		return err
 	})
 	if err != nil {
@@ -303,7 +304,7 @@ func reseal(ctx context.Context, t *tx, table sealedTable, after string, limit i
 				continue
 			}
 			name := strings.TrimPrefix(column, table.name+".")
-			n, err := t.exec(ctx, "UPDATE "+table.name+" SET "+name+" = ? WHERE "+table.key+" = ? AND "+name+" = ?",
+			n, err := t.Exec(ctx, "UPDATE "+table.name+" SET "+name+" = ? WHERE "+table.key+" = ? AND "+name+" = ?",
 				t.sealed(column, row.key, plain), row.key, value)
 			if err != nil {
 				return done, "", err
@@ -340,7 +341,7 @@ func staleRows(ctx context.Context, t *tx, table sealedTable, after string, limi
 		q.WriteString(" THEN NULL ELSE " + column + " END")
 	}
 	q.WriteString(" FROM " + table.name + " WHERE " + table.key + " > ? ORDER BY " + table.key + " LIMIT ?")
-	rows, err := t.query(ctx, q.String(), append(args, after, limit)...)
+	rows, err := t.Query(ctx, q.String(), append(args, after, limit)...)
 	if err != nil {
 		return nil, err
 	}

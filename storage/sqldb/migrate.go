@@ -1,0 +1,266 @@
+package sqldb
+
+import (
+	"context"
+	"fmt"
+	"io/fs"
+	"slices"
+	"strconv"
+	"strings"
+)
+
+// Migrations bring a schema up to date, one recorded step at a time.
+type Migrations struct {
+	// Files are NNNN_name.sql, numbered from 1 without a gap. A statement ends
+	// with ; at the end of a line, is one step, can be repeated, and is never
+	// changed after a release. {word} stands for one of the engine's words.
+	Files fs.FS
+	// Bootstrap makes the tables that Hold needs; each can be repeated.
+	Bootstrap []string
+	// Refuse is asked about a database without a record of migrations; it gets
+	// the names of its tables.
+	Refuse func(tables []string) error
+	// Hold runs work while this process alone may migrate. check is to be called
+	// first in each transaction; it fails if another process has taken over,
+	// and so does ctx.
+	Hold func(ctx context.Context, work func(ctx context.Context, check func(context.Context, *Tx) error) error) error
+}
+
+// recordTable makes the record of the steps that were done.
+const recordTable = `CREATE TABLE IF NOT EXISTS nano_schema (
+	version    BIGINT NOT NULL,
+	step       BIGINT NOT NULL,
+	applied_at BIGINT NOT NULL,
+	PRIMARY KEY (version, step)
+) {table}`
+
+// step is one statement of a migration.
+type step struct {
+	version, number int64
+	statement       string
+}
+
+// steps returns every statement of every migration, in order.
+func (m *Migrations) steps(d *Dialect) ([]step, error) {
+	entries, err := fs.ReadDir(m.Files, ".") // sorted by name
+	if err != nil {
+		return nil, err
+	}
+	var all []step
+	for _, entry := range entries {
+		prefix, _, _ := strings.Cut(entry.Name(), "_")
+		version, err := strconv.ParseInt(prefix, 10, 64)
+		if err != nil {
+			return nil, fmt.Errorf("migration %s has no number: %w", entry.Name(), err)
+		}
+		text, err := fs.ReadFile(m.Files, entry.Name())
+		if err != nil {
+			return nil, err
+		}
+		for i, statement := range statements(string(text)) {
+			text := d.ddl(statement)
+			if strings.HasPrefix(text, "--") { // another engine's
+				text = ""
+			}
+			all = append(all, step{version, int64(i + 1), text})
+		}
+	}
+	return all, nil
+}
+
+// Statements returns every statement of every migration as an engine gets it.
+func (m *Migrations) Statements(d *Dialect) ([]string, error) {
+	steps, err := m.steps(d)
+	var all []string
+	for _, st := range steps {
+		all = append(all, st.statement)
+	}
+	return all, err
+}
+
+// Newest is the schema that the files make.
+func (m *Migrations) Newest() int64 {
+	entries, _ := fs.ReadDir(m.Files, ".")
+	return int64(len(entries))
+}
+
+// statements splits a file at each ; that ends a line, without comments.
+func statements(text string) []string {
+	var all []string
+	var b strings.Builder
+	for line := range strings.Lines(text) {
+		trimmed := strings.TrimSpace(line)
+		if trimmed == "" || strings.HasPrefix(trimmed, "--") {
+			continue
+		}
+		if last, ended := strings.CutSuffix(trimmed, ";"); ended {
+			b.WriteString(last)
+			all = append(all, b.String())
+			b.Reset()
+			continue
+		}
+		b.WriteString(trimmed + "\n")
+	}
+	return all
+}
+
+// ddl puts the engine's words in.
+func (d *Dialect) ddl(statement string) string {
+	for word, text := range d.words {
+		statement = strings.ReplaceAll(statement, "{"+word+"}", text)
+	}
+	return statement
+}
+
+// Migrate brings the schema up to date. Of several processes that start at
+// once one does it and the others wait.
+func (db *DB) Migrate(ctx context.Context, m *Migrations) error {
+	if err := db.prepareSchema(ctx, m); err != nil {
+		return err
+	}
+	all, err := m.steps(db.dialect)
+	if err != nil {
+		return err
+	}
+	missing, err := db.missingSteps(ctx, m, all)
+	if err != nil {
+		return err
+	}
+	if len(missing) > 0 {
+		err := m.Hold(ctx, func(workCtx context.Context, check func(context.Context, *Tx) error) error {
+			return db.applySteps(ctx, workCtx, m, all, check)
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return db.readArrayTypes(ctx)
+}
+
+// applySteps runs the steps without a record. A step is not interrupted when
+// workCtx ends: one that takes long would never end. Its transaction checks
+// that nobody else migrates, and it can be repeated.
+func (db *DB) applySteps(ctx, workCtx context.Context, m *Migrations, all []step, check func(context.Context, *Tx) error) error {
+	missing, err := db.missingSteps(ctx, m, all)
+	if err != nil {
+		return err
+	}
+	for _, st := range missing {
+		if workCtx.Err() != nil {
+			return context.Cause(workCtx)
+		}
+		if err := db.applyStep(ctx, st, check); err != nil {
+			return fmt.Errorf("migration %d, step %d: %w", st.version, st.number, err)
+		}
+	}
+	return nil
+}
+
+// prepareSchema refuses a database of another program and makes the tables
+// that migrating needs.
+func (db *DB) prepareSchema(ctx context.Context, m *Migrations) error {
+	tables, err := db.tables(ctx)
+	if err != nil {
+		return err
+	}
+	if !slices.Contains(tables, "nano_schema") {
+		if err := m.Refuse(tables); err != nil {
+			return err
+		}
+	}
+	for _, statement := range slices.Concat([]string{recordTable}, m.Bootstrap) {
+		if err := db.writeUntimed(ctx, func(ctx context.Context, t *Tx) error {
+			return t.execText(ctx, db.dialect.ddl(statement))
+		}); err != nil && !db.dialect.repeated(err) {
+			return err
+		}
+	}
+	return nil
+}
+
+// tables lists the tables of the database.
+func (db *DB) tables(ctx context.Context) (names []string, err error) {
+	err = db.Read(ctx, func(ctx context.Context, t *Tx) error {
+		names = nil
+		rows, err := t.Query(ctx, db.dialect.tables)
+		if err != nil {
+			return err
+		}
+		defer rows.Close()
+		for rows.Next() {
+			var name string
+			if err := rows.Scan(&name); err != nil {
+				return err
+			}
+			names = append(names, name)
+		}
+		return rows.Err()
+	})
+	return names, err
+}
+
+// missingSteps returns the steps without a record, and refuses a database
+// that a newer binary has migrated.
+func (db *DB) missingSteps(ctx context.Context, m *Migrations, all []step) (missing []step, err error) {
+	err = db.Read(ctx, func(ctx context.Context, t *Tx) error {
+		missing = nil
+		version, err := SchemaVersion(ctx, t)
+		if err != nil {
+			return err
+		}
+		if known := m.Newest(); version > known {
+			return fmt.Errorf("it has schema %d, made by a newer version of this program; this one knows %d", version, known)
+		}
+		rows, err := t.Query(ctx, `SELECT version, step FROM nano_schema`)
+		if err != nil {
+			return err
+		}
+		defer rows.Close()
+		done := make(map[[2]int64]bool)
+		for rows.Next() {
+			var key [2]int64
+			if err := rows.Scan(&key[0], &key[1]); err != nil {
+				return err
+			}
+			done[key] = true
+		}
+		for _, st := range all {
+			if !done[[2]int64{st.version, st.number}] {
+				missing = append(missing, st)
+			}
+		}
+		return rows.Err()
+	})
+	return missing, err
+}
+
+// applyStep runs a step and records it. Where DDL commits by itself the two
+// can come apart, and the step is then repeated.
+func (db *DB) applyStep(ctx context.Context, st step, check func(context.Context, *Tx) error) error {
+	run := func(statement string) error {
+		return db.writeUntimed(ctx, func(ctx context.Context, t *Tx) error {
+			if err := check(ctx, t); err != nil {
+				return err
+			}
+			if statement != "" {
+				if err := t.execText(ctx, statement); err != nil {
+					return err
+				}
+			}
+			_, err := t.Exec(ctx, t.Dialect.Upsert("nano_schema", []string{"version", "step", "applied_at"},
+				[]string{"version", "step"}, nil), st.version, st.number, t.Now)
+			return err
+		})
+	}
+	err := run(st.statement)
+	if err != nil && db.dialect.repeated(err) {
+		err = run("")
+	}
+	return err
+}
+
+// SchemaVersion returns the newest migration that was begun on the database.
+func SchemaVersion(ctx context.Context, t *Tx) (version int64, err error) {
+	err = t.QueryRow(ctx, `SELECT COALESCE(MAX(version), 0) FROM nano_schema`).Scan(&version)
+	return version, err
+}

@@ -1,0 +1,304 @@
+package sqldb
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+	"strconv"
+	"strings"
+
+	"github.com/go-sql-driver/mysql"
+)
+
+// The oldest servers that are served: both have what the schema and the
+// statements use (descending indexes, binary collations without padding).
+var (
+	mysqlOldest   = [2]int{8, 4}
+	mariadbOldest = [2]int{10, 11}
+)
+
+// openMySQL asks the server who it is with a first connection, and makes the
+// pool's connections accordingly.
+func openMySQL(ctx context.Context, cfg Config) (*pools, error) {
+	mc, err := mysql.ParseDSN(cfg.DSN)
+	if err != nil {
+		// Not wrapped: some errors quote what may be a piece of the password.
+		return nil, errors.New("the data source name is not user:password@tcp(host:port)/name?param=value, as go-sql-driver/mysql has it")
+	}
+	mc.Logger = &mysql.NopLogger{} // what it says comes back as errors, too
+	mc.ParseTime = false
+	mc.MultiStatements = true // see mysqlExecBatch
+	mc.ClientFoundRows = true
+	mc.InterpolateParams = true // one round trip for each statement
+	mc.RejectReadOnly = true    // a former primary: find the new one
+	if mc.Timeout == 0 {
+		mc.Timeout = dialTimeout
+	}
+	server, err := askMySQL(ctx, cfg, mc)
+	if err != nil {
+		return nil, err
+	}
+	d := mysqlDialect()
+	isolation, collation := "transaction_isolation", "utf8mb4_0900_bin"
+	if server.mariadb {
+		d = mariadbDialect()
+		isolation, collation = "tx_isolation", "utf8mb4_nopad_bin"
+	}
+	mc.MaxAllowedPacket = server.maxPacket
+	d.execBatch = mysqlExecBatch(min(maxBatchBytes, server.maxPacket/2))
+	mc.Collation = "" // the driver knows neither of ours by name
+	if err := mc.Apply(mysql.Charset("utf8mb4", "")); err != nil {
+		return nil, err
+	}
+	params := map[string]string{
+		isolation: "'READ-COMMITTED'",
+		// Derived tables of arguments compare as the columns do.
+		"collation_connection": "'" + collation + "'",
+		// Without strictness a value that is too long is cut, silently.
+		"sql_mode":                 "'STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION'",
+		"innodb_lock_wait_timeout": "10",
+	}
+	if server.mariadb {
+		// A table for each subquery's results by its arguments, which are
+		// never the same: more than half of the cost of a poll.
+		params["optimizer_switch"] = "'subquery_cache=off'"
+	}
+	for k, v := range mc.Params {
+		params[k] = v
+	}
+	mc.Params = params
+	connector, err := mysql.NewConnector(mc)
+	if err != nil {
+		return nil, err
+	}
+	db := sql.OpenDB(connector)
+	sizePool(db, cfg)
+	if err := db.PingContext(ctx); err != nil {
+		db.Close()
+		return nil, fmt.Errorf("connecting: %w", err)
+	}
+	return &pools{dialect: d, write: db, read: db}, nil
+}
+
+// mysqlServer is what matters about the other side.
+type mysqlServer struct {
+	mariadb   bool
+	maxPacket int
+}
+
+func askMySQL(ctx context.Context, cfg Config, mc *mysql.Config) (mysqlServer, error) {
+	var server mysqlServer
+	connector, err := mysql.NewConnector(mc)
+	if err != nil {
+		return server, err
+	}
+	db := sql.OpenDB(connector)
+	defer db.Close()
+	var version, flush string
+	err = db.QueryRowContext(ctx, "SELECT VERSION(), @@max_allowed_packet, @@innodb_flush_log_at_trx_commit").
+		Scan(&version, &server.maxPacket, &flush)
+	if err != nil {
+		return server, fmt.Errorf("connecting: %w", err)
+	}
+	server.mariadb, err = checkMySQLVersion(version)
+	if err != nil {
+		return server, err
+	}
+	if flush != "1" {
+		cfg.Logger.WarnContext(ctx, "innodb_flush_log_at_trx_commit is not 1: what was acknowledged to devices can be lost in a crash", "value", flush)
+	}
+	if server.maxPacket < 16<<20 {
+		cfg.Logger.WarnContext(ctx, "the server's max_allowed_packet is small: a device's larger results will be refused", "bytes", server.maxPacket)
+	}
+	return server, nil
+}
+
+// checkMySQLVersion reads what SELECT VERSION() says, such as 8.4.3 or
+// 10.11.6-MariaDB-0+deb12u1.
+func checkMySQLVersion(version string) (mariadb bool, err error) {
+	name, oldest := "MySQL", mysqlOldest
+	if strings.Contains(strings.ToLower(version), "mariadb") {
+		mariadb, name, oldest = true, "MariaDB", mariadbOldest
+		// Some servers prefix a version for the sake of old replicas.
+		version = strings.TrimPrefix(version, "5.5.5-")
+	}
+	var major, minor int
+	parts := strings.SplitN(version, ".", 3)
+	if len(parts) >= 2 {
+		major, err = strconv.Atoi(parts[0])
+		if err == nil {
+			minor, err = strconv.Atoi(parts[1])
+		}
+	}
+	if len(parts) < 2 || err != nil {
+		return false, fmt.Errorf("the server's version %q cannot be read", version)
+	}
+	if major < oldest[0] || major == oldest[0] && minor < oldest[1] {
+		return false, fmt.Errorf("%s %s is too old, %d.%d is the oldest that is served", name, version, oldest[0], oldest[1])
+	}
+	return mariadb, nil
+}
+
+func mysqlDialect() *Dialect {
+	d := mysqlCommon()
+	d.name = "mysql"
+	d.forShare = " FOR SHARE"
+	d.values = " AS new"
+	d.proposed = func(column string) string { return "new." + column }
+	d.conflict = func(columns []string, set string) string {
+		if set == "" {
+			set = columns[0] + " = new." + columns[0]
+		}
+		return " ON DUPLICATE KEY UPDATE " + set
+	}
+	d.words["id"] = "VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_0900_bin"
+	d.words["text"] = "LONGTEXT CHARACTER SET utf8mb4 COLLATE utf8mb4_0900_bin"
+	d.words["table"] = "ENGINE=InnoDB DEFAULT CHARSET=utf8mb4 COLLATE=utf8mb4_0900_bin"
+	d.words["if_not_exists"] = "" // not for indexes; see repeated
+	d.pairTable = jsonTable(d.words["id"])
+	return d
+}
+
+func mariadbDialect() *Dialect {
+	d := mysqlCommon()
+	d.name = "mariadb"
+	d.forShare = " LOCK IN SHARE MODE"
+	d.proposed = func(column string) string { return "VALUES(" + column + ")" }
+	d.conflict = func(columns []string, set string) string {
+		if set == "" {
+			set = columns[0] + " = VALUES(" + columns[0] + ")"
+		}
+		return " ON DUPLICATE KEY UPDATE " + set
+	}
+	d.words["id"] = "VARCHAR(255) CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin"
+	d.words["text"] = "LONGTEXT CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin"
+	d.words["table"] = "ENGINE=InnoDB DEFAULT CHARSET=utf8mb4 COLLATE=utf8mb4_nopad_bin"
+	d.words["if_not_exists"] = "IF NOT EXISTS"
+	d.pairTable = jsonTable(d.words["id"])
+	return d
+}
+
+// jsonTable is the pairTable of columns of a type.
+func jsonTable(column string) func(id, item string) string {
+	return func(id, item string) string {
+		return "JSON_TABLE(?, '$[*]' COLUMNS (" + id + " " + column + " PATH '$[0]', " + item + " " + column + " PATH '$[1]')) r"
+	}
+}
+
+// mysqlCommon is what MySQL and MariaDB share.
+func mysqlCommon() *Dialect {
+	return &Dialect{
+		// Parsing is a quarter of the cost of large statements.
+		prepare:   prepareNamed,
+		forUpdate: " FOR UPDATE",
+		// Of two indexes that begin with the same column the planners may take
+		// the one that does not help, and read all rows that have ended.
+		forceIndex:     func(index string) string { return " FORCE INDEX (" + index + ")" },
+		greatest:       "GREATEST",
+		maxArgs:        60000, // interpolated; prepared ones are limited to 65535
+		parallelReads:  1,
+		parallelWrites: 1,
+		parallelBulk:   2,
+		intPlaceholder: "?",
+		pairArgs:       jsonPairs,
+		lookup:         inOrder("STRAIGHT_JOIN"),
+
+		unique: func(err error) bool {
+			n := mysqlNumber(err)
+			return n == 1062 || n == 1586
+		},
+		retryable: func(err error) bool {
+			switch mysqlNumber(err) {
+			case 1213, // ER_LOCK_DEADLOCK, and a cluster's lost certification
+				1205, // ER_LOCK_WAIT_TIMEOUT
+				1020, // ER_CHECKREAD: changed since it was read
+				3101, // ER_TRANSACTION_ROLLBACK_DURING_COMMIT
+				3572, // ER_LOCK_NOWAIT
+				1290, // ER_OPTION_PREVENTS_STATEMENT: read only, a former primary
+				1792, // ER_CANT_EXECUTE_IN_READ_ONLY_TRANSACTION
+				1836: // ER_READ_ONLY_MODE
+				return true
+			}
+			return false
+		},
+		unavailable: func(err error) bool {
+			switch mysqlNumber(err) {
+			case 1040, // ER_CON_COUNT_ERROR
+				1047, // ER_UNKNOWN_COM_ERROR: a cluster's node is not ready
+				1053, // ER_SERVER_SHUTDOWN
+				1927, // ER_CONNECTION_KILLED
+				4031: // ER_CLIENT_INTERACTION_TIMEOUT
+				return true
+			}
+			return errors.Is(err, mysql.ErrInvalidConn) || lostConnection(err)
+		},
+
+		words: map[string]string{"blob": "LONGBLOB", "room": "", "where": "--", "pgsql": "--"}, // it has no such indexes
+		// DDL commits by itself, so a step may have been done and not
+		// recorded: 1061 duplicate key name, 1060 duplicate column, 1091
+		// nothing to drop, 1050 table exists.
+		repeated: func(err error) bool {
+			switch mysqlNumber(err) {
+			case 1050, 1060, 1061, 1091:
+				return true
+			}
+			return false
+		},
+		tables: "SELECT table_name FROM information_schema.tables WHERE table_schema = DATABASE()",
+	}
+}
+
+// maxBatchBytes is the size of texts that are sent as one, in bytes. What is
+// larger goes by itself, and the driver prepares what is larger than a packet.
+const maxBatchBytes = 512 << 10
+
+// mysqlExecBatch joins statements into texts of several. The driver reads all
+// outcomes and returns the first error.
+func mysqlExecBatch(most int) func(ctx context.Context, conn *sql.Conn, deferred []statement) error {
+	return func(ctx context.Context, conn *sql.Conn, deferred []statement) error {
+		for len(deferred) > 0 {
+			n, size := 1, deferred[0].size()
+			for n < len(deferred) && size+deferred[n].size() <= most {
+				size += deferred[n].size()
+				n++
+			}
+			texts, args := make([]string, n), []any(nil)
+			for i, s := range deferred[:n] {
+				texts[i] = s.text
+				args = append(args, s.args...)
+			}
+			if _, err := conn.ExecContext(ctx, strings.Join(texts, "; "), args...); err != nil {
+				for i, s := range deferred[:n] {
+					texts[i] = s.name()
+				}
+				return fmt.Errorf("%s: %w", strings.Join(texts, "; "), err) // it does not say which one
+			}
+			deferred = deferred[n:]
+		}
+		return nil
+	}
+}
+
+// size is about how many bytes the statement takes with its arguments inside.
+func (s statement) size() int {
+	n := len(s.text)
+	for _, a := range s.args {
+		switch a := a.(type) {
+		case string:
+			n += 2 * len(a)
+		case []byte:
+			n += 2 * len(a)
+		}
+		n += 32
+	}
+	return n
+}
+
+func mysqlNumber(err error) uint16 {
+	var e *mysql.MySQLError
+	if errors.As(err, &e) {
+		return e.Number
+	}
+	return 0
+}

@@ -1,0 +1,239 @@
+package sqldb
+
+import (
+	"cmp"
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/stdlib"
+)
+
+// pgsqlOldest is the oldest server_version_num that is served.
+const pgsqlOldest = 130000
+
+const dialTimeout = 10 * time.Second
+
+func openPgSQL(ctx context.Context, cfg Config) (*pools, error) {
+	pc, err := pgx.ParseConfig(cfg.DSN)
+	if err != nil {
+		// pgx's message repeats the DSN, with the password only partly
+		// masked for keyword strings.
+		return nil, errors.New("the data source name is not a PostgreSQL URL or keyword string")
+	}
+	if pc.ConnectTimeout == 0 {
+		pc.ConnectTimeout = dialTimeout
+	}
+	db := stdlib.OpenDB(*pc)
+	sizePool(db, cfg)
+	if err := checkPgSQL(ctx, cfg, db); err != nil {
+		db.Close()
+		return nil, err
+	}
+	return &pools{dialect: pgsqlDialect(), write: db, read: db}, nil
+}
+
+// sizePool applies the configured bounds to the pool of a server's
+// connections.
+func sizePool(db *sql.DB, cfg Config) {
+	db.SetMaxOpenConns(cfg.MaxOpenConns)
+	db.SetMaxIdleConns(cfg.MaxOpenConns)
+	db.SetConnMaxLifetime(cfg.ConnMaxLifetime)
+	db.SetConnMaxIdleTime(cfg.ConnMaxIdleTime)
+}
+
+func checkPgSQL(ctx context.Context, cfg Config, db *sql.DB) error {
+	var version int
+	var encoding, durable string
+	err := db.QueryRowContext(ctx, `SELECT current_setting('server_version_num')::int,
+		current_setting('server_encoding'), current_setting('synchronous_commit')`).Scan(&version, &encoding, &durable)
+	if err != nil {
+		return fmt.Errorf("connecting: %w", err)
+	}
+	if version < pgsqlOldest {
+		return fmt.Errorf("PostgreSQL %d is too old, %d is the oldest that is served", version/10000, pgsqlOldest/10000)
+	}
+	if encoding != "UTF8" {
+		return fmt.Errorf("the database's encoding is %s, it must be UTF8", encoding)
+	}
+	if durable == "off" {
+		cfg.Logger.WarnContext(ctx, "PostgreSQL's synchronous_commit is off: what was acknowledged to devices can be lost in a crash")
+	}
+	return nil
+}
+
+func pgsqlDialect() *Dialect {
+	return &Dialect{
+		name:     "pgsql",
+		numbered: true,
+		// A server's default may be stricter, at the price of retries.
+		begin:          "BEGIN ISOLATION LEVEL READ COMMITTED",
+		execBatch:      pgsqlExecBatch,
+		queryBatch:     pgsqlQueryBatch,
+		batchCounts:    true,
+		forUpdate:      " FOR UPDATE",
+		forShare:       " FOR SHARE",
+		greatest:       "GREATEST",
+		maxArgs:        60000, // the protocol's limit is 65535
+		parallelReads:  1,
+		parallelWrites: 1,
+		parallelBulk:   2,
+
+		arrays:         true,
+		intPlaceholder: "CAST(? AS BIGINT)",
+		arrayColumns: `SELECT table_name || '.' || column_name, CASE data_type WHEN 'bytea' THEN 'bytea[]'
+WHEN 'bigint' THEN 'bigint[]' WHEN 'smallint' THEN 'bigint[]' ELSE 'text[]' END
+FROM information_schema.columns WHERE table_schema = current_schema()`,
+		// A statement is planned anew each time while that looks cheaper than a
+		// plan for any values, as it does for arrays of less than ten, and
+		// planning costs far more than reading so few rows.
+		opaque: func(value string) string { return "(SELECT " + value + ")" },
+		pairTable: func(id, item string) string {
+			return "unnest((SELECT ?::text[]), (SELECT ?::text[])) AS r (" + id + ", " + item + ")"
+		},
+		pairArgs: arrayPairs,
+		// The offset keeps the planner from a hash join.
+		lookup: func(left bool, table, alias, on string) string {
+			join := " JOIN"
+			if left {
+				join = " LEFT JOIN"
+			}
+			return join + " LATERAL (SELECT * FROM " + table + " " + alias + " WHERE " + on + " OFFSET 0) " + alias + " ON true"
+		},
+
+		conflict: onConflict,
+		proposed: excluded,
+
+		unique: func(err error) bool { return pgCode(err) == "23505" },
+		retryable: func(err error) bool {
+			switch pgCode(err) {
+			case "40001", // serialization_failure
+				"40P01", // deadlock_detected
+				"55P03", // lock_not_available
+				"25006": // read_only_sql_transaction: a former primary
+				return true
+			}
+			return pgconn.SafeToRetry(err)
+		},
+		unavailable: func(err error) bool {
+			code := pgCode(err)
+			switch {
+			case code == "":
+				var connect *pgconn.ConnectError
+				return errors.As(err, &connect) || lostConnection(err)
+			case code[:2] == "08": // connection exceptions
+				return true
+			}
+			switch code {
+			case "57P01", "57P02", "57P03", // shutting down, crashed, starting
+				"53300": // too_many_connections
+				return true
+			}
+			return false
+		},
+
+		words: map[string]string{
+			"id":            `VARCHAR(255) COLLATE "C"`,
+			"text":          "TEXT",
+			"blob":          "BYTEA",
+			"table":         "",
+			"room":          "WITH (fillfactor = 50)",
+			"if_not_exists": "IF NOT EXISTS",
+			"where":         "WHERE",
+			"pgsql":         "",
+		},
+		// Two replicas may still create the same thing at once, before there
+		// is a lease to take: 42P07 duplicate_table, 42710 duplicate_object for
+		// its row type, 23505 in the catalog. 42701 is duplicate_column.
+		repeated: func(err error) bool {
+			switch pgCode(err) {
+			case "42P07", "42710", "42701", "23505":
+				return true
+			}
+			return false
+		},
+		tables: "SELECT table_name FROM information_schema.tables WHERE table_schema = current_schema()",
+	}
+}
+
+// pgsqlExecBatch sends all statements before it reads the first outcome.
+func pgsqlExecBatch(ctx context.Context, conn *sql.Conn, deferred []statement) error {
+	return pgsqlQueryBatch(ctx, conn, deferred, nil)
+}
+
+// pgsqlQueryBatch sends all statements and queries before it reads the first outcome.
+func pgsqlQueryBatch(ctx context.Context, conn *sql.Conn, deferred []statement, queries []BatchQuery) error {
+	return conn.Raw(func(dc any) (err error) {
+		var b pgx.Batch
+		for _, s := range deferred {
+			b.Queue(s.text, s.args...)
+		}
+		for _, q := range queries {
+			b.Queue(q.Text, q.Args...)
+		}
+		results := dc.(*stdlib.Conn).Conn().SendBatch(ctx, &b)
+		defer func() { err = cmp.Or(err, results.Close()) }()
+		for _, s := range deferred {
+			tag, err := results.Exec()
+			if err == nil && tag.String() == "ROLLBACK" {
+				err = pgx.ErrTxCommitRollback // it had failed before
+			}
+			if err != nil {
+				return fmt.Errorf("%s: %w", s.name(), err)
+			}
+			if s.rows != nil {
+				*s.rows = int(tag.RowsAffected())
+			}
+		}
+		for _, q := range queries {
+			rows, err := results.Query()
+			if err != nil {
+				return q.failed(err)
+			}
+			err = q.Read(pgsqlRows{rows})
+			rows.Close()
+			if err := cmp.Or(err, rows.Err()); err != nil {
+				return q.failed(err)
+			}
+		}
+		return nil
+	})
+}
+
+// pgsqlRows are rows of the driver itself.
+type pgsqlRows struct{ pgx.Rows }
+
+// Scan is that of database/sql, in that a number is also true or false.
+func (r pgsqlRows) Scan(into ...any) error {
+	for i, v := range into {
+		if v, ok := v.(*bool); ok {
+			into[i] = (*flag)(v)
+		}
+	}
+	return r.Rows.Scan(into...)
+}
+
+// flag is a bool that is stored as a number.
+type flag bool
+
+// Scan implements sql.Scanner.
+func (f *flag) Scan(value any) error {
+	n, ok := value.(int64)
+	*f = n != 0
+	if !ok {
+		return fmt.Errorf("%T is neither true nor false", value)
+	}
+	return nil
+}
+
+func pgCode(err error) string {
+	var e *pgconn.PgError
+	if errors.As(err, &e) && len(e.Code) == 5 {
+		return e.Code
+	}
+	return ""
+}

@@ -1,0 +1,65 @@
+package sqldb
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"time"
+)
+
+// Retries of one transaction: pauses of up to 5 ms, 10 ms, ... 640 ms, about
+// two seconds in all.
+const (
+	maxAttempts = 9
+	firstPause  = 5 * time.Millisecond
+)
+
+// retry repeats try while it says that this is worth it.
+func (db *DB) retry(ctx context.Context, try func() (again bool, err error)) error {
+	pause := firstPause
+	for attempt := 1; ; attempt++ {
+		again, err := try()
+		if err == nil {
+			return nil
+		}
+		if db.closed.Load() {
+			return ErrClosed
+		}
+		if !again || attempt == maxAttempts || ctx.Err() != nil {
+			return db.classify(err)
+		}
+		db.retries.Add(1)
+		db.log.DebugContext(ctx, "repeating a transaction", "attempt", attempt, "error", err)
+		if !sleep(ctx, rand.N(pause)+pause/8) {
+			return db.classify(err)
+		}
+		pause *= 2
+	}
+}
+
+// sleep waits, and says whether it did so to the end.
+func sleep(ctx context.Context, d time.Duration) bool {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
+// classify marks errors that callers tell apart from broken statements: the
+// database is away, or too busy to ever get a turn.
+func (db *DB) classify(err error) error {
+	switch {
+	case errors.Is(err, ErrUnavailable), errors.Is(err, ErrBusy), errors.Is(err, context.Canceled):
+		return err
+	case db.dialect.unavailable(err), errors.Is(err, context.DeadlineExceeded):
+		return fmt.Errorf("%w: %w", ErrUnavailable, err)
+	case db.dialect.retryable(err):
+		return fmt.Errorf("%w: %w", ErrBusy, err)
+	}
+	return err
+}

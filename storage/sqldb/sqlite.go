@@ -1,0 +1,204 @@
+package sqldb
+
+import (
+	"context"
+	"crypto/rand"
+	"database/sql"
+	"errors"
+	"fmt"
+	"net/url"
+	"runtime"
+	"slices"
+	"strings"
+
+	"modernc.org/sqlite"
+	sqlite3 "modernc.org/sqlite/lib"
+)
+
+// memory is the DSN of a database that lives as long as its Store.
+const memory = ":memory:"
+
+// sqlitePragmas are set on each connection, unless the DSN sets the same.
+var sqlitePragmas = [...]string{
+	"busy_timeout(10000)",
+	"journal_mode(WAL)",
+	"synchronous(FULL)", // 200 means committed, also after a power failure
+	"foreign_keys(1)",
+	"temp_store(MEMORY)",
+	"cache_size(-2000)", // KiB, of each of about five; the system caches the file, too
+	"journal_size_limit(67108864)",
+}
+
+// openSQLite opens a file with one connection that writes and several that
+// read beside it. SQLite has one writer at a time anyway; waiting for it in
+// Go is fair and costs nothing, waiting in SQLite is polling.
+func openSQLite(ctx context.Context, cfg Config) (*pools, error) {
+	d := sqliteDialect()
+	name, options, _ := strings.Cut(cfg.DSN, "?")
+	params, err := url.ParseQuery(options)
+	if err != nil {
+		return nil, errors.New("the parameters after ? cannot be read")
+	}
+	params["_pragma"] = withDefaults(params["_pragma"])
+	if name == memory {
+		return openMemory(ctx, d, params)
+	}
+	name = strings.TrimPrefix(name, "file:")
+	write, err := sqlitePool(name, params, "immediate")
+	if err != nil {
+		return nil, err
+	}
+	write.SetMaxOpenConns(1)
+	if err := checkSQLite(ctx, cfg, write); err != nil {
+		write.Close()
+		return nil, err
+	}
+	read, err := sqlitePool(name, params, "deferred")
+	if err != nil {
+		write.Close()
+		return nil, err
+	}
+	readers := min(cfg.MaxOpenConns, max(4, runtime.GOMAXPROCS(0)))
+	read.SetMaxOpenConns(readers)
+	read.SetMaxIdleConns(readers)
+	return &pools{dialect: d, write: write, read: read}, nil
+}
+
+// withDefaults adds those of sqlitePragmas that are not given. The driver runs
+// pragmas in the order of their text, so of two the later one need not win.
+func withDefaults(given []string) []string {
+	name := func(pragma string) string {
+		name, _, _ := strings.Cut(pragma, "(")
+		name, _, _ = strings.Cut(name, "=")
+		return strings.ToLower(strings.TrimSpace(name))
+	}
+	all := slices.Clone(given)
+	for _, pragma := range sqlitePragmas {
+		same := func(other string) bool { return name(other) == name(pragma) }
+		if !slices.ContainsFunc(given, same) {
+			all = append(all, pragma)
+		}
+	}
+	return all
+}
+
+// openMemory opens a database in memory with one connection for everything,
+// as its readers and writers would only wait for each other. A second one
+// keeps the database alive if the pool throws the first away.
+func openMemory(ctx context.Context, d *Dialect, params url.Values) (*pools, error) {
+	params.Set("vfs", "memdb")
+	name := "/nanomdm-" + rand.Text() // the slash shares it inside the process
+	db, err := sqlitePool(name, params, "immediate")
+	if err != nil {
+		return nil, err
+	}
+	db.SetMaxOpenConns(1)
+	keep, err := sqlitePool(name, params, "deferred")
+	if err != nil {
+		db.Close()
+		return nil, err
+	}
+	if err := keep.PingContext(ctx); err != nil {
+		keep.Close()
+		db.Close()
+		return nil, err
+	}
+	d.release = keep.Close
+	return &pools{dialect: d, write: db, read: db}, nil
+}
+
+func sqlitePool(name string, params url.Values, begin string) (*sql.DB, error) {
+	q := make(url.Values, len(params)+1)
+	for k, v := range params {
+		q[k] = v
+	}
+	q.Set("_txlock", begin)
+	path := (&url.URL{Path: name}).EscapedPath()
+	connector, err := sqlite.NewConnector("file:" + path + "?" + q.Encode())
+	if err != nil {
+		return nil, err
+	}
+	return sql.OpenDB(connector), nil
+}
+
+// checkSQLite makes the first connection and looks whether the file system
+// allows what was asked for. Of several that switch a new file to its
+// write-ahead log at once all but one fail, since SQLite lets none of them
+// wait for that.
+func checkSQLite(ctx context.Context, cfg Config, db *sql.DB) error {
+	var mode string
+	err := db.QueryRowContext(ctx, "PRAGMA journal_mode").Scan(&mode)
+	for busy := sqliteDialect().retryable; busy(err) && ctx.Err() == nil; {
+		sleep(ctx, firstPause)
+		err = db.QueryRowContext(ctx, "PRAGMA journal_mode").Scan(&mode)
+	}
+	if err != nil {
+		return fmt.Errorf("opening the file: %w", err)
+	}
+	if mode != "wal" {
+		cfg.Logger.WarnContext(ctx, "SQLite does not use its write-ahead log here; readers and writers will wait for each other", "journal_mode", mode)
+	}
+	return nil
+}
+
+func sqliteDialect() *Dialect {
+	return &Dialect{
+		name:           "sqlite",
+		prepare:        prepareAll,
+		greatest:       "MAX",
+		maxArgs:        30000, // the library's limit is 32766
+		parallelReads:  4,     // readers need not wait for each other
+		parallelWrites: 1,
+		parallelBulk:   1,
+		chunkInserts:   true,
+		intPlaceholder: "?",
+		pairTable: func(id, item string) string {
+			return "(SELECT value ->> 0 AS " + id + ", value ->> 1 AS " + item + " FROM json_each(?)) r"
+		},
+		pairArgs: jsonPairs,
+		lookup:   inOrder("CROSS JOIN"),
+
+		conflict: onConflict,
+		proposed: excluded,
+
+		unique: func(err error) bool {
+			switch sqliteCode(err) {
+			case sqlite3.SQLITE_CONSTRAINT_UNIQUE, sqlite3.SQLITE_CONSTRAINT_PRIMARYKEY, sqlite3.SQLITE_CONSTRAINT_ROWID:
+				return true
+			}
+			return false
+		},
+		retryable: func(err error) bool {
+			code := sqliteCode(err) & 0xff
+			return code == sqlite3.SQLITE_BUSY || code == sqlite3.SQLITE_LOCKED
+		},
+		unavailable: func(err error) bool {
+			switch sqliteCode(err) & 0xff {
+			case sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL:
+				return true
+			}
+			return false
+		},
+
+		words: map[string]string{
+			"id":            "TEXT",
+			"text":          "TEXT",
+			"blob":          "BLOB",
+			"table":         "",
+			"room":          "",
+			"if_not_exists": "IF NOT EXISTS",
+			"where":         "WHERE",
+			"pgsql":         "--",
+		},
+		repeated: func(error) bool { return false },
+		tables:   "SELECT name FROM sqlite_master WHERE type = 'table'",
+	}
+}
+
+func sqliteCode(err error) int {
+	var e *sqlite.Error
+	if errors.As(err, &e) {
+		return e.Code()
+	}
+	return 0
+}

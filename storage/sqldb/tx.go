@@ -1,0 +1,282 @@
+package sqldb
+
+import (
+	"cmp"
+	"context"
+	"database/sql"
+	"database/sql/driver"
+	"fmt"
+	"sync/atomic"
+	"time"
+)
+
+const (
+	// opTimeout bounds one transaction with all its retries, so that a dead
+	// database fails a request instead of holding it.
+	opTimeout = 30 * time.Second
+	// rollbackTimeout bounds a ROLLBACK whose caller may be gone.
+	rollbackTimeout = 5 * time.Second
+)
+
+// querier is what *sql.DB, *sql.Conn and *sql.Tx have in common.
+type querier interface {
+	ExecContext(ctx context.Context, q string, args ...any) (sql.Result, error)
+	QueryContext(ctx context.Context, q string, args ...any) (*sql.Rows, error)
+}
+
+// Tx runs statements, all in one transaction (DB.Write) or each by itself
+// (DB.Read). It belongs to one goroutine, and rows must be closed before its
+// next call. Arguments: bool is stored as 0 or 1, a nil []byte as NULL.
+type Tx struct {
+	Dialect *Dialect
+	// Now is the clock in UTC microseconds, the same for everything in one
+	// transaction.
+	Now int64
+
+	sent     *atomic.Int64 // counts statements
+	q        querier
+	conn     *sql.Conn // nil in DB.Read
+	sqltx    *sql.Tx   // nil in DB.Read, and where the dialect has a text to begin with
+	begun    bool      // that text was sent
+	deferred []statement
+	stmts    *stmtCache
+	prepared map[string]bool
+	missed   []string // texts to prepare once the connection is free
+}
+
+// Write runs fn in one transaction and commits it. What the engine calls
+// retryable is retried from the beginning, with a bound and with jitter, so
+// fn must set what it computes, not add to it. Rows are to be locked in key
+// order. A commit that fails is an error; it is repeated only if the engine
+// said that it rolled back.
+func (db *DB) Write(ctx context.Context, fn func(ctx context.Context, t *Tx) error) error {
+	ctx, cancel := context.WithTimeout(ctx, opTimeout)
+	defer cancel()
+	return db.writeUntimed(ctx, fn)
+}
+
+// writeUntimed is Write without its time limit: a step of a migration on a
+// large table takes long.
+func (db *DB) writeUntimed(ctx context.Context, fn func(ctx context.Context, t *Tx) error) error {
+	return db.retry(ctx, func() (bool, error) { return db.attempt(ctx, fn) })
+}
+
+// Read runs fn outside a transaction: each statement sees what was committed
+// when it began, so reads that must agree belong in one statement. It retries
+// as Write does.
+func (db *DB) Read(ctx context.Context, fn func(ctx context.Context, t *Tx) error) error {
+	ctx, cancel := context.WithTimeout(ctx, opTimeout)
+	defer cancel()
+	return db.retry(ctx, func() (bool, error) {
+		t := db.newTx(db.readStmts)
+		t.q = db.read
+		err := fn(ctx, t)
+		return db.dialect.temporary(err), err
+	})
+}
+
+func (db *DB) newTx(stmts *stmtCache) *Tx {
+	return &Tx{Dialect: db.dialect, Now: db.now().UnixMicro(), sent: &db.sent, stmts: stmts, prepared: db.prepared}
+}
+
+// attempt runs fn in a transaction once. It works on a connection of its own,
+// which is thrown away if the transaction's end failed: a connection that is
+// still inside a transaction must not go back to the pool.
+func (db *DB) attempt(ctx context.Context, fn func(ctx context.Context, t *Tx) error) (again bool, err error) {
+	conn, err := db.write.Conn(ctx)
+	if err != nil {
+		return db.dialect.temporary(err), err
+	}
+	defer conn.Close()
+	t := db.newTx(db.writeStmts)
+	t.conn = conn
+	if err := t.begin(ctx); err != nil {
+		discard(conn)
+		return db.dialect.temporary(err), err
+	}
+	finished := false
+	defer func() {
+		if !finished { // fn panicked
+			_ = t.rollback(ctx)
+			discard(conn)
+		}
+	}()
+	err = fn(ctx, t)
+	finished = true
+	if err != nil {
+		if rerr := t.rollback(ctx); rerr != nil {
+			discard(conn)
+		}
+		return db.dialect.temporary(err), err
+	}
+	if lost, err := t.commit(ctx); err != nil {
+		if rerr := t.rollback(ctx); rerr != nil { // sql.Tx has no end after a commit that failed
+			discard(conn)
+		}
+		// A connection that was lost during COMMIT leaves open whether it
+		// took effect; only an engine's word that it rolled back does not.
+		return db.dialect.retryable(err) || !lost && db.dialect.unavailable(err), fmt.Errorf("committing: %w", err)
+	}
+	conn.Close()
+	for _, q := range t.missed {
+		db.writeStmts.prepare(ctx, q)
+	}
+	return false, nil
+}
+
+// discard takes a connection out of its pool.
+func discard(conn *sql.Conn) {
+	_ = conn.Raw(func(any) error { return driver.ErrBadConn })
+}
+
+// begin begins the transaction, at once or with its first statement.
+func (t *Tx) begin(ctx context.Context) (err error) {
+	if t.Dialect.begin != "" {
+		t.q, t.deferred = t.conn, []statement{{text: t.Dialect.begin}}
+		return nil
+	}
+	t.sqltx, err = t.conn.BeginTx(ctx, nil)
+	t.q = t.sqltx
+	return err
+}
+
+// commit commits. If it fails, lost says whether COMMIT was on its way: then
+// only the error tells what became of the transaction.
+func (t *Tx) commit(ctx context.Context) (lost bool, err error) {
+	if t.sqltx == nil {
+		t.deferred = append(t.deferred, statement{text: "COMMIT"})
+		return true, t.flush(ctx)
+	}
+	if err := t.flush(ctx); err != nil {
+		return false, err
+	}
+	return true, t.sqltx.Commit()
+}
+
+// rollback ends a transaction that is not to be committed, even if its
+// context has ended.
+func (t *Tx) rollback(ctx context.Context) error {
+	t.deferred = nil
+	if t.sqltx != nil {
+		return t.sqltx.Rollback()
+	}
+	if !t.begun {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), rollbackTimeout)
+	defer cancel()
+	_, err := t.conn.ExecContext(ctx, "ROLLBACK")
+	return err
+}
+
+// Exec runs a statement and returns how many rows it matched (on every
+// engine, changed or not). For an upsert the number differs between engines.
+func (t *Tx) Exec(ctx context.Context, q string, args ...any) (int64, error) {
+	if err := t.flush(ctx); err != nil {
+		return 0, err
+	}
+	t.sent.Add(1)
+	q, args = t.Dialect.Rebind(q), storedArgs(args)
+	var res sql.Result
+	var err error
+	if stmt := t.stmt(ctx, q); stmt != nil {
+		res, err = stmt.ExecContext(ctx, args...)
+	} else {
+		res, err = t.q.ExecContext(ctx, q, args...)
+	}
+	if err != nil {
+		return 0, err
+	}
+	return res.RowsAffected()
+}
+
+// Query runs a statement that returns rows. The caller closes them and looks
+// at Err.
+func (t *Tx) Query(ctx context.Context, q string, args ...any) (*sql.Rows, error) {
+	if err := t.flush(ctx); err != nil {
+		return nil, err
+	}
+	t.sent.Add(1)
+	q, args = t.Dialect.Rebind(q), storedArgs(args)
+	if stmt := t.stmt(ctx, q); stmt != nil {
+		return stmt.QueryContext(ctx, args...)
+	}
+	return t.q.QueryContext(ctx, q, args...)
+}
+
+// QueryRow runs a statement that returns at most one row; Scan reports
+// sql.ErrNoRows if none.
+func (t *Tx) QueryRow(ctx context.Context, q string, args ...any) Row {
+	rows, err := t.Query(ctx, q, args...)
+	return Row{rows, err}
+}
+
+// Row is the first of some rows; it must be scanned.
+type Row struct {
+	rows *sql.Rows
+	err  error
+}
+
+// Scan reads the row, and ends the statement.
+func (r Row) Scan(into ...any) error {
+	if r.err != nil {
+		return r.err
+	}
+	defer r.rows.Close()
+	if !r.rows.Next() {
+		return cmp.Or(r.rows.Err(), sql.ErrNoRows)
+	}
+	if err := r.rows.Scan(into...); err != nil {
+		return err
+	}
+	return r.rows.Close()
+}
+
+// execText runs a statement without arguments as it is.
+func (t *Tx) execText(ctx context.Context, q string) error {
+	if err := t.flush(ctx); err != nil {
+		return err
+	}
+	_, err := t.q.ExecContext(ctx, q)
+	return err
+}
+
+// stmt returns q prepared, or nil if it is to be run as text.
+func (t *Tx) stmt(ctx context.Context, q string) *sql.Stmt {
+	if t.stmts == nil || t.Dialect.prepare == prepareNamed && !t.prepared[q] {
+		return nil
+	}
+	if t.conn == nil {
+		return t.stmts.prepare(ctx, q)
+	}
+	if t.sqltx == nil {
+		return nil
+	}
+	// The transaction may hold the only connection, so preparing waits for
+	// its end.
+	stmt := t.stmts.get(q)
+	if stmt == nil {
+		t.missed = append(t.missed, q)
+		return nil
+	}
+	return t.sqltx.StmtContext(ctx, stmt)
+}
+
+// storedArgs makes arguments mean the same to each driver.
+func storedArgs(args []any) []any {
+	for i, a := range args {
+		switch v := a.(type) {
+		case bool:
+			if v {
+				args[i] = int64(1)
+			} else {
+				args[i] = int64(0)
+			}
+		case []byte:
+			if v == nil {
+				args[i] = nil
+			}
+		}
+	}
+	return args
+}

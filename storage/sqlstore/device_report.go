@@ -1,0 +1,313 @@
+package sqlstore
+
+import (
+	"context"
+	"database/sql"
+	"fmt"
+	"slices"
+
+	"github.com/nanomdm/nanomdm/mdm"
+	"github.com/nanomdm/nanomdm/storage"
+	"github.com/nanomdm/nanomdm/storage/sqldb"
+)
+
+// terminalState is the state that a device's terminal status ends a row in.
+func terminalState(s mdm.Status) storage.State {
+	switch s {
+	case mdm.StatusAcknowledged:
+		return storage.Acknowledged
+	case mdm.StatusError:
+		return storage.Failed
+	}
+	return storage.FormatError
+}
+
+// takeReports stores a round's results and answers with the next commands.
+func takeReports(ctx context.Context, t *tx, reports []*pending) error {
+	if len(reports) == 0 {
+		return nil
+	}
+	of := make([]keyPair, len(reports))
+	var keys []keyPair
+	told := false
+	for i, p := range reports {
+		of[i].ID = p.id()
+		if k, ok := reportedKey(p); ok {
+			of[i] = k
+			keys = append(keys, k)
+			told = told || len(p.src.Events) > 0
+		}
+	}
+	rows := make(map[keyPair]queueRow, len(keys))
+	subs := make(map[string]*subject, len(of))
+	ask, err := subjectsQuestion(t, of, subs)
+	if err != nil {
+		return err
+	}
+	questions := []sqldb.BatchQuery{ask}
+	if len(keys) > 0 { // what is read of the others is as of when these are locked
+		questions = []sqldb.BatchQuery{lockQuestion(t, keys, told, rows), ask}
+	}
+	if err := t.QueryBatch(ctx, questions...); err != nil {
+		return err
+	}
+	if err := admitReports(ctx, t, reports, subs); err != nil {
+		return err
+	}
+	admitted := slices.DeleteFunc(slices.Clone(reports), func(p *pending) bool { return p.err != nil })
+	changes, err := judge(ctx, t, admitted, rows, subs)
+	if err != nil {
+		return err
+	}
+	if err := answer(ctx, t, admitted, subs); err != nil {
+		return err
+	}
+	return changes.store(ctx, t) // after all that is read; see later
+}
+
+// reportedKey is the row that a report may change, if it names one.
+func reportedKey(p *pending) (keyPair, bool) {
+	r := p.op.(*storage.Report)
+	if !r.Status.Terminal() && r.Status != mdm.StatusNotNow {
+		return keyPair{}, false
+	}
+	return keyPair{ID: p.id(), Item: r.CommandUUID}, storable(r.CommandUUID)
+}
+
+// queueRow is what is read of the row that a report may change.
+type queueRow struct {
+	state       storage.State
+	requestType string // read for events alone
+}
+
+// lockedRowsText locks and reads queue rows.
+func (t *tx) lockedRowsText(keys []keyPair, told bool) (q string, args []any) {
+	columns := "id, command_uuid, state, NULL"
+	if told {
+		columns = "id, command_uuid, state, (SELECT c.request_type FROM nano_commands c WHERE c.command_uuid = q.command_uuid)"
+	}
+	return queueRows.LockText(t.Tx, columns, keys, "")
+}
+
+// lockQueueRows locks rows in key order and reads them. There must be one.
+func lockQueueRows(ctx context.Context, t *tx, keys []keyPair) (map[keyPair]queueRow, error) {
+	found := make(map[keyPair]queueRow, len(keys))
+	return found, t.QueryBatch(ctx, lockQuestion(t, keys, false, found))
+}
+
+// lockQuestion locks rows in key order and reads them, with what events tell of
+// their commands if they are told.
+func lockQuestion(t *tx, keys []keyPair, told bool, into map[keyPair]queueRow) sqldb.BatchQuery {
+	read := func(rows sqldb.Rows) error {
+		for rows.Next() {
+			var k keyPair
+			var row queueRow
+			var requestType sql.Null[string]
+			if err := rows.Scan(&k.ID, &k.Item, &row.state, &requestType); err != nil {
+				return err
+			}
+			row.requestType = requestType.V
+			into[k] = row
+		}
+		return nil
+	}
+	text, args := t.lockedRowsText(keys, told)
+	return sqldb.BatchQuery{Action: "locking queue rows", Text: text, Args: args, Read: read}
+}
+
+// admitReports checks the certificates of reports. Most are settled by what
+// was read with the enrollment.
+func admitReports(ctx context.Context, t *tx, reports []*pending, subs map[string]*subject) error {
+	_, err := admit(ctx, t, unsettled(reports, subs))
+	return err
+}
+
+// reported is what reports change.
+type reported struct {
+	rows    map[keyPair]queueRow // as they were
+	results []*pending
+	moves   map[storage.State][]keyPair
+}
+
+// judge says what reports change: results are stored and end their rows,
+// NotNow puts them off. What repeats or comes late changes no state.
+func judge(ctx context.Context, t *tx, reports []*pending, rows map[keyPair]queueRow, subs map[string]*subject) (*reported, error) {
+	moves := make(map[storage.State][]keyPair)
+	var results, late []*pending
+	for _, p := range reports {
+		r := p.op.(*storage.Report)
+		if sub := subs[p.id()]; sub != nil {
+			p.facts.topic = sub.topic
+		}
+		k, ok := reportedKey(p)
+		row, found := rows[k]
+		if !ok || !found {
+			continue
+		}
+		state := row.state
+		p.facts.requestType = row.requestType
+		switch {
+		case r.Status == mdm.StatusNotNow:
+			if state == storage.Queued || state == storage.NotNow {
+				moves[storage.NotNow] = append(moves[storage.NotNow], k)
+				if sub := subs[k.ID]; sub != nil && !sub.notnow.Valid { // it was read without this one
+					sub.notnow = sql.Null[string]{V: k.Item, Valid: true}
+				}
+			}
+		case !state.Terminal():
+			to := terminalState(r.Status)
+			moves[to] = append(moves[to], k)
+			results = append(results, p)
+		case state == storage.Cancelled || state == storage.Expired || state == storage.Superseded:
+			late = append(late, p)
+		default:
+			p.facts.repeated = state == terminalState(r.Status)
+		}
+	}
+	stored, err := storedResults(ctx, t, late)
+	if err != nil {
+		return nil, err
+	}
+	for _, p := range late {
+		r := p.op.(*storage.Report)
+		if status, ok := stored[keyPair{ID: p.id(), Item: r.CommandUUID}]; ok {
+			p.facts.repeated = status == string(r.Status)
+		} else {
+			results = append(results, p)
+		}
+	}
+	return &reported{rows, results, moves}, nil
+}
+
+func (r *reported) store(ctx context.Context, t *tx) error {
+	if err := insertResults(ctx, t, r.results, r.rows); err != nil {
+		return err
+	}
+	for _, to := range []storage.State{storage.NotNow, storage.Acknowledged, storage.Failed, storage.FormatError} {
+		if err := moveTo(ctx, t, to, r.moves[to]); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// moveTo moves rows that the transaction has locked.
+func moveTo(ctx context.Context, t *tx, to storage.State, keys []keyPair) error {
+	if len(keys) == 0 {
+		return nil
+	}
+	set := "state = ?, finished_at = ?, not_before = NULL"
+	if to == storage.NotNow {
+		set = "state = ?, notnow_at = ?, notnow_count = notnow_count + 1"
+	}
+	q, args := queueRows.UpdateLockedText(t.Tx, set, keys)
+	if err := t.ExecDeferred(ctx, q, append([]any{int(to), t.Now}, args...)...); err != nil {
+		return fmt.Errorf("moving queue rows to %s: %w", to, err)
+	}
+	return nil
+}
+
+// storedResults reads the statuses of the results that are there.
+func storedResults(ctx context.Context, t *tx, reports []*pending) (map[keyPair]string, error) {
+	if len(reports) == 0 {
+		return nil, nil
+	}
+	keys := make([]keyPair, len(reports))
+	for i, p := range reports {
+		keys[i], _ = reportedKey(p)
+	}
+	where, args := queueRows.Among(t.Tx, keys)
+	rows, err := t.Query(ctx, "SELECT id, command_uuid, status FROM nano_command_results"+t.Dialect.Index("PRIMARY")+" WHERE "+where, args...)
+	if err != nil {
+		return nil, fmt.Errorf("reading results: %w", err)
+	}
+	defer rows.Close()
+	stored := make(map[keyPair]string)
+	for rows.Next() {
+		var k keyPair
+		var status string
+		if err := rows.Scan(&k.ID, &k.Item, &status); err != nil {
+			return nil, fmt.Errorf("reading results: %w", err)
+		}
+		stored[k] = status
+	}
+	if err := rows.Err(); err != nil {
+		return nil, fmt.Errorf("reading results: %w", err)
+	}
+	return stored, nil
+}
+
+func insertResults(ctx context.Context, t *tx, reports []*pending, rows map[keyPair]queueRow) error {
+	if len(reports) == 0 {
+		return nil
+	}
+	args := make([]any, 0, 6*len(reports))
+	for _, p := range reports {
+		r := p.op.(*storage.Report)
+		late := rows[keyPair{ID: p.id(), Item: r.CommandUUID}].state.Terminal()
+		args = append(args, p.id(), r.CommandUUID, string(r.Status), notNil(r.Raw), late, t.Now)
+	}
+	err := t.Upsert(ctx, "nano_command_results",
+		[]string{"id", "command_uuid", "status", "result", "late", "created_at"},
+		[]string{"id", "command_uuid"}, nil, args)
+	if err != nil {
+		return fmt.Errorf("storing results: %w", err)
+	}
+	return nil
+}
+
+// answer gives the reports their next commands, which are not the ones that
+// they report, and owes a push to devices that would not come back for what
+// they refused before.
+func answer(ctx context.Context, t *tx, reports []*pending, subs map[string]*subject) error {
+	var debts []string
+	for _, p := range reports {
+		sub := subs[p.id()]
+		if sub == nil {
+			continue
+		}
+		p.seen, p.note = true, activity{id: sub.id, seen: t.Now}
+		if !sub.active || sub.queued.Valid || !sub.notnow.Valid {
+			continue
+		}
+		// A device asks again by itself only if NotNow is the last it said.
+		if r := p.op.(*storage.Report); r.Status != mdm.StatusNotNow && r.Status != mdm.StatusIdle {
+			debts = append(debts, sub.id)
+		}
+	}
+	if err := offer(ctx, t, reports, subs); err != nil {
+		return err
+	}
+	for _, p := range reports {
+		if slices.Contains(debts, p.id()) {
+			p.note.setPushAt = false
+		}
+	}
+	return owe(ctx, t, debts)
+}
+
+// owe makes a push owed at once.
+func owe(ctx context.Context, t *tx, ids []string) error {
+	if len(ids) == 0 {
+		return nil
+	}
+	if _, err := lock(ctx, t, "nano_enrollment_push", ids); err != nil {
+		return err
+	}
+	is, args := t.Among(ids)
+	// MySQL assigns from left to right, so last_seq must come last.
+	err := t.ExecDeferred(ctx, `UPDATE nano_enrollment_push
+SET owed_seq = last_seq + 1, push_at = ?, last_seq = last_seq + 1 WHERE id `+is, append([]any{t.Now}, args...)...)
+	if err != nil {
+		return fmt.Errorf("owing pushes: %w", err)
+	}
+	return nil
+}
+
+// notNil keeps an empty value from becoming NULL.
+func notNil(b []byte) []byte {
+	if b == nil {
+		return []byte{}
+	}
+	return b
+}

@@ -1,0 +1,146 @@
+package sqlstore
+
+import (
+	"bytes"
+	"context"
+	"crypto/x509"
+	"database/sql"
+	"fmt"
+
+	"github.com/nanomdm/nanomdm/storage"
+	"github.com/nanomdm/nanomdm/storage/sqldb"
+)
+
+// claim is what decides whether a certificate other than the live one may
+// take a device over.
+type claim struct {
+	serial      string
+	renewing    bool   // a renewal window is open
+	certificate []byte // DER of the live one; nil if it is not known
+}
+
+// unsettledBy says whether claims are needed to judge an operation: its
+// certificate is not the device's live one, and something could allow that.
+func (c *certificates) unsettledBy(p *pending) bool {
+	if p.src.Pin == nil || !c.devices[p.device] {
+		return false
+	}
+	known, ok := c.byHash[p.src.Pin.Hash]
+	if ok && (known.device != p.device || !known.retired) {
+		return false
+	}
+	if _, begins := p.op.(*storage.Authenticate); begins && p.src.Pin.Reenroll != storage.ReenrollAllow {
+		return true
+	}
+	return p.src.Pin.Renewal != storage.RenewalDeny
+}
+
+// readClaims reads what is needed for few operations, if for any.
+func (c *certificates) readClaims(ctx context.Context, t *tx, batch []*pending) error {
+	var devices []string
+	for _, p := range batch {
+		if c.unsettledBy(p) {
+			devices = append(devices, p.device)
+		}
+	}
+	if len(devices) == 0 {
+		return nil
+	}
+	place, args := sqldb.InList(devices)
+	rows, err := t.Query(ctx, `SELECT d.id, d.serial_number, e.renewal_until, a.certificate FROM nano_devices d
+LEFT JOIN nano_enrollments e ON e.id = d.id
+LEFT JOIN nano_cert_auth_associations a ON a.id = d.id AND a.retired_at IS NULL
+WHERE d.id IN `+place, args...)
+	if err != nil {
+		return fmt.Errorf("reading what may be taken over: %w", err)
+	}
+	defer rows.Close()
+	c.claims = make(map[string]claim)
+	for rows.Next() {
+		var device string
+		var k claim
+		var renewal sql.Null[int64]
+		if err := rows.Scan(&device, &k.serial, &renewal, &k.certificate); err != nil {
+			return fmt.Errorf("reading what may be taken over: %w", err)
+		}
+		k.renewing = renewal.Valid && renewal.V > t.Now
+		c.claims[device] = k
+	}
+	if err := rows.Err(); err != nil {
+		return fmt.Errorf("reading what may be taken over: %w", err)
+	}
+	return nil
+}
+
+// mayTakeOver judges a certificate that is nobody's, or that this device had
+// and that was retired.
+func (c *certificates) mayTakeOver(p *pending) bool {
+	pin := p.src.Pin
+	_, retired := c.byHash[pin.Hash]
+	_, begins := p.op.(*storage.Authenticate)
+	switch {
+	case !c.devices[p.device]:
+		return begins && !retired
+	case retired:
+		return c.claims[p.device].renewing && pin.Renewal != storage.RenewalDeny
+	case pin.Retro && !c.live[p.device]:
+		return true
+	case begins && pin.Reenroll == storage.ReenrollAllow:
+		return true
+	}
+	k := c.claims[p.device]
+	switch {
+	case begins && k.renewing: // an operator's word
+		return true
+	case begins:
+		return pin.Reenroll == storage.ReenrollSameSubject && c.sameSubject(p, k)
+	case pin.Renewal == storage.RenewalWindow:
+		return k.renewing
+	case pin.Renewal == storage.RenewalSameSubject:
+		return k.renewing || c.sameSubject(p, k)
+	}
+	return false
+}
+
+// What ErrIdentity means, for who reads the log.
+var (
+	errOthers  = fmt.Errorf("%w: it is another device's", storage.ErrIdentity)
+	errRetired = fmt.Errorf("%w: it was retired, and a renewal window is not open", storage.ErrIdentity)
+	errBegin   = fmt.Errorf("%w: another one is pinned, and the policy lets this one not take over", storage.ErrIdentity)
+	errRenew   = fmt.Errorf("%w: another one is pinned; a device that renewed its certificate needs a renewal window", storage.ErrIdentity)
+	errUnknown = fmt.Errorf("%w: the device never sent Authenticate", storage.ErrIdentity)
+	errNone    = fmt.Errorf("%w: none is pinned, and no policy lets this one be", storage.ErrIdentity)
+)
+
+// refusal says why a certificate may not take a device over.
+func (c *certificates) refusal(p *pending) error {
+	_, retired := c.byHash[p.src.Pin.Hash]
+	_, begins := p.op.(*storage.Authenticate)
+	switch {
+	case retired:
+		return errRetired
+	case !c.devices[p.device]:
+		return errUnknown
+	case !c.live[p.device]:
+		return errNone
+	case begins:
+		return errBegin
+	}
+	return errRenew
+}
+
+// sameSubject says whether the certificate names the device, and has the
+// subject of the one that it would replace, as far as that is known. The
+// serial number is the one that the device had before: what the message says
+// is anybody's word.
+func (c *certificates) sameSubject(p *pending, k claim) bool {
+	cert, err := x509.ParseCertificate(p.src.Pin.Certificate)
+	if err != nil || !storage.NamesDevice(cert, p.device, k.serial) {
+		return false
+	}
+	if k.certificate == nil {
+		return true
+	}
+	was, err := x509.ParseCertificate(k.certificate)
+	return err != nil || bytes.Equal(was.RawSubject, cert.RawSubject)
+}

@@ -1,0 +1,231 @@
+package sqlstore
+
+import (
+	"context"
+	"crypto/rand"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/nanomdm/nanomdm/mdm"
+	"github.com/nanomdm/nanomdm/storage"
+)
+
+// announcement is an event that no device sent.
+type announcement struct {
+	topic       string // one of those that begin with nanomdm.
+	enrollment  string // empty if it is of none
+	apnsTopic   string // where there is no enrollment to take it from
+	requestType string
+	commandUUID string
+	detail      map[string]string // what else there is to say
+}
+
+// announced says whether some sink names the topic, so that what would be
+// announced is worth looking for.
+func announced(ctx context.Context, t *tx, topic string) (bool, error) {
+	sinks, err := readSinks(ctx, t)
+	if err != nil {
+		return false, fmt.Errorf("reading event sinks: %w", err)
+	}
+	return wanted(sinks, topic), nil
+}
+
+func wanted(sinks []storage.EventSink, topic string) bool {
+	return slices.ContainsFunc(sinks, func(k storage.EventSink) bool {
+		return k.Enabled && slices.Contains(k.Filter.Topics, topic)
+	})
+}
+
+// announce inserts events into the outbox in the caller's transaction, those
+// of topics that no sink names left out. It comes behind the locks of what it
+// tells of, and before an enrollment that it tells of is deleted.
+func announce(ctx context.Context, t *tx, list []announcement) error {
+	if len(list) == 0 {
+		return nil
+	}
+	sinks, err := readSinks(ctx, t)
+	if err != nil {
+		return fmt.Errorf("reading event sinks: %w", err)
+	}
+	list = slices.DeleteFunc(slices.Clone(list), func(a announcement) bool { return !wanted(sinks, a.topic) })
+	for chunk := range slices.Chunk(list, eventRows) {
+		if err := announceSome(ctx, t, chunk); err != nil {
+			return fmt.Errorf("announcing events: %w", err)
+		}
+	}
+	return nil
+}
+
+func announceSome(ctx context.Context, t *tx, list []announcement) error {
+	var ids []string
+	for _, a := range list {
+		ids = append(ids, a.enrollment)
+	}
+	to, err := addressees(ctx, t, ids)
+	if err != nil {
+		return err
+	}
+	events := make([]outEvent, len(list))
+	for i, a := range list {
+		e := outEvent{
+			Event: storage.Event{ID: eventID(t.Now), Topic: a.topic, CreatedAt: fromMicros(t.Now), CommandUUID: a.commandUUID, Params: a.detail},
+			facts: facts{topic: a.apnsTopic, requestType: a.requestType},
+		}
+		e.enroll.ID = a.enrollment
+		if of := to[a.enrollment]; of != nil {
+			e.topic, e.enroll.Type = of.topic, of.typ
+			if a.enrollment != of.deviceID {
+				e.enroll.ParentID = of.deviceID
+			}
+			switch of.typ {
+			case mdm.UserEnrollment, mdm.UserEnrollmentDevice:
+				e.Enrollment = of.deviceID
+			default:
+				e.UDID = of.deviceID
+			}
+		}
+		events[i] = e
+	}
+	return putEvents(ctx, t, events)
+}
+
+// addressee is what an event takes from its enrollment.
+type addressee struct {
+	typ      mdm.EnrollType
+	deviceID string
+	topic    string
+}
+
+// addressees reads enrollments. Those that do not exist are missing.
+func addressees(ctx context.Context, t *tx, ids []string) (map[string]*addressee, error) {
+	is, args := t.Among(ids)
+	rows, err := t.Query(ctx, `SELECT id, type, device_id, topic FROM nano_enrollments WHERE id `+is, args...)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	to := make(map[string]*addressee, len(ids))
+	for rows.Next() {
+		var id string
+		a := new(addressee)
+		if err := rows.Scan(&id, &a.typ, &a.deviceID, &a.topic); err != nil {
+			return nil, err
+		}
+		to[id] = a
+	}
+	return to, rows.Err()
+}
+
+// eventID makes a UUID of version 7 (RFC 9562): as it begins with the time,
+// events lie in the order in which they came.
+func eventID(now int64) string {
+	var b [16]byte
+	_, _ = rand.Read(b[6:]) // never fails
+	ms := now / 1000
+	for i := range 6 {
+		b[i] = byte(ms >> (8 * (5 - i)))
+	}
+	b[6] = b[6]&0x0f | 0x70
+	b[8] = b[8]&0x3f | 0x80
+	return fmt.Sprintf("%x-%x-%x-%x-%x", b[:4], b[4:6], b[6:8], b[8:10], b[10:])
+}
+
+// expiring is a certificate that is near its end.
+type expiring struct {
+	notice   string // key of nano_event_notices
+	notAfter int64
+	a        announcement
+}
+
+// NoteExpiring implements storage.EventUpkeep.
+func (s *Store) NoteExpiring(ctx context.Context, l storage.Lease, before time.Time, limit int) (int, error) {
+	var n int
+	err := s.write(ctx, func(ctx context.Context, t *tx) error {
+		n = 0
+		if err := t.checkLease(ctx, l); err != nil {
+			return err
+		}
+		var all []expiring
+		for _, kind := range [...]struct {
+			topic, query string
+			args         []any
+		}{
+			// There are few of these, so that all are looked at.
+			{storage.TopicPushCertExpiring, `SELECT c.topic, c.topic, c.not_after FROM nano_push_certs c
+				WHERE c.not_after < ? ORDER BY c.not_after, c.topic`, []any{micros(before)}},
+			{storage.TopicIdentityExpiring, `SELECT a.sha256, a.id, a.not_after FROM nano_cert_auth_associations a
+				LEFT JOIN nano_event_notices n ON n.name = a.sha256
+				WHERE a.not_after < ? AND a.retired_at IS NULL AND n.name IS NULL ORDER BY a.not_after, a.sha256 LIMIT ?`, []any{micros(before), limit}},
+		} {
+			want, err := announced(ctx, t, kind.topic)
+			if err != nil {
+				return err
+			}
+			if !want {
+				continue
+			}
+			found, err := expiringSoon(ctx, t, kind.topic, kind.query, kind.args...)
+			if err != nil {
+				return err
+			}
+			all = append(all, found...)
+		}
+		var list []announcement
+		for _, x := range all {
+			fresh, err := notice(ctx, t, x.notice)
+			if err != nil {
+				return err
+			}
+			if fresh {
+				list = append(list, x.a)
+			}
+		}
+		n = len(list)
+		return announce(ctx, t, list)
+	})
+	if err != nil {
+		return 0, fmt.Errorf("noting certificates that end: %w", err)
+	}
+	return n, nil
+}
+
+func expiringSoon(ctx context.Context, t *tx, topic, query string, args ...any) ([]expiring, error) {
+	rows, err := t.Query(ctx, query, args...)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	var found []expiring
+	for rows.Next() {
+		var key, of string
+		x := expiring{a: announcement{topic: topic}}
+		if err := rows.Scan(&key, &of, &x.notAfter); err != nil {
+			return nil, err
+		}
+		end := fromMicros(x.notAfter).Format(time.RFC3339)
+		x.notice, x.a.detail = key, map[string]string{"not_after": end}
+		if topic == storage.TopicPushCertExpiring {
+			// One that replaces it has another end.
+			x.notice, x.a.apnsTopic = key+" "+end, of
+		} else {
+			x.a.enrollment = of
+			x.a.detail["certificate_sha256"] = key
+		}
+		found = append(found, x)
+	}
+	return found, rows.Err()
+}
+
+// notice remembers a name, and says whether it was new.
+func notice(ctx context.Context, t *tx, name string) (fresh bool, err error) {
+	if len(name) > maxText {
+		name = name[:maxText]
+	}
+	var n int64
+	if err := t.QueryRow(ctx, `SELECT COUNT(*) FROM nano_event_notices WHERE name = ?`, name).Scan(&n); err != nil || n > 0 {
+		return false, err
+	}
+	_, err = t.Exec(ctx, `INSERT INTO nano_event_notices (name, created_at) VALUES (?, ?)`, name, t.Now)
+	return err == nil, err
+}

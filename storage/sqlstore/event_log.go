@@ -1,0 +1,358 @@
+package sqlstore
+
+import (
+	"cmp"
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+	"slices"
+
+	"github.com/nanomdm/nanomdm/storage"
+)
+
+const (
+	// smallPayload is the largest payload, in bytes, that comes with a page
+	// of events; larger ones are read one at a time.
+	smallPayload = 64 << 10
+	// lookRows is how many events of the log are looked at at once by who
+	// takes few of them, and idRows how many ids one statement has.
+	lookRows, idRows = 500, 512
+	// logWindow is how many numbers one call of ReadEvents looks through when
+	// few of them match.
+	logWindow = 10_000
+)
+
+// numberedBatch is a numbered batch of events.
+type numberedBatch struct {
+	id     string
+	last   int64 // number of its last event
+	size   int64
+	newest int64
+}
+
+// batchesAfter reads which batches have events after a number: so many that
+// they hold limit of those, or all that there are.
+func batchesAfter(ctx context.Context, t *tx, after int64, limit int) (list []numberedBatch, err error) {
+	rows, err := t.Query(ctx, `SELECT batch_id, seq, size, newest FROM nano_event_batches`+t.Dialect.Index("nano_event_batches_seq")+
+		` WHERE seq > ? ORDER BY seq LIMIT ?`, after, limit)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	for events := int64(0); events < int64(limit) && rows.Next(); {
+		var b numberedBatch
+		if err := rows.Scan(&b.id, &b.last, &b.size, &b.newest); err != nil {
+			return nil, err
+		}
+		list = append(list, b)
+		events += min(b.size, b.last-after)
+	}
+	return list, cmp.Or(rows.Err(), rows.Close())
+}
+
+// eventBatch is what a numbered batch tells.
+type eventBatch struct {
+	id       string
+	last     int64
+	events   []eventDetails
+	payloads []byte // if they were asked for
+	cut      bool   // some of them are lost, which each finds out, or all events are
+}
+
+// number is that of the event at a place.
+func (b *eventBatch) number(at int) int64 { return b.last - int64(len(b.events)-1-at) }
+
+// each calls fn with each event of a batch that was read with payloads, and
+// the one that stands there, nil if there is none. Size is -1 if it should and
+// does not: one that is lost must not hold up the others.
+func (b *eventBatch) each(fn func(d *eventDetails, seq int64, payload []byte)) {
+	rest := b.payloads
+	for at := range b.events {
+		d := &b.events[at]
+		var payload []byte
+		switch {
+		case d.Apart || d.Size < 0:
+		case d.Size > len(rest):
+			d.Size, rest, b.cut = -1, nil, true
+		default:
+			payload, rest = rest[:d.Size:d.Size], rest[d.Size:]
+		}
+		fn(d, b.number(at), payload)
+	}
+}
+
+// readBatches reads batches that are numbered, in order, with their payloads
+// or without. Those that were removed are missing, and those that are damaged have
+// no events. They are looked up by their keys however small the tables were when the
+// statement was planned, since they grow fast.
+func readBatches(ctx context.Context, t *tx, ids []string, payloads bool) (list []eventBatch, err error) {
+	q := `SELECT b.batch_id, b.seq, c.details, NULL FROM `
+	if payloads {
+		q = `SELECT b.batch_id, b.seq, c.details, c.payloads FROM `
+	}
+	q += t.Dialect.PairTable("id", "command_uuid") + t.Dialect.Lookup(false, "nano_event_batches", "b", "b.batch_id = r.id") + t.Dialect.Lookup(false, "nano_events", "c", "c.batch_id = r.id")
+	for chunk := range slices.Chunk(ids, idRows) {
+		keys := make([]keyPair, len(chunk))
+		for i, id := range chunk {
+			keys[i].ID = id
+		}
+		args, err := t.Dialect.PairArgs(keys)
+		if err != nil {
+			return nil, err
+		}
+		if list, err = scanBatches(ctx, t, list, q, args); err != nil {
+			return nil, err
+		}
+	}
+	slices.SortFunc(list, func(a, b eventBatch) int { return cmp.Compare(a.last, b.last) })
+	return list, nil
+}
+
+func scanBatches(ctx context.Context, t *tx, list []eventBatch, q string, args []any) ([]eventBatch, error) {
+	rows, err := t.Query(ctx, q, args...)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	for rows.Next() {
+		var b eventBatch
+		var details []byte
+		if err := rows.Scan(&b.id, &b.last, &details, &b.payloads); err != nil {
+			return nil, err
+		}
+		if b.events, err = unsqueezeDetails(details); err != nil {
+			b.events, b.cut = nil, true // those behind it must not wait for it
+		}
+		b.payloads, _ = unsqueeze(b.payloads, eventBytes) // what is lost is noticed by whoever wants it
+		list = append(list, b)
+	}
+	return list, rows.Err()
+}
+
+// idsOf are the ids of batches.
+func idsOf(list []numberedBatch) []string {
+	ids := make([]string, len(list))
+	for i := range list {
+		ids[i] = list[i].id
+	}
+	return ids
+}
+
+// eventsOf reads those events of batches that fit, in order.
+func (s *Store) eventsOf(ctx context.Context, t *tx, ids []string, fits func(d *eventDetails, seq int64) bool) ([]storage.EventRecord, error) {
+	batches, err := readBatches(ctx, t, ids, true)
+	if err != nil {
+		return nil, err
+	}
+	var events []storage.EventRecord
+	for i := range batches {
+		batches[i].each(func(d *eventDetails, seq int64, payload []byte) {
+			if fits(d, seq) {
+				r := d.record(seq)
+				r.Raw = payload
+				events = append(events, r)
+			}
+		})
+		if batches[i].cut {
+			s.unreadable.Add(1)
+			s.log.Error("events or payloads of them cannot be read any more, and are left out", "batch", batches[i].id, "through", batches[i].last)
+		}
+	}
+	return events, nil
+}
+
+// addApart reads payloads that are left but small.
+func (s *Store) addApart(ctx context.Context, t *tx, events []storage.EventRecord) error {
+	left := make(map[string][]*storage.EventRecord) // one may be stored twice
+	var keys []keyPair
+	for i := range events {
+		if r := &events[i]; r.RawLeft && r.RawSize <= smallPayload {
+			left[r.ID] = append(left[r.ID], r)
+			keys = append(keys, keyPair{ID: r.ID})
+			r.RawSize, r.RawLeft = -1, false // unless it is found
+		}
+	}
+	for chunk := range slices.Chunk(keys, idRows) {
+		args, err := t.Dialect.PairArgs(chunk)
+		if err != nil {
+			return err
+		}
+		if err := s.scanApart(ctx, t, left, args); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (s *Store) scanApart(ctx context.Context, t *tx, left map[string][]*storage.EventRecord, args []any) error {
+	rows, err := t.Query(ctx, `SELECT p.event_id, p.payload FROM `+t.Dialect.PairTable("id", "command_uuid")+t.Dialect.Lookup(false, "nano_event_payloads", "p", "p.event_id = r.id"), args...)
+	if err != nil {
+		return err
+	}
+	defer rows.Close()
+	for rows.Next() {
+		var id string
+		var value []byte
+		if err := rows.Scan(&id, &value); err != nil {
+			return err
+		}
+		raw, err := s.openApart(t, id, value)
+		if err != nil {
+			continue // one that is lost must not hold up the others
+		}
+		for _, r := range left[id] {
+			r.Raw, r.RawSize = raw, int64(len(value))
+		}
+	}
+	return rows.Err()
+}
+
+// openApart opens a payload that has a row of its own.
+func (s *Store) openApart(t *tx, id string, value []byte) ([]byte, error) {
+	raw, err := t.opened(eventColumn, id, value)
+	if err != nil {
+		s.unreadable.Add(1)
+		s.log.Error("the payload of an event cannot be read", "event_id", id, "error", err)
+	}
+	return raw, err
+}
+
+// LastEvent implements storage.EventLog.
+func (s *Store) LastEvent(ctx context.Context) (int64, error) {
+	var last int64
+	err := s.read(ctx, func(ctx context.Context, t *tx) error {
+		var err error
+		last, err = lastNumber(ctx, t, "")
+		return err
+	})
+	if err != nil {
+		return 0, fmt.Errorf("reading the last event's number: %w", err)
+	}
+	return last, nil
+}
+
+// SinkPage implements storage.Outbox.
+func (s *Store) SinkPage(ctx context.Context, after int64, limit int) ([]storage.EventRecord, error) {
+	var events []storage.EventRecord
+	err := s.read(ctx, func(ctx context.Context, t *tx) error {
+		events = nil
+		for after := after; len(events) == 0; { // the first ones may be removed by now
+			list, err := batchesAfter(ctx, t, after, limit)
+			if err != nil || len(list) == 0 {
+				return err
+			}
+			events, err = s.eventsOf(ctx, t, idsOf(list), func(_ *eventDetails, seq int64) bool { return seq > after })
+			if err != nil {
+				return err
+			}
+			after = list[len(list)-1].last
+		}
+		events = events[:min(limit, len(events))]
+		return s.addApart(ctx, t, events)
+	})
+	if err != nil {
+		return nil, fmt.Errorf("reading events: %w", err)
+	}
+	return events, nil
+}
+
+// ReadEvents implements storage.EventLog.
+func (s *Store) ReadEvents(ctx context.Context, scope storage.Scope, q storage.EventQuery) (events []storage.EventRecord, next int64, err error) {
+	all := len(q.Topics)+len(scope.Topics) == 0
+	match := func(d *eventDetails) bool {
+		return (len(q.Topics) == 0 || slices.Contains(q.Topics, d.Topic)) && (len(scope.Topics) == 0 || slices.Contains(scope.Topics, d.APNsTopic))
+	}
+	step := q.Limit
+	if !all {
+		step = max(step, lookRows)
+	}
+	err = s.read(ctx, func(ctx context.Context, t *tx) error {
+		events, next = nil, q.After
+		last, err := lastNumber(ctx, t, "")
+		if err != nil {
+			return err
+		}
+		for looked := 0; looked < logWindow && len(events) < q.Limit; looked += step {
+			list, err := batchesAfter(ctx, t, next, step)
+			if err != nil {
+				return err
+			}
+			if len(list) == 0 { // what there was up to the last one is removed
+				next = max(next, last)
+				break
+			}
+			ids := idsOf(list)
+			if !all { // payloads that nobody wants are not read
+				if ids, err = having(ctx, t, ids, match); err != nil {
+					return err
+				}
+			}
+			found, err := s.eventsOf(ctx, t, ids, func(d *eventDetails, seq int64) bool { return seq > next && match(d) })
+			if err != nil {
+				return err
+			}
+			next = list[len(list)-1].last
+			if left := q.Limit - len(events); len(found) >= left {
+				found = found[:left]
+				next = found[left-1].Seq
+			}
+			events = append(events, found...)
+		}
+		return s.addApart(ctx, t, events)
+	})
+	if err != nil {
+		return nil, 0, fmt.Errorf("reading events: %w", err)
+	}
+	return events, next, nil
+}
+
+// having are those batches that have an event that matches, or may have had one: those
+// that are damaged are for whoever reads the others to notice.
+func having(ctx context.Context, t *tx, ids []string, match func(d *eventDetails) bool) (found []string, err error) {
+	batches, err := readBatches(ctx, t, ids, false)
+	if err != nil {
+		return nil, err
+	}
+	for _, b := range batches {
+		if b.cut || slices.ContainsFunc(b.events, func(d eventDetails) bool { return match(&d) }) {
+			found = append(found, b.id)
+		}
+	}
+	return found, nil
+}
+
+// EventPayload implements storage.EventLog.
+func (s *Store) EventPayload(ctx context.Context, seq int64) ([]byte, error) {
+	var payload []byte
+	err := s.read(ctx, func(ctx context.Context, t *tx) error {
+		list, err := batchesAfter(ctx, t, seq-1, 1)
+		if err != nil {
+			return err
+		}
+		events, err := s.eventsOf(ctx, t, idsOf(list), func(_ *eventDetails, at int64) bool { return at == seq })
+		if err != nil {
+			return err
+		}
+		if len(events) == 0 {
+			return sql.ErrNoRows
+		}
+		payload = events[0].Raw
+		if !events[0].RawLeft {
+			return nil
+		}
+		id := events[0].ID
+		if err := t.QueryRow(ctx, `SELECT payload FROM nano_event_payloads WHERE event_id = ?`, id).Scan(&payload); err != nil {
+			return err
+		}
+		payload, err = s.openApart(t, id, payload)
+		return err
+	})
+	if errors.Is(err, sql.ErrNoRows) {
+		return nil, storage.ErrNotFound
+	}
+	if err != nil {
+		return nil, fmt.Errorf("reading an event's payload: %w", err)
+	}
+	return payload, nil
+}

@@ -1,0 +1,135 @@
+package sqlstore
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/nanomdm/nanomdm/storage"
+	"github.com/nanomdm/nanomdm/storage/sqldb"
+)
+
+// censusLimit bounds how many rows one number of a census is counted from, so
+// that a backlog of millions costs no more than one of this size.
+const censusLimit = 100_000
+
+// Census is what waits in the database, counted for whoever watches it. Each
+// count stops at 100,000.
+type Census struct {
+	// Waiting are the commands that wait, by state: Scheduled, Queued and
+	// NotNow are always there.
+	Waiting map[storage.State]Backlog
+	// PushesOwed are enrollments that are owed a push.
+	PushesOwed int64
+	// Unnumbered are events that no sink can see yet.
+	Unnumbered int64
+}
+
+// Backlog is how many rows wait and since when the oldest does; zero if none.
+type Backlog struct {
+	Count  int64
+	Oldest time.Time
+}
+
+// Census counts. It is meant to be called every some seconds, not for each
+// request.
+func (s *Store) Census(ctx context.Context) (Census, error) {
+	c := Census{Waiting: make(map[storage.State]Backlog)}
+	err := s.read(ctx, func(ctx context.Context, t *tx) error {
+		for _, state := range []storage.State{storage.Scheduled, storage.Queued, storage.NotNow} {
+			var n, oldest int64
+			err := t.QueryRow(ctx, "SELECT COUNT(*), COALESCE(MIN(created_at), 0) FROM ("+rowsInState(t.Dialect, "q.created_at", state)+") waiting",
+				censusLimit).Scan(&n, &oldest)
+			if err != nil {
+				return err
+			}
+			c.Waiting[state] = Backlog{Count: n, Oldest: fromMicros(oldest)}
+		}
+		// A debt has a time at which the sweep looks, so the index on push_at
+		// keeps those who are owed nothing out of this.
+		err := t.QueryRow(ctx, `SELECT COUNT(*) FROM (SELECT id FROM nano_enrollment_push
+			WHERE push_at IS NOT NULL AND paid_seq < owed_seq LIMIT ?) owed`, censusLimit).Scan(&c.PushesOwed)
+		if err != nil {
+			return err
+		}
+		return t.QueryRow(ctx, `SELECT COALESCE(SUM(size), 0) FROM (SELECT size FROM nano_event_batches WHERE seq = 0 LIMIT ?) unnumbered`,
+			censusLimit).Scan(&c.Unnumbered)
+	})
+	if err != nil {
+		return Census{}, fmt.Errorf("counting what waits: %w", err)
+	}
+	return c, nil
+}
+
+// rowsInState reads some queue rows of a state. In the order of an index they
+// are read from that, and never are all rows searched for the few of a state.
+func rowsInState(d *sqldb.Dialect, columns string, state storage.State) string {
+	return fmt.Sprintf("SELECT %s FROM nano_enrollment_queue q%s WHERE q.state = %d ORDER BY q.state, q.id, q.priority DESC, q.seq LIMIT ?",
+		columns, d.Index("nano_enrollment_queue_next"), state)
+}
+
+// CertificatesExpiring counts the live certificates of devices that expire
+// before each of some times, up to 100,000.
+func (s *Store) CertificatesExpiring(ctx context.Context, before ...time.Time) ([]int64, error) {
+	counts := make([]int64, len(before))
+	err := s.read(ctx, func(ctx context.Context, t *tx) error {
+		for i, at := range before {
+			err := t.QueryRow(ctx, `SELECT COUNT(*) FROM (SELECT sha256 FROM nano_cert_auth_associations
+				WHERE not_after < ? AND retired_at IS NULL LIMIT ?) expiring`, micros(at), censusLimit).Scan(&counts[i])
+			if err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("counting certificates: %w", err)
+	}
+	return counts, nil
+}
+
+// NextCertificateExpiry tells when the next live certificate of a device
+// expires, of those that have not yet; zero if there is none.
+func (s *Store) NextCertificateExpiry(ctx context.Context, now time.Time) (time.Time, error) {
+	var at int64
+	err := s.read(ctx, func(ctx context.Context, t *tx) error {
+		return t.QueryRow(ctx, `SELECT not_after FROM nano_cert_auth_associations
+			WHERE not_after >= ? AND retired_at IS NULL ORDER BY not_after LIMIT 1`, micros(now)).Scan(&at)
+	})
+	if errors.Is(err, sql.ErrNoRows) {
+		return time.Time{}, nil
+	}
+	if err != nil {
+		return time.Time{}, fmt.Errorf("reading when certificates expire: %w", err)
+	}
+	return fromMicros(at), nil
+}
+
+// PushCertificatesExpiry tells when the push certificate of each topic
+// expires; up to 1,000 of them, the first to expire first.
+func (s *Store) PushCertificatesExpiry(ctx context.Context) (map[string]time.Time, error) {
+	var expiry map[string]time.Time
+	err := s.read(ctx, func(ctx context.Context, t *tx) error {
+		expiry = make(map[string]time.Time)
+		rows, err := t.Query(ctx, `SELECT topic, not_after FROM nano_push_certs ORDER BY not_after LIMIT 1000`)
+		if err != nil {
+			return err
+		}
+		defer rows.Close()
+		for rows.Next() {
+			var topic string
+			var at int64
+			if err := rows.Scan(&topic, &at); err != nil {
+				return err
+			}
+			expiry[topic] = fromMicros(at)
+		}
+		return rows.Err()
+	})
+	if err != nil {
+		return nil, fmt.Errorf("reading when push certificates expire: %w", err)
+	}
+	return expiry, nil
+}

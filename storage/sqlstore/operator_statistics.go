@@ -1,0 +1,188 @@
+package sqlstore
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/nanomdm/nanomdm/mdm"
+	"github.com/nanomdm/nanomdm/storage"
+)
+
+var _ storage.Inventory = (*Store)(nil)
+
+// keptIfTook is how long counting all enrollments must take for the counts to
+// be kept, and keptTimes for how many times as long they then are, so that who
+// watches costs the database no more than a twentieth of its time.
+const (
+	keptIfTook = 100 * time.Millisecond
+	keptTimes  = 20
+)
+
+// headcount is how many enrollments there are of each kind.
+type headcount struct {
+	turn  chan struct{} // of one; whoever fills it may use the rest
+	heads []heads
+	until time.Time
+}
+
+// heads are the enrollments of one kind.
+type heads struct {
+	topic             string
+	typ               mdm.EnrollType
+	enabled, disabled bool // disabled by an operator
+	n                 int64
+}
+
+// headcount counts all enrollments, or says what it counted a moment ago.
+func (s *Store) headcount(ctx context.Context) ([]heads, error) {
+	c := &s.counted
+	select {
+	case c.turn <- struct{}{}:
+		defer func() { <-c.turn }()
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	began := s.now()
+	if began.Before(c.until) {
+		return c.heads, nil
+	}
+	var all []heads
+	err := s.read(ctx, func(ctx context.Context, t *tx) error {
+		all = nil
+		rows, err := t.Query(ctx, `SELECT topic, type, enabled, operator_disabled, COUNT(*) FROM nano_enrollments
+GROUP BY topic, type, enabled, operator_disabled`)
+		if err != nil {
+			return err
+		}
+		defer rows.Close()
+		for rows.Next() {
+			var h heads
+			if err := rows.Scan(&h.topic, &h.typ, &h.enabled, &h.disabled, &h.n); err != nil {
+				return err
+			}
+			all = append(all, h)
+		}
+		return rows.Err()
+	})
+	if err != nil {
+		return nil, err
+	}
+	if took := s.now().Sub(began); took >= keptIfTook {
+		c.heads, c.until = all, began.Add(keptTimes*took)
+	}
+	return all, nil
+}
+
+// enabledByTopic counts enabled enrollments.
+func (s *Store) enabledByTopic(ctx context.Context) (map[string]int64, error) {
+	all, err := s.headcount(ctx)
+	counts := make(map[string]int64)
+	for _, h := range all {
+		if h.enabled {
+			counts[h.topic] += h.n
+		}
+	}
+	return counts, err
+}
+
+// Statistics implements storage.Inventory. Each count is a statement of its
+// own, since together they may take long.
+func (s *Store) Statistics(ctx context.Context, scope storage.Scope) (*storage.Statistics, error) {
+	st := &storage.Statistics{ByType: make(map[mdm.EnrollType]int64)}
+	all, err := s.headcount(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("counting enrollments: %w", err)
+	}
+	for _, h := range all {
+		if len(scope.Topics) > 0 && !slices.Contains(scope.Topics, h.topic) {
+			continue
+		}
+		st.ByType[h.typ] += h.n
+		switch {
+		case h.disabled:
+			st.Disabled += h.n
+		case h.enabled:
+			st.Enabled += h.n
+		default:
+			st.NotEnrolled += h.n
+		}
+	}
+	for _, count := range []func(context.Context, *tx, storage.Scope, *storage.Statistics) error{countQueue, countPushes} {
+		err := s.read(ctx, func(ctx context.Context, t *tx) error { return count(ctx, t, scope, st) })
+		if err != nil {
+			return nil, fmt.Errorf("counting: %w", err)
+		}
+	}
+	return st, nil
+}
+
+func countQueue(ctx context.Context, t *tx, scope storage.Scope, st *storage.Statistics) error {
+	condition, topics := scoped(scope)
+	states := storage.States()
+	if condition != "" {
+		states = waitingStates[:]
+	}
+	st.Queue = make(map[storage.State]int64)
+	oldest := int64(0)
+	for _, state := range states {
+		since := "0 AS created_at"
+		if !state.Terminal() {
+			since = "q.created_at"
+		}
+		rows := rowsInState(t.Dialect, since, state)
+		if condition != "" {
+			rows = fmt.Sprintf("SELECT %s FROM nano_enrollment_queue q JOIN nano_enrollments e ON e.id = q.id%s WHERE q.state = %d LIMIT ?", since, condition, state)
+		}
+		var n, first int64
+		err := t.QueryRow(ctx, "SELECT COUNT(*), COALESCE(MIN(c.created_at), 0) FROM ("+rows+") c",
+			append(slices.Clone(topics), storage.StatisticsLimit)...).Scan(&n, &first)
+		if err != nil {
+			return err
+		}
+		if n > 0 {
+			st.Queue[state] = n
+		}
+		if first > 0 && (oldest == 0 || first < oldest) {
+			oldest = first
+		}
+	}
+	st.OldestWaiting = fromMicros(oldest)
+	return nil
+}
+
+func countPushes(ctx context.Context, t *tx, scope storage.Scope, st *storage.Statistics) error {
+	for _, count := range []struct {
+		into *int64
+		f    storage.EnrollmentFilter
+	}{
+		{&st.PushesOwed, storage.EnrollmentFilter{Push: storage.PushOwed}},
+		{&st.PushesUnanswered, storage.EnrollmentFilter{Push: storage.PushUnanswered}},
+	} {
+		from, where, args := conditions(scope, count.f)
+		err := t.QueryRow(ctx, "SELECT COUNT(*) FROM (SELECT e.id FROM "+from+" WHERE 1 = 1"+where+" LIMIT ?) c",
+			append(args, storage.StatisticsLimit)...).Scan(count.into)
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// PushCertState implements storage.Inventory.
+func (s *Store) PushCertState(ctx context.Context, topic string) (*storage.PushCertInfo, error) {
+	var infos []storage.PushCertInfo
+	err := s.read(ctx, func(ctx context.Context, t *tx) (err error) {
+		infos, err = scanPushCertInfos(t.Query(ctx, `SELECT topic, not_after, version, updated_at, last_class, last_at
+FROM nano_push_certs WHERE topic = ?`, topic))
+		if err == nil && len(infos) == 0 {
+			err = storage.ErrNotFound
+		}
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("reading a push certificate's state: %w", err)
+	}
+	return &infos[0], nil
+}
