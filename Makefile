@@ -4,7 +4,7 @@ GO ?= go
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 FUZZTIME ?= 20s
 BENCH ?=
-ENGINES := storage/storagetest/with-engines.sh
+ENGINES := storage/engines/with-engines.sh
 
 .PHONY: help build demo test quick bench fuzz lint clean
 

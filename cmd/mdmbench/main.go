@@ -4,7 +4,7 @@
 //
 // Daemon, reference and database are processes of their own; all requests are
 // signed before a measurement begins. Engines are those whose test DSN is in
-// the environment (see storage/storagetest/with-engines.sh), and SQLite.
+// the environment (see storage/engines/with-engines.sh), and SQLite.
 package main
 
 import (

@@ -64,7 +64,7 @@ func TestProxiesOfTheDocumentation(t *testing.T) {
 				if os.Getenv("CI") == "true" {
 					t.Fatalf("%s is not installed: in CI every proxy is tested", c.program)
 				}
-				t.Skipf("no %s: install it, or run storage/storagetest/with-engines.sh go test ./...", c.program)
+				t.Skipf("no %s: install it, or run storage/engines/with-engines.sh go test ./...", c.program)
 			}
 			dir := t.TempDir()
 			socket := filepath.Join(dir, "mdm.sock")

@@ -107,7 +107,7 @@ func TestPromtoolReadsThem(t *testing.T) {
 		if os.Getenv("CI") == "true" {
 			t.Fatal("promtool is not installed: in CI the rules are read by Prometheus")
 		}
-		t.Skip("no promtool: install Debian's prometheus, or run storage/storagetest/with-engines.sh go test ./...")
+		t.Skip("no promtool: install Debian's prometheus, or run storage/engines/with-engines.sh go test ./...")
 	}
 	data, err := os.ReadFile("../../docs/grafana-dashboard.json")
 	require.NoError(t, err)

@@ -2,7 +2,7 @@
 // on every engine, each on an empty database of its own. It also gives the
 // tests of other packages such databases.
 //
-// SQLite needs nothing. The other engines are those of with-engines.sh, or
+// SQLite needs nothing. The other engines are those of storage/engines/with-engines.sh, or
 // whatever servers NANOMDM_PGSQL_STORAGE_TEST_DSN, NANOMDM_MYSQL_STORAGE_TEST_DSN
 // and NANOMDM_MARIADB_STORAGE_TEST_DSN name; their user must be allowed to
 // create databases. Without its variable an engine's tests are skipped, and
@@ -132,7 +132,7 @@ func (e *Engine) need(t *testing.T) {
 	case os.Getenv("CI") == "true":
 		t.Fatalf("%s is not set: in CI every engine is tested", e.variable)
 	default:
-		t.Skipf("no %s: set %s, or run storage/storagetest/with-engines.sh go test ./...", e.Name, e.variable)
+		t.Skipf("no %s: set %s, or run storage/engines/with-engines.sh go test ./...", e.Name, e.variable)
 	}
 }
 
