@@ -23,11 +23,12 @@ var arrows = map[string][]string{
 	"mdm":        nil,
 	"cryptoutil": nil,
 	"certverify": nil,
-	"storage":    {"mdm"},
-	"service":    {"storage", "mdm", "cryptoutil"},
-	"push":       {"storage", "mdm"},
-	"http":       {"service", "storage", "mdm", "cryptoutil", "certverify", "push"},
-	"cmd":        {"http", "service", "storage", "push", "mdm", "cryptoutil", "certverify"},
+	"backoff":    nil,
+	"storage":    {"mdm", "backoff"},
+	"service":    {"storage", "mdm", "cryptoutil", "backoff"},
+	"push":       {"storage", "mdm", "backoff"},
+	"http":       {"service", "storage", "mdm", "cryptoutil", "certverify", "push", "backoff"},
+	"cmd":        {"http", "service", "storage", "push", "mdm", "cryptoutil", "certverify", "backoff"},
 }
 
 // isolated packages import nothing of ours beside the listed ones, and why.
