@@ -52,7 +52,7 @@ func benchWorld(b *testing.B, latency time.Duration, n int) (*world, *push.Servi
 	w := newWorld(b, apnstest.Config{Latency: latency})
 	all := ids(n)
 	w.enroll(all...)
-	s := w.service(push.Config{Patience: time.Minute, APNs: apns.Config{MaxConnsPerTopic: 1}})
+	s := w.service(push.Config{Wait: time.Minute, APNs: apns.Config{MaxConnsPerTopic: 1}})
 	ask(b, s, all) // the connection is warm
 	return w, s, all
 }
@@ -140,7 +140,7 @@ func BenchmarkOthersOfStalled(b *testing.B) {
 				n += int(want)
 				b.StopTimer()
 				require.NoError(b, <-done)
-				w.eventually("the others have given up", func() bool { return s.Stats().Flying == 0 && s.Stats().Waiting == 0 })
+				w.eventually("the others have given up", func() bool { return s.Stats().InFlight == 0 && s.Stats().Waiting == 0 })
 				b.StartTimer()
 			}
 			rate := float64(n) / took.Seconds()
@@ -175,7 +175,7 @@ func BenchmarkOwed(b *testing.B) {
 					stop := w.sweep(s)
 					defer stop()
 				}
-				w.eventually("there is no room any more", func() bool { return s.Stats().Flying >= 2000 })
+				w.eventually("there is no room any more", func() bool { return s.Stats().InFlight >= 2000 })
 				for b.Loop() {
 				}
 				b.ReportMetric(float64(heap()-before)/(1<<20), "MiB")

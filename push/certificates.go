@@ -11,8 +11,8 @@ import (
 	"github.com/nanomdm/nanomdm/storage"
 )
 
-// certificates gives the sender the push certificates of the store, each of
-// which it reads again only when its version has changed.
+// certificates supplies the sender with the push certificates of the store. It
+// reads a certificate again only when its version has changed.
 type certificates struct {
 	store storage.PushCerts
 
@@ -29,7 +29,7 @@ func newCertificates(store storage.PushCerts) *certificates {
 	return &certificates{store: store, known: make(map[string]certificate)}
 }
 
-// version is that of the certificate that was last handed out for the topic,
+// version returns the version of the topic's certificate that was supplied last,
 // or 0.
 func (c *certificates) version(topic string) int64 {
 	c.mu.Lock()
@@ -41,7 +41,7 @@ func (c *certificates) version(topic string) int64 {
 func (c *certificates) PushCertificate(ctx context.Context, topic string) (tls.Certificate, string, error) {
 	version, err := c.store.PushCertVersion(ctx, topic)
 	if err != nil {
-		return tls.Certificate{}, "", c.without(topic, err)
+		return tls.Certificate{}, "", c.forgetIfMissing(topic, err)
 	}
 	c.mu.Lock()
 	known, ok := c.known[topic]
@@ -51,9 +51,9 @@ func (c *certificates) PushCertificate(ctx context.Context, topic string) (tls.C
 	}
 	stored, err := c.store.PushCert(ctx, topic)
 	if err != nil {
-		return tls.Certificate{}, "", c.without(topic, err)
+		return tls.Certificate{}, "", c.forgetIfMissing(topic, err)
 	}
-	// Errors of this function quote no key.
+	// Errors of X509KeyPair quote no key.
 	pair, err := tls.X509KeyPair(stored.CertPEM, stored.KeyPEM)
 	if err != nil {
 		return tls.Certificate{}, "", fmt.Errorf("reading the stored push certificate of %s: %w", topic, err)
@@ -65,8 +65,8 @@ func (c *certificates) PushCertificate(ctx context.Context, topic string) (tls.C
 	return known.tls, strconv.FormatInt(known.version, 10), nil
 }
 
-// without forgets the certificate of a topic that has none any more.
-func (c *certificates) without(topic string, err error) error {
+// forgetIfMissing forgets the certificate of a topic that has none any more.
+func (c *certificates) forgetIfMissing(topic string, err error) error {
 	if !missing(err) {
 		return err
 	}

@@ -1,17 +1,17 @@
-// Package push wakes devices, and sees to it that every wake-up that is owed
-// is paid.
+// Package push wakes devices, and sends every push that is owed.
 //
-// A [Service] pushes on behalf of callers (Push) and, on the one replica that
-// holds the lease, pays what is left over (Sweep): debts of replicas that
-// died, pushes that APNs could not take, devices with commands that stay
-// silent. What is owed to whom is kept by storage.Pushes; package apns sends.
+// A [Service] pushes on behalf of callers (Push). On the one replica that holds
+// the lease it also sends the pushes that are left over (Sweep): those of
+// replicas that died, those that APNs could not take, and those to silent
+// devices with commands. storage.Pushes keeps which pushes are owed; package
+// apns sends them.
 //
-// Of one enrollment there is one push under way in a process, however many
-// callers ask: those that come while it is under way share the next one, since
-// the device may have polled before they queued their command. Replicas keep
-// out of each other's way by time: the one that queued a command pushes first,
-// the sweep takes debts that are older than 30 seconds. A push too many does
-// no harm.
+// A process has one push in flight for each enrollment, however many callers
+// ask. Callers that come while it is in flight share the next one, since the
+// device may have polled before they queued their command. Replicas avoid
+// duplicates by time: the one that queued a command pushes first, the sweep
+// takes pushes that are owed for more than 30 seconds. A duplicate push is
+// harmless.
 package push
 
 import (
@@ -29,31 +29,31 @@ import (
 	"github.com/nanomdm/nanomdm/storage"
 )
 
-// CertificateRefresh bounds how long after its upload a push certificate is
-// used by every replica.
+// CertificateRefresh bounds the time from the upload of a push certificate until
+// every replica uses it.
 const CertificateRefresh = 10 * time.Second
 
 const (
-	// lookRows is how many enrollments are looked up, or claimed, at a time.
-	lookRows = 500
-	// maxWanted bounds the enrollments that wait for their push. Others are
-	// left to the sweep.
-	maxWanted = 100_000
-	// spareTime is how long a push may take before the sweep, on whichever
-	// replica, takes over what a caller gave up.
-	spareTime = 30 * time.Second
+	// lookupRows is how many enrollments one query looks up or claims.
+	lookupRows = 500
+	// maxPending bounds the enrollments that wait for their push. The sweep
+	// pushes to the others.
+	maxPending = 100_000
+	// callerGrace is how long the sweeps of all replicas leave a push to the
+	// replica whose caller asked for it.
+	callerGrace = 30 * time.Second
 )
 
-// Errors of a Result, to be tested with errors.Is.
+// Errors of a Result, for errors.Is.
 var (
-	// ErrStopped: APNs refuses the topic's certificate, or there is none. The
-	// topic is tried now and then, and again when it has a new certificate.
+	// ErrStopped: APNs refuses the topic's certificate, or there is none. A
+	// probe every few minutes and a new certificate start the topic again.
 	ErrStopped = errors.New("pushes to the topic are stopped: its push certificate is missing or refused")
 	// ErrClosed: the Service is closed.
 	ErrClosed = errors.New("the push service is closed")
 )
 
-// Store is what a Service needs to have kept.
+// Store is the part of the store that a Service needs.
 type Store interface {
 	storage.Pushes
 	storage.PushCerts
@@ -61,61 +61,63 @@ type Store interface {
 
 // Config holds what is optional about a Service. The zero value works.
 type Config struct {
-	// APNs is for the sender. CertificateTTL is CertificateRefresh unless set.
+	// APNs configures the sender. Default of its CertificateTTL:
+	// CertificateRefresh.
 	APNs apns.Config
-	// Rate bounds the pushes started per second; 0 does not.
+	// Rate bounds the pushes started per second. Default: unlimited.
 	Rate float64
-	// Retry is when a device that stays silent, with commands waiting, is
-	// pushed again: the first time so long after a push that APNs took, and so
-	// on; the last one repeats. Empty is never.
+	// Retry lists the pauses between pushes to a silent device with waiting
+	// commands. The first one begins when APNs accepts a push; the last one
+	// repeats. Default: no retries.
 	Retry []time.Duration
-	// Patience is how long Push waits; 10 seconds if zero.
-	Patience time.Duration
-	// SweepEvery is how often Sweep looks for what is due; a second if zero.
+	// Wait bounds how long Push waits for outcomes. Default: 10 seconds.
+	Wait time.Duration
+	// SweepEvery is the interval between two looks of Sweep for due pushes.
+	// Default: a second.
 	SweepEvery time.Duration
-	// Logger; default discards.
+	// Logger receives changes of state. Default: discard.
 	Logger *slog.Logger
-	// Now is the clock of plans; time.Now if nil.
+	// Now is the clock of retries. Default: time.Now.
 	Now func() time.Time
 }
 
-// Service pushes. Make it with New and Close it after use. Its methods may be
-// called by any number of goroutines.
+// Service pushes. Make it with New and Close it after use. Any number of
+// goroutines may call its methods.
 type Service struct {
-	store  Store
-	cfg    Config
-	log    *slog.Logger
-	certs  *certificates
-	client *apns.Client
-	limit  *rate.Limiter
-	batch  int           // of look-ups and claims
-	slots  chan struct{} // one for each push under way
-	topics *topics
-	book   *book
-	tally  *tally
-	swept  atomic.Int64
+	store    Store
+	cfg      Config
+	log      *slog.Logger
+	certs    *certificates
+	client   *apns.Client
+	limit    *rate.Limiter
+	batch    int           // rows of a look-up or a claim
+	slots    chan struct{} // one for each push in flight
+	topics   *topics
+	outcomes *outcomeWriter
+	counter  *outcomeCounter
+	swept    atomic.Int64
 
 	ctx      context.Context // of pushes
 	cancel   context.CancelFunc
-	starting context.Context // ends when Close begins
+	starting context.Context // of look-ups; ends when Close begins
 	quit     context.CancelFunc
-	wg       sync.WaitGroup // the dispatcher and the watch
+	loops    sync.WaitGroup // the dispatcher and the watch
 	pushes   sync.WaitGroup
 
-	mu     sync.Mutex
-	closed bool
-	flying map[string]struct{} // under way, from the look-up on
-	wanted map[string]*want    // to be pushed next
-	queue  []string            // of those in wanted that are not flying
-	wake   chan struct{}
+	mu       sync.Mutex
+	closed   bool
+	inFlight map[string]struct{}     // from the look-up to the outcome
+	pending  map[string]*pendingPush // to be pushed next
+	queue    []string                // enrollments in pending that are not in flight
+	wake     chan struct{}
 }
 
-// want is an enrollment to be pushed and who waits for it.
-type want struct {
+// pendingPush is an enrollment to be pushed and the callers that wait for it.
+type pendingPush struct {
 	id    string
 	calls []*call
-	// async: somebody does not wait, for whom it need not be pushed if nothing
-	// is owed any more.
+	// async: a caller that does not wait asked for the push. It is needless
+	// once no push is owed.
 	async bool
 }
 
@@ -129,8 +131,8 @@ func New(store Store, cfg Config) (*Service, error) {
 			return nil, fmt.Errorf("push: Config.Retry: %v is not positive", d)
 		}
 	}
-	if cfg.Patience <= 0 {
-		cfg.Patience = 10 * time.Second
+	if cfg.Wait <= 0 {
+		cfg.Wait = 10 * time.Second
 	}
 	if cfg.SweepEvery <= 0 {
 		cfg.SweepEvery = time.Second
@@ -145,15 +147,15 @@ func New(store Store, cfg Config) (*Service, error) {
 		cfg.APNs.CertificateTTL = CertificateRefresh
 	}
 	s := &Service{
-		store: store, cfg: cfg, log: cfg.Logger, certs: newCertificates(store), tally: newTally(),
-		limit: rate.NewLimiter(rate.Inf, 0), batch: lookRows,
-		wake:   make(chan struct{}, 1),
-		flying: make(map[string]struct{}), wanted: make(map[string]*want),
+		store: store, cfg: cfg, log: cfg.Logger, certs: newCertificates(store), counter: newOutcomeCounter(),
+		limit: rate.NewLimiter(rate.Inf, 0), batch: lookupRows,
+		wake:     make(chan struct{}, 1),
+		inFlight: make(map[string]struct{}), pending: make(map[string]*pendingPush),
 	}
 	if cfg.Rate > 0 {
 		s.limit = rate.NewLimiter(rate.Limit(cfg.Rate), max(1, int(cfg.Rate/10)))
-		// What was looked up must not grow old before it is sent.
-		s.batch = max(1, min(lookRows, int(cfg.Rate*5)))
+		// A batch is sent within five seconds of its look-up.
+		s.batch = max(1, min(lookupRows, int(cfg.Rate*5)))
 	}
 	var err error
 	if s.client, err = apns.New(s.certs, cfg.APNs); err != nil {
@@ -161,16 +163,16 @@ func New(store Store, cfg Config) (*Service, error) {
 	}
 	s.slots = make(chan struct{}, s.client.Concurrency())
 	s.topics = newTopics(store, s.certs, cfg.Logger)
-	s.book = startBook(store, s.topics.stampDue, cfg.Logger)
+	s.outcomes = startOutcomeWriter(store, s.topics.storeDue, cfg.Logger)
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.starting, s.quit = context.WithCancel(s.ctx)
-	s.wg.Go(s.dispatch)
-	s.wg.Go(func() { s.topics.watch(s.ctx, cfg.APNs.CertificateTTL) })
+	s.loops.Go(s.dispatch)
+	s.loops.Go(func() { s.topics.watch(s.ctx, cfg.APNs.CertificateTTL) })
 	return s, nil
 }
 
-// Close ends the service: what still waits is left to other replicas, pushes
-// under way are waited for until ctx ends, and their outcomes are stored.
+// Close ends the service. Pushes that still wait are left to other replicas.
+// Close waits for pushes in flight until ctx ends, and stores their outcomes.
 func (s *Service) Close(ctx context.Context) error {
 	s.mu.Lock()
 	if s.closed {
@@ -179,26 +181,26 @@ func (s *Service) Close(ctx context.Context) error {
 	}
 	s.closed = true
 	s.quit()
-	left := s.wanted
-	s.wanted, s.queue = make(map[string]*want), nil
+	left := s.pending
+	s.pending, s.queue = make(map[string]*pendingPush), nil
 	s.mu.Unlock()
-	for _, w := range left {
-		w.settle(Result{Err: ErrClosed})
+	for _, p := range left {
+		p.resolve(Result{Err: ErrClosed})
 	}
 	stop := context.AfterFunc(ctx, s.cancel)
 	defer stop()
 	s.pushes.Wait()
 	s.cancel()
-	s.wg.Wait()
+	s.loops.Wait()
 	s.client.Close()
-	return s.book.close(ctx)
+	return s.outcomes.close(ctx)
 }
 
-// dispatch looks up what is wanted and starts the pushes, until the service
-// is closed.
+// dispatch looks up pending enrollments and starts their pushes, until the
+// service is closed.
 func (s *Service) dispatch() {
 	for {
-		batch := s.take()
+		batch := s.takeBatch()
 		if batch == nil {
 			select {
 			case <-s.wake:
@@ -207,14 +209,14 @@ func (s *Service) dispatch() {
 				return
 			}
 		}
-		s.start(batch)
-		s.pushes.Done() // of take
+		s.startBatch(batch)
+		s.pushes.Done() // of takeBatch
 	}
 }
 
-// take moves the next of what is wanted to flying. It counts as a push, so
-// that Close waits for it.
-func (s *Service) take() map[string]*want {
+// takeBatch moves the next enrollments from pending to inFlight. The batch
+// counts as a push, so that Close waits for it.
+func (s *Service) takeBatch() map[string]*pendingPush {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	n := min(len(s.queue), s.batch)
@@ -222,18 +224,18 @@ func (s *Service) take() map[string]*want {
 		return nil
 	}
 	s.pushes.Add(1)
-	batch := make(map[string]*want, n)
+	batch := make(map[string]*pendingPush, n)
 	for _, id := range s.queue[:n] {
-		batch[id] = s.wanted[id]
-		delete(s.wanted, id)
-		s.flying[id] = struct{}{}
+		batch[id] = s.pending[id]
+		delete(s.pending, id)
+		s.inFlight[id] = struct{}{}
 	}
 	s.queue = s.queue[n:]
 	return batch
 }
 
-// start looks a batch up and sends it on its way.
-func (s *Service) start(batch map[string]*want) {
+// startBatch looks a batch up and starts its pushes.
+func (s *Service) startBatch(batch map[string]*pendingPush) {
 	ids := make([]string, 0, len(batch))
 	for id := range batch {
 		ids = append(ids, id)
@@ -241,30 +243,30 @@ func (s *Service) start(batch map[string]*want) {
 	targets, failed, err := s.store.PushTargets(s.starting, storage.Scope{}, ids)
 	if err != nil {
 		err = fmt.Errorf("looking the enrollment up: %w", err)
-		for id, w := range batch {
-			s.land(id)
-			w.settle(Result{Err: err})
+		for id, p := range batch {
+			s.finish(id)
+			p.resolve(Result{Err: err})
 		}
 		return
 	}
 	for id, err := range failed {
-		s.land(id)
-		batch[id].settle(Result{Err: err})
+		s.finish(id)
+		batch[id].resolve(Result{Err: err})
 	}
 	for _, t := range targets {
-		w := batch[t.ID]
-		w.admit(t.Topic)
-		if len(w.calls) == 0 && (!w.async || t.Paid >= t.Owed) {
-			s.land(t.ID)
+		p := batch[t.ID]
+		p.checkScope(t.Topic)
+		if len(p.calls) == 0 && (!p.async || t.Paid >= t.Owed) {
+			s.finish(t.ID)
 			continue
 		}
-		s.launch(s.starting, t, w)
+		s.startPush(s.starting, t, p)
 	}
 }
 
-// launch starts a push to an enrollment that is flying, once there is room. It
-// reports whether it did, which it does not when ctx ends before.
-func (s *Service) launch(ctx context.Context, t storage.PushTarget, w *want) bool {
+// startPush starts a push to an enrollment in flight once there is room. It
+// returns false if ctx ends before.
+func (s *Service) startPush(ctx context.Context, t storage.PushTarget, p *pendingPush) bool {
 	err := s.limit.Wait(ctx)
 	if err == nil {
 		select {
@@ -274,8 +276,8 @@ func (s *Service) launch(ctx context.Context, t storage.PushTarget, w *want) boo
 		}
 	}
 	if err != nil {
-		s.land(t.ID)
-		w.settle(Result{Err: ErrClosed})
+		s.finish(t.ID)
+		p.resolve(Result{Err: ErrClosed})
 		return false
 	}
 	s.pushes.Add(1)
@@ -283,52 +285,53 @@ func (s *Service) launch(ctx context.Context, t storage.PushTarget, w *want) boo
 		defer s.pushes.Done()
 		defer func() { <-s.slots }()
 		result := s.send(t)
-		s.land(t.ID)
-		w.settle(result)
+		s.finish(t.ID)
+		p.resolve(result)
 	}()
 	return true
 }
 
-// send pushes and notes the outcome.
+// send pushes and records the outcome.
 func (s *Service) send(t storage.PushTarget) Result {
 	at := s.cfg.Now()
-	version, ok := s.topics.pass(t.Topic)
+	version, ok := s.topics.allow(t.Topic)
 	if !ok {
 		return Result{Err: ErrStopped}
 	}
 	o := s.client.Push(s.ctx, apns.Notification{Token: t.Token, Magic: t.Magic, Topic: t.Topic})
 	if o.Err != nil && s.ctx.Err() != nil {
-		return Result{Err: ErrClosed} // still owed, and not APNs' fault
+		return Result{Err: ErrClosed} // the push is still owed, and APNs did not fail
 	}
 	counted := t.Topic
 	if s.topics.certs.version(t.Topic) == 0 {
 		counted = ""
 	}
-	s.tally.count(counted, o)
-	s.topics.note(t.Topic, version, o)
-	s.book.note(s.record(t, at, o))
+	s.counter.count(counted, o)
+	s.topics.observe(t.Topic, version, o)
+	s.outcomes.add(s.outcomeRecord(t, at, o))
 	if o.Class != apns.Accepted {
 		return Result{Err: &Refused{Outcome: o}}
 	}
 	return Result{APNsID: o.APNsID}
 }
 
-// land ends the flight of an enrollment, and queues what was wanted of it
-// meanwhile.
-func (s *Service) land(id string) {
+// finish ends the flight of an enrollment, and queues it again if callers asked
+// for it meanwhile.
+func (s *Service) finish(id string) {
 	s.mu.Lock()
-	delete(s.flying, id)
-	_, again := s.wanted[id]
+	delete(s.inFlight, id)
+	_, again := s.pending[id]
 	if again {
 		s.queue = append(s.queue, id)
 	}
 	s.mu.Unlock()
 	if again {
-		s.nudge()
+		s.signal()
 	}
 }
 
-func (s *Service) nudge() {
+// signal wakes the dispatcher.
+func (s *Service) signal() {
 	select {
 	case s.wake <- struct{}{}:
 	default:

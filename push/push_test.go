@@ -377,7 +377,7 @@ func TestPatience(t *testing.T) {
 		}
 		return apnstest.Answer{}
 	})
-	s := w.service(push.Config{Patience: 2 * time.Second, APNs: apns.Config{StreamTimeout: 5 * time.Second, PingInterval: 2 * time.Second, PingTimeout: 5 * time.Second}})
+	s := w.service(push.Config{Wait: 2 * time.Second, APNs: apns.Config{StreamTimeout: 5 * time.Second, PingInterval: 2 * time.Second, PingTimeout: 5 * time.Second}})
 	results, err := s.Push(t.Context(), push.Request{IDs: []string{"A", "B"}})
 	require.NoError(t, err)
 	require.Equal(t, push.Result{Owed: true}, results["A"])
@@ -409,7 +409,7 @@ func TestAsync(t *testing.T) {
 	results, err = s.Push(t.Context(), push.Request{IDs: []string{all[0]}, Async: true, Owed: true})
 	require.NoError(t, err)
 	require.True(t, results[all[0]].Owed)
-	w.eventually("it was looked up", func() bool { st := s.Stats(); return st.Waiting+st.Flying == 0 })
+	w.eventually("it was looked up", func() bool { st := s.Stats(); return st.Waiting+st.InFlight == 0 })
 	require.Equal(t, 300, w.apns.Counts().Accepted)
 }
 
@@ -571,7 +571,7 @@ func TestCutConnectionsLoseNothing(t *testing.T) {
 	w := newWorld(t, apnstest.Config{Latency: 20 * time.Millisecond})
 	all := ids(2000)
 	w.enroll(all...)
-	s := w.service(push.Config{Patience: time.Minute, APNs: apns.Config{Workers: 100}})
+	s := w.service(push.Config{Wait: time.Minute, APNs: apns.Config{Workers: 100}})
 	w.enqueue("C1", all...)
 	done := make(chan map[string]push.Result, 1)
 	go func() {

@@ -9,30 +9,30 @@ import (
 	"github.com/nanomdm/nanomdm/push/apns"
 )
 
-// maxCounted bounds the outcomes that are counted apart, for reasons come from
-// outside: Apple has about thirty.
+// maxCounted bounds the outcomes that are counted apart, since reasons come from
+// outside. Apple has about thirty.
 const maxCounted = 1000
 
-// OutcomeCount counts the pushes that ended one way.
+// OutcomeCount is the number of pushes with one outcome.
 type OutcomeCount struct {
-	Topic  string // "" if there is no certificate for it: devices name topics
+	Topic  string // "" without a certificate for the topic, since devices name topics
 	Class  string // of apns.Class
-	Reason string // APNs' own, "" without one
+	Reason string // of APNs; may be empty
 	Count  uint64
 }
 
-// Stats is a snapshot of what a Service is doing and did.
+// Stats is a snapshot of a Service.
 type Stats struct {
-	// Outcomes by topic, class and reason. What is beyond 1,000 kinds has the
-	// topic and the reason "other".
+	// Outcomes by topic, class and reason. Beyond 1,000 kinds, topic and reason
+	// are "other".
 	Outcomes []OutcomeCount
-	// Waiting are enrollments that callers want pushed next, Flying those
-	// whose push is under way.
-	Waiting, Flying int
+	// Waiting is the number of enrollments that callers asked to push next,
+	// InFlight the number of those that are being pushed.
+	Waiting, InFlight int
 	// Stopped are the topics whose certificate is missing or refused.
 	Stopped []string
-	// Swept counts pushes that the sweep claimed, RecordsDropped outcomes that
-	// could not be stored.
+	// Swept is the number of pushes that the sweep claimed, RecordsDropped the
+	// number of outcomes that were not stored.
 	Swept, RecordsDropped int64
 	// APNs is the sender's.
 	APNs apns.Stats
@@ -41,37 +41,40 @@ type Stats struct {
 // Stats returns a snapshot, good for gauges and counters.
 func (s *Service) Stats() Stats {
 	st := Stats{
-		Outcomes: s.tally.list(), Stopped: slices.Sorted(maps.Keys(s.topics.stopped())), APNs: s.client.Stats(),
-		Swept: s.swept.Load(), RecordsDropped: s.book.dropped.Load(),
+		Outcomes: s.counter.list(), Stopped: slices.Sorted(maps.Keys(s.topics.stopped())), APNs: s.client.Stats(),
+		Swept: s.swept.Load(), RecordsDropped: s.outcomes.dropped.Load(),
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	st.Waiting, st.Flying = len(s.wanted), len(s.flying)
+	st.Waiting, st.InFlight = len(s.pending), len(s.inFlight)
 	return st
 }
 
-type tally struct {
+// outcomeCounter counts outcomes by topic, class and reason.
+type outcomeCounter struct {
 	mu     sync.Mutex
 	counts map[OutcomeCount]uint64 // by the other fields
 }
 
-func newTally() *tally { return &tally{counts: make(map[OutcomeCount]uint64)} }
-
-func (t *tally) count(topic string, o apns.Outcome) {
-	k := OutcomeCount{Topic: topic, Class: o.Class.String(), Reason: o.Reason}
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if _, ok := t.counts[k]; !ok && len(t.counts) >= maxCounted {
-		k.Topic, k.Reason = "other", "other"
-	}
-	t.counts[k]++
+func newOutcomeCounter() *outcomeCounter {
+	return &outcomeCounter{counts: make(map[OutcomeCount]uint64)}
 }
 
-func (t *tally) list() []OutcomeCount {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	out := make([]OutcomeCount, 0, len(t.counts))
-	for k, n := range t.counts {
+func (c *outcomeCounter) count(topic string, o apns.Outcome) {
+	k := OutcomeCount{Topic: topic, Class: o.Class.String(), Reason: o.Reason}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if _, ok := c.counts[k]; !ok && len(c.counts) >= maxCounted {
+		k.Topic, k.Reason = "other", "other"
+	}
+	c.counts[k]++
+}
+
+func (c *outcomeCounter) list() []OutcomeCount {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	out := make([]OutcomeCount, 0, len(c.counts))
+	for k, n := range c.counts {
 		k.Count = n
 		out = append(out, k)
 	}

@@ -5,19 +5,21 @@ import (
 	"errors"
 	"time"
 
+	"github.com/nanomdm/nanomdm/backoff"
 	"github.com/nanomdm/nanomdm/storage"
 )
 
 const (
-	// claimTime is how long a sweep has for what it claimed: longer than a
-	// push with all its tries.
+	// claimTime is how long a claim of the sweep holds: longer than a push with
+	// all its tries.
 	claimTime = 2 * time.Minute
-	// skipTime is when the sweep looks again at what is due to a stopped topic.
+	// skipTime is the pause before the sweep looks again at due pushes of a
+	// stopped topic.
 	skipTime = 15 * time.Minute
 )
 
-// Sweep pays what is due until ctx ends, whose error it returns. It is work
-// for lease.Hold: one replica sweeps, under the lease that current returns.
+// Sweep sends due pushes until ctx ends, and returns the error of ctx. It is
+// work for lease.Hold: one replica sweeps, under the lease that current returns.
 func (s *Service) Sweep(ctx context.Context, current func() storage.Lease) error {
 	failing := false
 	for {
@@ -35,18 +37,13 @@ func (s *Service) Sweep(ctx context.Context, current func() storage.Lease) error
 		if more {
 			continue
 		}
-		timer := time.NewTimer(s.cfg.SweepEvery)
-		select {
-		case <-timer.C:
-		case <-ctx.Done():
-			timer.Stop()
-			return ctx.Err()
+		if err := backoff.Sleep(ctx, s.cfg.SweepEvery); err != nil {
+			return err
 		}
 	}
 }
 
-// sweep claims what is due and starts the pushes, of which no more are under
-// way than there are slots.
+// sweep claims due pushes and starts them, as slots come free.
 func (s *Service) sweep(ctx context.Context, l storage.Lease) (more bool, err error) {
 	now := s.cfg.Now()
 	claim := storage.PushClaim{
@@ -62,11 +59,11 @@ func (s *Service) sweep(ctx context.Context, l storage.Lease) (more bool, err er
 	}
 	s.swept.Add(int64(len(targets)))
 	for _, t := range targets {
-		if !s.board(t.ID) {
+		if !s.reserve(t.ID) {
 			continue
 		}
-		started := s.launch(ctx, t, &want{id: t.ID})
-		s.pushes.Done() // of board
+		started := s.startPush(ctx, t, &pendingPush{id: t.ID})
+		s.pushes.Done() // of reserve
 		if !started {
 			break
 		}
@@ -74,17 +71,17 @@ func (s *Service) sweep(ctx context.Context, l storage.Lease) (more bool, err er
 	return more, nil
 }
 
-// board makes an enrollment fly, unless it does or is wanted by a caller, who
-// pays for it. It counts as a push, so that Close waits for it.
-func (s *Service) board(id string) bool {
+// reserve marks an enrollment as in flight, unless it is, or is pending for a
+// caller. The reservation counts as a push, so that Close waits for it.
+func (s *Service) reserve(id string) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	_, flying := s.flying[id]
-	_, wanted := s.wanted[id]
-	if flying || wanted || s.closed {
+	_, inFlight := s.inFlight[id]
+	_, pending := s.pending[id]
+	if inFlight || pending || s.closed {
 		return false
 	}
 	s.pushes.Add(1)
-	s.flying[id] = struct{}{}
+	s.inFlight[id] = struct{}{}
 	return true
 }

@@ -13,18 +13,18 @@ import (
 )
 
 const (
-	// probeEvery is how often one push is let through to a stopped topic, in
-	// case that APNs, or a proxy before it, was wrong.
+	// probeEvery is the interval between two probes of a stopped topic, in case
+	// APNs or a proxy before it was wrong.
 	probeEvery = 5 * time.Minute
-	// sayEvery is how often one complaint is logged.
-	sayEvery = 10 * time.Minute
-	// stampEvery is how often a topic's last outcome is stored, if it is the
-	// same as before.
-	stampEvery = time.Minute
+	// logEvery is the interval between two log lines about one failure.
+	logEvery = 10 * time.Minute
+	// storeEvery is the interval at which an unchanged last outcome of a topic
+	// is stored.
+	storeEvery = time.Minute
 )
 
-// topics knows which topics may be pushed to, and says what is wrong with
-// them. It goes by the monotonic clock.
+// topics keeps which topics are stopped, and logs their failures. It uses the
+// monotonic clock.
 type topics struct {
 	store storage.PushCerts
 	certs *certificates
@@ -36,16 +36,17 @@ type topics struct {
 
 type topicState struct {
 	stopped bool
-	version int64 // that was refused; 0 is none
+	version int64 // of the refused certificate; 0 without one
 	probeAt time.Time
-	passed  time.Time // when the last push began
-	said    map[complaint]time.Time
-	failing bool // the last complaint was that APNs does not take pushes now
-	stamp   string
-	stampAt time.Time
+	pushed  time.Time // when the last push began
+	logged  map[failure]time.Time
+	failing bool // APNs does not take pushes of the topic
+
+	stored   string // the class that was stored last
+	storedAt time.Time
 }
 
-type complaint struct {
+type failure struct {
 	class  apns.Class
 	reason string
 }
@@ -54,36 +55,36 @@ func newTopics(store storage.PushCerts, certs *certificates, log *slog.Logger) *
 	return &topics{store: store, certs: certs, log: log, names: make(map[string]*topicState)}
 }
 
-// state returns a topic's; the caller holds mu.
+// state returns the state of a topic. The caller holds mu.
 func (t *topics) state(name string) *topicState {
 	st := t.names[name]
 	if st == nil {
-		st = &topicState{said: make(map[complaint]time.Time)}
+		st = &topicState{logged: make(map[failure]time.Time)}
 		t.names[name] = st
 	}
 	return st
 }
 
-// pass asks whether a push to the topic may go out, and tells the version of
-// the certificate it goes with. Of a stopped topic one may, now and then.
-func (t *topics) pass(name string) (version int64, ok bool) {
+// allow reports whether a push to the topic may start, and the version of the
+// certificate in use. For a stopped topic it allows a probe now and then.
+func (t *topics) allow(name string) (version int64, ok bool) {
 	version = t.certs.version(name)
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	st := t.state(name)
 	now := time.Now()
 	if !st.stopped {
-		st.passed = now
+		st.pushed = now
 		return version, true
 	}
 	if now.Before(st.probeAt) {
 		return 0, false
 	}
-	st.probeAt, st.passed = now.Add(probeEvery), now
+	st.probeAt, st.pushed = now.Add(probeEvery), now
 	return version, true
 }
 
-// stopped lists the topics that are stopped, with the certificates' versions.
+// stopped returns the stopped topics with the versions of their certificates.
 func (t *topics) stopped() map[string]int64 {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -96,7 +97,7 @@ func (t *topics) stopped() map[string]int64 {
 	return names
 }
 
-// skip lists those of them of which no push may pass now.
+// skip returns the stopped topics for which no probe is due.
 func (t *topics) skip() map[string]int64 {
 	names := t.stopped()
 	t.mu.Lock()
@@ -105,21 +106,22 @@ func (t *topics) skip() map[string]int64 {
 	return names
 }
 
-// note takes the outcome of a push that passed with the version. A refusal of
-// a certificate that has been replaced meanwhile stops nothing.
-func (t *topics) note(name string, version int64, o apns.Outcome) {
+// observe takes the outcome of a push that began with that version of the
+// certificate. The refusal of a certificate that has been replaced meanwhile
+// stops nothing.
+func (t *topics) observe(name string, version int64, o apns.Outcome) {
 	current := t.certs.version(name)
 	t.mu.Lock()
 	st := t.state(name)
 	now := time.Now()
-	var say func()
+	var log func()
 	switch {
 	case o.Class == apns.CertificateFault:
 		if version != 0 && version != current {
 			break
 		}
 		if !st.stopped {
-			say = func() {
+			log = func() {
 				t.log.Error("pushes are stopped: the push certificate of the topic is missing or refused; upload a new one",
 					"topic", name, "status", o.Status, "reason", o.Reason, "error", o.Err)
 			}
@@ -127,40 +129,40 @@ func (t *topics) note(name string, version int64, o apns.Outcome) {
 		if !st.stopped || st.version != current {
 			st.stopped, st.version, st.probeAt = true, current, now.Add(probeEvery)
 		}
-	case o.Status != 0 && st.stopped:
+	case st.stopped && (o.Class == apns.Accepted || o.Status != 0 && o.Reason != ""): // APNs itself answered
 		st.stopped = false
-		say = func() { t.log.Info("pushes go on: the push certificate is accepted", "topic", name) }
+		log = func() { t.log.Info("pushes go on: the push certificate is accepted", "topic", name) }
 	case o.Class == apns.OurFault || o.Class == apns.RetryLater:
-		c := complaint{o.Class, o.Reason}
-		if last, ok := st.said[c]; ok && now.Sub(last) < sayEvery {
+		f := failure{o.Class, o.Reason}
+		if last, ok := st.logged[f]; ok && now.Sub(last) < logEvery {
 			break
 		}
-		st.said[c] = now
+		st.logged[f] = now
 		st.failing = true
-		say = func() {
+		log = func() {
 			t.log.Warn("APNs does not take pushes of the topic; they are owed and tried again",
 				"topic", name, "class", o.Class.String(), "status", o.Status, "reason", o.Reason, "error", o.Err)
 		}
 	case o.Class == apns.Accepted && st.failing:
 		st.failing = false
-		say = func() { t.log.Info("APNs takes pushes of the topic again", "topic", name) }
+		log = func() { t.log.Info("APNs takes pushes of the topic again", "topic", name) }
 	}
 	t.mu.Unlock()
-	if say != nil {
-		say()
+	if log != nil {
+		log()
 	}
 }
 
-// stampDue says whether the topic's outcome is to be stored.
-func (t *topics) stampDue(name, class string) bool {
+// storeDue reports whether the topic's outcome is to be stored.
+func (t *topics) storeDue(name, class string) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	st := t.state(name)
 	now := time.Now()
-	if st.stamp == class && now.Sub(st.stampAt) < stampEvery {
+	if st.stored == class && now.Sub(st.storedAt) < storeEvery {
 		return false
 	}
-	st.stamp, st.stampAt = class, now
+	st.stored, st.storedAt = class, now
 	return true
 }
 
@@ -179,17 +181,17 @@ func (t *topics) watch(ctx context.Context, ttl time.Duration) {
 			version, err := t.store.PushCertVersion(ctx, name)
 			if err == nil && version != refused {
 				t.resume(name, ttl)
-			} // else there is none, or it is not to be known now
+			} // otherwise there is none, or the store is away
 		}
 	}
 }
 
-// resume lets pushes pass that will find the new certificate: the sender asks
-// for it when it has not for as long as ttl.
+// resume allows pushes again once they find the new certificate: the sender
+// reads it again ttl after the last push began.
 func (t *topics) resume(name string, ttl time.Duration) {
 	t.mu.Lock()
 	st := t.state(name)
-	resumed := st.stopped && time.Since(st.passed) > ttl
+	resumed := st.stopped && time.Since(st.pushed) > ttl
 	if resumed {
 		st.stopped = false
 	}
@@ -199,5 +201,5 @@ func (t *topics) resume(name string, ttl time.Duration) {
 	}
 }
 
-// missing says that a topic has no certificate.
+// missing reports whether err means that a topic has no certificate.
 func missing(err error) bool { return errors.Is(err, storage.ErrNotFound) }

@@ -22,7 +22,7 @@ func (b *building) push(store *sqlstore.Store) (*push.Service, error) {
 		APNs: apns.Config{
 			URL: o.apnsURL.String(), RootCAs: b.apnsCA, Workers: o.pushWorkers, Expiration: o.pushExpiration, Logger: b.log,
 		},
-		Rate: o.pushRate, Retry: o.pushRetry, Patience: o.pushTimeout, Logger: b.log,
+		Rate: o.pushRate, Retry: o.pushRetry, Wait: o.pushTimeout, Logger: b.log,
 	})
 	if err != nil {
 		return nil, err
@@ -44,7 +44,7 @@ func emitPush(emit metrics.Emit, stats push.Stats) {
 		emit("nanomdm_pushes_total", float64(o.Count), o.Topic, o.Class, o.Reason)
 	}
 	emit("nanomdm_push_enrollments", float64(stats.Waiting), "waiting")
-	emit("nanomdm_push_enrollments", float64(stats.Flying), "flying")
+	emit("nanomdm_push_enrollments", float64(stats.InFlight), "in_flight")
 	emit("nanomdm_push_swept_total", float64(stats.Swept))
 	emit("nanomdm_push_stopped_topics", float64(len(stats.Stopped)))
 	emit("nanomdm_push_outcomes_dropped_total", float64(stats.RecordsDropped))

@@ -82,7 +82,7 @@ func newOperatorsOn(t *testing.T, cfg sqlstore.Config) *operators {
 	o.apns, err = apnstest.NewServer(apnstest.Config{})
 	require.NoError(t, err)
 	t.Cleanup(o.apns.Close)
-	o.pusher, err = push.New(store, push.Config{Patience: patience, Now: o.clock, APNs: apns.Config{
+	o.pusher, err = push.New(store, push.Config{Wait: patience, Now: o.clock, APNs: apns.Config{
 		URL: o.apns.URL(), RootCAs: o.apns.RootCAs(), Proxy: func(*url.URL) (*url.URL, error) { return nil, nil },
 	}})
 	require.NoError(t, err)

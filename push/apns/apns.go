@@ -2,16 +2,16 @@
 //
 // A [Client] speaks HTTP/2 over TLS 1.2 or later with a client certificate for
 // each push topic (device management does not support provider tokens). It
-// knows nothing of databases, debts or schedules: it is handed a
-// [Notification], sends it, and reports an [Outcome]. Who is owed a push, when
-// to try again and what to do about a refused certificate is decided by the
-// caller.
+// knows nothing of databases and schedules: it takes a [Notification], sends it,
+// and reports an [Outcome]. The caller decides which pushes to send, when to
+// retry, and what to do about a refused certificate.
 //
 // Each topic has a connection pool of its own: as many streams on a connection
 // as the server's SETTINGS allow, another connection when all are full, and
-// never more than one dial in flight. A stream that dies with its connection,
-// is refused, or is named unprocessed by a GOAWAY is sent again on another
-// connection: wake-ups are idempotent, APNs keeps only the last one.
+// never more than one dial in flight. The client sends a push again on another
+// connection when its stream ends with its connection, is refused, or counts as
+// unprocessed after a GOAWAY: wake-ups are idempotent, APNs keeps only the last
+// one.
 //
 // Source of headers, payload and reasons: Apple, "Sending notification
 // requests to APNs", "Handling notification responses from APNs" and "Sending
@@ -26,7 +26,7 @@ import (
 	"time"
 )
 
-// Errors that an [Outcome] may carry, to be tested with errors.Is.
+// Errors of an [Outcome], for errors.Is.
 var (
 	// ErrClosed is reported for pushes handed to a closed [Client].
 	ErrClosed = errors.New("apns: client is closed")
@@ -36,9 +36,9 @@ var (
 	// ErrTimeout is reported when APNs did not answer within StreamTimeout,
 	// or the whole push took longer than PushTimeout.
 	ErrTimeout = errors.New("apns: timed out")
-	// ErrStalled is reported when an unanswered stream was given up before
-	// its deadline, because many younger ones had been answered and its
-	// place was needed.
+	// ErrStalled is reported when the client cancelled an unanswered stream
+	// before its deadline, because APNs had answered many younger ones and
+	// another push needed its place.
 	ErrStalled = errors.New("apns: stream stalled")
 )
 
@@ -56,7 +56,7 @@ type Notification struct {
 	ID string
 }
 
-// Class says what a caller does about an answer.
+// Class tells the caller what to do about an answer.
 type Class int
 
 // The classes. The zero Class is none of them.
@@ -73,11 +73,12 @@ const (
 	// and do not retry blindly.
 	OurFault
 	// CertificateFault: the certificate of the whole topic is refused or
-	// missing. Stop pushing to the topic and alert a person. The client only
-	// reports it.
+	// missing. Stop pushing to the topic and alert a person. The client itself
+	// goes on.
 	CertificateFault
-	// RetryLater: a passing condition; also every transport failure that
-	// outlived the client's own retries.
+	// RetryLater: a passing condition. Also every transport failure after the
+	// client's own retries, and every refusal without a reason of Apple's: a
+	// middlebox sent it.
 	RetryLater
 )
 
@@ -100,24 +101,24 @@ func (c Class) String() string {
 	return fmt.Sprintf("class(%d)", int(c))
 }
 
-// Outcome is what became of one push.
+// Outcome is the result of one push.
 type Outcome struct {
-	// Class says what to do now.
+	// Class tells the caller what to do.
 	Class Class
 	// Status is the HTTP status of APNs, or 0 if it did not answer.
 	Status int
-	// Reason is the reason string of APNs, empty on success. It is set
-	// without a Status where the client refuses what APNs would refuse too,
-	// or where a GOAWAY named it.
+	// Reason is the reason string of APNs, empty on success. It is set without
+	// a Status when the client refuses a push that APNs would refuse too, and
+	// when it came with a GOAWAY.
 	Reason string
-	// APNsID is the apns-id the push went by.
+	// APNsID is the apns-id of the push.
 	APNsID string
 	// TokenDeadSince is the time at which APNs confirmed that the token was
 	// no longer valid (status 410, UTC, millisecond precision); the zero time
 	// if it named none. A TokenUpdate newer than that supersedes it.
 	TokenDeadSince time.Time
-	// RetryAfter is the least time to wait before a retry, as APNs or Apple's
-	// documentation ask for; 0 leaves it to the caller.
+	// RetryAfter is the least time before a retry, from APNs or from Apple's
+	// documentation; 0 leaves it to the caller.
 	RetryAfter time.Duration
 	// Err is the transport error, if there was no answer. It holds no secret.
 	Err error
@@ -127,10 +128,10 @@ type Outcome struct {
 type CertificateSource interface {
 	// PushCertificate returns the certificate and private key to use for
 	// topic, with a version that changes whenever the certificate does.
-	// It returns an error that wraps [ErrNoCertificate] if there is none;
-	// any other error is taken as passing, and a certificate that the client
-	// already holds stays in use meanwhile. It is called with the context of
-	// one of the pushes that need it, from many goroutines but never twice at
-	// once for one topic.
+	// It returns an error that wraps [ErrNoCertificate] if there is none. Any
+	// other error counts as passing, and the client goes on with the
+	// certificate that it holds. The client calls it with the context of one
+	// of the pushes that need it, from many goroutines but never twice at once
+	// for one topic.
 	PushCertificate(ctx context.Context, topic string) (cert tls.Certificate, version string, err error)
 }

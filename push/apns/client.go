@@ -3,26 +3,28 @@ package apns
 import (
 	"bytes"
 	"context"
-	"crypto/rand"
 	"crypto/tls"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
-	mathrand "math/rand/v2"
 	"net/http"
 	"net/url"
 	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/nanomdm/nanomdm/backoff"
 )
 
 const (
 	userAgent = "nanomdm"
 	// maxTries bounds how often one push is sent, maxDials how many failed
-	// dials it sits through.
+	// dials it waits for.
 	maxTries = 8
 	maxDials = 3
 	// maxPayload is Apple's limit on the body.
@@ -30,17 +32,17 @@ const (
 	// maxToken is far beyond any token and keeps the path within what
 	// servers accept.
 	maxToken = 1024
-	// triesBackoff is the pause before the third try, then doubled up to
-	// triesBackoffMax; the second try has none.
-	triesBackoff    = 20 * time.Millisecond
-	triesBackoffMax = 160 * time.Millisecond
 )
 
-// errIdle is the cause of a retry after APNs found a connection idle.
+// tryPauses space the third and later tries of one push; the second one follows
+// at once.
+var tryPauses = backoff.Policy{First: 20 * time.Millisecond, Max: 160 * time.Millisecond}
+
+// errIdle is the error of a try on a connection that APNs calls idle.
 var errIdle = errors.New("APNs closed the idle connection")
 
-// Client sends notifications. Make one with [New]; its methods may be called
-// from any number of goroutines.
+// Client sends notifications. Make one with [New]. Any number of goroutines may
+// call its methods.
 type Client struct {
 	cfg       Config
 	source    CertificateSource
@@ -67,17 +69,17 @@ type counters struct {
 	dials, dialFailures, retries, sends atomic.Uint64
 }
 
-// Stats is a snapshot of what a [Client] is doing.
+// Stats is a snapshot of a [Client].
 type Stats struct {
 	Connections     int    // open, drained ones included
 	StreamsInFlight int    // waiting for an answer
 	Workers         int    // slots taken
-	Slow            int    // pushes that gave their slot back
+	Slow            int    // slow pushes, which gave their slot back
 	Dials           uint64 // connections attempted so far
 	DialFailures    uint64 // of these, failed
 	Sends           uint64 // requests sent so far, retries included
-	Retries         uint64 // sent again within one push so far
-	GivenUp         uint64 // pushes ended with ErrStalled so far
+	Retries         uint64 // requests sent again for the same push so far
+	GivenUp         uint64 // pushes that ended with ErrStalled so far
 }
 
 // New returns a client that pushes with the certificates of src. It connects
@@ -106,9 +108,9 @@ func New(src CertificateSource, cfg Config) (*Client, error) {
 	}, nil
 }
 
-// Concurrency returns how many calls of Push can make progress at once: the
-// workers and as many pushes whose streams stall. A caller that fans out
-// should allow itself this many calls, so that stalled ones cost it nothing.
+// Concurrency returns how many calls of Push can make progress at once: one for
+// each worker, and as many again whose streams stall. A caller that fans out
+// makes this many calls, so that stalled streams do not delay the others.
 func (c *Client) Concurrency() int { return 2 * c.cfg.Workers }
 
 // Stats returns a snapshot, good for gauges.
@@ -124,7 +126,7 @@ func (c *Client) Stats() Stats {
 	}
 	c.workers.mu.Lock()
 	defer c.workers.mu.Unlock()
-	s.Slow = c.workers.lane.Len()
+	s.Slow = c.workers.slowList.Len()
 	s.GivenUp = c.workers.gaveUp
 	return s
 }
@@ -141,7 +143,7 @@ func (c *Client) Close() {
 	c.mu.Unlock()
 	c.pushes.Wait()
 	c.cancel()
-	c.rest.Wait() // dials, so that no connection appears behind our back
+	c.rest.Wait() // dials, so that no connection is added afterwards
 	c.mu.Lock()
 	for _, t := range c.topics {
 		t.retireAll()
@@ -155,7 +157,7 @@ func (c *Client) Close() {
 // without an answer is [RetryLater] with an Err.
 func (c *Client) Push(ctx context.Context, n Notification) Outcome {
 	if n.ID == "" {
-		n.ID = newUUID()
+		n.ID = uuid.NewString()
 	}
 	o := c.push(ctx, n)
 	o.APNsID = n.ID
@@ -213,12 +215,12 @@ func (c *Client) try(ctx context.Context, k *task, req *http.Request, body []byt
 		}
 		if de == nil {
 			c.stats.retries.Add(1)
-			pause(ctx, tries)
+			pauseTry(ctx, tries)
 		}
 	}
 }
 
-// withoutAnswer classifies an error that no retry by the client can mend.
+// withoutAnswer classifies an error that no retry by the client resolves.
 func withoutAnswer(err error) (o Outcome, final bool) {
 	o = Outcome{Class: RetryLater, Err: fmt.Errorf("sending push: %w", err)}
 	var se *sourceError
@@ -236,21 +238,14 @@ func withoutAnswer(err error) (o Outcome, final bool) {
 	return o, false
 }
 
-// pause waits a little before a third and later try, or until ctx ends.
-func pause(ctx context.Context, tries int) {
-	if tries < 2 {
-		return
-	}
-	d := min(triesBackoff<<(tries-2), triesBackoffMax)
-	timer := time.NewTimer(d/2 + mathrand.N(d))
-	defer timer.Stop()
-	select {
-	case <-timer.C:
-	case <-ctx.Done():
+// pauseTry waits before the third and later tries, or until ctx ends.
+func pauseTry(ctx context.Context, tries int) {
+	if tries >= 2 {
+		_ = backoff.Sleep(ctx, tryPauses.Pause(tries-1)) // the caller checks ctx
 	}
 }
 
-// send makes one try. An error means that there was no answer.
+// send makes one try. An error means that APNs did not answer.
 func (c *Client) send(ctx context.Context, k *task, req *http.Request, body []byte) (Outcome, error) {
 	cn, err := k.topic.acquire(ctx)
 	if err != nil {
@@ -268,7 +263,7 @@ func (c *Client) send(ctx context.Context, k *task, req *http.Request, body []by
 	ends(err == nil)
 	c.stats.streams.Add(-1)
 	if err != nil && ctx.Err() != nil {
-		// The stream was given up, which says nothing of the connection.
+		// The end of the push's context is no fault of the connection.
 		err = context.Cause(ctx)
 		k.topic.release(cn, false, nil)
 		return Outcome{}, err
@@ -305,8 +300,8 @@ func (c *Client) enter(name string) *topic {
 	return t
 }
 
-// goDial dials for t in the background. It reports whether it does, which it
-// does not once the client's context has ended.
+// goDial dials for t in the background. It returns false once the client's
+// context has ended.
 func (c *Client) goDial(t *topic, cert *tls.Certificate, version string) bool {
 	if c.ctx.Err() != nil {
 		return false
@@ -338,7 +333,7 @@ func (c *Client) dial(ctx context.Context, cert *tls.Certificate, version string
 }
 
 // closeConn closes a connection without streams, in the background because a
-// dead peer can hold that up.
+// dead peer can delay it.
 func (c *Client) closeConn(cn *conn) {
 	c.rest.Go(func() {
 		cn.cc.Close()
@@ -346,7 +341,7 @@ func (c *Client) closeConn(cn *conn) {
 	})
 }
 
-// payload renders the body of n, or the outcome that APNs would have for it.
+// payload returns the body of n, or the outcome that APNs would report for it.
 func payload(n Notification) ([]byte, *Outcome) {
 	switch {
 	case len(n.Token) == 0:
@@ -375,7 +370,7 @@ func payload(n Notification) ([]byte, *Outcome) {
 	return body, nil
 }
 
-// request renders all of n but the body.
+// request returns the request for n, without its body.
 func (c *Client) request(n Notification, body []byte) *http.Request {
 	u := *c.root
 	u.Path = "/3/device/" + hex.EncodeToString(n.Token)
@@ -404,13 +399,4 @@ func visibleASCII(s string) bool {
 		}
 	}
 	return true
-}
-
-// newUUID returns a random UUID in lower case (RFC 9562, version 4).
-func newUUID() string {
-	var b [16]byte
-	rand.Read(b[:]) // never fails
-	b[6] = b[6]&0x0f | 0x40
-	b[8] = b[8]&0x3f | 0x80
-	return fmt.Sprintf("%x-%x-%x-%x-%x", b[:4], b[4:6], b[6:8], b[8:10], b[10:])
 }

@@ -32,8 +32,9 @@ type Config struct {
 	// the first HTTP/2 exchange. Default: 15 seconds.
 	DialTimeout time.Duration
 	// StreamTimeout bounds the wait for one answer. Keep it above
-	// PingInterval plus PingTimeout, so that a dead connection is found out
-	// and its pushes repeated before they are given up. Default: 30 seconds.
+	// PingInterval plus PingTimeout, so that the client detects a dead
+	// connection and repeats its pushes before they time out.
+	// Default: 30 seconds.
 	StreamTimeout time.Duration
 	// PushTimeout bounds a whole push from the moment it has a worker:
 	// certificate, dial, and all tries. Default: 60 seconds.
@@ -44,12 +45,12 @@ type Config struct {
 	// PingTimeout is how long the answer to a PING may take before the
 	// connection is closed. Default: 5 seconds.
 	PingTimeout time.Duration
-	// MaxConnsPerTopic bounds the connections in use for one topic, drained
-	// ones aside. Default: 16.
+	// MaxConnsPerTopic bounds the connections of one topic that take new
+	// pushes. Default: 16.
 	MaxConnsPerTopic int
-	// CertificateTTL is how long a topic's certificate is used before the
-	// source is asked again whether it changed. A renewed certificate is
-	// therefore used within this time plus the source's own.
+	// CertificateTTL is how long the client uses a topic's certificate before
+	// it asks the source again. A renewed certificate is in use within this
+	// time plus the source's own.
 	// Default: 30 seconds.
 	CertificateTTL time.Duration
 	// Proxy names the proxy for the service's URL, as in
@@ -64,8 +65,8 @@ type Config struct {
 	Now func() time.Time
 }
 
-// withDefaults validates cfg and fills what is zero. The second result is the
-// host and port to connect to.
+// withDefaults validates cfg and sets the defaults of zero fields. The second
+// result is the URL with the host and port to connect to.
 func (cfg Config) withDefaults() (Config, *url.URL, error) {
 	if cfg.URL == "" {
 		cfg.URL = DefaultURL

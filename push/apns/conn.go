@@ -12,12 +12,12 @@ import (
 	"golang.org/x/net/http2"
 )
 
-// maxAnswer bounds what is read of an answer's body; Apple's have less than
-// 100 bytes.
+// maxAnswer bounds the part of an answer's body that is read; Apple's bodies have
+// less than 100 bytes.
 const maxAnswer = 4096
 
-// limitCheck is how often a connection is asked for the server's stream
-// limit, which SETTINGS may change at any time.
+// limitCheck is the interval between two reads of the server's stream limit,
+// which SETTINGS may change at any time.
 const limitCheck = time.Second
 
 // conn is one HTTP/2 connection of a topic's pool.
@@ -29,11 +29,11 @@ type conn struct {
 	inUse    int // streams handed out
 	limit    int // streams the server allows
 	limitAt  time.Time
-	answered bool // a stream has been answered: the connection works
-	retired  bool // not in the pool any more; closed when inUse is 0
+	answered bool // APNs has answered a stream: the connection works
+	retired  bool // out of the pool; closed when inUse is 0
 }
 
-// transport makes HTTP/2 connections of TLS ones.
+// transport makes HTTP/2 connections from TLS connections.
 type transport struct {
 	h2           *http2.Transport
 	writeTimeout time.Duration
@@ -55,7 +55,7 @@ func newTransport(cfg Config) transport {
 // the server has spoken: its SETTINGS are known by then, and so is, with
 // TLS 1.3, whether it accepted the client certificate.
 func (t transport) newConn(ctx context.Context, tc *tls.Conn, version string) (*conn, error) {
-	g := gather(tc, t.writeTimeout)
+	g := newBufferedConn(tc, t.writeTimeout)
 	cc, err := t.h2.NewClientConn(g)
 	if err != nil {
 		g.Close()
@@ -71,7 +71,7 @@ func (t transport) newConn(ctx context.Context, tc *tls.Conn, version string) (*
 	return cn, nil
 }
 
-// refreshLimit asks for the server's stream limit.
+// refreshLimit reads the server's stream limit.
 func (cn *conn) refreshLimit(now time.Time) {
 	// Fits an int on 32 bits too.
 	cn.limit = int(min(cn.cc.State().MaxConcurrentStreams, 1<<30))

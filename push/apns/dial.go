@@ -37,8 +37,8 @@ func (d dialer) dial(ctx context.Context, cert *tls.Certificate) (*tls.Conn, err
 		NextProtos: []string{http2.NextProtoTLS},
 		RootCAs:    d.cfg.RootCAs,
 		ServerName: d.root.Hostname(),
-		// Given without asking whether the server's list of authorities
-		// names its issuer: to send none can only fail.
+		// Sent even if the server's list of authorities lacks its issuer:
+		// without a certificate the handshake fails anyway.
 		GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
 			return cert, nil
 		},
@@ -54,7 +54,7 @@ func (d dialer) dial(ctx context.Context, cert *tls.Certificate) (*tls.Conn, err
 	return tc, nil
 }
 
-// dialTCP connects to the service or has a proxy do so.
+// dialTCP connects to the service, through the proxy if there is one.
 func (d dialer) dialTCP(ctx context.Context) (net.Conn, error) {
 	target := hostPort(d.root, "443")
 	proxy, err := d.cfg.Proxy(d.root)
@@ -98,9 +98,9 @@ func (d dialer) dialTCP(ctx context.Context) (net.Conn, error) {
 	return nc, nil
 }
 
-// connect has the proxy at the other end of nc open a tunnel to target.
+// connect asks the proxy at the other end of nc for a tunnel to target.
 func connect(ctx context.Context, nc net.Conn, target string, user *url.Userinfo) error {
-	// Wakes reads and writes when ctx ends; undone before nc is handed on.
+	// Ends reads and writes when ctx ends; undone before connect returns nc.
 	stop := context.AfterFunc(ctx, func() { nc.SetDeadline(time.Unix(1, 0)) })
 	defer stop()
 
@@ -135,7 +135,7 @@ func connect(ctx context.Context, nc net.Conn, target string, user *url.Userinfo
 	return nil
 }
 
-// ctxError returns the context's error if that is what ended an operation.
+// ctxError returns the error of ctx if ctx has ended, else err.
 func ctxError(ctx context.Context, err error) error {
 	if ctx.Err() != nil {
 		return ctx.Err()
@@ -161,8 +161,8 @@ var certificateAlerts = [...]tls.AlertError{
 	116, // certificate_required
 }
 
-// isCertificateAlert reports whether the server ended the TLS connection on
-// account of the client certificate.
+// isCertificateAlert reports whether the server ended the TLS connection because
+// of the client certificate.
 func isCertificateAlert(err error) bool {
 	var op *net.OpError
 	if !errors.As(err, &op) || op.Op != "remote error" {

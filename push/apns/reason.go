@@ -9,7 +9,7 @@ import (
 	"time"
 )
 
-// The reasons of APNs that the client itself acts upon.
+// The reasons of APNs that the client itself uses.
 const (
 	reasonBadDeviceToken     = "BadDeviceToken"
 	reasonBadMessageID       = "BadMessageId"
@@ -84,18 +84,21 @@ func verdictOf(status int, reason string) verdict {
 		statusReason{503, reasonShutdown}:
 		return verdict{class: RetryLater, retryAfter: serverPause}
 	}
-	// A reason that is newer than this table goes by its status.
 	switch {
 	case status == http.StatusOK:
 		return verdict{class: Accepted}
-	case status == http.StatusGone:
-		return verdict{class: TokenDead}
-	case status == http.StatusForbidden, status == http.StatusRequestEntityTooLarge:
-		return verdict{class: DoNotRetry}
 	case status == http.StatusTooManyRequests:
 		return verdict{class: RetryLater, retryAfter: time.Minute}
 	case status >= 500:
 		return verdict{class: RetryLater, retryAfter: serverPause}
+	case reason == "":
+		// APNs names a reason with every refusal: a middlebox sent this one.
+		return verdict{class: RetryLater}
+	// The class of a reason newer than this table follows from the status.
+	case status == http.StatusGone:
+		return verdict{class: TokenDead}
+	case status == http.StatusForbidden, status == http.StatusRequestEntityTooLarge:
+		return verdict{class: DoNotRetry}
 	}
 	return verdict{class: OurFault}
 }
@@ -108,13 +111,11 @@ type answerBody struct {
 	Timestamp json.Number `json:"timestamp"`
 }
 
-// maxReason bounds what is kept of a server's reason; the longest of Apple's
-// has 27 bytes.
+// maxReason bounds the length of a server's reason; Apple's longest has 27 bytes.
 const maxReason = 64
 
-// parseAnswer decodes an error body. A body that is not what Apple documents
-// yields what could be read of it, since the status alone still tells the
-// class.
+// parseAnswer decodes an error body. It returns the fields that it can read of a
+// body that Apple does not document.
 func parseAnswer(body []byte) (reason string, since time.Time) {
 	var a answerBody
 	// A field of the wrong type leaves the other one set.

@@ -10,7 +10,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// Every reason of Apple's "Handling notification responses from APNs".
+// everyReason has every reason of Apple's "Handling notification responses from APNs".
 var everyReason = []struct {
 	status int
 	reason string
@@ -52,13 +52,20 @@ var everyReason = []struct {
 	// Reasons we have never heard of.
 	{400, "NewReason", OurFault},
 	{403, "NewReason", DoNotRetry},
-	{410, "", TokenDead},
-	{413, "", DoNotRetry},
+	{410, "NewReason", TokenDead},
+	{413, "NewReason", DoNotRetry},
 	{429, "NewReason", RetryLater},
 	{502, "", RetryLater},
 	{599, "NewReason", RetryLater},
-	{302, "", OurFault},
 	{401, "NewReason", OurFault},
+	// Refusals without a reason, which a middlebox sent.
+	{302, "", RetryLater},
+	{400, "", RetryLater},
+	{403, "", RetryLater},
+	{404, "", RetryLater},
+	{407, "", RetryLater},
+	{410, "", RetryLater},
+	{413, "", RetryLater},
 }
 
 func TestVerdicts(t *testing.T) {
@@ -75,7 +82,7 @@ func TestVerdicts(t *testing.T) {
 
 func TestRetryAfter(t *testing.T) {
 	retry := func(status int, header string) time.Duration {
-		return outcomeOf(status, http.Header{"Retry-After": {header}}, nil).RetryAfter
+		return outcomeOf(status, http.Header{"Retry-After": {header}}, []byte(`{"reason":"NewReason"}`)).RetryAfter
 	}
 	require.Equal(t, 15*time.Minute, retry(503, ""))
 	require.Equal(t, 15*time.Minute, retry(500, "60"), "Apple's documentation asks for more")

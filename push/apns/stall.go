@@ -7,22 +7,21 @@ import (
 	"time"
 )
 
-// A few streams that are never answered must not eat up the workers: at ten
-// thousand pushes a second, one in a hundred would fill any pool within
-// seconds. So a push whose stream takes much longer than others do gives its
-// worker's slot back and waits on in a second lane of the same size. When
-// that is full as well, its oldest push is given up, but only after many
-// pushes that began later have been answered: if APNs as a whole is slow,
-// nobody is overtaken and everybody waits.
+// A few streams without an answer must not take all workers: at ten thousand
+// pushes a second, one in a hundred would fill any pool within seconds. So a
+// push whose stream takes much longer than others gives its worker's slot back
+// and moves to a list of slow pushes, of the same size. When the list is full,
+// the client cancels the oldest slow push, but only after APNs has answered many
+// pushes that began later: if APNs as a whole is slow, all pushes wait.
 
 const (
 	slowFactor  = 8                      // times the usual latency is slow
 	slowAtLeast = 250 * time.Millisecond // faster than this is never slow
 	slowUnknown = time.Second            // until there is a usual latency
-	overtaken   = 3                      // times the number of workers
+	overtaken   = 3                      // answers to later pushes, times the number of workers
 )
 
-// workers is the pool of slots and the lane of slow pushes.
+// workers is the pool of slots and the list of slow pushes.
 type workers struct {
 	slots   chan struct{}
 	slowMax time.Duration
@@ -30,17 +29,17 @@ type workers struct {
 	mu       sync.Mutex
 	latency  time.Duration // moving average of answered streams
 	answered uint64        // streams answered so far
-	lane     list.List     // of *task, oldest first
+	slowList list.List     // of *task, oldest first
 	gaveUp   uint64
 }
 
-// task is one push that has a worker or is in the lane.
+// task is one push that has a slot or is in the slow list.
 type task struct {
 	topic  *topic
 	cancel context.CancelCauseFunc
 
 	// Guarded by workers.mu.
-	elem     *list.Element // its place in the lane; nil while it has a slot
+	elem     *list.Element // its place in the slow list; nil while it has a slot
 	done     bool
 	answered uint64 // workers.answered when the stream began
 }
@@ -58,8 +57,8 @@ func (w *workers) slowAfter() time.Duration {
 	return min(d, w.slowMax)
 }
 
-// streamBegins marks that k's stream goes out now. The function it returns
-// must be called when the stream has ended, with whether it was answered.
+// streamBegins records that k's stream is sent now. The caller calls the returned
+// function when the stream has ended, with whether APNs answered.
 func (w *workers) streamBegins(k *task) (ends func(answered bool)) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -88,21 +87,21 @@ func (w *workers) streamBegins(k *task) (ends func(answered bool)) {
 	}
 }
 
-// slow moves k to the lane, if there is room or some can be made.
+// slow moves k to the slow list, if there is room or a stalled push can leave.
 func (w *workers) slow(k *task) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if k.done || k.elem != nil {
 		return
 	}
-	if w.lane.Len() >= cap(w.slots) && !w.giveUpLocked(nil) {
+	if w.slowList.Len() >= cap(w.slots) && !w.giveUpLocked(nil) {
 		return
 	}
-	k.elem = w.lane.PushBack(k)
+	k.elem = w.slowList.PushBack(k)
 	<-w.slots
 }
 
-// finish gives back what k holds.
+// finish returns k's slot, or removes k from the slow list.
 func (w *workers) finish(k *task) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -111,28 +110,28 @@ func (w *workers) finish(k *task) {
 		<-w.slots
 		return
 	}
-	w.lane.Remove(k.elem) // a push that was given up has left already
+	w.slowList.Remove(k.elem) // no effect on a cancelled push, which has left the list
 }
 
-// giveUp ends the oldest slow push of t, for whose streams others wait.
+// giveUp cancels the oldest slow push of t, since other pushes wait for a stream.
 func (w *workers) giveUp(t *topic) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.giveUpLocked(t)
 }
 
-// giveUpLocked ends the oldest slow push that has been overtaken, of topic t
-// or of any if t is nil. It reports whether there was one.
+// giveUpLocked cancels the oldest slow push of topic t, or of any topic if t is
+// nil, that enough later pushes have overtaken. It reports whether there was one.
 func (w *workers) giveUpLocked(t *topic) bool {
-	for e := w.lane.Front(); e != nil; e = e.Next() {
+	for e := w.slowList.Front(); e != nil; e = e.Next() {
 		k := e.Value.(*task)
 		if t != nil && k.topic != t {
 			continue
 		}
 		if w.answered-k.answered <= overtaken*uint64(cap(w.slots)) {
-			return false // nor has any younger one
+			return false // younger ones are overtaken even less
 		}
-		w.lane.Remove(e)
+		w.slowList.Remove(e)
 		w.gaveUp++
 		k.cancel(ErrStalled)
 		return true

@@ -5,18 +5,20 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
-	"math/rand/v2"
 	"sync"
 	"time"
+
+	"github.com/nanomdm/nanomdm/backoff"
 )
 
 const (
-	dialBackoff    = 100 * time.Millisecond // after the first failure, then doubled
-	dialBackoffMax = 30 * time.Second
-	dialPatience   = time.Second            // a push waits out a back-off no longer than this
-	recheck        = 250 * time.Millisecond // for streams that come free without a sign
-	sourceRetry    = time.Second            // pause after the source failed without a certificate in hand
+	maxDialWait = time.Second            // the longest back-off that a push waits for
+	recheck     = 250 * time.Millisecond // for streams that come free without a signal
+	sourceRetry = time.Second            // pause after the source failed and there is no certificate
 )
+
+// dialPauses space dials in a row that led to no answer.
+var dialPauses = backoff.Policy{First: 100 * time.Millisecond, Max: 30 * time.Second}
 
 // topic is the certificate and the connection pool of one push topic.
 type topic struct {
@@ -29,8 +31,8 @@ type topic struct {
 	cert      *tls.Certificate // nil if there is none
 	version   string
 	nextAsk   time.Time
-	sourceErr error         // why cert is nil, a *sourceError
-	asking    chan struct{} // closed when the call under way ends; nil if none is
+	sourceErr error         // the reason why cert is nil, a *sourceError
+	asking    chan struct{} // closed when the running call ends; nil without one
 
 	// The connections.
 	conns    []*conn
@@ -43,7 +45,7 @@ type topic struct {
 
 // waiter is a push that waits for a stream.
 type waiter struct {
-	elem  *list.Element // nil once it was served
+	elem  *list.Element // nil once it is served
 	serve chan grant    // buffered
 }
 
@@ -53,8 +55,8 @@ type grant struct {
 	err error
 }
 
-// acquire returns a connection with a stream set aside, to be given back
-// with release.
+// acquire returns a connection with a reserved stream. The caller gives the
+// stream back with release.
 func (t *topic) acquire(ctx context.Context) (*conn, error) {
 	if err := t.refreshCertificate(ctx); err != nil {
 		return nil, err
@@ -66,14 +68,14 @@ func (t *topic) acquire(ctx context.Context) (*conn, error) {
 			return cn, nil
 		}
 	}
-	if len(t.conns) == 0 && !t.dialing && time.Until(t.retryAt) > dialPatience {
+	if len(t.conns) == 0 && !t.dialing && time.Until(t.retryAt) > maxDialWait {
 		err := t.dialErr
 		t.mu.Unlock()
 		return nil, &dialError{err}
 	}
 	w := &waiter{serve: make(chan grant, 1)}
 	w.elem = t.waiters.PushBack(w)
-	t.pumpLocked()
+	t.serveWaitersLocked()
 	full := w.elem != nil && len(t.conns) >= t.c.cfg.MaxConnsPerTopic
 	t.mu.Unlock()
 	if full {
@@ -88,7 +90,7 @@ func (t *topic) acquire(ctx context.Context) (*conn, error) {
 			return g.cn, g.err
 		case <-tick.C:
 			t.mu.Lock()
-			t.pumpLocked()
+			t.serveWaitersLocked()
 			t.mu.Unlock()
 		case <-ctx.Done():
 			t.mu.Lock()
@@ -96,7 +98,7 @@ func (t *topic) acquire(ctx context.Context) (*conn, error) {
 				t.waiters.Remove(w.elem)
 			} else if g := <-w.serve; g.cn != nil {
 				t.releaseLocked(g.cn)
-				t.pumpLocked() // to the next in line
+				t.serveWaitersLocked() // the stream goes to the next one
 			}
 			t.mu.Unlock()
 			return nil, ctx.Err()
@@ -104,8 +106,8 @@ func (t *topic) acquire(ctx context.Context) (*conn, error) {
 	}
 }
 
-// release gives a stream back. answered says that the server answered on it;
-// err is what ended it otherwise, or nil if the push gave it up.
+// release gives a stream back. answered reports that the server answered on it;
+// otherwise err ended the stream, or nil if the push cancelled it.
 func (t *topic) release(cn *conn, answered bool, err error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -116,16 +118,16 @@ func (t *topic) release(cn *conn, answered bool, err error) {
 	if err != nil && !cn.retired && cn.lost() {
 		t.retireLocked(cn)
 		if !cn.answered {
-			// Connections that die unused are as bad as none.
+			// A connection that ends unused counts as a failed dial.
 			t.failedLocked(err)
 		}
 	}
 	t.releaseLocked(cn)
-	t.pumpLocked()
+	t.serveWaitersLocked()
 }
 
-// releaseLocked counts a stream out and closes the connection if it was the
-// last of a retired one.
+// releaseLocked gives a stream back, and closes a retired connection after its
+// last stream.
 func (t *topic) releaseLocked(cn *conn) {
 	cn.inUse--
 	if cn.retired && cn.inUse == 0 {
@@ -133,7 +135,7 @@ func (t *topic) releaseLocked(cn *conn) {
 	}
 }
 
-// retire takes cn out of use; it is closed when its streams have ended.
+// retire takes cn out of the pool. It closes when its streams have ended.
 func (t *topic) retire(cn *conn) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -156,7 +158,7 @@ func (t *topic) retireLocked(cn *conn) {
 	}
 }
 
-// retireAll takes all connections out of use.
+// retireAll takes all connections out of the pool.
 func (t *topic) retireAll() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -169,7 +171,7 @@ func (t *topic) retireAllLocked() {
 	}
 }
 
-// reserveLocked sets a stream aside on the first connection that has one.
+// reserveLocked reserves a stream on the first connection that has a free one.
 func (t *topic) reserveLocked() *conn {
 	now := time.Now()
 	for i := 0; i < len(t.conns); {
@@ -190,8 +192,8 @@ func (t *topic) reserveLocked() *conn {
 	return nil
 }
 
-// pumpLocked serves waiting pushes and dials if some remain.
-func (t *topic) pumpLocked() {
+// serveWaitersLocked serves waiting pushes and dials if some remain.
+func (t *topic) serveWaitersLocked() {
 	for t.waiters.Len() > 0 {
 		cn := t.reserveLocked()
 		if cn == nil {
@@ -206,14 +208,14 @@ func (t *topic) pumpLocked() {
 	t.dialing = t.c.goDial(t, t.cert, t.version)
 }
 
-// serveLocked hands g to the first waiter.
+// serveLocked gives g to the first waiter.
 func (t *topic) serveLocked(g grant) {
 	w := t.waiters.Remove(t.waiters.Front()).(*waiter)
 	w.elem = nil
 	w.serve <- g
 }
 
-// dialed takes the result of the dial under way.
+// dialed takes the result of the running dial.
 func (t *topic) dialed(cn *conn, err error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -221,7 +223,7 @@ func (t *topic) dialed(cn *conn, err error) {
 	switch {
 	case err != nil:
 		t.failedLocked(err)
-		// Pushes that other connections can carry go on waiting.
+		// With other connections the pushes go on waiting for a stream.
 		for len(t.conns) == 0 && t.waiters.Len() > 0 {
 			t.serveLocked(grant{err: &dialError{err}})
 		}
@@ -231,21 +233,20 @@ func (t *topic) dialed(cn *conn, err error) {
 	default:
 		t.conns = append(t.conns, cn)
 	}
-	t.pumpLocked()
+	t.serveWaitersLocked()
 }
 
-// failedLocked sets the time before which no dial is made.
+// failedLocked sets the earliest time of the next dial.
 func (t *topic) failedLocked(err error) {
 	t.failures++
-	d := min(dialBackoff<<min(t.failures-1, 16), dialBackoffMax)
-	d += time.Duration((rand.Float64() - 0.5) * float64(d) / 2)
+	d := dialPauses.Pause(t.failures)
 	t.retryAt = time.Now().Add(d)
 	t.dialErr = err
-	t.c.cfg.Logger.Warn("connecting to APNs failed", "topic", t.name, "failures", t.failures, "retry_in", d, "err", err)
+	t.c.cfg.Logger.Warn("connecting to APNs failed", "topic", t.name, "failures", t.failures, "retry_in", d, "error", err)
 }
 
-// refreshCertificate asks the source for the certificate, if it is time to.
-// While one push asks, the others use the certificate in hand.
+// refreshCertificate asks the source for the certificate when CertificateTTL is
+// over. Meanwhile other pushes use the certificate that the client holds.
 func (t *topic) refreshCertificate(ctx context.Context) error {
 	for {
 		t.mu.Lock()
@@ -278,7 +279,7 @@ func (t *topic) refreshCertificate(ctx context.Context) error {
 	close(t.asking)
 	t.asking = nil
 	if err != nil && ctx.Err() != nil {
-		return ctx.Err() // this push's own end says nothing of the source
+		return ctx.Err() // the source did not fail
 	}
 	t.nextAsk = t.c.cfg.Now().Add(t.c.cfg.CertificateTTL)
 	switch {
@@ -292,13 +293,13 @@ func (t *topic) refreshCertificate(ctx context.Context) error {
 		t.sourceErr = &sourceError{err}
 		t.nextAsk = t.c.cfg.Now().Add(min(sourceRetry, t.c.cfg.CertificateTTL))
 	default:
-		t.c.cfg.Logger.Warn("asking for the push certificate failed, using the one in hand", "topic", t.name, "err", err)
+		t.c.cfg.Logger.Warn("asking for the push certificate failed, using the last one", "topic", t.name, "error", err)
 	}
 	return t.sourceErr
 }
 
 // useLocked makes cert the certificate of new connections, and drains those
-// of another version.
+// with another version.
 func (t *topic) useLocked(cert *tls.Certificate, version string) {
 	t.sourceErr = nil
 	if t.cert != nil && t.version == version {
@@ -312,7 +313,7 @@ func (t *topic) useLocked(cert *tls.Certificate, version string) {
 	t.failures, t.retryAt = 0, time.Time{}
 }
 
-// dialError is the failure of a dial, as opposed to that of a stream.
+// dialError is the failure of a dial; failures of streams have other types.
 type dialError struct{ err error }
 
 func (e *dialError) Error() string { return "connecting to APNs: " + e.err.Error() }

@@ -12,27 +12,27 @@ import (
 	"sync"
 	"time"
 
+	"github.com/google/uuid"
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
 )
 
 const (
 	maxHeaderList = 64 << 10
-	// bodyWindow is how much of bodies a client may send before it hears that
-	// they were read.
+	// bodyWindow is how many bytes of bodies a client may send before the
+	// server acknowledges them.
 	bodyWindow = 1 << 20
-	// maxOut bounds what waits to be written while a client does not read.
+	// maxOut bounds the output that waits while a client does not read.
 	maxOut = 1 << 20
-	// initialWindow is what a client takes unless it says otherwise.
+	// initialWindow is the flow-control window of a client by default.
 	initialWindow = 65535
 )
 
-// conn is a connection, and what a service with small requests and small
-// answers needs of HTTP/2 (RFC 9113). One goroutine reads; an answer is made
-// by the timer of its latency; another goroutine writes what has gathered, so
+// conn is a connection with the part of HTTP/2 (RFC 9113) that a service with
+// small requests and small answers needs. One goroutine reads; the timer of the
+// latency makes an answer; another goroutine writes the gathered answers, so
 // that answers of the same moment are one write. A server with a goroutine for
-// each stream costs several times what the sender costs that is measured
-// against it.
+// each stream needs several times the CPU of the sender that it measures.
 type conn struct {
 	s       *Server
 	raw     net.Conn
@@ -40,26 +40,25 @@ type conn struct {
 	topic   string // of the client's certificate
 	streams uint32 // that may be open
 
-	// Of the reader.
-	unread int // bytes of bodies that the client was not given back yet
+	unread int // bytes of bodies not acknowledged yet; used by the reader alone
 
 	mu        sync.Mutex
 	changed   sync.Cond // out, closing or dead
 	out       frames    // to be written
 	framer    *http2.Framer
 	hpack     *hpack.Encoder
-	header    frames // that hpack wrote
+	header    frames // the output of hpack
 	open      map[uint32]*stream
-	last      uint32 // the highest stream that came
-	answered  uint32 // the highest stream that was answered
-	window    int64  // of bodies, that the client takes
-	newWindow int64  // and of each new stream
+	last      uint32 // the highest stream of the client
+	answered  uint32 // the highest answered stream
+	window    int64  // of the client, for bodies
+	newWindow int64  // of the client, for each new stream
 	draining  bool   // no new streams
-	closing   bool   // what is in out is the last word
-	dead      bool   // nothing is written any more
+	closing   bool   // the connection ends after out is written
+	dead      bool   // no more writes
 }
 
-// frames gathers what is written.
+// frames is a buffer of output.
 type frames []byte
 
 func (f *frames) Write(p []byte) (int, error) {
@@ -67,15 +66,15 @@ func (f *frames) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// stream is a request, until it is answered or reset.
+// stream is a request until its answer or reset.
 type stream struct {
-	id      uint32
-	headers *http2.MetaHeadersFrame
-	body    []byte      // up to a byte more than may be
-	asked   bool        // the client has said all
-	timer   *time.Timer // of the answer
-	window  int64       // of the answer's body, that the client takes
-	rest    []byte      // of the answer's body, to be sent
+	id       uint32
+	headers  *http2.MetaHeadersFrame
+	body     []byte      // up to one byte more than allowed
+	complete bool        // the client has sent the whole request
+	timer    *time.Timer // of the answer
+	window   int64       // of the answer's body, that the client takes
+	rest     []byte      // of the answer's body, to be sent
 }
 
 func newConn(s *Server, raw net.Conn, tc *tls.Conn, streams uint32) *conn {
@@ -92,8 +91,8 @@ func newConn(s *Server, raw net.Conn, tc *tls.Conn, streams uint32) *conn {
 	return c
 }
 
-// run serves the connection to its end. What the framer writes goes to memory,
-// which cannot fail.
+// run serves the connection to its end. Writes of the framer go to memory and
+// cannot fail.
 func (c *conn) run() {
 	var writer sync.WaitGroup
 	writer.Go(c.write)
@@ -113,7 +112,7 @@ func (c *conn) run() {
 	writer.Wait()
 }
 
-// write sends what gathers.
+// write sends the gathered output.
 func (c *conn) write() {
 	var spare frames
 	c.mu.Lock()
@@ -122,14 +121,14 @@ func (c *conn) write() {
 		if len(c.out) == 0 {
 			if c.closing {
 				// The reader goes on for a while, so that no reset
-				// overtakes the last word.
+				// discards the last frames.
 				_ = c.tls.CloseWrite()
 				_ = c.raw.SetReadDeadline(time.Now().Add(lingerTime))
 				return
 			}
 			c.changed.Wait()
 			c.mu.Unlock()
-			runtime.Gosched() // to the answers of the same moment
+			runtime.Gosched() // let answers of the same moment join
 			c.mu.Lock()
 			continue
 		}
@@ -147,8 +146,8 @@ func (c *conn) write() {
 	}
 }
 
-// read takes frames until the connection ends. A http2.ConnectionError is the
-// client's fault, of which it is to be told.
+// read reads frames until the connection ends. A http2.ConnectionError is the
+// client's fault, and goes to the client in a GOAWAY.
 func (c *conn) read() error {
 	c.mu.Lock()
 	_ = c.framer.WriteSettings(
@@ -170,7 +169,7 @@ func (c *conn) read() error {
 		for len(c.out) > maxOut && !c.dead {
 			c.changed.Wait()
 		}
-		if !c.closing && !c.dead { // else it is read so that it has been read
+		if !c.closing && !c.dead { // otherwise the frame is discarded
 			var wrong http2.StreamError
 			switch {
 			case errors.As(err, &wrong):
@@ -189,7 +188,7 @@ func (c *conn) read() error {
 	}
 }
 
-// takeLocked does what a frame asks for.
+// takeLocked handles a frame.
 func (c *conn) takeLocked(f http2.Frame) error {
 	id := f.Header().StreamID
 	switch f := f.(type) {
@@ -251,14 +250,14 @@ func (c *conn) settingsLocked(f *http2.SettingsFrame) error {
 // headersLocked begins a request, or ends one whose body has trailers.
 func (c *conn) headersLocked(f *http2.MetaHeadersFrame) error {
 	id := f.StreamID
-	if st := c.open[id]; st != nil && !st.asked && f.StreamEnded() {
-		c.askedLocked(st)
+	if st := c.open[id]; st != nil && !st.complete && f.StreamEnded() {
+		c.completeLocked(st)
 		return nil
 	}
 	switch {
 	case id%2 == 0, id <= c.last:
 		return http2.ConnectionError(http2.ErrCodeProtocol)
-	case c.draining: // GOAWAY has said so
+	case c.draining: // a GOAWAY came before
 		return nil
 	}
 	c.last = id
@@ -273,12 +272,12 @@ func (c *conn) headersLocked(f *http2.MetaHeadersFrame) error {
 	st := &stream{id: id, headers: f, window: c.newWindow}
 	c.open[id] = st
 	if f.StreamEnded() {
-		c.askedLocked(st)
+		c.completeLocked(st)
 	}
 	return nil
 }
 
-// dataLocked takes a piece of a body and lets the client send as much again.
+// dataLocked takes a piece of a body and opens the window again.
 func (c *conn) dataLocked(f *http2.DataFrame) error {
 	n := int(f.Length)
 	if c.unread += n; c.unread > bodyWindow/2 {
@@ -289,35 +288,35 @@ func (c *conn) dataLocked(f *http2.DataFrame) error {
 	switch {
 	case f.StreamID > c.last && !c.draining:
 		return http2.ConnectionError(http2.ErrCodeProtocol)
-	case st == nil: // it was reset, say
+	case st == nil: // the stream was reset
 		return nil
-	case st.asked:
+	case st.complete:
 		c.resetLocked(st.id, http2.ErrCodeStreamClosed)
 		return nil
 	}
 	data := f.Data()
 	st.body = append(st.body, data[:min(len(data), maxPayload+1-len(st.body))]...)
 	if f.StreamEnded() {
-		c.askedLocked(st)
+		c.completeLocked(st)
 	} else if n > 0 {
 		_ = c.framer.WriteWindowUpdate(st.id, uint32(n))
 	}
 	return nil
 }
 
-// askedLocked has a request that is complete answered when it is time.
-func (c *conn) askedLocked(st *stream) {
-	st.asked = true
+// completeLocked schedules the answer to a complete request.
+func (c *conn) completeLocked(st *stream) {
+	st.complete = true
 	p, refusal := check(st, c.topic)
 	m, stall := c.s.arrived(refusal == nil)
 	if stall {
 		return
 	}
-	c.s.wg.Add(1) // which the goroutine that runs this has done as well
+	c.s.wg.Add(1) // from within a goroutine that is counted, so that Wait has not returned
 	st.timer = time.AfterFunc(m.latency, func() {
 		defer c.s.wg.Done()
 		if c.has(st) {
-			c.answer(st, c.s.judge(m, p, refusal))
+			c.answer(st, c.s.answerTo(m, p, refusal))
 		}
 	})
 }
@@ -333,7 +332,7 @@ func (c *conn) has(st *stream) bool {
 func (c *conn) answer(st *stream, a Answer) {
 	id := st.header("apns-id")
 	if !isLowerUUID(id) {
-		id = newUUID()
+		id = uuid.NewString()
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()

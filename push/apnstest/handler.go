@@ -1,10 +1,8 @@
 package apnstest
 
 import (
-	"crypto/rand"
 	"encoding/hex"
 	"encoding/json"
-	"fmt"
 	"net/http"
 	"slices"
 	"strconv"
@@ -18,24 +16,24 @@ const (
 	maxPayload = 4096
 )
 
-// arrived counts a request and returns the moods to treat it by. A valid one
-// may have to be stalled.
-func (s *Server) arrived(valid bool) (m moods, stall bool) {
+// arrived counts a request and returns the behaviour for it, and whether it
+// stalls. Only valid requests stall.
+func (s *Server) arrived(valid bool) (m behaviour, stall bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.counts.Requests++
 	if valid {
-		s.stalled += s.moods.stall
+		s.stalled += s.behaviour.stall
 		if stall = s.stalled >= 1; stall {
 			s.stalled--
 			s.counts.Stalled++
 		}
 	}
-	return s.moods, stall
+	return s.behaviour, stall
 }
 
-// judge returns the answer to a request; refusal is check's.
-func (s *Server) judge(m moods, p Push, refusal *Answer) Answer {
+// answerTo returns the answer to a request. refusal is the result of check.
+func (s *Server) answerTo(m behaviour, p Push, refusal *Answer) Answer {
 	a := Answer{}
 	switch {
 	case refusal != nil:
@@ -67,7 +65,7 @@ func (s *Server) count(f func(*Counts)) {
 	f(&s.counts)
 }
 
-// check does what APNs does before it looks the token up. Source: Apple,
+// check checks a request as APNs does before it looks the token up. Source: Apple,
 // "Sending notification requests to APNs" and "Handling notification
 // responses from APNs".
 func check(r *stream, topic string) (Push, *Answer) {
@@ -120,8 +118,8 @@ func check(r *stream, topic string) (Push, *Answer) {
 	if len(r.body) > maxPayload {
 		return Push{}, &Answer{Status: http.StatusRequestEntityTooLarge, Reason: "PayloadTooLarge"}
 	}
-	// An MDM wake-up has this one key; APNs names no reason of its own for a
-	// body that says nothing.
+	// An MDM wake-up has this one key; APNs has no reason of its own for a body
+	// without it.
 	var payload map[string]string
 	if json.Unmarshal(r.body, &payload) != nil || len(payload) != 1 || payload["mdm"] == "" {
 		return bad("PayloadEmpty")
@@ -154,12 +152,4 @@ func isLowerUUID(s string) bool {
 		}
 	}
 	return true
-}
-
-func newUUID() string {
-	var b [16]byte
-	rand.Read(b[:]) // never fails
-	b[6] = b[6]&0x0f | 0x40
-	b[8] = b[8]&0x3f | 0x80
-	return fmt.Sprintf("%x-%x-%x-%x-%x", b[:4], b[4:6], b[6:8], b[8:10], b[10:])
 }

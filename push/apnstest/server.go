@@ -1,10 +1,9 @@
 // Package apnstest is a fake Apple Push Notification service: real TLS, real
-// HTTP/2, client certificates required, requests checked as Apple checks
-// them. Its moods can be changed while it runs: latency, stream limits,
-// answers, stalls, cut connections, GOAWAY.
+// HTTP/2, required client certificates, and Apple's checks of requests. Its
+// behaviour can change while it runs: latency, stream limits, answers, stalls,
+// cut connections, GOAWAY.
 //
-// It is meant for tests and for load generators alike, so it does not depend
-// on package testing.
+// Tests and load generators use it, so it does not depend on package testing.
 package apnstest
 
 import (
@@ -35,9 +34,9 @@ type Config struct {
 	// MaxConcurrentStreams is what SETTINGS allow on a connection.
 	// Default: 1000.
 	MaxConcurrentStreams uint32
-	// OnPush is called for each push that is accepted, before its answer is
-	// sent, from many goroutines at once. It should return quickly. The same
-	// push may come again. Default: nothing is called.
+	// OnPush is called for each accepted push before its answer is sent, from
+	// many goroutines at once. It should return quickly. The same push may
+	// come again. Default: no call.
 	OnPush func(Push)
 }
 
@@ -48,7 +47,7 @@ type Push struct {
 	Topic string
 }
 
-// Answer is what the service says to a push.
+// Answer is the answer of the service to a push.
 type Answer struct {
 	// Status is the HTTP status; 0 is 200.
 	Status int
@@ -65,7 +64,7 @@ type Answer struct {
 	Stall bool
 }
 
-// Counts is what a [Server] has seen so far.
+// Counts counts what a [Server] received and did.
 type Counts struct {
 	Requests    int // valid or not, retries included
 	Accepted    int // answered 200
@@ -78,7 +77,7 @@ type Counts struct {
 const (
 	handshakeTimeout = 10 * time.Second
 	// lingerTime is how long a connection that the server ends stays half
-	// open, for the client to read why.
+	// open, so that the client reads the reason.
 	lingerTime = 200 * time.Millisecond
 )
 
@@ -92,17 +91,17 @@ type Server struct {
 	ctx      context.Context // ends with Close
 	cancel   context.CancelFunc
 
-	mu      sync.Mutex
-	closed  bool
-	moods   moods
-	stalled float64 // fraction of a stall that is due
-	counts  Counts
-	tokens  map[string]int
-	conns   map[*conn]struct{}
+	mu        sync.Mutex
+	closed    bool
+	behaviour behaviour
+	stalled   float64 // fraction of a stall that is due
+	counts    Counts
+	tokens    map[string]int
+	conns     map[*conn]struct{}
 }
 
-// moods is what can be changed while the server runs.
-type moods struct {
+// behaviour is the part of a server that can change while it runs.
+type behaviour struct {
 	latency time.Duration
 	streams uint32
 	stall   float64
@@ -152,9 +151,9 @@ func NewServer(cfg Config) (*Server, error) {
 			ClientAuth:   tls.RequireAndVerifyClientCert,
 			ClientCAs:    ca.pool(),
 		},
-		moods:  moods{latency: cfg.Latency, streams: cfg.MaxConcurrentStreams, onPush: cfg.OnPush},
-		tokens: make(map[string]int),
-		conns:  make(map[*conn]struct{}),
+		behaviour: behaviour{latency: cfg.Latency, streams: cfg.MaxConcurrentStreams, onPush: cfg.OnPush},
+		tokens:    make(map[string]int),
+		conns:     make(map[*conn]struct{}),
 	}
 	s.wg.Go(s.accept)
 	return s, nil
@@ -163,7 +162,7 @@ func NewServer(cfg Config) (*Server, error) {
 // URL returns the root of the service.
 func (s *Server) URL() string { return s.url }
 
-// Close cuts all connections and waits for everything to end.
+// Close cuts all connections and waits for all goroutines.
 func (s *Server) Close() {
 	s.mu.Lock()
 	s.closed = true
@@ -175,28 +174,28 @@ func (s *Server) Close() {
 }
 
 // SetLatency sets how long an answer takes, from the next request on.
-func (s *Server) SetLatency(d time.Duration) { s.set(func(m *moods) { m.latency = d }) }
+func (s *Server) SetLatency(d time.Duration) { s.set(func(m *behaviour) { m.latency = d }) }
 
 // SetMaxConcurrentStreams sets the stream limit of connections yet to come.
-func (s *Server) SetMaxConcurrentStreams(n uint32) { s.set(func(m *moods) { m.streams = n }) }
+func (s *Server) SetMaxConcurrentStreams(n uint32) { s.set(func(m *behaviour) { m.streams = n }) }
 
-// SetStall sets the fraction of pushes, 0 to 1, that are never answered. They
-// are spread evenly: 0.01 stalls every hundredth.
-func (s *Server) SetStall(fraction float64) { s.set(func(m *moods) { m.stall = fraction }) }
+// SetStall sets the fraction of pushes, 0 to 1, that get no answer. They are
+// spread evenly: 0.01 stalls every hundredth.
+func (s *Server) SetStall(fraction float64) { s.set(func(m *behaviour) { m.stall = fraction }) }
 
 // SetAnswer has f answer every valid push from now on; nil accepts all.
-func (s *Server) SetAnswer(f func(Push) Answer) { s.set(func(m *moods) { m.answer = f }) }
+func (s *Server) SetAnswer(f func(Push) Answer) { s.set(func(m *behaviour) { m.answer = f }) }
 
 // SetOnPush replaces Config.OnPush.
-func (s *Server) SetOnPush(f func(Push)) { s.set(func(m *moods) { m.onPush = f }) }
+func (s *Server) SetOnPush(f func(Push)) { s.set(func(m *behaviour) { m.onPush = f }) }
 
-func (s *Server) set(f func(*moods)) {
+func (s *Server) set(f func(*behaviour)) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	f(&s.moods)
+	f(&s.behaviour)
 }
 
-// Counts returns what the server has seen so far.
+// Counts returns the counts so far.
 func (s *Server) Counts() Counts {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -212,8 +211,8 @@ func (s *Server) Accepted(token []byte) int {
 	return s.tokens[string(token)]
 }
 
-// CutConnections breaks n connections without a word, all if n is negative.
-// It returns how many it broke.
+// CutConnections closes n connections without GOAWAY, all if n is negative. It
+// returns their number.
 func (s *Server) CutConnections(n int) int {
 	cut := s.pick(n)
 	for _, c := range cut {
@@ -222,13 +221,13 @@ func (s *Server) CutConnections(n int) int {
 	return len(cut)
 }
 
-// GoAwayMode is how a connection is ended.
+// GoAwayMode is a way to end a connection.
 type GoAwayMode int
 
 const (
-	// Graceful answers what has been received and refuses new streams.
+	// Graceful answers the received requests and refuses new streams.
 	Graceful GoAwayMode = iota
-	// Abrupt disowns the streams that have not been answered and closes the
+	// Abrupt reports unanswered streams as unprocessed and closes the
 	// connection.
 	Abrupt
 )
@@ -281,14 +280,14 @@ func (s *Server) serve(raw net.Conn) {
 	defer raw.Close()
 	s.mu.Lock()
 	s.counts.Dials++
-	streams := s.moods.streams
+	streams := s.behaviour.streams
 	s.mu.Unlock()
 
 	tc := tls.Server(raw, s.tls)
 	ctx, cancel := context.WithTimeout(s.ctx, handshakeTimeout)
 	defer cancel()
 	if err := tc.HandshakeContext(ctx); err != nil {
-		// A reset would overtake the alert that says why.
+		// A reset would discard the alert with the reason.
 		raw.SetDeadline(time.Now().Add(lingerTime))
 		io.Copy(io.Discard, raw)
 		return

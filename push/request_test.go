@@ -8,16 +8,16 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// What lands after the caller's patience is over does not touch the answer
-// that is being made up; the race detector says if it does.
+// TestLateResultsLeaveTheAnswerAlone: a result that comes after Push has
+// returned does not touch the answer; the race detector reports it otherwise.
 func TestLateResultsLeaveTheAnswerAlone(t *testing.T) {
 	const n = 1000
 	c := &call{results: make(map[string]Result), left: n, done: make(chan struct{})}
-	c.over = true
+	c.returned = true
 	var late sync.WaitGroup
 	late.Go(func() {
 		for i := range n {
-			c.settle(strconv.Itoa(i), Result{APNsID: "late"})
+			c.resolve(strconv.Itoa(i), Result{APNsID: "late"})
 		}
 	})
 	for i := range n {

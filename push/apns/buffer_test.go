@@ -14,9 +14,9 @@ import (
 	"github.com/nanomdm/nanomdm/push/apnstest"
 )
 
-// gatheredPair returns both ends of a TLS connection, and what is below the
+// bufferedPair returns both ends of a TLS connection, and what is below the
 // first one.
-func gatheredPair(t *testing.T, timeout time.Duration) (*gathered, *tls.Conn, *counted) {
+func bufferedPair(t *testing.T, timeout time.Duration) (*bufferedConn, *tls.Conn, *counted) {
 	t.Helper()
 	srv, err := apnstest.NewServer(apnstest.Config{})
 	require.NoError(t, err)
@@ -39,7 +39,7 @@ func gatheredPair(t *testing.T, timeout time.Duration) (*gathered, *tls.Conn, *c
 	require.NoError(t, client.Handshake())
 	require.NoError(t, <-shaken)
 	below.writes = 0
-	return gather(client, timeout), server, below
+	return newBufferedConn(client, timeout), server, below
 }
 
 // counted counts writes; the first waits for hold.
@@ -58,7 +58,7 @@ func (c *counted) Write(p []byte) (int, error) {
 }
 
 func TestGatheredWrites(t *testing.T) {
-	g, server, below := gatheredPair(t, time.Minute)
+	g, server, below := bufferedPair(t, time.Minute)
 	below.hold = make(chan struct{})
 	var sent bytes.Buffer
 	for i := range 1000 {
@@ -81,7 +81,7 @@ func TestGatheredWrites(t *testing.T) {
 // A peer that does not read blocks writers, then fails them, and is not waited
 // for in Close.
 func TestGatheredPeerDoesNotRead(t *testing.T) {
-	g, _, _ := gatheredPair(t, 200*time.Millisecond)
+	g, _, _ := bufferedPair(t, 200*time.Millisecond)
 	reads := make(chan error, 1)
 	go func() {
 		_, err := g.Read(make([]byte, 1))
@@ -103,7 +103,7 @@ func TestGatheredPeerDoesNotRead(t *testing.T) {
 
 // Close ends a write that is stuck.
 func TestGatheredCloseIsSoon(t *testing.T) {
-	g, _, _ := gatheredPair(t, time.Minute)
+	g, _, _ := bufferedPair(t, time.Minute)
 	stuck := make(chan error, 1)
 	go func() {
 		piece := make([]byte, 64<<10)
