@@ -6,43 +6,35 @@ import (
 	"log/slog"
 	"time"
 
+	"github.com/nanomdm/nanomdm/backoff"
 	"github.com/nanomdm/nanomdm/storage"
 	"github.com/nanomdm/nanomdm/storage/sqlstore"
 )
 
-// Pauses between attempts to open a store that is away; they double.
-const (
-	firstOpenPause = 500 * time.Millisecond
-	maxOpenPause   = 10 * time.Second
-)
+// openPauses space the attempts to open a store that is away.
+var openPauses = backoff.Policy{First: 500 * time.Millisecond, Max: 10 * time.Second}
 
 // openStore opens the store, and waits for a database server that is away
-// until ctx ends. What waiting does not mend is returned at once: a wrong
-// password, foreign tables, a newer schema. waiting is called before each
-// pause.
+// until ctx ends. It returns errors that waiting does not mend at once: a wrong
+// password, foreign tables, a newer schema. It calls waiting before each pause.
 func openStore(ctx context.Context, cfg sqlstore.Config, log *slog.Logger, waiting func()) (*sqlstore.Store, error) {
 	begun := time.Now()
-	pause := firstOpenPause
-	for {
+	for attempt := 1; ; attempt++ {
 		store, err := sqlstore.Open(ctx, cfg)
 		if err == nil {
-			if waited := time.Since(begun); pause > firstOpenPause {
-				log.Info("the database is there", "after", waited.Round(time.Millisecond))
+			if attempt > 1 {
+				log.Info("the database is there", "after", time.Since(begun).Round(time.Millisecond))
 			}
 			return store, nil
 		}
 		if ctx.Err() != nil || !errors.Is(err, storage.ErrUnavailable) {
 			return nil, err
 		}
-		log.Warn("waiting for the database, which is away", "error", err, "next_attempt_in", pause)
+		pause := openPauses.Pause(attempt)
+		log.Warn("waiting for the database, which is away", "error", err, "next_attempt_in", pause.Round(time.Millisecond))
 		waiting()
-		timer := time.NewTimer(pause)
-		select {
-		case <-timer.C:
-		case <-ctx.Done():
-			timer.Stop()
-			return nil, ctx.Err()
+		if err := backoff.Sleep(ctx, pause); err != nil {
+			return nil, err
 		}
-		pause = min(2*pause, maxOpenPause)
 	}
 }

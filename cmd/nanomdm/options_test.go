@@ -344,6 +344,45 @@ func TestTable(t *testing.T) {
 	}
 }
 
+func TestParseRetention(t *testing.T) {
+	const day = 24 * time.Hour
+	for _, tc := range []struct {
+		text string
+		want storage.Retention
+		err  string
+	}{
+		{text: ""},
+		{text: "0"},
+		{text: "30d", want: storage.Retention{Default: 30 * day}},
+		{text: "12h", want: storage.Retention{Default: 12 * time.Hour}},
+		{text: "30d, InstalledApplicationList=2d,DeviceLock=0", want: storage.Retention{
+			Default: 30 * day, ByType: map[string]time.Duration{"InstalledApplicationList": 2 * day, "DeviceLock": 0},
+		}},
+		{text: "ProfileList=1h", want: storage.Retention{ByType: map[string]time.Duration{"ProfileList": time.Hour}}},
+		{text: "30", err: `"30" is not an age`},
+		{text: "-1d", err: `"-1d" is not an age`},
+		{text: "-1h", err: `"-1h" is not an age`},
+		{text: "99999d", err: `"99999d" is not an age`},
+		{text: "1.5d", err: `"1.5d" is not an age`},
+		{text: "ProfileList=", err: `"" is not an age`},
+		{text: "Profile List=1d", err: `"Profile List" is not a request type`},
+		{text: "=1d", err: `"" is not a request type`},
+		{text: "1d,2d", err: `"2d" is a second age`},
+		{text: "0,2d", err: `"2d" is a second age`},
+		{text: "A=1d,A=2d", err: "A is given twice"},
+	} {
+		t.Run(tc.text, func(t *testing.T) {
+			got, err := parseRetention(tc.text)
+			if tc.err != "" {
+				require.ErrorContains(t, err, tc.err)
+				return
+			}
+			require.NoError(t, err)
+			require.Equal(t, tc.want, got)
+		})
+	}
+}
+
 func TestNearest(t *testing.T) {
 	require.Equal(t, 3, distance("kitten", "sitting"))
 	require.Equal(t, 4, distance("", "four"))

@@ -30,7 +30,7 @@ func (b *building) push(store *sqlstore.Store) (*push.Service, error) {
 	b.s.add(component{name: "push", stop: service.Close})
 	holder := rand.Text()
 	b.s.background("push sweep", func(ctx context.Context) error {
-		return lease.Hold(ctx, store, "push", holder, sweepTTL, b.log, service.Sweep)
+		return lease.Hold(ctx, store, "push", holder, leaseTTL, b.log, service.Sweep)
 	})
 	b.metrics.Add(metrics.Source{Name: "push", Collect: func(_ context.Context, emit metrics.Emit) error {
 		emitPush(emit, service.Stats())

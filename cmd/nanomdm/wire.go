@@ -133,7 +133,7 @@ func (b *building) addStore() {
 				Committed:       b.metrics.Committed,
 				Polled:          b.metrics.Polled,
 			}
-			store, err = openStore(ctx, cfg, b.log, func() { b.tell(notifyWaiting(maxOpenPause)) })
+			store, err = openStore(ctx, cfg, b.log, func() { b.tell(notifyWaiting(openPauses.Max)) })
 			if err != nil {
 				return err
 			}
@@ -207,7 +207,7 @@ func (b *building) assemble(ctx context.Context, store *sqlstore.Store) error {
 	}
 
 	b.observe(store)
-	b.sweep(store)
+	b.upkeep(store)
 	s.background("database watch", func(ctx context.Context) error {
 		return b.gate.Watch(ctx, func(ctx context.Context) (bool, error) {
 			err := store.Ping(ctx)

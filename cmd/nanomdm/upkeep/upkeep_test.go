@@ -1,4 +1,4 @@
-package main
+package upkeep
 
 import (
 	"bytes"
@@ -14,6 +14,7 @@ import (
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+	"go.uber.org/goleak"
 
 	"github.com/nanomdm/nanomdm/mdm"
 	"github.com/nanomdm/nanomdm/storage"
@@ -21,44 +22,10 @@ import (
 	"github.com/nanomdm/nanomdm/storage/storagetest"
 )
 
-func TestParseRetention(t *testing.T) {
-	const day = 24 * time.Hour
-	for _, tc := range []struct {
-		text string
-		want storage.Retention
-		err  string
-	}{
-		{text: ""},
-		{text: "0"},
-		{text: "30d", want: storage.Retention{Default: 30 * day}},
-		{text: "12h", want: storage.Retention{Default: 12 * time.Hour}},
-		{text: "30d, InstalledApplicationList=2d,DeviceLock=0", want: storage.Retention{
-			Default: 30 * day, ByType: map[string]time.Duration{"InstalledApplicationList": 2 * day, "DeviceLock": 0},
-		}},
-		{text: "ProfileList=1h", want: storage.Retention{ByType: map[string]time.Duration{"ProfileList": time.Hour}}},
-		{text: "30", err: `"30" is not an age`},
-		{text: "-1d", err: `"-1d" is not an age`},
-		{text: "-1h", err: `"-1h" is not an age`},
-		{text: "99999d", err: `"99999d" is not an age`},
-		{text: "1.5d", err: `"1.5d" is not an age`},
-		{text: "ProfileList=", err: `"" is not an age`},
-		{text: "Profile List=1d", err: `"Profile List" is not a request type`},
-		{text: "=1d", err: `"" is not a request type`},
-		{text: "1d,2d", err: `"2d" is a second age`},
-		{text: "0,2d", err: `"2d" is a second age`},
-		{text: "A=1d,A=2d", err: "A is given twice"},
-	} {
-		t.Run(tc.text, func(t *testing.T) {
-			got, err := parseRetention(tc.text)
-			if tc.err != "" {
-				require.ErrorContains(t, err, tc.err)
-				return
-			}
-			require.NoError(t, err)
-			require.Equal(t, tc.want, got)
-		})
-	}
-}
+// leaseTTL is short enough for a test to wait for another holder.
+const leaseTTL = 15 * time.Second
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 func TestRetentionRules(t *testing.T) {
 	require.Empty(t, rules(storage.Retention{}))
@@ -87,11 +54,11 @@ func finish(t *testing.T, h *storagetest.Harness, id, requestType string, status
 }
 
 // hold runs work under its lease in the background until the test ends.
-func hold(t *testing.T, store sweepStore, name, holder string, work lease.Work) {
+func hold(t *testing.T, store storage.Leases, name, holder string, work lease.Work) {
 	t.Helper()
 	ctx, stop := context.WithCancel(t.Context())
 	done := make(chan error, 1)
-	go func() { done <- lease.Hold(ctx, store, name, holder, sweepTTL, slog.New(slog.DiscardHandler), work) }()
+	go func() { done <- lease.Hold(ctx, store, name, holder, leaseTTL, slog.New(slog.DiscardHandler), work) }()
 	t.Cleanup(func() {
 		stop()
 		require.ErrorIs(t, <-done, context.Canceled)
@@ -102,25 +69,25 @@ func TestHistorySweep(t *testing.T) {
 	const day = 24 * time.Hour
 	for _, tc := range []struct {
 		name    string
-		sweep   historySweep
+		sweep   History
 		rows    []string
 		results []string
 	}{
 		{
 			name:    "results by type",
-			sweep:   historySweep{results: storage.Retention{Default: 30 * day, ByType: map[string]time.Duration{"InstalledApplicationList": 2 * day}}},
+			sweep:   History{Results: storage.Retention{Default: 30 * day, ByType: map[string]time.Duration{"InstalledApplicationList": 2 * day}}},
 			rows:    []string{"apps", "failed", "profiles", "today"},
 			results: []string{"failed", "profiles", "today"},
 		},
 		{
 			name:    "commands",
-			sweep:   historySweep{commands: storage.Retention{Default: 2 * day}},
+			sweep:   History{Commands: storage.Retention{Default: 2 * day}},
 			rows:    []string{"today"},
 			results: []string{"today"},
 		},
 		{
 			name:    "acknowledged ones at once",
-			sweep:   historySweep{deleteAcked: true},
+			sweep:   History{DeleteAcked: true},
 			rows:    []string{"failed"},
 			results: []string{"failed"},
 		},
@@ -136,9 +103,9 @@ func TestHistorySweep(t *testing.T) {
 				h.Clock.Advance(time.Minute)
 
 				sweep := tc.sweep
-				sweep.store, sweep.log, sweep.now = h.Store, slog.New(slog.DiscardHandler), h.Clock.Now
-				require.False(t, sweep.idle())
-				hold(t, h.Store, "history", "a", sweep.work)
+				sweep.Store, sweep.Log, sweep.Now = h.Store, slog.New(slog.DiscardHandler), h.Clock.Now
+				require.False(t, sweep.Idle())
+				hold(t, h.Store, "history", "a", sweep.Work)
 				require.EventuallyWithT(t, func(c *assert.CollectT) {
 					require.Equal(c, tc.rows, h.Strings(t, "SELECT command_uuid FROM nano_enrollment_queue ORDER BY command_uuid"))
 					require.Equal(c, tc.results, h.Strings(t, "SELECT command_uuid FROM nano_command_results ORDER BY command_uuid"))
@@ -151,14 +118,14 @@ func TestHistorySweep(t *testing.T) {
 
 func TestAuditRetention(t *testing.T) {
 	h := storagetest.NewHarness(t, storagetest.Engines(t)[0])
-	for range sweepRows + 3 { // more than a batch
+	for range batchRows + 3 { // more than a batch
 		require.NoError(t, h.Store.AppendAudit(t.Context(), &storage.AuditRecord{Who: "ann", Action: "push"}))
 	}
 	h.Clock.Advance(2 * time.Hour)
 	require.NoError(t, h.Store.AppendAudit(t.Context(), &storage.AuditRecord{Who: "bob", Action: "push"}))
-	sweep := historySweep{store: h.Store, log: slog.New(slog.DiscardHandler), now: h.Clock.Now, audit: time.Hour}
-	require.False(t, sweep.idle())
-	hold(t, h.Store, "history", "a", sweep.work)
+	sweep := History{Store: h.Store, Log: slog.New(slog.DiscardHandler), Now: h.Clock.Now, Audit: time.Hour}
+	require.False(t, sweep.Idle())
+	hold(t, h.Store, "history", "a", sweep.Work)
 	require.Eventually(t, func() bool { return h.Int(t, "SELECT COUNT(*) FROM nano_audit") == 1 }, 10*time.Second, 5*time.Millisecond)
 	require.Equal(t, []string{"bob"}, h.Strings(t, "SELECT who FROM nano_audit"))
 }
@@ -187,12 +154,12 @@ func TestQueueSweepOfTwoReplicas(t *testing.T) {
 				}, 10*time.Second, 10*time.Millisecond)
 			}
 			t.Run("first", func(t *testing.T) {
-				hold(t, h.Store, "queue", "a", (&queueSweep{store: h.Store, log: log, now: h.Clock.Now}).work)
-				hold(t, second, "queue", "b", (&queueSweep{store: second, log: log, now: h.Clock.Now}).work)
+				hold(t, h.Store, "queue", "a", (&Queue{Store: h.Store, Log: log, Now: h.Clock.Now}).Work)
+				hold(t, second, "queue", "b", (&Queue{Store: second, Log: log, Now: h.Clock.Now}).Work)
 				plan("1")
 				queued(1)
 			})
-			hold(t, second, "queue", "b2", (&queueSweep{store: second, log: log, now: h.Clock.Now}).work)
+			hold(t, second, "queue", "b2", (&Queue{Store: second, Log: log, Now: h.Clock.Now}).Work)
 			plan("2")
 			queued(2)
 			require.Eventually(t, func() bool { // counted once it is committed
@@ -217,7 +184,7 @@ func TestQueueSweepOfTwoReplicas(t *testing.T) {
 
 // stubbornStore has a history of so many batches, and can fail.
 type stubbornStore struct {
-	sweepStore
+	Store
 	batches []time.Duration // how long each takes
 	took    []time.Time
 	looks   []storage.Removal
@@ -240,21 +207,21 @@ func (s *stubbornStore) RemoveResults(_ context.Context, _ storage.Lease, r stor
 func TestHistorySweepPaces(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := &stubbornStore{batches: []time.Duration{time.Millisecond, time.Second, time.Millisecond}}
-		h := &historySweep{
-			store: s, log: slog.New(slog.DiscardHandler), now: time.Now, looked: make(map[string]time.Time),
-			results: storage.Retention{Default: time.Hour},
+		h := &History{
+			Store: s, Log: slog.New(slog.DiscardHandler), Now: time.Now, scanned: make(map[string]time.Time),
+			Results: storage.Retention{Default: time.Hour},
 		}
 		began := time.Now()
-		require.NoError(t, h.retain(t.Context(), func() storage.Lease { return storage.Lease{} }))
+		require.NoError(t, h.removeOld(t.Context(), func() storage.Lease { return storage.Lease{} }))
 		require.Len(t, s.took, 3)
-		require.Equal(t, sweepPause+time.Second, s.took[1].Sub(s.took[0]))
+		require.Equal(t, minPause+time.Second, s.took[1].Sub(s.took[0]))
 		require.Equal(t, time.Second+time.Millisecond, s.took[2].Sub(s.took[1]), "as long as the batch took")
 		require.True(t, s.looks[0].After.At.IsZero())
 		require.Equal(t, "0", s.looks[1].After.ID)
 
 		time.Sleep(historyEvery)
-		require.NoError(t, h.retain(t.Context(), func() storage.Lease { return storage.Lease{} }))
-		require.Equal(t, began.Add(-time.Hour-lookBack), s.looks[3].After.At, "goes on where it ended")
+		require.NoError(t, h.removeOld(t.Context(), func() storage.Lease { return storage.Lease{} }))
+		require.Equal(t, began.Add(-time.Hour-overlap), s.looks[3].After.At, "goes on where it ended")
 	})
 }
 
@@ -265,7 +232,7 @@ func TestRepeat(t *testing.T) {
 			ctx, stop := context.WithCancel(t.Context())
 			outcomes := []error{nil, errors.New("away"), errors.New("away"), nil, errors.New("again")}
 			n := 0
-			err := repeat(ctx, time.Second, newLogger(&b, false), "cannot", func() error {
+			err := repeat(ctx, time.Second, slog.New(slog.NewTextHandler(&b, nil)), "cannot", func() error {
 				if n == len(outcomes) {
 					stop()
 					return nil
