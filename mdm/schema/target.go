@@ -1,0 +1,114 @@
+package schema
+
+import (
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+)
+
+// The platforms, as Apple's schemas name them.
+const (
+	IOS      = "iOS" // and iPadOS
+	MacOS    = "macOS"
+	TVOS     = "tvOS"
+	VisionOS = "visionOS"
+	WatchOS  = "watchOS"
+)
+
+// Target is the receiver of a command. Empty fields are not known.
+type Target struct {
+	Platform  string
+	OSVersion string
+	// User: the user channel, and not the device channel.
+	User bool
+	// UserEnrollment: the device is its user's own.
+	UserEnrollment bool
+}
+
+// Platform returns the platform of a device with a product name such as
+// MacBookPro18,3, or nothing if the name does not say.
+func Platform(product string) string {
+	for platform, prefixes := range map[string][]string{
+		MacOS: {"Mac", "iMac", "VirtualMac", "ADP3"}, IOS: {"iPhone", "iPad", "iPod"}, TVOS: {"AppleTV"},
+		VisionOS: {"RealityDevice"}, WatchOS: {"Watch"},
+	} {
+		if slices.ContainsFunc(prefixes, func(p string) bool { return strings.HasPrefix(product, p) }) {
+			return platform
+		}
+	}
+	return ""
+}
+
+// CheckTarget says why a receiver cannot take a request type, and nothing if
+// it can or if that is not known.
+func CheckTarget(requestType string, t Target) string {
+	c := Find(requestType)
+	if c == nil {
+		return ""
+	}
+	s, described := c.Platforms[t.Platform]
+	if !described {
+		return c.checkChannel(t)
+	}
+	switch {
+	case s.Never:
+		return t.Platform + " does not have it"
+	case older(t.OSVersion, s.Introduced):
+		return fmt.Sprintf("%s has it from %s on, and the device has %s", t.Platform, s.Introduced, t.OSVersion)
+	case s.Removed != "" && t.OSVersion != "" && !older(t.OSVersion, s.Removed):
+		return fmt.Sprintf("%s has it until %s, and the device has %s", t.Platform, s.Removed, t.OSVersion)
+	}
+	return s.checkChannel(t)
+}
+
+func (s *Support) checkChannel(t Target) string {
+	switch {
+	case t.User && s.NoUserChannel:
+		return "it is not for the user channel"
+	case !t.User && s.NoDeviceChannel:
+		return "it is for the user channel alone"
+	case t.UserEnrollment && s.NoUserEnrollment:
+		return "User Enrollment does not allow it"
+	}
+	return ""
+}
+
+// checkChannel is for a device whose platform is not known: no platform that
+// has the command takes it there.
+func (c *Command) checkChannel(t Target) string {
+	why := ""
+	for platform, s := range c.Platforms {
+		hasUsers := platform == MacOS || platform == IOS
+		if s.Never || t.User && !hasUsers {
+			continue
+		}
+		if why = s.checkChannel(t); why == "" {
+			return ""
+		}
+	}
+	return why
+}
+
+// older says whether a version is before another; false if either is not
+// known.
+func older(version, than string) bool {
+	a, okA := numbers(version)
+	b, okB := numbers(than)
+	return okA && okB && slices.Compare(a, b) < 0
+}
+
+// numbers reads a version such as 10.15.7 without zeros at its end.
+func numbers(version string) (list []int, ok bool) {
+	for part := range strings.SplitSeq(version, ".") {
+		n, err := strconv.Atoi(part)
+		if err != nil || n < 0 {
+			return nil, false
+		}
+		list = append(list, n)
+	}
+	for len(list) > 1 && list[len(list)-1] == 0 {
+		list = list[:len(list)-1]
+	}
+	return list, true
+}
