@@ -33,6 +33,8 @@ type result struct {
 	// call whose idempotency key was used before. NanoMDM has neither.
 	Count    int  `json:"count,omitempty"`
 	Repeated bool `json:"repeated,omitempty"`
+	// Warnings are differences between the command and Apple's schemas.
+	Warnings []string `json:"warnings,omitempty"`
 }
 
 type idResult struct {
@@ -124,6 +126,8 @@ type enqueueRequest struct {
 	content any
 	options enqueueOptions
 	async   bool
+	// strict calls are refused where others get warnings.
+	strict bool
 	// extended calls come through an endpoint that NanoMDM does not have.
 	extended bool
 }
@@ -147,7 +151,7 @@ func (a *API) enqueueIDs(ctx context.Context, r *http.Request) (int, any, error)
 		Priority: q.number("priority", 0, -maxPriority, maxPriority), NotBefore: q.text("not_before"), ExpiresAfter: q.text("expires_after"),
 		SupersedeKey: q.text("supersede_key"), IdempotencyKey: q.text("idempotency_key"), NoPush: r.URL.Query().Get("nopush") != "",
 	}
-	o.async = q.async()
+	o.async, o.strict = q.async(), q.strict()
 	if q.err != nil {
 		return 0, nil, q.err
 	}
@@ -168,7 +172,7 @@ func (o *enqueueRequest) plist(raw []byte) error {
 // enqueue takes a command and any number of enrollments in a JSON body.
 func (a *API) enqueue(ctx context.Context, r *http.Request) (int, any, error) {
 	q := queryOf(r)
-	o := &enqueueRequest{async: q.async(), extended: true}
+	o := &enqueueRequest{async: q.async(), strict: q.strict(), extended: true}
 	if err := q.done(); err != nil {
 		return 0, nil, err
 	}
@@ -334,6 +338,13 @@ func (a *API) queue(ctx context.Context, o *enqueueRequest, e *storage.Enqueue) 
 	if refusal != nil {
 		return http.StatusConflict, refusal, nil
 	}
+	warnings, err := a.warnings(ctx, o, cmd, ids)
+	if err != nil {
+		return 0, nil, err
+	}
+	if o.strict && len(warnings) > 0 {
+		return refuseWarned(warnings)
+	}
 	detail := o.describe(cmd, ids)
 	e.Command, e.IDs = cmd, ids
 	e.Audit = auditRecord(ctx, actEnqueue, cmd.CommandUUID, detail)
@@ -349,7 +360,7 @@ func (a *API) queue(ctx context.Context, o *enqueueRequest, e *storage.Enqueue) 
 		return 0, nil, err
 	}
 	res := newResult(ids)
-	res.NoPush, res.CommandUUID, res.RequestType = e.NoPush, cmd.CommandUUID, cmd.RequestType
+	res.NoPush, res.CommandUUID, res.RequestType, res.Warnings = e.NoPush, cmd.CommandUUID, cmd.RequestType, warnings
 	if o.extended {
 		res.Count = len(ids)
 	}

@@ -67,7 +67,7 @@ func TestEnqueueForms(t *testing.T) {
 		{"POST", "/v1/commands", `{"request_type":"X"}`, 400, "ids: no enrollment is named"},
 		{"POST", "/v1/commands", `{"ids":"A","request_type":"X"}`, 400, "ids: "},
 		{"POST", "/v1/commands", `{"udid":1,"request_type":"X"}`, 400, "udid: an id or a list of ids is wanted"},
-		{"POST", "/v1/commands", `{"ids":["A"],"request_type":"InstallProfile","payload":"x"}`, 400, "payload: there is no such key"},
+		{"POST", "/v1/commands", `{"ids":["A"],"request_type":"InstallProfile","profile":"x"}`, 400, "profile: there is no such key"},
 		{"POST", "/v1/commands", `{"ids":["A"],"request_type":"InstallProfile","Payload":"<x>"}`, 400, "Payload: base64 is wanted"},
 		{"POST", "/v1/commands", `{"ids":["A"],"request_type":"X","options":{"bad":1}}`, 400, "options: "},
 		{"POST", "/v1/commands", `[]`, 400, "body: "},

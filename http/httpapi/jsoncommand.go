@@ -10,13 +10,14 @@ import (
 	"strings"
 
 	"github.com/nanomdm/nanomdm/mdm"
+	"github.com/nanomdm/nanomdm/mdm/schema"
 )
 
 // enqueueJSON queues a command that comes as JSON. Keys that are not the call's
 // own are the command's.
 func (a *API) enqueueJSON(ctx context.Context, r *http.Request) (int, any, error) {
 	q := queryOf(r)
-	o := &enqueueRequest{async: q.async(), extended: true}
+	o := &enqueueRequest{async: q.async(), strict: q.strict(), extended: true}
 	if err := q.done(); err != nil {
 		return 0, nil, err
 	}
@@ -43,14 +44,17 @@ func (a *API) enqueueJSON(ctx context.Context, r *http.Request) (int, any, error
 	}
 	keys := make(map[string]any, len(parts))
 	for _, name := range slices.Sorted(maps.Keys(parts)) {
-		if name == strings.ToLower(name) {
-			return 0, nil, badRequest("%s: there is no such key; a command's own keys are written as Apple has them, such as Identifier", name)
-		}
 		var value any
 		if err := decodePart(parts[name], &value); err != nil {
 			return 0, nil, badRequest("%s: %v", name, err)
 		}
 		keys[name] = value
+	}
+	keys = schema.AppleNames(requestType, keys)
+	for _, name := range slices.Sorted(maps.Keys(keys)) {
+		if name == strings.ToLower(name) {
+			return 0, nil, badRequest("%s: there is no such key; a command's own keys are written as Apple or MicroMDM has them, such as Identifier or identifier", name)
+		}
 	}
 	o.content = struct {
 		RequestType string

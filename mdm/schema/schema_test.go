@@ -227,3 +227,29 @@ func FuzzCheck(f *testing.F) {
 		_ = CheckTarget(cmd.RequestType, Target{Platform: Platform(cmd.CommandUUID), OSVersion: cmd.CommandUUID})
 	})
 }
+
+func TestAppleNames(t *testing.T) {
+	given := map[string]any{
+		"settings": []any{
+			map[string]any{"item": "DeviceName", "device_name": "Ann's"},
+			map[string]any{"item": "Nonsense", "device_name": "x"}, "text",
+		},
+		"zzyzx": "x",
+	}
+	require.Equal(t, map[string]any{
+		"Settings": []any{
+			map[string]any{"Item": "DeviceName", "DeviceName": "Ann's"},
+			map[string]any{"item": "Nonsense", "device_name": "x"}, "text",
+		},
+		"zzyzx": "x",
+	}, AppleNames("Settings", given))
+	require.Contains(t, given, "settings", "it is not changed")
+
+	require.Equal(t, map[string]any{"ManifestURL": "u", "Options": map[string]any{"PurchaseMethod": 1}},
+		AppleNames("InstallApplication", map[string]any{"manifest_url": "u", "options": map[string]any{"purchase_method": 1}}))
+	require.Equal(t, map[string]any{"Payload": "a", "payload": "b"},
+		AppleNames("InstallProfile", map[string]any{"Payload": "a", "payload": "b"}), "a key that is there keeps its value")
+	require.Equal(t, map[string]any{"Payload": map[string]any{"$data": "eA=="}},
+		AppleNames("InstallProfile", map[string]any{"payload": map[string]any{"$data": "eA=="}}))
+	require.Equal(t, map[string]any{"payload": 1}, AppleNames("Nonsense", map[string]any{"payload": 1}))
+}
