@@ -18,8 +18,11 @@ type Command struct {
 // or [ErrMissingKey] and say what to mend.
 func DecodeCommand(raw []byte) (*Command, error) {
 	var r reader
-	if err := scan(&r.document, raw, true); err != nil {
+	if err := scan(&r.document, raw, strict); err != nil {
 		return nil, err
+	}
+	if k := r.CommandUUID.kind; k != kindAbsent && k != kindString {
+		r.wrongType("CommandUUID", "string", r.CommandUUID)
 	}
 	c := &Command{
 		CommandUUID: r.need("CommandUUID", r.CommandUUID),

@@ -1,8 +1,12 @@
 package mdm
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
+	"strconv"
+	"strings"
+	"unicode/utf8"
 )
 
 // What the decoding errors wrap. All of them are the sender's fault. Their
@@ -23,7 +27,7 @@ var (
 // [DecodeCheckin] and [DecodeReport] do.
 func Decode(body []byte) (Message, error) {
 	var r reader
-	if err := scan(&r.document, body, false); err != nil {
+	if err := r.read(body); err != nil {
 		return nil, err
 	}
 	switch {
@@ -45,7 +49,7 @@ func Decode(body []byte) (Message, error) {
 // [ErrUnknownMessageType] or [ErrMissingKey].
 func DecodeCheckin(body []byte) (Message, error) {
 	var r reader
-	if err := scan(&r.document, body, false); err != nil {
+	if err := r.read(body); err != nil {
 		return nil, err
 	}
 	return r.checkin()
@@ -56,16 +60,63 @@ func DecodeCheckin(body []byte) (Message, error) {
 // [ErrMissingKey].
 func DecodeReport(body []byte) (*Report, error) {
 	var r reader
-	if err := scan(&r.document, body, false); err != nil {
+	if err := r.read(body); err != nil {
 		return nil, err
 	}
 	return r.report()
+}
+
+// Unreadable returns a report with [StatusUnreadable] for a body in which
+// [DecodeReport] finds none. It has the identity keys and the CommandUUID that
+// the body seems to have. They must not be trusted: a body that is no property
+// list does not tell which of its keys are at the top.
+func Unreadable(body []byte) *Report {
+	return &Report{
+		Enrollment: Enrollment{
+			UDID:             seems(body, "UDID"),
+			UserID:           seems(body, "UserID"),
+			UserShortName:    seems(body, "UserShortName"),
+			EnrollmentID:     seems(body, "EnrollmentID"),
+			EnrollmentUserID: seems(body, "EnrollmentUserID"),
+		},
+		Status:      StatusUnreadable,
+		CommandUUID: seems(body, "CommandUUID"),
+		Raw:         body,
+	}
+}
+
+// seems returns the string behind the last key of that name, wherever it is.
+func seems(body []byte, name string) string {
+	key := []byte("<key>" + name + "</key>")
+	at := bytes.LastIndex(body, key)
+	if at < 0 {
+		return ""
+	}
+	text, found := bytes.CutPrefix(bytes.TrimLeft(body[at+len(key):], " \t\r\n"), []byte("<string>"))
+	end := bytes.IndexAny(text, "<&")
+	if !found || end < 0 || text[end] != '<' || badID(string(text[:end])) != "" {
+		return ""
+	}
+	return string(text[:end])
 }
 
 // reader reads typed values from a document and keeps the first error.
 type reader struct {
 	document
 	err error
+}
+
+// read scans body, tolerantly if it is not sound.
+func (r *reader) read(body []byte) error {
+	err := scan(&r.document, body, usual)
+	if err == nil {
+		return nil
+	}
+	r.document = document{damage: err}
+	if scan(&r.document, body, tolerant) != nil {
+		return err
+	}
+	return nil
 }
 
 func (r *reader) fail(err error) {
@@ -78,21 +129,37 @@ func (r *reader) wrongType(key, want string, v value) {
 	r.fail(malformed(v.start, fmt.Sprintf("%s is %s, not %s", key, v.kind, want)))
 }
 
-// text returns an optional string.
-func (r *reader) text(key string, v value) string {
+// text returns an optional string, also one that is sent as a number; empty if
+// it is something else.
+func (r *reader) text(v value) string {
 	switch v.kind {
-	case kindAbsent:
-		return ""
 	case kindString:
 		return r.str(v)
+	case kindInteger, kindReal:
+		return strings.TrimSpace(r.str(v))
 	}
-	r.wrongType(key, "string", v)
 	return ""
+}
+
+// exact returns an optional string that tells one thing from another: neither
+// another type nor replaced characters are taken for it.
+func (r *reader) exact(key string, v value) string {
+	s := r.text(v)
+	switch v.kind {
+	case kindAbsent, kindString, kindInteger, kindReal:
+	default:
+		r.wrongType(key, "string", v)
+	}
+	if r.damage != nil && strings.ContainsRune(s, utf8.RuneError) {
+		r.fail(malformed(v.start, "illegal character in "+key))
+		return ""
+	}
+	return s
 }
 
 // need returns a string that must not be empty.
 func (r *reader) need(key string, v value) string {
-	s := r.text(key, v)
+	s := r.exact(key, v)
 	if s == "" {
 		r.fail(fmt.Errorf("%w: %s", ErrMissingKey, key))
 	}
@@ -115,27 +182,39 @@ func (r *reader) bytes(key string, v value) []byte {
 	return nil
 }
 
-// boolean returns an optional boolean, false when missing.
-func (r *reader) boolean(key string, v value) bool {
-	switch v.kind {
-	case kindAbsent, kindFalse:
-		return false
-	case kindTrue:
-		return true
+// bytesOrNone returns data that the message can do without, none if it cannot
+// be read.
+func (r *reader) bytesOrNone(v value) []byte {
+	if v.kind != kindData {
+		return nil
 	}
-	r.wrongType(key, "boolean", v)
-	return false
+	b, _ := r.data(v)
+	return b
+}
+
+// boolean returns an optional boolean, also one that is sent as a number or a
+// word; false if it is something else.
+func (r *reader) boolean(v value) bool {
+	if v.kind == kindTrue || v.kind == kindFalse {
+		return v.kind == kindTrue
+	}
+	b, _ := strconv.ParseBool(strings.ToLower(r.text(v)))
+	return b
 }
 
 func (r *reader) enrollment() Enrollment {
-	return Enrollment{
-		UDID:             r.text("UDID", r.UDID),
-		UserID:           r.text("UserID", r.UserID),
-		UserShortName:    r.text("UserShortName", r.UserShortName),
-		UserLongName:     r.text("UserLongName", r.UserLongName),
-		EnrollmentID:     r.text("EnrollmentID", r.EnrollmentID),
-		EnrollmentUserID: r.text("EnrollmentUserID", r.EnrollmentUserID),
+	e := Enrollment{
+		UDID:             r.exact("UDID", r.UDID),
+		UserID:           r.exact("UserID", r.UserID),
+		UserShortName:    r.text(r.UserShortName),
+		UserLongName:     r.text(r.UserLongName),
+		EnrollmentID:     r.exact("EnrollmentID", r.EnrollmentID),
+		EnrollmentUserID: r.exact("EnrollmentUserID", r.EnrollmentUserID),
 	}
+	if e.UserID == SharediPadUserID { // it tells one user from another
+		e.UserShortName = r.exact("UserShortName", r.UserShortName)
+	}
+	return e
 }
 
 func (r *reader) checkin() (Message, error) {
@@ -163,26 +242,26 @@ func (r *reader) message(kind Kind) Message {
 	case KindCheckOut:
 		return &CheckOut{
 			Enrollment: r.enrollment(),
-			Topic:      r.text("Topic", r.Topic),
+			Topic:      r.text(r.Topic),
 			Raw:        r.body,
 		}
 	case KindSetBootstrapToken:
 		return &SetBootstrapToken{
 			Enrollment:            r.enrollment(),
 			BootstrapToken:        r.bytes("BootstrapToken", r.BootstrapToken),
-			AwaitingConfiguration: r.boolean("AwaitingConfiguration", r.AwaitingConfiguration),
+			AwaitingConfiguration: r.boolean(r.AwaitingConfiguration),
 			Raw:                   r.body,
 		}
 	case KindGetBootstrapToken:
 		return &GetBootstrapToken{
 			Enrollment:            r.enrollment(),
-			AwaitingConfiguration: r.boolean("AwaitingConfiguration", r.AwaitingConfiguration),
+			AwaitingConfiguration: r.boolean(r.AwaitingConfiguration),
 			Raw:                   r.body,
 		}
 	case KindUserAuthenticate:
 		return &UserAuthenticate{
 			Enrollment:        r.enrollment(),
-			DigestResponse:    r.text("DigestResponse", r.DigestResponse),
+			DigestResponse:    r.text(r.DigestResponse),
 			HasDigestResponse: r.DigestResponse.kind != kindAbsent,
 			Raw:               r.body,
 		}
@@ -205,15 +284,15 @@ func (r *reader) authenticate() *Authenticate {
 	return &Authenticate{
 		Enrollment:   r.enrollment(),
 		Topic:        r.need("Topic", r.Topic),
-		Model:        r.text("Model", r.Model),
-		ModelName:    r.text("ModelName", r.ModelName),
-		DeviceName:   r.text("DeviceName", r.DeviceName),
-		OSVersion:    r.text("OSVersion", r.OSVersion),
-		BuildVersion: r.text("BuildVersion", r.BuildVersion),
-		ProductName:  r.text("ProductName", r.ProductName),
-		SerialNumber: r.text("SerialNumber", r.SerialNumber),
-		IMEI:         r.text("IMEI", r.IMEI),
-		MEID:         r.text("MEID", r.MEID),
+		Model:        r.text(r.Model),
+		ModelName:    r.text(r.ModelName),
+		DeviceName:   r.text(r.DeviceName),
+		OSVersion:    r.text(r.OSVersion),
+		BuildVersion: r.text(r.BuildVersion),
+		ProductName:  r.text(r.ProductName),
+		SerialNumber: r.text(r.SerialNumber),
+		IMEI:         r.text(r.IMEI),
+		MEID:         r.text(r.MEID),
 		Raw:          r.body,
 	}
 }
@@ -224,9 +303,9 @@ func (r *reader) tokenUpdate() *TokenUpdate {
 		Topic:                 r.need("Topic", r.Topic),
 		PushMagic:             r.need("PushMagic", r.PushMagic),
 		Token:                 r.bytes("Token", r.Token),
-		UnlockToken:           r.bytes("UnlockToken", r.UnlockToken),
-		AwaitingConfiguration: r.boolean("AwaitingConfiguration", r.AwaitingConfiguration),
-		NotOnConsole:          r.boolean("NotOnConsole", r.NotOnConsole),
+		UnlockToken:           r.bytesOrNone(r.UnlockToken),
+		AwaitingConfiguration: r.boolean(r.AwaitingConfiguration),
+		NotOnConsole:          r.boolean(r.NotOnConsole),
 		Raw:                   r.body,
 	}
 	if len(m.Token) == 0 {
@@ -241,16 +320,12 @@ func (r *reader) getToken() *GetToken {
 		TokenServiceType: r.need("TokenServiceType", r.TokenServiceType),
 		Raw:              r.body,
 	}
-	switch r.TokenParameters.kind {
-	case kindAbsent:
-	case kindDict:
+	if r.TokenParameters.kind == kindDict {
 		m.TokenParameters = TokenParameters{
-			SecurityToken: r.text("SecurityToken", r.params.SecurityToken),
-			PhoneUDID:     r.text("PhoneUDID", r.params.PhoneUDID),
-			WatchUDID:     r.text("WatchUDID", r.params.WatchUDID),
+			SecurityToken: r.text(r.params.SecurityToken),
+			PhoneUDID:     r.text(r.params.PhoneUDID),
+			WatchUDID:     r.text(r.params.WatchUDID),
 		}
-	default:
-		r.wrongType("TokenParameters", "dict", r.TokenParameters)
 	}
 	return m
 }
@@ -258,36 +333,23 @@ func (r *reader) getToken() *GetToken {
 func (r *reader) report() (*Report, error) {
 	m := &Report{
 		Enrollment: r.enrollment(),
-		Status:     Status(r.need("Status", r.Status)),
+		Status:     Status(strings.TrimSpace(r.need("Status", r.Status))),
 		Raw:        r.body,
 	}
 	if r.err != nil {
 		return nil, r.err
 	}
-	switch r.CommandUUID.kind {
-	case kindAbsent:
-	case kindString:
-		if m.CommandUUID = r.str(r.CommandUUID); badID(m.CommandUUID) != "" {
-			m.CommandUUID, m.BadCommandUUID = "", true
-		}
-	default:
-		m.BadCommandUUID = true
+	m.CommandUUID = r.exact("CommandUUID", r.CommandUUID)
+	if r.err != nil || badID(m.CommandUUID) != "" {
+		m.CommandUUID, m.BadCommandUUID = "", true
 	}
 	for _, item := range r.chain {
 		m.ErrorChain = append(m.ErrorChain, ErrorChainItem{
 			ErrorCode:            r.number(item.ErrorCode),
-			ErrorDomain:          r.textOrNone(item.ErrorDomain),
-			LocalizedDescription: r.textOrNone(item.LocalizedDescription),
-			USEnglishDescription: r.textOrNone(item.USEnglishDescription),
+			ErrorDomain:          r.text(item.ErrorDomain),
+			LocalizedDescription: r.text(item.LocalizedDescription),
+			USEnglishDescription: r.text(item.USEnglishDescription),
 		})
 	}
 	return m, nil
-}
-
-// textOrNone returns a string whose type nobody insists on.
-func (d *document) textOrNone(v value) string {
-	if v.kind != kindString {
-		return ""
-	}
-	return d.str(v)
 }

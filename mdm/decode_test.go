@@ -268,7 +268,7 @@ func TestDecodeErrors(t *testing.T) {
 	}{
 		{"neither", wrap(udidKey), ErrMissingKey, "MessageType nor Status"},
 		{"unknown type", wrap(udidKey + str("MessageType", "Greet")), ErrUnknownMessageType, ""},
-		{"type is no string", wrap(udidKey + "<key>MessageType</key><integer>1</integer>"), ErrMalformed, "MessageType is integer, not string"},
+		{"type is no string", wrap(udidKey + "<key>MessageType</key><array/>"), ErrMalformed, "MessageType is array, not string"},
 		{"empty type", wrap(str("MessageType", "")), ErrMissingKey, "MessageType"},
 		{"no topic", wrap(udidKey + str("MessageType", "Authenticate")), ErrMissingKey, "Topic"},
 		{"no magic", wrap(udidKey + str("MessageType", "TokenUpdate") + str("Topic", topic)), ErrMissingKey, "PushMagic"},
@@ -277,7 +277,14 @@ func TestDecodeErrors(t *testing.T) {
 		{"bad base64", wrap(udidKey + str("MessageType", "SetBootstrapToken") + "<key>BootstrapToken</key><data>AAA</data>"), ErrMalformed, "BootstrapToken"},
 		{"no endpoint", wrap(udidKey + str("MessageType", "DeclarativeManagement")), ErrMissingKey, "Endpoint"},
 		{"no service type", wrap(udidKey + str("MessageType", "GetToken")), ErrMissingKey, "TokenServiceType"},
-		{"boolean is string", wrap(udidKey + str("MessageType", "GetBootstrapToken") + str("AwaitingConfiguration", "true")), ErrMalformed, "not boolean"},
+		{"bootstrap token is string", wrap(udidKey + str("MessageType", "SetBootstrapToken") + str("BootstrapToken", "AAAA")), ErrMalformed, "BootstrapToken is string, not data"},
+		{"illegal character in UDID", wrap(str("Status", "Idle") + str("UDID", "a\x01")), ErrMalformed, "illegal character in UDID"},
+		{"latin 1 in UserID", wrap(udidKey + str("Status", "Idle") + str("UserID", "Ren\xe9")), ErrMalformed, "illegal character in UserID"},
+		{"cut emoji in a Shared iPad's user", wrap(udidKey + str("Status", "Idle") + str("UserID", SharediPadUserID) + str("UserShortName", "a\xf0\x9f")), ErrMalformed, "illegal character in UserShortName"},
+		{"illegal character in magic", wrap(udidKey + str("MessageType", "TokenUpdate") + str("Topic", topic) + str("PushMagic", "m&#0;")), ErrMalformed, "illegal character in PushMagic"},
+		{"status is nothing else", wrap(udidKey + str("Status", "\x01") + str("CommandUUID", "a")), ErrMalformed, "illegal character in Status"},
+		{"attribute", []byte(`<plist version="1.0"><dict><key>Status</key><string xmlns="http://www.w3.org/1999/xhtml">Idle</string></dict></plist>`), ErrMalformed, "attribute"},
+		{"attribute of the root", []byte(`<plist version="1.0" onload="x"><dict/></plist>`), ErrMalformed, "attribute"},
 		{"UDID is data", wrap(str("Status", "Idle") + "<key>UDID</key><data/>"), ErrMalformed, "UDID is data, not string"},
 		{"empty status", wrap(str("Status", "")), ErrMissingKey, "Status"},
 	} {
@@ -304,7 +311,9 @@ func TestReportCommandUUID(t *testing.T) {
 		{"too long", "<string>" + strings.Repeat("x", 256) + "</string>", "", true},
 		{"newline", "<string>a\nb</string>", "", true},
 		{"C1", "<string>a&#133;b</string>", "", true},
-		{"integer", "<integer>1</integer>", "", true},
+		{"integer", "<integer> 12 </integer>", "12", false},
+		{"illegal character", "<string>a\x01</string>", "", true},
+		{"latin 1", "<string>\xe9</string>", "", true},
 		{"dict", "<dict><key>a</key><true/></dict>", "", true},
 		{"empty", "<string></string>", "", false},
 	} {
@@ -334,9 +343,9 @@ func TestReportErrorChain(t *testing.T) {
 		{"small real", code("<real>-1e30</real>"), []ErrorChainItem{{ErrorCode: -1 << 63}}},
 		{"not a number", code("<real>nan</real>"), []ErrorChainItem{{}}},
 		{"garbage", code("<integer>x</integer>"), []ErrorChainItem{{}}},
-		{"string code", code("<string>5</string>"), []ErrorChainItem{{}}},
+		{"string code", code("<string>5</string>"), []ErrorChainItem{{ErrorCode: 5}}},
 		{"odd items", "<array><string>x</string><dict/><array><dict/></array></array>", []ErrorChainItem{{}}},
-		{"domain is integer", "<array><dict><key>ErrorDomain</key><integer>1</integer></dict></array>", []ErrorChainItem{{}}},
+		{"domain is integer", "<array><dict><key>ErrorDomain</key><integer>1</integer></dict></array>", []ErrorChainItem{{ErrorDomain: "1"}}},
 		{"no array", "<string>x</string>", nil},
 		{"dict", "<dict>" + str("ErrorDomain", "x") + "</dict>", nil},
 		{"bounded", "<array>" + strings.Repeat("<dict/>", 1000) + "</array>", make([]ErrorChainItem, maxErrorChain)},
@@ -353,7 +362,7 @@ func TestReportErrorChain(t *testing.T) {
 func TestStatusTerminal(t *testing.T) {
 	for s, want := range map[Status]bool{
 		StatusIdle: false, StatusNotNow: false, "": false, "Later": false, "acknowledged": false,
-		StatusAcknowledged: true, StatusError: true, StatusCommandFormatError: true,
+		StatusAcknowledged: true, StatusError: true, StatusCommandFormatError: true, StatusUnreadable: true,
 	} {
 		require.Equal(t, want, s.Terminal(), "%q", s)
 	}
@@ -405,6 +414,105 @@ func TestScanText(t *testing.T) {
 	}
 }
 
+// oddTexts are texts that no XML document has, as devices send them, and what
+// they are read as.
+var oddTexts = []struct{ name, text, want string }{
+	{"control character", "Notes\x01", "Notes\ufffd"},
+	{"NUL", "Notes\x00", "Notes\ufffd"},
+	{"reference to NUL", "Notes&#0;", "Notes\ufffd"},
+	{"reference to a control character", "a&#x1F;b", "a\ufffdb"},
+	{"references to surrogates", "x&#55357;&#56831;y", "x\U0001f5ffy"},
+	{"hexadecimal references to surrogates", "&#xD83D;&#xDDFF;", "\U0001f5ff"},
+	{"references to surrogates in the wrong order", "&#56831;&#55357;", "\ufffd\ufffd"},
+	{"reference to half a character", "&#55357;&amp;", "\ufffd&"},
+	{"half a character at the end", "&#55357;", "\ufffd"},
+	{"cut emoji", "Anna \xf0\x9f\x98", "Anna \ufffd\ufffd\ufffd"},
+	{"latin 1", "Ren\xe9e", "Ren\ufffde"},
+	{"surrogate in bytes", "\xed\xa0\xbd", "\ufffd\ufffd\ufffd"},
+	{"U+FFFE", "a\ufffeb", "a\ufffdb"},
+	{"U+FFFF", "a\uffff", "a\ufffd"},
+	{"cut U+FFFF", "a\xef\xbf", "a\ufffd\ufffd"},
+	{"bare ampersand", "Mac & more", "Mac & more"},
+	{"ampersand at the end", "Mac &", "Mac &"},
+	{"unknown name", "&nbsp;&eacute;", "&nbsp;&eacute;"},
+	{"reference without digits", "&#;&#x;", "&#;&#x;"},
+	{"reference without end", "&#65", "&#65"},
+	{"reference beyond Unicode", "&#x110000;&#x100000041;", "\ufffd\ufffd"},
+	{"end of CDATA", "a]]>b", "a]]>b"},
+	{"CDATA", "<![CDATA[&\x02<b>]]>", "&\ufffd<b>"},
+	{"less than", "a < b <3 <b>c</b>", "a < b <3 <b>c</b>"},
+	{"line ends", "\x01\r\n\r", "\ufffd\n\n"},
+	{"comment with two dashes", "a<!-- -- \x01 -->b", "ab"},
+}
+
+func TestDecodeOddTexts(t *testing.T) {
+	for _, tt := range oddTexts {
+		t.Run(tt.name, func(t *testing.T) {
+			body := wrap(str("MessageType", "Authenticate") + str("Topic", topic) + str("DeviceName", tt.text) + udidKey)
+			m, err := Decode(body)
+			require.NoError(t, err)
+			require.Equal(t, &Authenticate{Enrollment: Enrollment{UDID: macUDID}, Topic: topic, DeviceName: tt.want, Raw: body}, m)
+
+			// The odd text is one that nobody reads.
+			body = wrap(str("CommandUUID", "c1") + "<key>Apps</key><array><dict>" + str("Name", tt.text) + str("Odd"+tt.text, "x") + "</dict></array>" +
+				str("Status", "Acknowledged") + udidKey)
+			r, err := DecodeReport(body)
+			require.NoError(t, err)
+			require.Equal(t, &Report{Enrollment: Enrollment{UDID: macUDID}, Status: StatusAcknowledged, CommandUUID: "c1", Raw: body}, r)
+
+			v, err := DecodePlist(body)
+			require.NoError(t, err)
+			require.Equal(t, []any{map[string]any{"Name": tt.want, "Odd" + tt.want: "x"}}, v["Apps"])
+		})
+	}
+}
+
+// TestDecodeOddTypes holds values that are not of the type they are due in.
+func TestDecodeOddTypes(t *testing.T) {
+	body := wrap(str("MessageType", "Authenticate") + "<key>Topic</key><string>t</string><key>UDID</key><integer>42</integer>" +
+		"<key>IMEI</key><integer>350000000000000</integer><key>OSVersion</key><real>15.1</real><key>MEID</key><array/><key>Model</key><true/>" +
+		"<key>SerialNumber</key><integer>007</integer><key>DeviceName</key><dict><key>UDID</key><string>x</string></dict>")
+	m, err := Decode(body)
+	require.NoError(t, err)
+	require.Equal(t, &Authenticate{Enrollment: Enrollment{UDID: "42"}, Topic: "t", IMEI: "350000000000000", OSVersion: "15.1",
+		SerialNumber: "007", Raw: body}, m)
+
+	for element, want := range map[string]bool{
+		"<true/>": true, "<false/>": false, "<integer>1</integer>": true, "<integer>0</integer>": false, "<string>YES</string>": false,
+		"<string>True</string>": true, "<string>1</string>": true, "<integer>2</integer>": false, "<array/>": false,
+	} {
+		m, err := Decode(wrap(tokenKeys + udidKey + "<key>AwaitingConfiguration</key>" + element + "<key>UnlockToken</key><string>x</string>"))
+		require.NoError(t, err)
+		require.Equal(t, want, m.(*TokenUpdate).AwaitingConfiguration, element)
+		require.Nil(t, m.(*TokenUpdate).UnlockToken)
+	}
+	r, err := DecodeReport(wrap(udidKey + str("Status", " Idle\n")))
+	require.NoError(t, err)
+	require.Equal(t, StatusIdle, r.Status)
+}
+
+func TestUnreadable(t *testing.T) {
+	for _, tt := range []struct {
+		name, body string
+		want       Report
+	}{
+		{"nothing", "", Report{}},
+		{"garbage", "\xff\x00{}", Report{}},
+		{"cut", "<plist><dict>" + str("CommandUUID", "c1") + "<key>Apps</key><array><dict>", Report{CommandUUID: "c1"}},
+		{"broken in the middle", "<plist><dict>" + str("CommandUUID", "c1") + "<key>Apps</key><array></dict>" + str("Status", "Acknowledged") + udidKey + str("UserID", "u"),
+			Report{CommandUUID: "c1", Enrollment: Enrollment{UDID: macUDID, UserID: "u"}}},
+		{"the last one counts", str("UDID", "first") + str("UDID", "last"), Report{Enrollment: Enrollment{UDID: "last"}}},
+		{"no string", "<key>UDID</key><integer>1</integer><key>CommandUUID</key>", Report{}},
+		{"illegal characters and references", str("UDID", "a\x01") + str("UserID", "\xe9") + str("CommandUUID", "a&amp;b"), Report{}},
+		{"too long", str("UDID", strings.Repeat("x", MaxIDLen+1)), Report{}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			tt.want.Status, tt.want.Raw = StatusUnreadable, []byte(tt.body)
+			require.Equal(t, &tt.want, Unreadable([]byte(tt.body)))
+		})
+	}
+}
+
 // hostile are bodies that must be refused, with what the error says.
 var hostile = []struct {
 	name string
@@ -419,28 +527,11 @@ var hostile = []struct {
 	{"gzip", "\x1f\x8b\x08\x00\x00", "gzip"},
 	{"UTF-16 with mark", "\xff\xfe<\x00p\x00", "UTF-16"},
 	{"UTF-16 without mark", "\x00<\x00p", "UTF-16"},
-	{"latin 1", "<plist><dict><key>a</key><string>\xe9</string></dict></plist>", "invalid UTF-8 at offset 33"},
-	{"other encoding", `<?xml version="1.0" encoding="ISO-8859-1"?><plist><dict/></plist>`, "XML declaration"},
-	{"other version", `<?xml version="1.1"?><plist><dict/></plist>`, "XML declaration"},
 	{"entity bomb", `<?xml version="1.0"?><!DOCTYPE plist [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;&a;">]><plist><dict><key>&b;</key><true/></dict></plist>`, "document type with declarations at offset 37"},
-	{"undeclared entity", "<plist><dict><key>&b;</key><true/></dict></plist>", "unknown reference at offset 18"},
 	{"external entity", `<!DOCTYPE plist SYSTEM "file:///etc/passwd" [ ]><plist><dict/></plist>`, "document type with declarations"},
 	{"endless doctype", `<!DOCTYPE plist "`, "document type without end"},
 	{"two doctypes", "<!DOCTYPE a><!DOCTYPE b><plist><dict/></plist>", "no property list element"},
 	{"processing instruction", "<plist><?php echo ?><dict/></plist>", "no property list element"},
-	{"NUL in text", "<plist><dict><key>a</key><string>\x00</string></dict></plist>", "illegal character at offset 33"},
-	{"NUL between", "<plist><dict>\x00</dict></plist>", "text where a tag is wanted at offset 13"},
-	{"NUL in CDATA", "<plist><dict><key><![CDATA[\x00]]></key><true/></dict></plist>", "illegal character"},
-	{"NUL in comment", "<plist><!-- \x00 --><dict/></plist>", "control character in comment"},
-	{"NUL after the end", "<plist><dict/></plist>\x00", "trailing garbage at offset 22"},
-	{"NUL reference", "<plist><dict><key>&#0;</key><true/></dict></plist>", "unknown reference"},
-	{"surrogate reference", "<plist><dict><key>&#xD800;</key><true/></dict></plist>", "unknown reference"},
-	{"overflowing reference", "<plist><dict><key>&#x100000041;</key><true/></dict></plist>", "unknown reference"},
-	{"empty reference", "<plist><dict><key>&#x;</key><true/></dict></plist>", "unknown reference"},
-	{"bare ampersand", "<plist><dict><key>a & b</key><true/></dict></plist>", "unknown reference"},
-	{"noncharacter", "<plist><dict><key>\uffff</key><true/></dict></plist>", "illegal character"},
-	{"CDATA end", "<plist><dict><key>]]></key><true/></dict></plist>", "]]> in text"},
-	{"garbage after the end", "<plist><dict/></plist>x", "trailing garbage"},
 	{"second document", "<plist><dict/></plist><plist><dict/></plist>", "trailing garbage"},
 	{"two values", "<plist><dict/><dict/></plist>", "</plist> wanted at offset 14"},
 	{"no value", "<plist></plist>", "no property list element"},
@@ -458,8 +549,6 @@ var hostile = []struct {
 	{"key in array", "<plist><dict><key>a</key><array><key>b</key></array></dict></plist>", "key where a value is wanted"},
 	{"nested plist", "<plist><dict><key>a</key><plist><dict/></plist></dict></plist>", "plist where a value is wanted"},
 	{"element in string", "<plist><dict><key>a</key><string><true/></string></dict></plist>", "element in string"},
-	{"text in true", "<plist><dict><key>a</key><true>no</true></dict></plist>", "text in true"},
-	{"text in dict", "<plist><dict>x</dict></plist>", "text where a tag is wanted"},
 	{"wrong end", "<plist><dict></array></plist>", "</dict> wanted at offset 13"},
 	{"wrong scalar end", "<plist><dict><key>a</string></dict></plist>", "</key> wanted"},
 	{"end too early", "<plist></dict>", "no property list element"},
@@ -467,7 +556,6 @@ var hostile = []struct {
 	{"attribute without value", "<plist version><dict/></plist>", "attribute without value"},
 	{"attribute with tag", `<plist version="<"><dict/></plist>`, "invalid character in attribute"},
 	{"bad slash", "<plist><dict/ ></plist>", "malformed tag"},
-	{"double dash in comment", "<plist><!-- -- --><dict/></plist>", "malformed comment"},
 	{"endless comment", "<plist><!-- ", "malformed comment"},
 	{"endless CDATA", "<plist><dict><key><![CDATA[x]]", "unexpected end"},
 	{"too deep", "<plist><dict><key>a</key>" + strings.Repeat("<array>", maxDepth), "more than 64 levels"},
@@ -477,6 +565,48 @@ var hostile = []struct {
 	{"8 MB of comments", strings.Repeat("<!---->", 8<<20/7), "unexpected end"},
 	{"8 MB of comment starts", "<plist><dict><key>" + strings.Repeat("<!--", 8<<20/4), "malformed comment"},
 	{"8 MB of open strings", "<plist><dict>" + strings.Repeat("<key>a</key><string>", 8<<20/20), "element in string"},
+}
+
+// damaged are bodies that are no sound property lists, with what is wrong, and
+// have one meaning all the same.
+var damaged = []struct {
+	name string
+	body string
+	text string
+}{
+	{"latin 1", "<plist><dict><key>a</key><string>\xe9</string></dict></plist>", "invalid UTF-8 at offset 33"},
+	{"other encoding", `<?xml version="1.0" encoding="ISO-8859-1"?><plist><dict/></plist>`, "XML declaration"},
+	{"other version", `<?xml version="1.1"?><plist><dict/></plist>`, "XML declaration"},
+	{"undeclared entity", "<plist><dict><key>&b;</key><true/></dict></plist>", "unknown reference at offset 18"},
+	{"NUL in text", "<plist><dict><key>a</key><string>\x00</string></dict></plist>", "illegal character at offset 33"},
+	{"NUL between", "<plist><dict>\x00</dict></plist>", "text where a tag is wanted at offset 13"},
+	{"NUL in CDATA", "<plist><dict><key><![CDATA[\x00]]></key><true/></dict></plist>", "illegal character"},
+	{"NUL in comment", "<plist><!-- \x00 --><dict/></plist>", "control character in comment"},
+	{"NUL after the end", "<plist><dict/></plist>\x00", "trailing garbage at offset 22"},
+	{"NUL reference", "<plist><dict><key>&#0;</key><true/></dict></plist>", "unknown reference"},
+	{"surrogate reference", "<plist><dict><key>&#xD800;</key><true/></dict></plist>", "unknown reference"},
+	{"overflowing reference", "<plist><dict><key>&#x100000041;</key><true/></dict></plist>", "unknown reference"},
+	{"empty reference", "<plist><dict><key>&#x;</key><true/></dict></plist>", "unknown reference"},
+	{"bare ampersand", "<plist><dict><key>a & b</key><true/></dict></plist>", "unknown reference"},
+	{"noncharacter", "<plist><dict><key>\uffff</key><true/></dict></plist>", "illegal character"},
+	{"CDATA end", "<plist><dict><key>]]></key><true/></dict></plist>", "]]> in text"},
+	{"garbage after the end", "<plist><dict/></plist>x", "trailing garbage"},
+	{"text in true", "<plist><dict><key>a</key><true>no</true></dict></plist>", "text in true"},
+	{"text in dict", "<plist><dict>x</dict></plist>", "text where a tag is wanted"},
+	{"double dash in comment", "<plist><!-- -- --><dict/></plist>", "malformed comment"},
+}
+
+func TestScanDamaged(t *testing.T) {
+	for _, tt := range damaged {
+		t.Run(tt.name, func(t *testing.T) {
+			for _, m := range []manner{usual, strict} {
+				err := scan(new(document), []byte(tt.body), m)
+				require.ErrorIs(t, err, ErrMalformed)
+				require.ErrorContains(t, err, tt.text)
+			}
+			require.NoError(t, scan(new(document), []byte(tt.body), tolerant))
+		})
+	}
 }
 
 func TestDecodeHostile(t *testing.T) {

@@ -88,6 +88,8 @@ const (
 // of several equal keys counts.
 type document struct {
 	body []byte
+	// damage is why the body had to be read tolerantly, nil if it is sound.
+	damage error
 
 	MessageType, Status                 value
 	UDID, EnrollmentID                  value
@@ -302,9 +304,10 @@ func (d *document) lexical(v value) error {
 	return nil
 }
 
-// number reads a number of an ErrorChain: any number, to the nearest int64.
+// number reads a number of an ErrorChain: any number, also one in a string, to
+// the nearest int64; 0 if there is none.
 func (d *document) number(v value) int64 {
-	if v.kind != kindInteger && v.kind != kindReal {
+	if v.kind != kindInteger && v.kind != kindReal && v.kind != kindString {
 		return 0
 	}
 	s := strings.TrimSpace(d.str(v))

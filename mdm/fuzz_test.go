@@ -2,12 +2,16 @@ package mdm
 
 import (
 	"encoding/base64"
+	"encoding/xml"
 	"errors"
 	"net/url"
+	"regexp"
 	"strconv"
 	"strings"
 	"testing"
 	"time"
+	"unicode/utf16"
+	"unicode/utf8"
 
 	"github.com/groob/plist"
 	"github.com/stretchr/testify/require"
@@ -107,11 +111,7 @@ func FuzzDecode(f *testing.F) {
 	for _, m := range messages {
 		f.Add(m.body)
 	}
-	for _, h := range hostile {
-		if len(h.body) < 1000 {
-			f.Add([]byte(h.body))
-		}
-	}
+	addOddBodies(f)
 	f.Fuzz(func(t *testing.T, body []byte) {
 		m, decodeErr := Decode(body)
 		if decodeErr == nil {
@@ -124,9 +124,11 @@ func FuzzDecode(f *testing.F) {
 		}
 
 		var d document
-		if err := scan(&d, body, false); err != nil {
+		if err := scan(&d, body, usual); err != nil {
 			require.ErrorIs(t, err, ErrMalformed)
-			require.Equal(t, err, decodeErr)
+			if decodeErr != nil && scan(new(document), body, tolerant) != nil {
+				require.Equal(t, err, decodeErr)
+			}
 			return
 		}
 		var want map[string]any
@@ -138,6 +140,138 @@ func FuzzDecode(f *testing.F) {
 	})
 }
 
+// addOddBodies adds the bodies that only a tolerant scanner takes, and those that
+// none takes.
+func addOddBodies(f *testing.F) {
+	for _, h := range hostile {
+		if len(h.body) < 1000 {
+			f.Add([]byte(h.body))
+		}
+	}
+	for _, d := range damaged {
+		f.Add([]byte(d.body))
+	}
+	for _, o := range oddTexts {
+		f.Add(wrap(str("MessageType", "Authenticate") + str("DeviceName", o.text) + str(o.text, "x") + udidKey))
+		f.Add(wrap(str("Status", "Error") + "<key>ErrorChain</key><array><dict>" + str("ErrorDomain", o.text) + "</dict></array>" + udidKey))
+	}
+}
+
+// mend makes an XML document of what a tolerant scanner accepts, in another way
+// than the scanner: character by character, before anything is parsed.
+func mend(body []byte) []byte {
+	var out strings.Builder
+	rest := strings.TrimPrefix(string(body), "\ufeff")
+	element := regexp.MustCompile(`^</?(dict|array|string|data|date|real|integer|true|false|key|plist)(\s[^>]*|/)?>`)
+	ref := regexp.MustCompile(`^&(amp|lt|gt|quot|apos|#[0-9]+|#x[0-9a-fA-F]+);`)
+	number := func(s string) rune {
+		s, base := strings.TrimSuffix(strings.TrimPrefix(s, "&#"), ";"), 10
+		if strings.HasPrefix(s, "x") {
+			s, base = s[1:], 16
+		}
+		n, err := strconv.ParseInt(s, base, 32)
+		if err != nil {
+			return utf8.MaxRune + 1
+		}
+		return rune(n)
+	}
+	character := func(r rune) {
+		switch {
+		case r < 0x20 && !strings.ContainsRune("\t\n\r", r), r == 0xfffe, r == 0xffff, !utf8.ValidRune(r):
+			r = utf8.RuneError
+		}
+		_ = xml.EscapeText(&out, []byte(string(r)))
+	}
+	for rest != "" {
+		if tag := element.FindString(rest); tag != "" {
+			out.WriteString(tag)
+			rest = rest[len(tag):]
+			continue
+		}
+		if after, ok := strings.CutPrefix(rest, "<![CDATA["); ok {
+			content, after, found := strings.Cut(after, "]]>")
+			if !found {
+				return nil
+			}
+			for _, r := range strings.ReplaceAll(strings.ReplaceAll(content, "\r\n", "\n"), "\r", "\n") {
+				character(r)
+			}
+			rest = after
+			continue
+		}
+		if after, ok := strings.CutPrefix(rest, "<!--"); ok {
+			_, after, found := strings.Cut(after, "-->")
+			if !found {
+				return nil
+			}
+			out.WriteString("<!---->")
+			rest = after
+			continue
+		}
+		if text := ref.FindString(rest); strings.HasPrefix(text, "&#") {
+			rest = rest[len(text):]
+			r := number(text)
+			if low := ref.FindString(rest); utf16.IsSurrogate(r) && strings.HasPrefix(low, "&#") {
+				if pair := utf16.DecodeRune(r, number(low)); pair != utf8.RuneError {
+					r, rest = pair, rest[len(low):]
+				}
+			}
+			character(r)
+			continue
+		} else if text != "" {
+			out.WriteString(text)
+			rest = rest[len(text):]
+			continue
+		}
+		r, n := utf8.DecodeRuneInString(rest)
+		if r == '\r' { // XML reads it as a newline
+			out.WriteByte('\r')
+		} else {
+			character(r)
+		}
+		rest = rest[n:]
+	}
+	return []byte(out.String())
+}
+
+// FuzzTolerant holds the tolerant scanner against the usual one: it reads the same
+// in what that accepts, and in the rest the same as that reads in the mended body.
+func FuzzTolerant(f *testing.F) {
+	for _, m := range messages {
+		f.Add(m.body)
+	}
+	addOddBodies(f)
+	f.Fuzz(func(t *testing.T, body []byte) {
+		var sound, odd document
+		soundErr, oddErr := scan(&sound, body, usual), scan(&odd, body, tolerant)
+		if soundErr != nil {
+			// What stands before and between the elements is left to the scanner.
+			mended := mend(body)
+			if oddErr != nil || scan(&sound, mended, usual) != nil {
+				return
+			}
+		}
+		require.NoError(t, oddErr)
+		for _, key := range topKeys {
+			requireSameValue(t, key, &sound, *sound.topSlot([]byte(key)), &odd, *odd.topSlot([]byte(key)))
+		}
+		require.Len(t, odd.chain, len(sound.chain))
+		for i := range sound.chain {
+			requireSameValue(t, "ErrorDomain", &sound, sound.chain[i].ErrorDomain, &odd, odd.chain[i].ErrorDomain)
+		}
+		if len(body) < 1<<16 {
+			_, err := DecodePlist(body)
+			require.NoError(t, err)
+		}
+	})
+}
+
+func requireSameValue(t *testing.T, key string, want *document, w value, got *document, g value) {
+	t.Helper()
+	require.Equal(t, w.kind, g.kind, key)
+	require.Equal(t, want.scalar(w), got.scalar(g), key)
+}
+
 // FuzzDecodeCommand holds operators' commands to all groob/plist asks.
 func FuzzDecodeCommand(f *testing.F) {
 	for _, c := range commands {
@@ -145,7 +279,7 @@ func FuzzDecodeCommand(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, raw []byte) {
 		var d document
-		if err := scan(&d, raw, true); err == nil {
+		if err := scan(&d, raw, strict); err == nil {
 			var want map[string]any
 			require.NoError(t, plist.Unmarshal(raw, &want))
 			requireSameDocument(t, &d, want)

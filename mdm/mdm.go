@@ -2,10 +2,13 @@
 // check-in messages, the command reports, the commands, and the identifiers
 // of the enrollments they speak for.
 //
-// Decoding is made for hostile peers. A body is scanned once, without
-// building a tree; only the keys the server acts on are extracted, and the
-// body itself stays available as Raw. Binary property lists, entity
-// declarations and deep nesting are refused.
+// Decoding is made for hostile peers and for faulty ones. A body is scanned
+// once, without building a tree; only the keys the server acts on are
+// extracted, and the body itself stays available as Raw. Binary property lists,
+// entity declarations and deep nesting are refused. A body that is no sound XML
+// for other reasons is scanned again, tolerantly: what has one meaning is taken,
+// and U+FFFD replaces what XML forbids. Only the identity keys and the keys that
+// a message cannot do without must be whole.
 //
 // The package imports nothing else of this module and keeps no state;
 // everything in it may be called concurrently.
@@ -174,9 +177,17 @@ const (
 	StatusNotNow             Status = "NotNow"
 )
 
+// StatusUnreadable is this server's own word for a report that cannot be read;
+// see [Unreadable].
+const StatusUnreadable Status = "Unreadable"
+
 // Terminal reports whether the command of the report is finished, well or not.
 func (s Status) Terminal() bool {
-	return s == StatusAcknowledged || s == StatusError || s == StatusCommandFormatError
+	switch s {
+	case StatusAcknowledged, StatusError, StatusCommandFormatError, StatusUnreadable:
+		return true
+	}
+	return false
 }
 
 // ErrorChainItem is one error of a report, the first one being the top level.
@@ -197,7 +208,7 @@ type Report struct {
 	// CommandUUID is opaque, at most [MaxIDLen] bytes, and empty when Idle.
 	CommandUUID string
 	// BadCommandUUID says that the message has a CommandUUID that is no
-	// string, is too long or has control characters, and that CommandUUID
+	// text, is too long or has control characters, and that CommandUUID
 	// is therefore empty.
 	BadCommandUUID bool
 	// ErrorChain holds what could be read of the errors, best effort; their

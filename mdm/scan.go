@@ -8,11 +8,22 @@ import (
 
 // The scanner reads an XML property list in one pass and remembers where the
 // values are that this package wants, instead of building a tree: a report
-// may have megabytes of which four strings matter. It is stricter than
-// groob/plist, and accepts nothing that groob/plist refuses, with one
-// exception: unless asked, it does not judge the text of integers, reals,
-// dates and data that nobody reads. A device repeats a report until it is
-// accepted, so that an odd date must not cost its command queue.
+// may have megabytes of which four strings matter.
+//
+// It has three manners. Usual refuses all that groob/plist refuses, except for
+// the text of integers, reals, dates and data, which it does not check. Strict
+// checks that too. Tolerant takes whatever leaves no doubt about the elements:
+// characters that XML forbids, references to nothing, markup characters that
+// were not escaped, text between elements. Depth, declarations and attributes
+// are limited in all of them. A device repeats a report until it is accepted,
+// so that an odd byte in an app's name must not block its command queue.
+type manner uint8
+
+const (
+	usual manner = iota
+	strict
+	tolerant
+)
 
 // maxDepth is how deep dicts and arrays may nest. Apple's own are below ten.
 const maxDepth = 64
@@ -25,8 +36,10 @@ func malformed(offset int, what string) error {
 type scanner struct {
 	body []byte
 	pos  int
-	// strict asks for a check of all scalars.
-	strict bool
+	manner
+	// notUTF8 says that the body has bytes that are no UTF-8: every text must
+	// be unescaped to be read.
+	notUTF8 bool
 	// key is where marked keys are unescaped.
 	key []byte
 }
@@ -40,10 +53,10 @@ func (s *scanner) truncated() error {
 	return malformed(len(s.body), "unexpected end")
 }
 
-// scan fills d from body.
-func scan(d *document, body []byte, strict bool) error {
+// scan fills d from body. If it fails, d has what came before the fault.
+func scan(d *document, body []byte, m manner) error {
 	d.body = body
-	s := scanner{body: body, strict: strict}
+	s := scanner{body: body, manner: m}
 	if err := s.encoding(); err != nil {
 		return err
 	}
@@ -77,6 +90,10 @@ func (s *scanner) encoding() error {
 		s.pos = 3
 	}
 	if !utf8.Valid(b) {
+		if s.manner == tolerant {
+			s.notUTF8 = true
+			return nil
+		}
 		for i := 0; ; {
 			r, n := utf8.DecodeRune(b[i:])
 			if r == utf8.RuneError && n <= 1 {
@@ -90,7 +107,7 @@ func (s *scanner) encoding() error {
 
 // prolog reads the XML declaration and the document type up to the root.
 func (s *scanner) prolog() error {
-	s.space()
+	s.between()
 	if bytes.HasPrefix(s.body[s.pos:], []byte("<?xml")) {
 		if err := s.declaration(); err != nil {
 			return err
@@ -111,6 +128,14 @@ func (s *scanner) prolog() error {
 // declaration reads <?xml version="1.0" encoding="UTF-8"?>.
 func (s *scanner) declaration() error {
 	s.pos += len("<?xml")
+	if s.manner == tolerant {
+		n := bytes.Index(s.body[s.pos:], []byte("?>"))
+		if n < 0 {
+			return s.truncated()
+		}
+		s.pos += n + len("?>")
+		return nil
+	}
 	for {
 		s.space()
 		if bytes.HasPrefix(s.body[s.pos:], []byte("?>")) {
@@ -167,7 +192,7 @@ func (s *scanner) doctype() error {
 // misc skips white space and comments.
 func (s *scanner) misc() error {
 	for {
-		s.space()
+		s.between()
 		if s.peek(1) != '!' || !bytes.HasPrefix(s.body[s.pos:], []byte("<!--")) {
 			return nil
 		}
@@ -178,9 +203,13 @@ func (s *scanner) misc() error {
 }
 
 func (s *scanner) comment() error {
-	end, ok := commentEnd(s.body[s.pos:])
+	end, ok := commentEnd(s.body[s.pos:], s.manner)
 	if !ok {
 		return s.errorf("malformed comment")
+	}
+	if s.manner == tolerant {
+		s.pos += end
+		return nil
 	}
 	for ; end > 0; end-- {
 		if class[s.body[s.pos]]&illegal != 0 {
@@ -192,7 +221,11 @@ func (s *scanner) comment() error {
 }
 
 // commentEnd returns the length of the comment that b starts with.
-func commentEnd(b []byte) (int, bool) {
+func commentEnd(b []byte, m manner) (int, bool) {
+	if m == tolerant {
+		i := bytes.Index(b[len("<!--"):], []byte("-->"))
+		return len("<!--") + i + len("-->"), i >= 0
+	}
 	i := bytes.Index(b[len("<!--"):], []byte("--"))
 	if i < 0 {
 		return 0, false
@@ -202,6 +235,20 @@ func commentEnd(b []byte) (int, bool) {
 		return 0, false
 	}
 	return i + 1, true
+}
+
+// between skips what may stand between elements: white space, and any text if
+// the scanner is tolerant.
+func (s *scanner) between() {
+	if s.manner != tolerant {
+		s.space()
+		return
+	}
+	n := bytes.IndexByte(s.body[s.pos:], '<')
+	if n < 0 {
+		n = len(s.body) - s.pos
+	}
+	s.pos += n
 }
 
 func (s *scanner) space() {
@@ -251,7 +298,7 @@ func (s *scanner) attribute() (name, val []byte, err error) {
 		case b == quote:
 			s.pos++
 			return name, s.body[start : s.pos-1], nil
-		case b < 0x20 || b >= 0x7f || b == '<' || b == '&':
+		case b == '<' || (b < 0x20 || b >= 0x7f || b == '&') && s.manner != tolerant:
 			return nil, nil, s.errorf("invalid character in attribute")
 		}
 	}
@@ -321,7 +368,8 @@ func (s *scanner) root(d *document) error {
 	return s.endTag(kindPlist)
 }
 
-// startTag reads a start tag; empty says that the element ends with it.
+// startTag reads a start tag; empty says that the element ends with it. The
+// only attribute is the version of plist.
 func (s *scanner) startTag() (k valueKind, empty bool, err error) {
 	if !s.take('<') {
 		if s.pos == len(s.body) {
@@ -358,8 +406,13 @@ func (s *scanner) startTag() (k valueKind, empty bool, err error) {
 		}
 		s.space()
 		if s.pos < len(s.body) && isLetter(s.body[s.pos]) {
-			if _, _, err := s.attribute(); err != nil {
+			at := s.pos
+			name, _, err := s.attribute()
+			if err != nil {
 				return 0, false, err
+			}
+			if k != kindPlist || string(name) != "version" {
+				return 0, false, malformed(at, "attribute that a property list does not have")
 			}
 		}
 	}
@@ -492,12 +545,12 @@ func (s *scanner) scalar(d *document, v *value, empty bool) error {
 		}
 	}
 	if v.kind == kindTrue || v.kind == kindFalse {
-		if len(bytes.TrimSpace(s.body[v.start:v.end])) > 0 {
+		if s.manner != tolerant && len(bytes.TrimSpace(s.body[v.start:v.end])) > 0 {
 			return malformed(v.start, "text in "+v.kind.String())
 		}
 		return nil
 	}
-	if s.strict {
+	if s.manner == strict {
 		return d.lexical(*v)
 	}
 	return nil

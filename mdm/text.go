@@ -2,6 +2,7 @@ package mdm
 
 import (
 	"bytes"
+	"unicode/utf16"
 	"unicode/utf8"
 )
 
@@ -9,6 +10,7 @@ import (
 // its end tag.
 func (s *scanner) text(v *value) error {
 	v.start = s.pos
+	v.marked = s.notUTF8
 	for {
 		n := bytes.IndexByte(s.body[s.pos:], '<')
 		if n < 0 {
@@ -21,6 +23,9 @@ func (s *scanner) text(v *value) error {
 		v.marked = v.marked || marked
 		rest := s.body[s.pos:]
 		switch {
+		case s.literal():
+			v.marked = true
+			s.pos++
 		case s.peek(1) == '/':
 			v.end = s.pos
 			return s.endTag(v.kind)
@@ -37,7 +42,7 @@ func (s *scanner) text(v *value) error {
 			}
 			end += s.pos + len(cdataStart)
 			for s.pos += len(cdataStart); s.pos < end; s.pos++ {
-				if s.illegalAt(s.pos) {
+				if s.manner != tolerant && s.illegalAt(s.pos) {
 					return s.errorf("illegal character")
 				}
 			}
@@ -46,6 +51,24 @@ func (s *scanner) text(v *value) error {
 			return s.errorf("element in %s", v.kind)
 		}
 	}
+}
+
+// literal reports whether the "<" that is next was meant as text: it begins
+// nothing that a property list has.
+func (s *scanner) literal() bool {
+	if s.manner != tolerant {
+		return false
+	}
+	rest := s.body[s.pos+1:]
+	if bytes.HasPrefix(rest, []byte("!--")) || bytes.HasPrefix(rest, []byte(cdataStart[1:])) {
+		return false
+	}
+	rest = bytes.TrimPrefix(rest, []byte("/"))
+	n := 0
+	for n < len(rest) && 'a' <= rest[n] && rest[n] <= 'z' {
+		n++
+	}
+	return elementKind(rest[:n]) == kindAbsent
 }
 
 const (
@@ -73,10 +96,10 @@ var class = func() (c [256]byte) {
 }()
 
 // illegalAt reports whether the character at i is one XML forbids. The body
-// is known to be UTF-8.
+// is known to be UTF-8, or text that is not has been noticed.
 func (s *scanner) illegalAt(i int) bool {
 	return class[s.body[i]]&illegal != 0 ||
-		s.body[i] == 0xef && s.body[i+1] == 0xbf && s.body[i+2] >= 0xbe
+		s.body[i] == 0xef && i+2 < len(s.body) && s.body[i+1] == 0xbf && s.body[i+2] >= 0xbe
 }
 
 // characters checks text up to end, and reports whether it must be unescaped
@@ -95,30 +118,33 @@ func (s *scanner) characters(end int) (marked bool, err error) {
 		}
 		b := s.body[s.pos]
 		if s.illegalAt(s.pos) {
-			return false, s.errorf("illegal character")
+			if s.manner != tolerant {
+				return false, s.errorf("illegal character")
+			}
+			marked = true
 		}
 		switch b {
 		case '\r':
 			marked = true
 		case ']':
-			if bytes.HasPrefix(s.body[s.pos:end], []byte(cdataEnd)) {
+			if s.manner != tolerant && bytes.HasPrefix(s.body[s.pos:end], []byte(cdataEnd)) {
 				return false, s.errorf("]]> in text")
 			}
 		case '&':
-			_, n := reference(s.body[s.pos:end])
-			if n == 0 {
+			r, n := reference(s.body[s.pos:end])
+			if s.manner != tolerant && (n == 0 || !legal(r)) {
 				return false, s.errorf("unknown reference")
 			}
 			marked = true
-			s.pos += n - 1
+			s.pos += max(n, 1) - 1
 		}
 	}
 	return marked, nil
 }
 
-// reference decodes the reference that b starts with; n is its length, 0 if
-// it is none, is not one of the five names XML has without declarations, or
-// stands for a character XML forbids.
+// reference decodes the reference that b starts with; n is its length, 0 if it
+// is none, or none of the five names that XML has without declarations. The
+// character may be one that XML forbids.
 func reference(b []byte) (r rune, n int) {
 	for _, e := range [...]struct {
 		text string
@@ -139,9 +165,6 @@ func reference(b []byte) (r rune, n int) {
 		digit := rune(16)
 		switch c := b[i]; {
 		case c == ';' && i > first:
-			if r < 0x20 && r != '\t' && r != '\n' && r != '\r' || r >= 0xd800 && r < 0xe000 || r == 0xfffe || r == 0xffff {
-				return 0, 0
-			}
 			return r, i + 1
 		case '0' <= c && c <= '9':
 			digit = rune(c - '0')
@@ -153,51 +176,84 @@ func reference(b []byte) (r rune, n int) {
 		if digit >= base {
 			return 0, 0
 		}
-		if r = r*base + digit; r > utf8.MaxRune {
-			return 0, 0
-		}
+		r = min(r*base+digit, utf8.MaxRune+1)
 	}
 	return 0, 0
 }
 
-// unescape appends to dst what the text of a scanned element stands for.
+// legal reports whether XML has the character.
+func legal(r rune) bool {
+	switch {
+	case r < 0x20:
+		return r == '\t' || r == '\n' || r == '\r'
+	case r == 0xfffe || r == 0xffff:
+		return false
+	}
+	return utf8.ValidRune(r)
+}
+
+// unescape appends to dst what the text of a scanned element stands for. It
+// replaces what XML forbids, which only a tolerant scanner lets through.
 func unescape(dst, text []byte) []byte {
 	for len(text) > 0 {
+		n := 1
 		switch {
 		case text[0] == '&':
-			r, n := reference(text)
-			dst = utf8.AppendRune(dst, r)
-			text = text[n:]
-		case bytes.HasPrefix(text, []byte(cdataStart)):
-			text = text[len(cdataStart):]
-			end := bytes.Index(text, []byte(cdataEnd))
-			dst = appendLines(dst, text[:end])
-			text = text[end+len(cdataEnd):]
-		case text[0] == '<':
-			n, _ := commentEnd(text)
-			text = text[n:]
-		default:
-			end := bytes.IndexAny(text, "&<")
-			if end < 0 {
-				end = len(text)
+			var r rune
+			if r, n = referred(text); n == 0 {
+				r, n = '&', 1
 			}
-			dst = appendLines(dst, text[:end])
-			text = text[end:]
+			dst = utf8.AppendRune(dst, r)
+		case bytes.HasPrefix(text, []byte(cdataStart)):
+			content, _, _ := bytes.Cut(text[len(cdataStart):], []byte(cdataEnd))
+			dst = appendText(dst, content)
+			n = len(cdataStart) + len(content) + len(cdataEnd)
+		case bytes.HasPrefix(text, []byte("<!--")):
+			n, _ = commentEnd(text, tolerant) // the same for a sound comment
+		case text[0] == '<':
+			dst = append(dst, '<')
+		default:
+			if n = bytes.IndexAny(text, "&<"); n < 0 {
+				n = len(text)
+			}
+			dst = appendText(dst, text[:n])
 		}
+		text = text[n:]
 	}
 	return dst
 }
 
-// appendLines appends text with its line ends made newlines, as XML demands.
-func appendLines(dst, text []byte) []byte {
-	for i, b := range text {
-		switch {
-		case b == '\r':
-			dst = append(dst, '\n')
-		case b == '\n' && i > 0 && text[i-1] == '\r':
-		default:
-			dst = append(dst, b)
+// referred decodes the reference that text starts with, or the two of them that
+// make one character, as programs write them that count in UTF-16.
+func referred(text []byte) (r rune, n int) {
+	r, n = reference(text)
+	if utf16.IsSurrogate(r) {
+		low, m := reference(text[n:])
+		if pair := utf16.DecodeRune(r, low); m > 0 && pair != utf8.RuneError {
+			return pair, n + m
 		}
+	}
+	if !legal(r) {
+		r = utf8.RuneError
+	}
+	return r, n
+}
+
+// appendText appends text with its line ends made newlines, as XML demands, and
+// with U+FFFD for each character that XML forbids and each byte that is none.
+func appendText(dst, text []byte) []byte {
+	for i := 0; i < len(text); {
+		r, n := utf8.DecodeRune(text[i:])
+		switch {
+		case r == '\r':
+			dst = append(dst, '\n')
+		case r == '\n' && i > 0 && text[i-1] == '\r':
+		case !legal(r):
+			dst = utf8.AppendRune(dst, utf8.RuneError)
+		default:
+			dst = utf8.AppendRune(dst, r)
+		}
+		i += n
 	}
 	return dst
 }
