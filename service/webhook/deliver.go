@@ -34,8 +34,8 @@ const (
 	// removePause what it leaves to others in between.
 	removeBatch = 500
 	removePause = 50 * time.Millisecond
-	// stormPause is waited after an error of the store.
-	stormPause = time.Second
+	// storeErrorPause is waited after an error of the store.
+	storeErrorPause = time.Second
 )
 
 // Store is what the deliverer needs to have kept.
@@ -199,7 +199,7 @@ func (d *Deliverer) number(ctx context.Context, current func() storage.Lease) {
 			if !failing && ctx.Err() == nil && !errors.Is(err, storage.ErrLeaseLost) {
 				d.log.WarnContext(ctx, "cannot number events", "error", err)
 			}
-			wait = stormPause
+			wait = storeErrorPause
 		default:
 			if d.last.Swap(last) != last || n > 0 {
 				d.announce()
@@ -229,7 +229,7 @@ func (d *Deliverer) announce() {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	for _, r := range d.running {
-		r.poke()
+		r.wake()
 	}
 }
 

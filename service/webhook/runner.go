@@ -4,9 +4,6 @@ import (
 	"context"
 	"errors"
 	"log/slog"
-	"maps"
-	"math/rand/v2"
-	"slices"
 	"time"
 
 	"github.com/nanomdm/nanomdm/storage"
@@ -17,90 +14,78 @@ const (
 	// from a receiver that is down.
 	pageRows  = 256
 	probeRows = 8
-	// giveUpRows is how many waiting events are given up at once.
-	giveUpRows = 512
-	// laneRows is how many waiting events of one enrollment are read at once.
-	laneRows = 32
-	// maxBlocked bounds the enrollments with waiting events that are kept in
-	// memory; with more of them the sink reads nothing new.
-	maxBlocked = 10_000
-	// pagePatience is how long the next page waits for slow lanes of this
-	// one. What is left of them then waits in the database.
+	// deadLetterRows is how many waiting events become dead letters at once.
+	deadLetterRows = 512
+	// waitingRows is how many waiting events of one enrollment are read at
+	// once.
+	waitingRows = 32
+	// pagePatience is how long the next page waits for slow batches of this
+	// one. Their events then wait in the database.
 	pagePatience = 500 * time.Millisecond
-	// laneTick gathers what is due again, and saveEvery what was delivered.
-	laneTick  = 50 * time.Millisecond
-	saveEvery = 500 * time.Millisecond
-	// An event that failed quickly is tried again at once, triesInPlace times in
-	// all and with pauses of at most pauseInPlace, before its enrollment waits
-	// in the database: most failures are passing.
+	// An event that failed quickly is tried again at once, triesInPlace times
+	// in all and with pauses of at most pauseInPlace, before its enrollment is
+	// blocked: most failures are passing.
 	triesInPlace = 3
 	quickly      = time.Second
 	pauseInPlace = 400 * time.Millisecond
-	// breakAfter failures without a success in between mean that the receiver
-	// is down.
-	breakAfter = 10
-	// maxBackoff and maxProbe bound the pauses of one enrollment and of a
-	// receiver that is down.
-	maxBackoff = 5 * time.Minute
-	maxProbe   = 30 * time.Second
-	// lookAgain is how often a runner looks for what it was not told of.
-	lookAgain = time.Second
-	// againTries is how often a redelivery is tried.
-	againTries = 10
-	// grace is how long tries under way may go on when the work ends, and
-	// finalSave how long storing what became of them.
-	grace     = 3 * time.Second
-	finalSave = 5 * time.Second
+	// pollEvery is how often a runner looks for events and redeliveries that
+	// no wake-up announced.
+	pollEvery = time.Second
+	// maxRedeliveryTries is how often a redelivery is tried.
+	maxRedeliveryTries = 10
+	// grace is how long tries in flight may go on when the runner stops, and
+	// finalStore how long it may take to store their outcomes.
+	grace      = 3 * time.Second
+	finalStore = 5 * time.Second
 )
 
-// source is where the events of a lane come from.
+// source is where the events of a batch come from.
 type source int
 
 const (
-	fromPage  source = iota // after the cursor, no rows yet
-	fromRows                // they have rows as waiting
-	fromAgain               // they have rows to be sent again
+	fromPage       source = iota // after the cursor; they have no rows yet
+	fromBacklog                  // their rows are waiting
+	fromRedelivery               // their rows are to be sent again
 )
 
-// lane is one goroutine's work: events of one enrollment, in order.
-type lane struct {
+// enrollmentBatch is events of one enrollment that one goroutine sends, in
+// order.
+type enrollmentBatch struct {
 	enrollment string
 	events     []storage.EventRecord
 	from       source
-	// more: there may be further rows behind these.
-	more bool
+	more       bool // there may be further rows behind these
 }
 
-// result is what became of a lane: the first sent events were delivered, and
-// the one after them failed if there is a failure.
+// result is the outcome of a batch: the first events, sent of them, were
+// delivered, and the next one failed if there is a failure.
 type result struct {
-	lane    *lane
-	sent    int
-	failure *failure
-	tries   int  // of that one
-	cut     bool // it failed since the work ends
-}
-
-// blocked is an enrollment whose waiting events have rows.
-type blocked struct {
-	enrollment string
-	nextAt     time.Time
-	busy       bool // a lane is under way
-	behind     bool // rows were added since the lane was read
+	batch       *enrollmentBatch
+	sent        int
+	failure     *failure
+	tries       int  // of the event that failed
+	interrupted bool // the failure is due to the end of the runner
 }
 
 // page is a stretch of the log that is being delivered.
 type page struct {
-	through int64
-	ready   []*lane
-	flying  map[string]*lane
-	since   time.Time
+	through  int64
+	ready    []*enrollmentBatch
+	inFlight map[string]*enrollmentBatch
+	since    time.Time
 }
 
-// runner sends the events of one sink. What is below belongs to its
-// goroutine; lanes talk to it by results. The cursor in the database moves
-// only behind events that were delivered or have a row, and rows are read
-// only when everything that is known of them is stored.
+// redeliveries are events that an operator wants to be sent again.
+type redeliveries struct {
+	batches map[string]*enrollmentBatch // until they are settled
+	ready   []*enrollmentBatch          // of those, not started
+	readAt  time.Time
+}
+
+// runner is the loop that sends the events of one sink. The goroutines of
+// batches send it results; everything else belongs to the loop's goroutine.
+// The cursor in the database moves only behind events that were delivered or
+// have a row, and rows are read only when every outcome is stored.
 type runner struct {
 	d     *Deliverer
 	sink  storage.EventSink
@@ -113,23 +98,13 @@ type runner struct {
 	done   chan struct{}
 
 	results  chan result
-	flying   int
-	cursor   int64 // as far as pages were read and settled
-	saved    int64 // as it stands in the database
-	savedAt  time.Time
-	rows     map[int64]*storage.Delivery // to be stored; nil: its row is to go
+	inFlight int
 	page     *page
-	again    map[string]*lane // redeliveries, until they are settled
-	ready    []*lane          // of those, not started
-	againAt  time.Time
-	blocked  map[string]*blocked
-	laneAt   time.Time // when blocked is looked through next
-	lookedAt time.Time // and when it was last
-	failures int       // without a success in between
-	dropping bool      // events, since the last success
-	probeAt  time.Time // while down
-	probes   int
-	pausedTo time.Time // the receiver's Retry-After
+	again    redeliveries
+	out      *outcomes
+	backlog  *backlog
+	health   health
+	dropping bool // events over the limit, since the last success
 }
 
 func newRunner(d *Deliverer, k storage.EventSink, current func() storage.Lease, count *counters) *runner {
@@ -137,8 +112,8 @@ func newRunner(d *Deliverer, k storage.EventSink, current func() storage.Lease, 
 		d: d, sink: k, lease: current, count: count, log: d.log.With("sink", k.Name),
 		news: make(chan struct{}, 1), done: make(chan struct{}),
 		results: make(chan result, d.cfg.Workers),
-		rows:    make(map[int64]*storage.Delivery), blocked: make(map[string]*blocked), again: make(map[string]*lane),
-		cursor: k.Cursor, saved: k.Cursor,
+		again:   redeliveries{batches: make(map[string]*enrollmentBatch)},
+		out:     newOutcomes(k.Cursor), backlog: newBacklog(), health: health{backoff: backoff(d.cfg.Backoff)},
 	}
 }
 
@@ -150,7 +125,7 @@ func (r *runner) start(ctx context.Context) {
 	}()
 }
 
-// stop waits until nothing is sent any more and what was is stored.
+// stop waits until nothing is in flight and the outcomes are stored.
 func (r *runner) stop() {
 	r.cancel()
 	<-r.done
@@ -165,8 +140,8 @@ func (r *runner) ended() bool {
 	}
 }
 
-// poke says that there may be something new.
-func (r *runner) poke() {
+// wake says that there may be new events.
+func (r *runner) wake() {
 	select {
 	case r.news <- struct{}{}:
 	default:
@@ -174,113 +149,78 @@ func (r *runner) poke() {
 }
 
 func (r *runner) run(ctx context.Context) {
-	sending, cut := context.WithCancel(context.WithoutCancel(ctx))
-	defer cut()
-	defer context.AfterFunc(ctx, func() { time.AfterFunc(grace, cut) })()
+	sending, interrupt := context.WithCancel(context.WithoutCancel(ctx))
+	defer interrupt()
+	defer context.AfterFunc(ctx, func() { time.AfterFunc(grace, interrupt) })()
 	r.count.down.Store(false)
 	for !r.load(ctx) {
-		if !sleep(ctx, stormPause) {
+		if !sleep(ctx, storeErrorPause) {
 			return
 		}
 	}
-	failing, gone := false, false
-	for ctx.Err() == nil && !gone {
+	failing, unsubscribed := false, false
+	for ctx.Err() == nil && !unsubscribed {
 		err := r.step(ctx, sending)
 		switch {
 		case err == nil || ctx.Err() != nil:
-		case errors.Is(err, errGone), errors.Is(err, storage.ErrNotFound):
-			gone = true
+		case errors.Is(err, errUnsubscribed), errors.Is(err, storage.ErrNotFound):
+			unsubscribed = true
 			continue
 		case !failing && !errors.Is(err, storage.ErrLeaseLost):
-			r.log.WarnContext(ctx, "delivering events is held up by the store", "error", err)
+			r.log.WarnContext(ctx, "the store holds up the delivery of events", "error", err)
 		}
 		if failing = err != nil; failing {
-			sleep(ctx, stormPause)
+			sleep(ctx, storeErrorPause)
 		}
 	}
-	r.finish(ctx, gone)
+	r.finish(ctx, unsubscribed)
 	r.count.down.Store(false)
 }
 
-// errGone ends a runner whose receiver wants no more.
-var errGone = errors.New("the receiver is gone")
+// errUnsubscribed ends a runner whose receiver wants no more events.
+var errUnsubscribed = errors.New("the receiver unsubscribed")
 
-// load reads where the sink stands; what the list of sinks says may be old.
+// load reads the sink's cursor and backlog; the list of sinks may be old.
 func (r *runner) load(ctx context.Context) bool {
 	sinks, err := r.d.sinks.store.EventSinks(ctx)
 	if err == nil {
 		for _, k := range sinks {
 			if k.Name == r.sink.Name {
-				r.cursor, r.saved = k.Cursor, k.Cursor
+				r.out = newOutcomes(k.Cursor)
 			}
 		}
-		var lanes []storage.Lane
-		lanes, err = r.d.store.WaitingLanes(ctx, r.sink.Name, maxBlocked+pageRows)
-		for _, l := range lanes {
-			r.block(l.Enrollment, l.NextAt)
+		var waiting []storage.Lane
+		waiting, err = r.d.store.WaitingLanes(ctx, r.sink.Name, maxBlocked+pageRows)
+		for _, e := range waiting {
+			r.backlog.block(e.Enrollment, e.NextAt)
 		}
 	}
 	if err != nil && ctx.Err() == nil {
-		r.log.WarnContext(ctx, "cannot read where the sink stands", "error", err)
+		r.log.WarnContext(ctx, "cannot read the cursor and the backlog of a sink", "error", err)
 	}
 	return err == nil
 }
 
-// block remembers that an enrollment has waiting events, to be tried at a
-// time.
-func (r *runner) block(enrollment string, at time.Time) *blocked {
-	b := r.blocked[enrollment]
-	if b == nil {
-		b = &blocked{enrollment: enrollment}
-		r.blocked[enrollment] = b
-	}
-	b.nextAt = at
-	r.look(at)
-	return b
-}
-
-// look sees to it that the blocked enrollments are looked through at a time,
-// but not at every turn.
-func (r *runner) look(at time.Time) {
-	if soonest := r.lookedAt.Add(laneTick); at.Before(soonest) {
-		at = soonest
-	}
-	if at.Before(r.laneAt) {
-		r.laneAt = at
-	}
-}
-
 // step does what can be done now and waits for the next thing to happen.
 func (r *runner) step(ctx, sending context.Context) error {
-	if err := r.drain(ctx); err != nil {
+	if err := r.settleResults(ctx); err != nil {
 		return err
 	}
 	now := time.Now()
 	read := false
-	if !now.Before(r.pausedTo) {
-		probe := r.down() && !now.Before(r.probeAt)
-		if probe {
-			r.postpone(now)
-			if err := r.giveUp(ctx, now); err != nil {
-				return err
-			}
-		}
+	if !r.health.paused(now) {
 		var err error
-		if read, err = r.feed(ctx, now, probe); err != nil {
+		if read, err = r.advance(ctx, sending, now); err != nil {
 			return err
 		}
-		if err := r.startBlocked(ctx, sending, now, probe); err != nil {
-			return err
-		}
-		r.startReady(sending)
 	}
 	if err := r.turnPage(ctx, now); err != nil {
 		return err
 	}
 	if read && r.page == nil {
-		return nil // a page without anything to send; on to the next
+		return nil // no event of the page is for this sink; on to the next page
 	}
-	timer := time.NewTimer(r.nextLook(now))
+	timer := time.NewTimer(r.untilNextStep(now))
 	defer timer.Stop()
 	select {
 	case <-ctx.Done():
@@ -292,8 +232,8 @@ func (r *runner) step(ctx, sending context.Context) error {
 	return nil
 }
 
-// drain takes results that are there.
-func (r *runner) drain(ctx context.Context) error {
+// settleResults settles the results that are there.
+func (r *runner) settleResults(ctx context.Context) error {
 	for {
 		select {
 		case res := <-r.results:
@@ -306,9 +246,28 @@ func (r *runner) drain(ctx context.Context) error {
 	}
 }
 
-// nextLook is how long nothing can be done but wait for a result.
-func (r *runner) nextLook(now time.Time) time.Duration {
-	at := now.Add(lookAgain)
+// advance reads and starts batches. It reports whether it read events.
+func (r *runner) advance(ctx, sending context.Context, now time.Time) (read bool, err error) {
+	probe := r.health.probe(now)
+	if probe {
+		if err := r.deadLetterWaiting(ctx, now); err != nil {
+			return false, err
+		}
+	}
+	if read, err = r.read(ctx, now, probe); err != nil {
+		return false, err
+	}
+	if err := r.startBlocked(ctx, sending, now, probe); err != nil {
+		return false, err
+	}
+	r.startReady(sending)
+	return read, nil
+}
+
+// untilNextStep is the time in which only a result or a wake-up can change
+// anything.
+func (r *runner) untilNextStep(now time.Time) time.Duration {
+	at := now.Add(pollEvery)
 	sooner := func(t time.Time) {
 		if t.Before(at) {
 			at = t
@@ -317,121 +276,129 @@ func (r *runner) nextLook(now time.Time) time.Duration {
 	if r.page != nil {
 		sooner(r.page.since.Add(pagePatience))
 	}
-	if r.cursor > r.saved || len(r.rows) > 0 {
-		sooner(r.savedAt.Add(saveEvery))
+	if r.out.pending() {
+		sooner(r.out.storedAt.Add(storeEvery))
 	}
 	switch {
-	case r.down():
-		sooner(r.probeAt)
-	case len(r.blocked) > 0 && r.flying < r.d.cfg.Workers:
-		sooner(r.laneAt)
+	case r.health.down:
+		sooner(r.health.probeAt)
+	case r.backlog.len() > 0 && r.inFlight < r.d.cfg.Workers:
+		sooner(r.backlog.nextScan)
 	}
-	if r.pausedTo.After(now) && at.Before(r.pausedTo) {
-		at = r.pausedTo
-		if limit := now.Add(lookAgain); at.After(limit) {
+	if until := r.health.pausedUntil; until.After(now) && at.Before(until) {
+		at = until
+		if limit := now.Add(pollEvery); at.After(limit) {
 			at = limit
 		}
 	}
 	return max(at.Sub(now), time.Millisecond)
 }
 
-func (r *runner) down() bool { return r.count.down.Load() }
-
-// feed reads the next page if there is none, and redeliveries. While the
-// receiver is down it does so for a probe only. It says whether it got ahead.
-func (r *runner) feed(ctx context.Context, now time.Time, probe bool) (bool, error) {
-	if !r.down() && len(r.again) == 0 && now.Sub(r.againAt) >= lookAgain {
-		if err := r.readAgain(ctx, now); err != nil {
+// read reads the next page if there is none, and redeliveries. While the
+// receiver is down it does so for a probe only. It reports whether it moved
+// ahead in the log.
+func (r *runner) read(ctx context.Context, now time.Time, probe bool) (bool, error) {
+	if !r.health.down && len(r.again.batches) == 0 && now.Sub(r.again.readAt) >= pollEvery {
+		if err := r.readRedeliveries(ctx, now); err != nil {
 			return false, err
 		}
 	}
+	// The last number is read before the page: an empty page says nothing of
+	// numbers that are given after it was read.
 	last := r.d.last.Load()
-	if r.page != nil || len(r.blocked) >= maxBlocked || r.cursor >= last {
+	if r.page != nil || r.backlog.full() || r.out.cursor >= last {
 		return false, nil
 	}
-	if excess := last - r.cursor - r.d.cfg.MaxBacklog; excess > 0 {
+	if excess := last - r.out.cursor - r.d.cfg.MaxBacklog; excess > 0 {
 		if !r.dropping {
 			r.dropping = true
 			r.log.ErrorContext(ctx, "too many events wait for a webhook receiver; the oldest are dead letters now, without their payload",
 				"max_events", r.d.cfg.MaxBacklog)
 		}
-		return true, r.skip(ctx, min(excess, pageRows), storage.DeliveryDropped)
+		return true, r.skip(ctx, min(excess, pageRows), last, storage.DeliveryDropped)
 	}
-	if !r.down() {
-		return true, r.readPage(ctx, pageRows, now)
+	if !r.health.down {
+		return true, r.readPage(ctx, pageRows, last, now)
 	}
 	if !probe {
 		return false, nil
 	}
-	if old, err := r.tooOld(ctx, now); err != nil || old {
+	if old, err := r.skipTooOld(ctx, last, now); err != nil || old {
 		return old, err
 	}
-	return true, r.readPage(ctx, probeRows, now)
+	return true, r.readPage(ctx, probeRows, last, now)
 }
 
-const tooLong = "given up: the receiver was away for too long"
+const (
+	textTooLong = "given up: the receiver was away for too long"
+	textTooMany = "given up: too many events waited"
+)
 
-// giveUp gives up waiting events that got too old while the receiver was down,
-// of which few are tried. They get some more time than others, so that what
-// stands behind one that is refused for ever is tried before.
-func (r *runner) giveUp(ctx context.Context, now time.Time) error {
-	if err := r.save(ctx); err != nil {
+// deadLetterWaiting makes waiting events dead letters that got too old while
+// the receiver was down, when few are tried. They get some more time than
+// others, so that events behind one that is refused for ever are tried before.
+func (r *runner) deadLetterWaiting(ctx context.Context, now time.Time) error {
+	if err := r.store(ctx); err != nil {
 		return err
 	}
-	n, err := r.d.store.GiveUp(ctx, r.lease(), &r.sink, now.Add(-r.d.cfg.MaxAge-2*maxBackoff), tooLong, giveUpRows)
+	n, err := r.d.store.GiveUp(ctx, r.lease(), &r.sink, now.Add(-r.d.cfg.MaxAge-2*maxBackoff), textTooLong, deadLetterRows)
 	r.count.dead.Add(int64(n))
 	return err
 }
 
-// tooOld gives up what got too old while the receiver was down.
-func (r *runner) tooOld(ctx context.Context, now time.Time) (bool, error) {
-	first, err := r.d.store.SinkPage(ctx, r.cursor, 1)
+// skipTooOld makes the next events dead letters if they got too old while the
+// receiver was down.
+func (r *runner) skipTooOld(ctx context.Context, last int64, now time.Time) (bool, error) {
+	first, err := r.d.store.SinkPage(ctx, r.out.cursor, 1)
 	if err != nil || len(first) == 0 || now.Sub(first[0].CreatedAt) <= r.d.cfg.MaxAge {
 		return false, err
 	}
-	r.probeAt = now // there may be more of them
-	return true, r.skip(ctx, pageRows, storage.DeliveryDead)
+	r.health.probeAgain(now) // there may be more of them
+	return true, r.skip(ctx, pageRows, last, storage.DeliveryDead)
 }
 
-// skip makes events after the cursor dead letters: as many as said or, if
-// they are too old, as many as are.
-func (r *runner) skip(ctx context.Context, rows int64, state storage.DeliveryState) error {
-	events, err := r.d.store.SinkPage(ctx, r.cursor, int(rows))
+// skip makes events after the cursor dead letters: up to rows of them, and
+// with DeliveryDead those alone that are too old. last is a number that was
+// given before.
+func (r *runner) skip(ctx context.Context, rows, last int64, state storage.DeliveryState) error {
+	events, err := r.d.store.SinkPage(ctx, r.out.cursor, int(rows))
 	if err != nil {
 		return err
 	}
 	if len(events) == 0 {
-		r.cursor = r.d.last.Load()
+		r.out.cursor = last
 	}
 	for i := range events {
 		e := &events[i]
 		if state == storage.DeliveryDead && time.Since(e.CreatedAt) <= r.d.cfg.MaxAge {
 			break
 		}
-		r.cursor = e.Seq
+		r.out.cursor = e.Seq
 		if !r.sink.Match(e) {
 			continue
 		}
-		text := tooLong
+		row := rowOf(e, state)
 		if state == storage.DeliveryDropped {
-			text = "given up: too many events waited"
+			row.Error = textTooMany
 			r.count.dropped.Add(1)
 		} else {
+			row.Error = textTooLong
 			r.count.dead.Add(1)
 		}
-		r.rows[e.Seq] = &storage.Delivery{Seq: e.Seq, Enrollment: e.Enroll.ID, CreatedAt: e.CreatedAt, State: state, Error: text}
+		r.out.put(row)
 	}
-	return r.save(ctx)
+	return r.store(ctx)
 }
 
-// readPage makes lanes of the next events.
-func (r *runner) readPage(ctx context.Context, rows int, now time.Time) error {
-	events, err := r.d.store.SinkPage(ctx, r.cursor, rows)
+// readPage makes batches of the next events. last is a number that was given
+// before.
+func (r *runner) readPage(ctx context.Context, rows int, last int64, now time.Time) error {
+	events, err := r.d.store.SinkPage(ctx, r.out.cursor, rows)
 	if err != nil {
 		return err
 	}
-	p := &page{through: r.cursor, flying: make(map[string]*lane), since: now}
-	lanes := make(map[string]*lane)
+	p := &page{through: r.out.cursor, inFlight: make(map[string]*enrollmentBatch), since: now}
+	batches := make(map[string]*enrollmentBatch)
 	for i := range events {
 		e := &events[i]
 		p.through = e.Seq
@@ -439,30 +406,29 @@ func (r *runner) readPage(ctx context.Context, rows int, now time.Time) error {
 			continue
 		}
 		id := e.Enroll.ID
-		if b := r.blocked[id]; b != nil {
+		if b := r.backlog.get(id); b != nil {
 			b.behind = true
-			r.wait(e, 0, time.Time{}, "")
+			r.out.wait(e)
 			continue
 		}
-		l := lanes[id]
-		if l == nil {
-			l = &lane{enrollment: id}
-			lanes[id] = l
-			p.ready = append(p.ready, l)
+		b := batches[id]
+		if b == nil {
+			b = &enrollmentBatch{enrollment: id}
+			batches[id] = b
+			p.ready = append(p.ready, b)
 		}
-		l.events = append(l.events, *e)
+		b.events = append(b.events, *e)
 	}
 	if len(events) == 0 {
-		// The numbers up to the last one were removed.
-		p.through = max(p.through, r.d.last.Load())
+		p.through = max(p.through, last) // these numbers were removed
 	}
 	r.page = p
 	return nil
 }
 
-// readAgain makes lanes of what is to be sent again.
-func (r *runner) readAgain(ctx context.Context, now time.Time) error {
-	if err := r.save(ctx); err != nil {
+// readRedeliveries makes batches of the events that are to be sent again.
+func (r *runner) readRedeliveries(ctx context.Context, now time.Time) error {
+	if err := r.store(ctx); err != nil {
 		return err
 	}
 	events, err := r.d.store.RedeliveredEvents(ctx, r.sink.Name, pageRows)
@@ -470,112 +436,85 @@ func (r *runner) readAgain(ctx context.Context, now time.Time) error {
 		return err
 	}
 	if len(events) < pageRows {
-		r.againAt = now
+		r.again.readAt = now
 	}
 	for _, e := range events {
-		l := r.again[e.Enroll.ID]
-		if l == nil {
-			l = &lane{enrollment: e.Enroll.ID, from: fromAgain}
-			r.again[e.Enroll.ID] = l
-			r.ready = append(r.ready, l)
+		b := r.again.batches[e.Enroll.ID]
+		if b == nil {
+			b = &enrollmentBatch{enrollment: e.Enroll.ID, from: fromRedelivery}
+			r.again.batches[e.Enroll.ID] = b
+			r.again.ready = append(r.again.ready, b)
 		}
-		l.events = append(l.events, e)
+		b.events = append(b.events, e)
 	}
 	return nil
 }
 
-// startBlocked reads and starts lanes that are due, or, to probe a receiver
-// that is down, the one that is due first.
+// startBlocked reads and starts blocked enrollments that are due, or, as a
+// probe of a receiver that is down, the one that is due first.
 func (r *runner) startBlocked(ctx, sending context.Context, now time.Time, probe bool) error {
-	free := r.d.cfg.Workers - r.flying
+	var due []*blocked
 	switch {
-	case free <= 0, r.down() && (!probe || r.flying > 0), !r.down() && now.Before(r.laneAt):
-		return nil
+	case !r.health.down:
+		due = r.backlog.due(now, r.d.cfg.Workers-r.inFlight)
+	case probe && r.inFlight == 0:
+		if e := r.backlog.earliest(); e != nil {
+			due = append(due, e)
+		}
 	}
-	due := r.dueLanes(now, free)
 	if len(due) == 0 {
 		return nil
 	}
-	if err := r.save(ctx); err != nil {
+	if err := r.store(ctx); err != nil {
 		return err
 	}
-	for _, b := range due {
-		events, err := r.d.store.WaitingEvents(ctx, r.sink.Name, b.enrollment, laneRows)
+	for _, e := range due {
+		events, err := r.d.store.WaitingEvents(ctx, r.sink.Name, e.enrollment, waitingRows)
 		if err != nil {
 			return err
 		}
 		if len(events) == 0 {
-			delete(r.blocked, b.enrollment)
+			r.backlog.release(e.enrollment)
 			continue
 		}
-		b.busy, b.behind = true, false
-		r.launch(sending, &lane{enrollment: b.enrollment, events: events, from: fromRows, more: len(events) == laneRows})
+		e.reserve()
+		r.launch(sending, &enrollmentBatch{enrollment: e.enrollment, events: events, from: fromBacklog, more: len(events) == waitingRows})
 	}
 	return nil
 }
 
-// dueLanes looks blocked enrollments through for some that are due.
-func (r *runner) dueLanes(now time.Time, limit int) (due []*blocked) {
-	r.laneAt, r.lookedAt = now.Add(lookAgain), now
-	if r.down() {
-		var first *blocked
-		for _, b := range r.blocked {
-			if !b.busy && (first == nil || b.nextAt.Before(first.nextAt)) {
-				first = b
-			}
-		}
-		if first != nil {
-			due = append(due, first)
-		}
-		return due
-	}
-	for _, b := range r.blocked {
-		switch {
-		case b.busy:
-		case b.nextAt.After(now):
-			r.look(b.nextAt)
-		default:
-			if due = append(due, b); len(due) == limit {
-				r.look(now) // there may be more
-				return due
-			}
-		}
-	}
-	return due
-}
-
-// startReady starts lanes of the page, and redeliveries.
+// startReady starts batches of the page, and redeliveries.
 func (r *runner) startReady(sending context.Context) {
 	workers := r.d.cfg.Workers
 	if p := r.page; p != nil {
-		for len(p.ready) > 0 && r.flying < workers {
-			l := p.ready[0]
+		for len(p.ready) > 0 && r.inFlight < workers {
+			b := p.ready[0]
 			p.ready = p.ready[1:]
-			p.flying[l.enrollment] = l
-			r.launch(sending, l)
+			p.inFlight[b.enrollment] = b
+			r.launch(sending, b)
 		}
 	}
-	for len(r.ready) > 0 && r.flying < workers && !r.down() {
-		l := r.ready[0]
-		r.ready = r.ready[1:]
-		r.launch(sending, l)
+	for len(r.again.ready) > 0 && r.inFlight < workers && !r.health.down {
+		b := r.again.ready[0]
+		r.again.ready = r.again.ready[1:]
+		r.launch(sending, b)
 	}
 }
 
-// launch sends a lane's events one after the other in a goroutine. Those that
-// the sink does not take, since its filter has changed, count as sent.
-func (r *runner) launch(sending context.Context, l *lane) {
-	r.flying++
+// launch sends a batch's events one after the other in a goroutine. Events
+// that the sink does not take, since its filter has changed, count as sent.
+func (r *runner) launch(sending context.Context, b *enrollmentBatch) {
+	r.inFlight++
 	go func() {
-		res := result{lane: l}
-		for i := range l.events {
-			e := &l.events[i]
+		res := result{batch: b}
+		for i := range b.events {
+			e := &b.events[i]
 			if !r.sink.Match(e) {
 				res.sent++
 				continue
 			}
 			if res.failure, res.tries = r.send(sending, e); res.failure != nil {
-				res.cut = sending.Err() != nil
+				res.interrupted = sending.Err() != nil
 				break
 			}
 			e.Raw = nil
@@ -586,15 +525,16 @@ func (r *runner) launch(sending context.Context, l *lane) {
 	}()
 }
 
-// send tries an event, more than once if that may help soon.
+// send tries an event, more than once if that may help soon. It runs in the
+// goroutine of a batch.
 func (r *runner) send(sending context.Context, e *storage.EventRecord) (f *failure, tries int) {
 	for {
 		begun := time.Now()
 		f = r.d.send.send(sending, &r.sink, e)
 		tries++
-		pause := r.pause(e.Attempts + tries)
+		pause := backoff(r.d.cfg.Backoff).pause(e.Attempts + tries)
 		switch {
-		case f == nil, sending.Err() != nil, f.gone || f.unfit || f.after > 0, r.down(),
+		case f == nil, sending.Err() != nil, f.unsubscribed || f.permanent || f.after > 0, r.count.down.Load(),
 			tries == triesInPlace, time.Since(begun) > quickly, pause > pauseInPlace:
 			return f, tries
 		}
@@ -605,243 +545,200 @@ func (r *runner) send(sending context.Context, e *storage.EventRecord) (f *failu
 	}
 }
 
-// wait puts an event behind what waits.
-func (r *runner) wait(e *storage.EventRecord, attempts int, at time.Time, text string) {
-	r.rows[e.Seq] = &storage.Delivery{Seq: e.Seq, Enrollment: e.Enroll.ID, CreatedAt: e.CreatedAt, State: storage.DeliveryWaiting,
-		Attempts: attempts, NextAt: at, Error: text}
-}
-
-// settle takes a lane's result.
+// settle takes the result of a batch.
 func (r *runner) settle(ctx context.Context, res result) error {
-	r.flying--
+	r.inFlight--
 	now := time.Now()
-	l := res.lane
+	b := res.batch
 	if res.sent > 0 {
-		r.worked(ctx, now)
+		r.succeeded(ctx, now)
 	}
-	if l.from == fromPage {
-		delete(r.page.flying, l.enrollment)
+	if b.from == fromPage {
+		delete(r.page.inFlight, b.enrollment)
 	} else {
 		for i := range res.sent {
-			r.rows[l.events[i].Seq] = nil
+			r.out.delivered(b.events[i].Seq)
 		}
 	}
-	if l.from == fromAgain {
-		delete(r.again, l.enrollment)
+	if b.from == fromRedelivery {
+		delete(r.again.batches, b.enrollment)
 	}
 	switch {
 	case res.failure == nil:
-		r.laneEnded(l, now)
+		r.batchDelivered(b, now)
 		return nil
-	case res.cut:
-		if l.from == fromPage {
-			r.leave(l.events[res.sent:], l.enrollment, now)
+	case res.interrupted:
+		if b.from == fromPage {
+			r.persistWaiting(b.events[res.sent:], b.enrollment, now)
 		}
 		return nil
 	}
 	r.count.failures.Add(1)
-	if res.failure.after > 0 && now.Add(res.failure.after).After(r.pausedTo) {
-		r.pausedTo = now.Add(res.failure.after)
+	if res.failure.after > 0 {
+		r.health.pause(now.Add(res.failure.after))
 	}
-	r.laneFailed(l, res, now)
-	if res.failure.gone {
-		return r.turnOff(ctx)
+	r.batchFailed(b, res, now)
+	if res.failure.unsubscribed {
+		return r.unsubscribe(ctx)
 	}
 	r.failed(ctx, res.failure, now)
 	return nil
 }
 
-// laneEnded goes on with an enrollment, all of whose events were delivered.
-func (r *runner) laneEnded(l *lane, now time.Time) {
-	b := r.blocked[l.enrollment]
-	if l.from != fromRows || b == nil {
+// batchDelivered goes on with an enrollment after all events of a batch were
+// delivered.
+func (r *runner) batchDelivered(b *enrollmentBatch, now time.Time) {
+	e := r.backlog.get(b.enrollment)
+	if b.from != fromBacklog || e == nil {
 		return
 	}
-	if !l.more && !b.behind {
-		delete(r.blocked, l.enrollment)
+	if !b.more && !e.behind {
+		r.backlog.release(b.enrollment)
 		return
 	}
-	b.busy = false
-	r.block(l.enrollment, now)
+	r.backlog.finish(b.enrollment, now)
 }
 
-// laneFailed keeps what a lane could not deliver.
-func (r *runner) laneFailed(l *lane, res result, now time.Time) {
-	e := &l.events[res.sent]
+// batchFailed stores the event that failed and what stands behind it.
+func (r *runner) batchFailed(b *enrollmentBatch, res result, now time.Time) {
+	e := &b.events[res.sent]
 	attempts := e.Attempts + res.tries
-	next := now.Add(jitter(r.pause(attempts)))
-	if next.Before(r.pausedTo) {
-		next = r.pausedTo
+	next := now.Add(jitter(r.health.backoff.pause(attempts)))
+	if r.health.paused(next) {
+		next = r.health.pausedUntil
 	}
-	d := storage.Delivery{Seq: e.Seq, Enrollment: e.Enroll.ID, CreatedAt: e.CreatedAt, State: storage.DeliveryWaiting, Attempts: attempts, NextAt: next, Error: res.failure.text}
+	row := rowOf(e, storage.DeliveryWaiting)
+	row.Attempts, row.NextAt, row.Error = attempts, next, res.failure.text
 	dead := now.Sub(e.CreatedAt) > r.d.cfg.MaxAge
-	if l.from == fromAgain {
-		d.State, dead = storage.DeliveryAgain, attempts >= againTries
+	if b.from == fromRedelivery {
+		row.State, dead = storage.DeliveryAgain, attempts >= maxRedeliveryTries
 	}
-	if dead || res.failure.unfit {
-		d.State, d.NextAt = storage.DeliveryDead, time.Time{}
-		next = now // the next one is not to blame
+	if dead || res.failure.permanent {
+		row.State, row.NextAt = storage.DeliveryDead, time.Time{}
+		next = now // the event behind it is not to blame
 		r.count.dead.Add(1)
 	}
-	r.rows[e.Seq] = &d
-	switch l.from {
+	r.out.put(row)
+	switch b.from {
 	case fromPage:
-		r.leave(l.events[res.sent+1:], l.enrollment, next)
-	case fromRows:
-		r.blocked[l.enrollment].busy = false
-		r.block(l.enrollment, next)
+		r.persistWaiting(b.events[res.sent+1:], b.enrollment, next)
+	case fromBacklog:
+		r.backlog.finish(b.enrollment, next)
 	}
 }
 
-// leave makes events of the page, which were not tried, and the enrollment
-// wait in the database.
-func (r *runner) leave(events []storage.EventRecord, enrollment string, next time.Time) {
-	r.block(enrollment, next)
+// persistWaiting blocks an enrollment and stores events of the page that were
+// not tried.
+func (r *runner) persistWaiting(events []storage.EventRecord, enrollment string, next time.Time) {
+	r.backlog.block(enrollment, next)
 	for i := range events {
-		r.wait(&events[i], 0, time.Time{}, "")
+		r.out.wait(&events[i])
 	}
 }
 
-// pause is the back-off after so many failures.
-func (r *runner) pause(attempts int) time.Duration {
-	p := r.d.cfg.Backoff
-	for range attempts - 1 {
-		if p *= 2; p >= maxBackoff {
-			return maxBackoff
-		}
-	}
-	return p
-}
-
-// jitter takes up to half of a pause away.
-func jitter(p time.Duration) time.Duration { return p - rand.N(p/2+1) }
-
-// worked notes a success: a receiver that was down is back, and everything
-// that waits is due.
-func (r *runner) worked(ctx context.Context, now time.Time) {
-	r.failures, r.dropping = 0, false
-	if !r.down() {
-		return
-	}
-	r.count.down.Store(false)
-	r.log.InfoContext(ctx, "the webhook receiver is back")
-	for _, b := range r.blocked {
-		b.nextAt = now
-	}
-	r.look(now)
-}
-
-// failed notes a failure. Too many in a row mean that the receiver is down:
-// what is left of the page waits, and only now and then something is tried.
-func (r *runner) failed(ctx context.Context, f *failure, now time.Time) {
-	if r.failures++; r.failures < breakAfter || r.down() {
-		return
-	}
-	r.count.down.Store(true)
-	r.probes = 0
-	r.postpone(now)
-	r.log.ErrorContext(ctx, "the webhook receiver is down; events wait in the database", "error", f.text)
-	r.park(now)
-}
-
-// postpone plans the next probe.
-func (r *runner) postpone(now time.Time) {
-	r.probes++
-	r.probeAt = now.Add(min(jitter(r.pause(r.probes)), maxProbe))
-}
-
-// park leaves lanes of the page that were not started to the database.
-func (r *runner) park(now time.Time) {
+// persistUnstarted stores the batches of the page that were not started.
+func (r *runner) persistUnstarted(now time.Time) {
 	if r.page == nil {
 		return
 	}
-	for _, l := range r.page.ready {
-		r.leave(l.events, l.enrollment, now)
+	for _, b := range r.page.ready {
+		r.persistWaiting(b.events, b.enrollment, now)
 	}
 	r.page.ready = nil
 }
 
-// detach leaves the lanes of the page that take long to themselves: their
-// events get rows, and the result says which of those may go.
-func (r *runner) detach(now time.Time) {
-	for id, l := range r.page.flying {
-		l.from = fromRows
-		r.leave(l.events, id, now)
-		r.blocked[id].busy = true
+// persistSlow takes the batches in flight out of the page: their events get
+// rows, and the result says which of those are to be removed.
+func (r *runner) persistSlow(now time.Time) {
+	for id, b := range r.page.inFlight {
+		b.from = fromBacklog
+		r.persistWaiting(b.events, id, now)
+		r.backlog.get(id).inFlight = true
 	}
-	clear(r.page.flying)
+	clear(r.page.inFlight)
 }
 
-// turnPage moves the cursor behind a page that is done, and stores what there
-// is to store when it is time for it.
+// succeeded notes a success. If the receiver was down, everything that waits
+// is due.
+func (r *runner) succeeded(ctx context.Context, now time.Time) {
+	r.dropping = false
+	if !r.health.succeeded() {
+		return
+	}
+	r.count.down.Store(false)
+	r.log.InfoContext(ctx, "the webhook receiver is back")
+	r.backlog.makeDue(now)
+}
+
+// failed notes a failure of the receiver. If the receiver is down from now on,
+// the rest of the page waits in the database.
+func (r *runner) failed(ctx context.Context, f *failure, now time.Time) {
+	if !r.health.failed(now) {
+		return
+	}
+	r.count.down.Store(true)
+	r.log.ErrorContext(ctx, "the webhook receiver is down; events wait in the database", "error", f.text)
+	r.persistUnstarted(now)
+}
+
+// turnPage moves the cursor behind a page that is done, and stores outcomes
+// when it is time for it.
 func (r *runner) turnPage(ctx context.Context, now time.Time) error {
 	if p := r.page; p != nil {
-		if len(p.ready) == 0 && len(p.flying) > 0 && now.Sub(p.since) >= pagePatience {
-			r.detach(now)
+		if len(p.ready) == 0 && len(p.inFlight) > 0 && now.Sub(p.since) >= pagePatience {
+			r.persistSlow(now)
 		}
-		if len(p.ready)+len(p.flying) == 0 {
-			r.cursor, r.page = p.through, nil
-			r.poke() // there may be more
+		if len(p.ready)+len(p.inFlight) == 0 {
+			r.out.cursor, r.page = p.through, nil
+			r.wake() // there may be more
 		}
 	}
-	due := r.cursor > r.saved || len(r.rows) > 0
-	if due && (now.Sub(r.savedAt) >= saveEvery || len(r.rows) >= pageRows) {
-		return r.save(ctx)
+	if r.out.due(now) {
+		return r.store(ctx)
 	}
 	return nil
 }
 
-// save stores what is known. The cursor never passes a page that is not done.
-func (r *runner) save(ctx context.Context) error {
-	var s storage.Settlement
-	if r.cursor > r.saved {
-		s.Cursor = r.cursor
-	}
-	for _, seq := range slices.Sorted(maps.Keys(r.rows)) {
-		if d := r.rows[seq]; d != nil {
-			s.Put = append(s.Put, *d)
-		} else {
-			s.Done = append(s.Done, seq)
-		}
-	}
-	if s.Cursor == 0 && len(r.rows) == 0 {
+// store stores the pending outcomes. The cursor never passes a page that is
+// not done.
+func (r *runner) store(ctx context.Context) error {
+	if !r.out.pending() {
 		return nil
 	}
-	if err := r.d.store.Settle(ctx, r.lease(), &r.sink, s); err != nil {
+	if err := r.d.store.Settle(ctx, r.lease(), &r.sink, r.out.settlement()); err != nil {
 		return err
 	}
-	r.saved, r.savedAt = r.cursor, time.Now()
-	clear(r.rows)
+	r.out.stored(time.Now())
 	return nil
 }
 
-// turnOff ends the sink, as its receiver asked.
-func (r *runner) turnOff(ctx context.Context) error {
+// unsubscribe turns the sink off, as its receiver asked.
+func (r *runner) unsubscribe(ctx context.Context) error {
 	if err := r.d.store.TurnOffEventSink(ctx, r.lease(), &r.sink, "the receiver answered 410 Gone"); err != nil {
 		return err
 	}
 	r.log.ErrorContext(ctx, "a webhook receiver answered 410: its sink is off until it is turned on again")
-	return errGone
+	return errUnsubscribed
 }
 
-// finish waits for what is under way and stores the rest.
-func (r *runner) finish(ctx context.Context, gone bool) {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), grace+r.d.cfg.Timeout+finalSave)
+// finish waits for the batches in flight and stores the remaining outcomes.
+func (r *runner) finish(ctx context.Context, unsubscribed bool) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), grace+r.d.cfg.Timeout+finalStore)
 	defer cancel()
-	for r.flying > 0 {
-		if err := r.settle(ctx, <-r.results); err != nil && !errors.Is(err, errGone) {
-			r.log.DebugContext(ctx, "could not settle on the way out", "error", err)
+	for r.inFlight > 0 {
+		if err := r.settle(ctx, <-r.results); err != nil && !errors.Is(err, errUnsubscribed) {
+			r.log.DebugContext(ctx, "cannot settle a result while stopping", "error", err)
 		}
 	}
 	if r.page != nil {
-		r.park(time.Now())
-		r.cursor, r.page = r.page.through, nil
+		r.persistUnstarted(time.Now())
+		r.out.cursor, r.page = r.page.through, nil
 	}
-	err := r.save(ctx)
+	err := r.store(ctx)
 	if err != nil && !errors.Is(err, storage.ErrLeaseLost) && !errors.Is(err, storage.ErrNotFound) {
-		r.log.WarnContext(ctx, "could not store what was delivered; it will be sent again", "error", err)
+		r.log.WarnContext(ctx, "cannot store which events were delivered; they will be sent again", "error", err)
 	}
-	if gone {
+	if unsubscribed {
 		if err := r.d.sinks.Refresh(ctx); err != nil {
 			r.log.DebugContext(ctx, "cannot read the event sinks", "error", err)
 		}

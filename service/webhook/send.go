@@ -34,12 +34,12 @@ const (
 // failure is why an event was not delivered.
 type failure struct {
 	text string
-	// gone: the receiver wants no more events (410).
-	gone bool
+	// unsubscribed: the receiver wants no more events (410).
+	unsubscribed bool
 	// after is Retry-After; 0 if there was none.
 	after time.Duration
-	// unfit: the event itself cannot be sent, now or later.
-	unfit bool
+	// permanent: the event cannot be sent, now or later.
+	permanent bool
 }
 
 // sender does the HTTP of all sinks.
@@ -98,7 +98,7 @@ func (s *sender) send(ctx context.Context, k *storage.EventSink, r *storage.Even
 	}
 	body, err := render(r)
 	if err != nil {
-		return &failure{text: err.Error(), unfit: true}
+		return &failure{text: err.Error(), permanent: true}
 	}
 	return s.post(ctx, k, r, body)
 }
@@ -128,7 +128,7 @@ func (s *sender) post(ctx context.Context, k *storage.EventSink, r *storage.Even
 	case resp.StatusCode/100 == 2:
 		return nil
 	case resp.StatusCode == http.StatusGone:
-		return &failure{text: "HTTP 410", gone: true}
+		return &failure{text: "HTTP 410", unsubscribed: true}
 	}
 	return &failure{text: fmt.Sprintf("HTTP %d", resp.StatusCode), after: retryAfter(resp.Header.Get("Retry-After"), time.Now())}
 }

@@ -270,8 +270,14 @@ type replica struct {
 // deliver starts a replica's deliverer.
 func (w *world) deliver(holder string, cfg Config) *replica {
 	w.t.Helper()
+	return w.deliverFrom(w.store, holder, cfg)
+}
+
+// deliverFrom is deliver with a store of the caller's.
+func (w *world) deliverFrom(store Store, holder string, cfg Config) *replica {
+	w.t.Helper()
 	cfg.Logger = w.logger()
-	r := &replica{Deliverer: NewDeliverer(w.store, w.sinks, holder, cfg)}
+	r := &replica{Deliverer: NewDeliverer(store, w.sinks, holder, cfg)}
 	r.dial = w.receiver.dial
 	ctx, cancel := context.WithCancel(w.t.Context())
 	var running sync.WaitGroup
