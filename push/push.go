@@ -196,6 +196,14 @@ func (s *Service) Close(ctx context.Context) error {
 	return s.outcomes.close(ctx)
 }
 
+// CertificateChanged tells the service that the push certificate of a topic has
+// been stored or deleted. This process uses it from now on; others find it
+// within CertificateRefresh.
+func (s *Service) CertificateChanged(topic string) {
+	s.client.CertificateChanged(topic)
+	s.topics.resume(topic, 0)
+}
+
 // dispatch looks up pending enrollments and starts their pushes, until the
 // service is closed.
 func (s *Service) dispatch() {

@@ -561,6 +561,45 @@ func TestRenewedCertificate(t *testing.T) {
 	})
 }
 
+// TestCertificateChanged: the replica that stores a certificate uses it for the
+// next push, whatever the refresh interval is, and a stopped topic goes on.
+func TestCertificateChanged(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, apnstest.Config{})
+	w.enroll("A", "B")
+	s := w.service(push.Config{APNs: apns.Config{CertificateTTL: time.Hour}})
+	require.NoError(t, w.pushOne(s, "A").Err)
+	w.certify(w.apns, topic)
+	s.CertificateChanged(topic)
+	require.NoError(t, w.pushOne(s, "A").Err)
+	require.Equal(t, 2, w.apns.Counts().Handshakes)
+
+	w.apns.SetAnswer(func(apnstest.Push) apnstest.Answer { return apnstest.Answer{Status: 403, Reason: "BadCertificate"} })
+	require.ErrorContains(t, w.pushOne(s, "A").Err, "BadCertificate")
+	require.ErrorIs(t, w.pushOne(s, "B").Err, push.ErrStopped)
+	w.apns.SetAnswer(nil)
+	w.certify(w.apns, topic)
+	s.CertificateChanged(topic)
+	require.NoError(t, w.pushOne(s, "B").Err)
+	require.Equal(t, 3, w.apns.Counts().Handshakes)
+
+	s.CertificateChanged("com.apple.mgmt.External.unused") // no push has used it
+}
+
+// TestTopicWithoutCertificateGetsOne: the client remembers that there was none,
+// until it is told.
+func TestTopicWithoutCertificateGetsOne(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, apnstest.Config{})
+	const later = "com.apple.mgmt.External.later"
+	w.enrollIn(later, "A")
+	s := w.service(push.Config{APNs: apns.Config{CertificateTTL: time.Hour}})
+	require.ErrorContains(t, w.pushOne(s, "A").Err, "no push certificate")
+	w.certify(w.apns, later)
+	s.CertificateChanged(later)
+	require.NoError(t, w.pushOne(s, "A").Err)
+}
+
 // The default bound is what the documentation states.
 func TestCertificateRefreshBound(t *testing.T) {
 	require.Equal(t, 10*time.Second, push.CertificateRefresh)

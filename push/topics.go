@@ -186,12 +186,13 @@ func (t *topics) watch(ctx context.Context, ttl time.Duration) {
 	}
 }
 
-// resume allows pushes again once they find the new certificate: the sender
-// reads it again ttl after the last push began.
+// resume allows pushes to a stopped topic again. A sender that was not told of
+// the new certificate reads it ttl after the last push began, which resume waits
+// for.
 func (t *topics) resume(name string, ttl time.Duration) {
 	t.mu.Lock()
 	st := t.state(name)
-	resumed := st.stopped && time.Since(st.pushed) > ttl
+	resumed := st.stopped && (ttl == 0 || time.Since(st.pushed) > ttl)
 	if resumed {
 		st.stopped = false
 	}

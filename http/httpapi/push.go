@@ -16,9 +16,12 @@ import (
 	"github.com/nanomdm/nanomdm/storage"
 )
 
-// Pusher wakes devices; push.Service does.
+// Pusher wakes devices. push.Service implements it.
 type Pusher interface {
 	Push(ctx context.Context, r push.Request) (map[string]push.Result, error)
+	// CertificateChanged is called after the push certificate of a topic has
+	// been stored.
+	CertificateChanged(topic string)
 }
 
 // push wakes enrollments and adds each outcome to the result. With owed the
@@ -166,6 +169,7 @@ func (a *API) storePushCert(ctx context.Context, r *http.Request) (int, any, err
 	if err != nil {
 		return 0, nil, err
 	}
+	a.pusher.CertificateChanged(pair.Topic)
 	if answer.Warning, err = a.strandedWarning(ctx, pair.Topic); err != nil {
 		// The certificate is stored; the warning is an extra.
 		a.cfg.Logger.WarnContext(ctx, "cannot count who uses a push certificate", "topic", pair.Topic, "error", err)

@@ -283,6 +283,20 @@ func (c *Client) send(ctx context.Context, k *task, req *http.Request, body []by
 	return o, nil
 }
 
+// CertificateChanged tells the client that the source has another certificate
+// for the topic, or none any more. Pushes that begin afterwards use it.
+func (c *Client) CertificateChanged(topic string) {
+	c.mu.Lock()
+	t := c.topics[topic]
+	c.mu.Unlock()
+	if t == nil {
+		return // no push has used a certificate of the topic yet
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.changes++
+}
+
 // enter counts a push in and returns its topic, or nil if the client is
 // closed.
 func (c *Client) enter(name string) *topic {

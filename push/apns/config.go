@@ -50,7 +50,8 @@ type Config struct {
 	MaxConnsPerTopic int
 	// CertificateTTL is how long the client uses a topic's certificate before
 	// it asks the source again. A renewed certificate is in use within this
-	// time plus the source's own.
+	// time plus the source's own, or at once after
+	// [Client.CertificateChanged].
 	// Default: 30 seconds.
 	CertificateTTL time.Duration
 	// Proxy names the proxy for the service's URL, as in

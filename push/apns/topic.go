@@ -33,6 +33,8 @@ type topic struct {
 	nextAsk   time.Time
 	sourceErr error         // the reason why cert is nil, a *sourceError
 	asking    chan struct{} // closed when the running call ends; nil without one
+	changes   uint64        // calls of CertificateChanged
+	known     uint64        // changes before the source's last answer began
 
 	// The connections.
 	conns    []*conn
@@ -246,11 +248,12 @@ func (t *topic) failedLocked(err error) {
 }
 
 // refreshCertificate asks the source for the certificate when CertificateTTL is
-// over. Meanwhile other pushes use the certificate that the client holds.
+// over, or when it has changed. While one push asks, others use the certificate
+// that the client holds, unless it has changed.
 func (t *topic) refreshCertificate(ctx context.Context) error {
 	for {
 		t.mu.Lock()
-		if t.c.cfg.Now().Before(t.nextAsk) {
+		if t.changes == t.known && t.c.cfg.Now().Before(t.nextAsk) {
 			err := t.sourceErr
 			t.mu.Unlock()
 			return err
@@ -258,9 +261,9 @@ func (t *topic) refreshCertificate(ctx context.Context) error {
 		if t.asking == nil {
 			break // keeps the lock
 		}
-		asking, have := t.asking, t.cert != nil
+		asking, usable := t.asking, t.cert != nil && t.changes == t.known
 		t.mu.Unlock()
-		if have {
+		if usable {
 			return nil
 		}
 		select {
@@ -270,6 +273,7 @@ func (t *topic) refreshCertificate(ctx context.Context) error {
 		}
 	}
 	t.asking = make(chan struct{})
+	changes := t.changes
 	t.mu.Unlock()
 
 	cert, version, err := t.c.source.PushCertificate(ctx, t.name)
@@ -281,6 +285,8 @@ func (t *topic) refreshCertificate(ctx context.Context) error {
 	if err != nil && ctx.Err() != nil {
 		return ctx.Err() // the source did not fail
 	}
+	changed := changes != t.known
+	t.known = changes
 	t.nextAsk = t.c.cfg.Now().Add(t.c.cfg.CertificateTTL)
 	switch {
 	case err == nil:
@@ -293,6 +299,9 @@ func (t *topic) refreshCertificate(ctx context.Context) error {
 		t.sourceErr = &sourceError{err}
 		t.nextAsk = t.c.cfg.Now().Add(min(sourceRetry, t.c.cfg.CertificateTTL))
 	default:
+		if changed {
+			t.nextAsk = t.c.cfg.Now().Add(min(sourceRetry, t.c.cfg.CertificateTTL))
+		}
 		t.c.cfg.Logger.Warn("asking for the push certificate failed, using the last one", "topic", t.name, "error", err)
 	}
 	return t.sourceErr
