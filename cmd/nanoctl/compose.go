@@ -122,6 +122,13 @@ var simpleCommands = []string{
 	"ActivationLockBypassCode", "ScheduleOSUpdateScan", "AccountConfiguration",
 }
 
+// inventoryQueries are the queries of DeviceInformation that every platform
+// knows and an inventory needs.
+var inventoryQueries = []string{
+	"UDID", "SerialNumber", "DeviceName", "OSVersion", "BuildVersion", "SupplementalBuildVersion", "ModelName", "Model", "ProductName",
+	"DeviceCapacity", "AvailableDeviceCapacity", "IsSupervised", "WiFiMAC", "EthernetMAC", "LocalHostName", "HostName",
+}
+
 // harmlessCommands are those that -random picks from.
 var harmlessCommands = []string{"SecurityInfo", "CertificateList", "ProfileList", "ProvisioningProfileList"}
 

@@ -4,10 +4,9 @@ import (
 	"bufio"
 	"errors"
 	"fmt"
-	"io"
-	"os"
 	"strings"
-	"time"
+
+	"github.com/nanomdm/nanomdm/mdm"
 )
 
 // askAbove is how many enrollments a change may touch before nanoctl asks.
@@ -15,13 +14,53 @@ const askAbove = 100
 
 var errDeclined = &exitError{exitDeclined, errors.New("not confirmed; nothing was done")}
 
-// confirm asks before something that cannot be undone. Without a person at
-// the terminal it declines, unless -yes was given.
+// risk is how far a command can be undone.
+type risk int
+
+const (
+	harmless   risk = iota // asked about only if it goes to many
+	disruptive             // asked about with yes or no
+	dangerous              // asked about with words that have to be typed
+)
+
+// riskOf returns the risk of a request type and, if it is dangerous, the word
+// that has to be typed.
+func riskOf(requestType string) (risk, string) {
+	switch requestType {
+	case "EraseDevice":
+		return dangerous, "erase"
+	case "DeviceLock", "EnableLostMode":
+		return dangerous, "lock"
+	case "ClearPasscode", "ClearRestrictionsPassword":
+		return dangerous, "clear"
+	case "RemoveProfile": // the profile of the management may be the one
+		return dangerous, "remove"
+	case "RotateFileVaultKey", "SetFirmwarePassword", "SetRecoveryLock", "SetAutoAdminPassword", "DeleteUser", "LogOutUser",
+		"RestartDevice", "ShutDownDevice", "RemoveProvisioningProfile", "RemoveApplication", "RemoveMedia":
+		return disruptive, ""
+	}
+	return harmless, ""
+}
+
+// confirmCommand asks before a command that is more than harmless, or that
+// goes to many.
+func (e *env) confirmCommand(cmd *mdm.Command, chosen []enrollment) error {
+	switch r, word := riskOf(cmd.RequestType); r {
+	case dangerous:
+		return e.confirmTyped(word, cmd.RequestType+" goes to", chosen)
+	case disruptive:
+		return e.confirm("%s goes to %s.", cmd.RequestType, summarize(chosen))
+	}
+	return e.confirmMany(len(chosen), cmd.RequestType+" goes to")
+}
+
+// confirm asks for yes or no. Without a person at the terminal it declines,
+// unless -yes was given.
 func (e *env) confirm(format string, args ...any) error {
 	if e.yes {
 		return nil
 	}
-	line, err := e.prompt(fmt.Sprintf(format, args...) + " Go on? [y/N] ")
+	line, err := e.prompt(fmt.Sprintf(format, args...)+" Go on? [y/N] ", "-yes goes on without asking")
 	if err != nil {
 		return err
 	}
@@ -32,72 +71,47 @@ func (e *env) confirm(format string, args ...any) error {
 	return errDeclined
 }
 
-// confirmName asks for a name to be typed again.
-func (e *env) confirmName(name, what string) error {
-	if e.yes {
+// confirmMany asks if something is done to many.
+func (e *env) confirmMany(n int, what string) error {
+	if n <= askAbove {
 		return nil
 	}
-	line, err := e.prompt(what + "\nType " + printable(name) + " to go on: ")
-	if err != nil {
-		return err
+	return e.confirm("%s %d enrollments.", what, n)
+}
+
+// confirmTyped asks for words that nobody types by habit: the serial number of
+// one device, or word and number of several. The flag -confirm answers in a
+// script; -yes does not.
+func (e *env) confirmTyped(word, what string, chosen []enrollment) error {
+	want := fmt.Sprintf("%s %d", word, len(chosen))
+	if len(chosen) == 1 {
+		want = chosen[0].ID
+		if chosen[0].Serial != "" {
+			want = chosen[0].Serial
+		}
 	}
-	if line != name {
-		return errDeclined
+	given := e.confirmation
+	if given == "" {
+		var err error
+		given, err = e.prompt(fmt.Sprintf("%s %s. This cannot be undone.\nType %s to go on: ", what, summarize(chosen), printable(want)),
+			fmt.Sprintf("in a script give -confirm %q", printable(want)))
+		if err != nil {
+			return err
+		}
+	}
+	if given != want {
+		return &exitError{exitDeclined, fmt.Errorf("%q was given where %q is needed; nothing was done", printable(given), printable(want))}
 	}
 	return nil
 }
 
-func (e *env) prompt(question string) (string, error) {
+// prompt reads the answer to a question; instead says how a script answers.
+func (e *env) prompt(question, instead string) (string, error) {
 	fmt.Fprint(e.err, question)
 	line, err := bufio.NewReader(e.in).ReadString('\n')
 	if err != nil && line == "" {
 		fmt.Fprintln(e.err)
-		return "", &exitError{exitDeclined, errors.New("nobody answered, and nothing was done; -yes goes on without asking")}
+		return "", &exitError{exitDeclined, errors.New("nobody answered, and nothing was done; " + instead)}
 	}
 	return strings.TrimSpace(line), nil
-}
-
-// progress shows how far something long is, on a terminal only.
-type progress struct {
-	w     io.Writer
-	shown time.Time
-	width int
-}
-
-func (e *env) progress() *progress {
-	p := &progress{}
-	if f, ok := e.err.(*os.File); ok {
-		if info, err := f.Stat(); err == nil && info.Mode()&os.ModeCharDevice != 0 {
-			p.w = f
-		}
-	}
-	return p
-}
-
-// bar shows done of all.
-func (p *progress) bar(label string, done, all int) {
-	const width = 30
-	full := width
-	if all > 0 {
-		full = width * done / all
-	}
-	p.line(done >= all, fmt.Sprintf("%s [%s%s] %d of %d", label, strings.Repeat("#", full), strings.Repeat(".", width-full), done, all))
-}
-
-// line shows a text in place of the last one, not too often unless it is the
-// last.
-func (p *progress) line(last bool, text string) {
-	if p.w == nil || !last && time.Since(p.shown) < 100*time.Millisecond {
-		return
-	}
-	p.shown = time.Now()
-	fmt.Fprintf(p.w, "\r%-*s", p.width, text)
-	p.width = len(text)
-}
-
-// end goes to a line of its own.
-func (p *progress) end() {
-	if p.w != nil && !p.shown.IsZero() {
-		fmt.Fprintln(p.w)
-	}
 }

@@ -445,21 +445,26 @@ func switchCommand(name, short, done string) command {
 
 func deleteCommand() command {
 	return command{
-		name: "delete", args: "ID|SERIAL",
-		short:   "Delete an enrollment with its queue, results and certificates",
-		long:    "The device stays enrolled on its side; the server no longer knows it. Asks for the id to be typed again.",
-		example: "nanoctl delete C02XK0AAJG5H",
-		prepare: func(*flag.FlagSet) runner {
+		name: "delete", args: "[ID|SERIAL...]",
+		short: "Delete enrollments with their queues, results and certificates",
+		long: `A device stays enrolled on its side; the server no longer knows it. The serial number has to be
+typed, or for several devices the word delete and their number; -confirm gives that in a script.`,
+		example: "nanoctl delete C02XK0AAJG5H\nnanoctl delete -enabled false -stale 365d",
+		prepare: func(flags *flag.FlagSet) runner {
+			var to targets
+			to.flags(flags)
 			return func(ctx context.Context, e *env, args []string) error {
-				x, err := e.enrollment(ctx, args[0])
+				chosen, err := to.resolve(ctx, e, args)
 				if err != nil {
 					return err
 				}
-				if err := e.confirmName(x.ID, "This deletes "+printable(x.label())+" with all that is known of it."); err != nil {
+				if err := e.confirmTyped("delete", "All that is known is deleted of", chosen); err != nil {
 					return err
 				}
-				a, err := e.api.do(ctx, http.MethodDelete, enrollmentPath(x.ID), url.Values{"confirm": {x.ID}}, nil)
-				return e.printSentence(a, err, nil, func() string { return x.label() + " is deleted" })
+				return e.changeEach(ctx, chosen, "deleted", func(ctx context.Context, x *enrollment) error {
+					_, err := e.api.do(ctx, http.MethodDelete, enrollmentPath(x.ID), url.Values{"confirm": {x.ID}}, nil)
+					return err
+				})
 			}
 		},
 	}

@@ -67,7 +67,9 @@ type env struct {
 	url     string
 	keyFile string
 	format  string // table or json
-	yes     bool   // do not ask
+	yes     bool   // answers questions of yes or no
+	// confirmation answers questions where words have to be typed.
+	confirmation string
 
 	api *client // made before the command runs
 

@@ -18,10 +18,12 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	"github.com/smallstep/pkcs7"
 	"github.com/stretchr/testify/require"
 
 	"github.com/nanomdm/nanomdm/mdm"
 	"github.com/nanomdm/nanomdm/mdm/mdmtest"
+	"github.com/nanomdm/nanomdm/mdm/schema"
 )
 
 // ran is one run of nanoctl.
@@ -110,7 +112,6 @@ func TestMistakesOnTheCommandLine(t *testing.T) {
 		{"send ProfileList -from " + empty, "names no enrollment"},
 		{"install-profile", "the argument FILE is missing"},
 		{"install-profile /nowhere A", "no such file"},
-		{"install-profile " + empty + " A", "is empty"},
 		{"remove-profile", "the argument IDENTIFIER is missing"},
 		{"status", "the argument COMMAND_UUID is missing"},
 		{"result x", "the argument ID|SERIAL is missing"},
@@ -400,42 +401,186 @@ func TestAges(t *testing.T) {
 	}
 }
 
-// Nothing destructive happens without a yes.
-func TestConfirmation(t *testing.T) {
-	o := newOperator(t)
-	var queued [][]byte
+// commandServer answers for some devices and keeps what is queued.
+func (o *operator) commandServer(devices int) (queued *[]string) {
+	queued = new([]string)
 	o.server(func(w http.ResponseWriter, r *http.Request) {
 		switch {
+		case r.Method == "GET" && r.URL.Path == "/v1/enrollments":
+			list := []string{}
+			if r.URL.Query().Get("type") == "Device" {
+				for i := range devices {
+					list = append(list, fmt.Sprintf(`{"id":"U%d","serial_number":"C%d","product_name":"MacBookPro18,3","os_version":"15.1"}`, i, i))
+				}
+			}
+			_, _ = io.WriteString(w, `{"enrollments":[`+strings.Join(list, ",")+`]}`)
 		case r.Method == "GET":
-			_, _ = io.WriteString(w, `{"id":"U1","device_name":"Mac of Ann","serial_number":"C02X"}`)
+			_, _ = io.WriteString(w, `{"id":"U1","device_name":"Mac of Ann","serial_number":"C02X","product_name":"MacBookPro18,3","os_version":"15.1"}`)
 		default:
 			body, _ := io.ReadAll(r.Body)
-			queued = append(queued, body)
+			*queued = append(*queued, r.Method+" "+r.URL.Path+" "+string(body))
 			_, _ = io.WriteString(w, `{"status":{"U1":{}}}`)
 		}
 	})
-	for _, requestType := range destructive {
-		args := []string{"send", requestType, "C02X"}
-		for _, answer := range []string{"", "n\n", "\n", "yess\n", "U1\n"} {
-			r := o.run(answer, args...)
-			require.Equal(t, exitDeclined, r.code)
-			require.Contains(t, r.err, requestType+" goes to U1 (Mac of Ann, C02X). Go on?")
-		}
-		require.Empty(t, queued)
-		require.Zero(t, o.run("y\n", args...).code)
-		require.Zero(t, o.run("", append(args, "-yes")...).code)
-		require.Len(t, queued, 2)
-		queued = nil
-	}
-	require.Zero(t, o.run("", "send", "ProfileList", "C02X").code, "harmless")
-	require.Len(t, queued, 1)
+	return queued
+}
 
-	for _, answer := range []string{"", "y\n", "C02X\n"} {
-		require.Equal(t, exitDeclined, o.run(answer, "delete", "C02X").code, "the id itself is asked for")
+// dangerousCommands are sound commands whose effect cannot be undone.
+var dangerousCommands = map[string]string{
+	"send EraseDevice": "erase", "send DeviceLock -set PIN=123456": "lock", "remove-profile org.example.x": "remove",
+	"send ClearPasscode -keys {\"UnlockToken\":\"eA==\"} -force": "clear", "send EnableLostMode -set Message=m -force": "lock",
+	"send ClearRestrictionsPassword -force": "clear", "delete": "delete",
+}
+
+// What cannot be undone has to be typed: neither yes nor -yes is enough.
+func TestDangerHasToBeTyped(t *testing.T) {
+	o := newOperator(t)
+	queued := o.commandServer(160)
+	for command, word := range dangerousCommands {
+		args := append(strings.Fields(command), "C02X")
+		for _, answer := range []string{"", "n\n", "y\n", "yes\n", "C02\n", "U1\n", word + " 1\n"} {
+			r := o.run(answer, append(args, "-yes")...)
+			require.Equal(t, exitDeclined, r.code, "%s %q: %s", command, answer, r.err)
+			require.Contains(t, r.err, "U1 (Mac of Ann, C02X). This cannot be undone.\nType C02X to go on:")
+			require.Empty(t, *queued)
+		}
+		require.Zero(t, o.run("C02X\n", args...).code)
+		require.Zero(t, o.run("", append(args, "-confirm", "C02X")...).code)
+		require.Len(t, *queued, 2)
+		*queued = nil
+
+		all := append(strings.Fields(command), "-all")
+		for _, answer := range []string{"", "y\n", word + "\n", word + " 159\n", "160\n", "C02X\n"} {
+			r := o.run(answer, append(all, "-yes")...)
+			require.Equal(t, exitDeclined, r.code, "%s %q: %s", command, answer, r.err)
+			require.Contains(t, r.err, "160 enrollments. This cannot be undone.\nType "+word+" 160 to go on:")
+			require.Empty(t, *queued)
+		}
+		r := o.run("", append(all, "-confirm", word+" 161")...)
+		require.Equal(t, exitDeclined, r.code)
+		require.Contains(t, r.err, fmt.Sprintf(`"%s 161" was given where "%s 160" is needed`, word, word))
+		require.Empty(t, *queued)
+		require.Zero(t, o.run(word+" 160\n", all...).code)
+		require.NotEmpty(t, *queued)
+		*queued = nil
 	}
-	require.Len(t, queued, 1)
-	require.Zero(t, o.run("U1\n", "delete", "C02X").code)
-	require.Len(t, queued, 2)
+	require.Contains(t, o.run("", "send", "EraseDevice", "C02X").err, `in a script give -confirm "C02X"`)
+}
+
+// What interrupts people is asked about; what is harmless is not, unless it
+// goes to many.
+func TestConfirmation(t *testing.T) {
+	o := newOperator(t)
+	queued := o.commandServer(101)
+	for _, answer := range []string{"", "n\n", "\n", "yess\n", "U1\n"} {
+		r := o.run(answer, "send", "RestartDevice", "C02X")
+		require.Equal(t, exitDeclined, r.code)
+		require.Contains(t, r.err, "RestartDevice goes to U1 (Mac of Ann, C02X). Go on? [y/N]")
+	}
+	require.Empty(t, *queued)
+	require.Zero(t, o.run("y\n", "send", "RestartDevice", "C02X").code)
+	require.Zero(t, o.run("", "send", "RestartDevice", "C02X", "-yes").code)
+	require.Zero(t, o.run("", "send", "ProfileList", "C02X").code)
+	require.Len(t, *queued, 3)
+	require.Equal(t, exitDeclined, o.run("", "send", "ProfileList", "-all").code)
+	require.Len(t, *queued, 3)
+}
+
+// Every request type that Apple's schemas have was looked at: what erases,
+// locks, removes management or clears is dangerous.
+func TestRisks(t *testing.T) {
+	for _, requestType := range schema.RequestTypes() {
+		r, word := riskOf(requestType)
+		require.Equal(t, r == dangerous, word != "", requestType)
+		for _, part := range []string{"Erase", "Lock", "Clear", "Remove", "Delete", "ShutDown", "Restart", "Set", "Rotate"} {
+			if strings.HasPrefix(requestType, part) || strings.HasSuffix(requestType, part) {
+				switch requestType {
+				case "Settings", "ClearActivationLockBypassCode", "VerifyRecoveryLock":
+					require.Equal(t, harmless, r, requestType)
+				default:
+					require.NotEqual(t, harmless, r, requestType)
+				}
+			}
+		}
+	}
+}
+
+// Cancelling for many is asked about.
+func TestCancellingForManyIsAskedAbout(t *testing.T) {
+	o := newOperator(t)
+	waiting, cancelled := 120, 0
+	o.server(func(w http.ResponseWriter, r *http.Request) {
+		if r.Method == "DELETE" {
+			cancelled++
+		}
+		_, _ = fmt.Fprintf(w, `{"request_type":"ProfileList","states":{"queued":%d,"acknowledged":500},"cancelled":%d}`, waiting, waiting)
+	})
+	r := o.run("n\n", "cancel", "x")
+	require.Equal(t, exitDeclined, r.code)
+	require.Contains(t, r.err, "ProfileList x is cancelled for 120 enrollments. Go on?")
+	require.Zero(t, cancelled)
+	require.Zero(t, o.run("", "cancel", "x", "-yes").code)
+	require.Equal(t, 1, cancelled)
+	waiting = 100
+	require.Zero(t, o.run("", "cancel", "x").code)
+	require.Equal(t, 2, cancelled)
+}
+
+// A command that its devices would refuse is not queued.
+func TestCommandsAreLookedAt(t *testing.T) {
+	o := newOperator(t)
+	queued := o.commandServer(3)
+	write := func(name string, content []byte) string {
+		path := filepath.Join(o.dir, name)
+		require.NoError(t, os.WriteFile(path, content, 0o600))
+		return path
+	}
+	profile := mdmtest.NewProfile("org.example.p", "P")
+	signed, err := pkcs7.NewSignedData(profile)
+	require.NoError(t, err)
+	envelope, err := signed.Finish()
+	require.NoError(t, err)
+	wrongSigned, err := pkcs7.NewSignedData([]byte("text"))
+	require.NoError(t, err)
+	wrongEnvelope, err := wrongSigned.Finish()
+	require.NoError(t, err)
+	other := []byte(`<plist version="1.0"><dict><key>A</key><string>b</string></dict></plist>`)
+	for _, c := range []struct{ args, want string }{
+		{"send DeviceInfo C02X", "did you mean DeviceInformation?"},
+		{"send InstallProfile C02X", "Payload: this required key is missing"},
+		{"send InstallProfile C02X -set Payload:=1", "Payload: the type is integer, and data is expected"},
+		{"send DeviceLock C02X -set Pin=123456", "Pin: there is no such key; did you mean PIN?"},
+		{"send DeviceInformation C02X -query OsVerson", "did you mean OSVersion?"},
+		{"send PlayLostModeSound C02X", "PlayLostModeSound: macOS does not have it: U1 (Mac of Ann, C02X)"},
+		{"send PlayLostModeSound -all", "macOS does not have it: 3 enrollments, such as U0 (C0)"},
+		{"install-profile " + write("empty", nil) + " C02X", "the profile is empty"},
+		{"install-profile " + write("text", []byte("hello")) + " C02X", "neither a property list nor signed (CMS)"},
+		{"install-profile " + write("other", other) + " C02X", "has no PayloadContent"},
+		{"install-profile " + write("der", []byte{0x30, 3, 2, 1, 1}) + " C02X", "neither a property list nor signed (CMS)"},
+		{"install-profile " + write("wrong.p7", wrongEnvelope) + " C02X", "neither a property list nor signed (CMS)"},
+		{"install-profile " + write("binary", []byte("bplist00x")) + " C02X", "plutil -convert xml1"},
+		{"install-profile " + write("pem", []byte("-----BEGIN PKCS7-----\n")) + " C02X", "openssl pkcs7 -outform DER"},
+		{"send InstallProfile -data Payload=" + write("other2", other) + " C02X", "has no PayloadContent"},
+	} {
+		r := o.run("", strings.Fields(c.args)...)
+		require.Equal(t, exitUsage, r.code, "%s: %s", c.args, r.err)
+		require.Contains(t, r.err, c.want, c.args)
+		require.Contains(t, r.err, "Nothing was queued. -force queues it all the same.")
+		require.Empty(t, *queued, c.args)
+		r = o.run("", append(strings.Fields(c.args), "-force", "-yes")...)
+		if !strings.Contains(c.args, "DeviceLock") {
+			require.Zero(t, r.code, "%s: %s", c.args, r.err)
+			require.Len(t, *queued, 1)
+		}
+		*queued = nil
+	}
+	for _, args := range []string{
+		"send DeviceInformation C02X", "install-profile " + write("good", profile) + " C02X", "install-profile " + write("signed", envelope) + " C02X",
+	} {
+		r := o.run("", strings.Fields(args)...)
+		require.Zero(t, r.code, "%s: %s", args, r.err)
+	}
+	require.Len(t, *queued, 3)
 }
 
 // An interruption ends a fan-out between two calls and says what was queued.
@@ -691,9 +836,14 @@ server's ` + "`-api`" + `, or better a named key with a role: ` + "`nanoctl keys
 - Flags may stand before, between and after arguments, with one dash or two.
 - Tables are for people; ` + "`-o json`" + ` is for programs and is what the server said.
 - Times are ` + "`2026-03-01`, `2026-03-01T12:00:00Z`" + `, or how long ago: ` + "`7d`, `12h`, `1d12h`" + `.
-- It asks before commands that erase, lock, remove or interrupt, and before more than 100
+- Before commands that erase, lock, remove or clear, and before deleting, the device's serial number
+  has to be typed, or for several a word and their number, such as ` + "`erase 160`" + `. ` + "`-confirm 'erase 160'`" + `
+  answers in a script.
+- It asks before commands that interrupt people, and before anything that reaches more than 100
   enrollments. ` + "`-yes`" + ` goes on without asking; without a terminal and without ` + "`-yes`" + ` nothing is
   done. Exactly those enrollments are reached that the question counted.
+- A command is compared with Apple's schemas before it is queued, and a profile is looked at. One that
+  its devices would refuse is refused here, with the reason; ` + "`-force`" + ` queues it all the same.
 - On a terminal, work on many enrollments shows a progress bar. Ctrl-C lets the request that is
   under way end, says how many were reached, and leaves with 130; a second one leaves at once.
 

@@ -13,19 +13,15 @@ import (
 	"github.com/nanomdm/nanomdm/mdm"
 )
 
-// destructive commands erase something, lock somebody out or end what somebody
-// is doing. They are asked about, however few devices they go to.
-var destructive = []string{
-	"EraseDevice", "DeviceLock", "EnableLostMode", "ClearPasscode", "ClearRestrictionsPassword", "RotateFileVaultKey",
-	"SetFirmwarePassword", "SetRecoveryLock", "SetAutoAdminPassword", "DeleteUser", "LogOutUser", "RestartDevice",
-	"ShutDownDevice", "RemoveProfile", "RemoveProvisioningProfile", "RemoveApplication", "RemoveMedia",
-}
-
 func sendCommand() command {
 	return command{
 		name: "send", args: "[REQUEST_TYPE] [ID|SERIAL...]",
 		short: "Queue a command, made from flags or read from a plist file",
-		long:  "Asks before commands that erase, lock or remove, and before more than 100 enrollments.",
+		long: `The command is compared with Apple's schemas first, and refused if it differs; -force queues it
+all the same. Before a command that erases, locks, removes or clears, the serial number has to be
+typed, or for several devices a word and their number; -confirm gives that in a script. Before what
+interrupts people, and before more than 100 enrollments, it asks; -yes goes on without asking.
+DeviceInformation asks for the queries that an inventory needs, unless -query names others.`,
 		example: `nanoctl send DeviceInformation -query OSVersion C02XK0AAJG5H -wait
 nanoctl send DeviceLock -set PIN=123456 -set "Message=Call 555 0100" C02XK0AAJG5H
 nanoctl send -file restart.plist -all -stale 1d`,
@@ -53,6 +49,9 @@ nanoctl send -file restart.plist -all -stale 1d`,
 					if err := p.keys(keys); err != nil {
 						return err
 					}
+					if _, given := keys["Queries"]; !given && args[0] == "DeviceInformation" {
+						keys["Queries"] = texts(inventoryQueries)
+					}
 					cmd, err = plistCommand(args[0], p.uuid, keys)
 					args = args[1:]
 				}
@@ -75,9 +74,6 @@ func installProfileCommand() command {
 				profile, err := e.readFile(args[0])
 				if err != nil {
 					return nil, err
-				}
-				if len(profile) == 0 {
-					return nil, usage("install-profile: %s is empty", args[0])
 				}
 				return plistCommand("InstallProfile", uuid, map[string]any{"Payload": data(profile)})
 			})
@@ -124,6 +120,7 @@ type sending struct {
 	notBefore string
 	expires   age
 	supersede string
+	force     bool
 }
 
 func (o *sending) flags(flags *flag.FlagSet) {
@@ -134,6 +131,7 @@ func (o *sending) flags(flags *flag.FlagSet) {
 	flags.IntVar(&o.priority, "priority", 0, "higher goes first")
 	flags.StringVar(&o.notBefore, "not-before", "", "queue it at this `time`: 2026-03-01T22:00:00Z, or 2h for in two hours")
 	flags.Var(&o.expires, "expires-after", "give up on devices that have not answered after so `long`, such as 24h or 7d")
+	flags.BoolVar(&o.force, "force", false, "queue it even if Apple's schemas say that the devices refuse it")
 	flags.StringVar(&o.supersede, "supersede", "", "replace waiting commands with this `key`")
 }
 
@@ -197,12 +195,12 @@ func (o *sending) send(ctx context.Context, e *env, cmd *mdm.Command, to *target
 	if err != nil {
 		return err
 	}
-	if slices.Contains(destructive, cmd.RequestType) {
-		err = e.confirm("%s goes to %s.", cmd.RequestType, summarize(chosen))
-	} else {
-		err = e.confirmMany(len(chosen), cmd.RequestType+" goes to")
+	if !o.force {
+		if err := checkCommand(cmd, chosen); err != nil {
+			return err
+		}
 	}
-	if err != nil {
+	if err := e.confirmCommand(cmd, chosen); err != nil {
 		return err
 	}
 	query := url.Values{}

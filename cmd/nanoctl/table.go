@@ -154,7 +154,8 @@ func (e *env) globalFlags(flags *flag.FlagSet) {
 	flags.StringVar(&e.url, "url", "", "`address` of the server (NANOMDM_URL)")
 	flags.StringVar(&e.keyFile, "key-file", "", "`file` with the API key (or NANOMDM_API)")
 	flags.StringVar(&e.format, "o", "table", "output `format`: table or json")
-	flags.BoolVar(&e.yes, "yes", false, "do not ask before what cannot be undone")
+	flags.BoolVar(&e.yes, "yes", false, "go on where the question is yes or no")
+	flags.StringVar(&e.confirmation, "confirm", "", "the `words` that have to be typed before what cannot be undone, for scripts")
 }
 
 func flagsOf(c *command, e *env) *flag.FlagSet {

@@ -137,14 +137,6 @@ func (e *env) readFile(name string) ([]byte, error) {
 	return data, nil
 }
 
-// confirmMany asks if something is done to many.
-func (e *env) confirmMany(n int, what string) error {
-	if n <= askAbove {
-		return nil
-	}
-	return e.confirm("%s %d enrollments.", what, n)
-}
-
 // summarize names a few and counts many.
 func summarize(chosen []enrollment) string {
 	if len(chosen) > 3 {

@@ -357,7 +357,14 @@ func cancelCommand() command {
 		prepare: func(*flag.FlagSet) runner {
 			return func(ctx context.Context, e *env, args []string) error {
 				if len(args) > 1 {
-					return e.changeEach(ctx, http.MethodDelete, args, "", "cancelled")
+					return e.changeItems(ctx, http.MethodDelete, args, "", "cancelled")
+				}
+				var c commandInfo
+				if err := e.api.get(ctx, commandPath(args[0]), url.Values{"limit": {"1"}}, &c); err != nil {
+					return err
+				}
+				if err := e.confirmMany(c.waiting(), fmt.Sprintf("%s %s is cancelled for", printable(c.RequestType), printable(args[0]))); err != nil {
+					return err
 				}
 				a, err := e.api.do(ctx, http.MethodDelete, commandPath(args[0]), nil, nil)
 				var done struct{ Cancelled, Finished int }
@@ -376,30 +383,46 @@ func requeueCommand() command {
 		example: "nanoctl requeue 5F0C3A3E-4C5B-4B0E-9E6C-0C4C2F1D7B11 C02XK0AAJG5H",
 		prepare: func(*flag.FlagSet) runner {
 			return func(ctx context.Context, e *env, args []string) error {
-				return e.changeEach(ctx, http.MethodPost, args, "requeue", "queued again")
+				return e.changeItems(ctx, http.MethodPost, args, "requeue", "queued again")
 			}
 		},
 	}
 }
 
-// changeEach cancels or requeues a command for single enrollments. One that
-// fails is printed, and the others go on.
-func (e *env) changeEach(ctx context.Context, method string, args []string, verb, done string) error {
+// changeItems cancels or requeues a command, the first argument, for the
+// enrollments that the others name.
+func (e *env) changeItems(ctx context.Context, method string, args []string, verb, done string) error {
 	chosen, err := e.lookUp(ctx, args[1:])
 	if err != nil {
 		return err
 	}
-	var failed error
-	n := 0
-	for i := range chosen {
-		rest := []string{"enrollments", url.PathEscape(chosen[i].ID)}
+	if err := e.confirmMany(len(chosen), printable(args[0])+" is "+done+" for"); err != nil {
+		return err
+	}
+	return e.changeEach(ctx, chosen, done, func(ctx context.Context, x *enrollment) error {
+		rest := []string{"enrollments", url.PathEscape(x.ID)}
 		if verb != "" {
 			rest = append(rest, verb)
 		}
-		if _, err := e.api.do(ctx, method, commandPath(args[0], rest...), nil, nil); err != nil {
+		_, err := e.api.do(ctx, method, commandPath(args[0], rest...), nil, nil)
+		return err
+	})
+}
+
+// changeEach changes single enrollments, one call each. A failure is printed,
+// and the others go on. An interruption ends it between two calls.
+func (e *env) changeEach(ctx context.Context, chosen []enrollment, done string, change func(context.Context, *enrollment) error) error {
+	var failed error
+	n, errs := 0, 0
+	for i := range chosen {
+		if ctx.Err() != nil {
+			break
+		}
+		if err := change(context.WithoutCancel(ctx), &chosen[i]); err != nil {
 			failed = err
+			errs++
 			if len(chosen) > 1 {
-				fmt.Fprintf(e.err, "nanoctl: %s: %s\n", printable(chosen[i].ID), printable(err.Error()))
+				fmt.Fprintf(e.err, "nanoctl: %s: %s\n", printable(chosen[i].label()), printable(err.Error()))
 			}
 			continue
 		}
@@ -412,12 +435,15 @@ func (e *env) changeEach(ctx context.Context, method string, args []string, verb
 		return failed
 	}
 	if e.format == "json" {
-		if err := e.json(map[string]any{"done": n, "failed": len(chosen) - n}); err != nil {
+		if err := e.json(map[string]any{"done": n, "failed": errs}); err != nil {
 			return err
 		}
 	}
-	if failed == nil {
-		return nil
+	switch left := len(chosen) - n - errs; {
+	case left > 0:
+		return &exitError{exitInterrupted, fmt.Errorf("interrupted; %d of %d enrollments were not reached", left, len(chosen))}
+	case errs > 0:
+		return &exitError{exitPartial, fmt.Errorf("%d of %d failed", errs, len(chosen))}
 	}
-	return &exitError{exitPartial, fmt.Errorf("%d of %d failed", len(chosen)-n, len(chosen))}
+	return nil
 }

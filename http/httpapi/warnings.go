@@ -2,8 +2,6 @@ package httpapi
 
 import (
 	"context"
-	"fmt"
-	"maps"
 	"net/http"
 	"slices"
 	"strings"
@@ -49,38 +47,17 @@ func (a *API) warnings(ctx context.Context, o *enqueueRequest, cmd *mdm.Command,
 	default:
 		ids = ids[:min(len(ids), checkedTargets)]
 	}
-	unable := make(map[string]*unableTargets)
+	check := schema.NewTargetCheck(cmd.RequestType)
 	for part := range slices.Chunk(ids, maxPageItems) {
 		found, err := a.store.Enrollments(ctx, callerOf(ctx).scope, part)
 		if err != nil {
 			return nil, err
 		}
 		for i := range found {
-			if why := schema.CheckTarget(cmd.RequestType, targetOf(&found[i])); why != "" {
-				if unable[why] == nil {
-					unable[why] = &unableTargets{example: found[i].ID}
-				}
-				unable[why].count++
-			}
+			check.Add(found[i].ID, targetOf(&found[i]))
 		}
 	}
-	for _, why := range slices.Sorted(maps.Keys(unable)) {
-		list = append(list, fmt.Sprintf("%s: %s: %s", cmd.RequestType, why, unable[why]))
-	}
-	return list, nil
-}
-
-// unableTargets counts enrollments that cannot take a command for one reason.
-type unableTargets struct {
-	count   int
-	example string
-}
-
-func (u *unableTargets) String() string {
-	if u.count == 1 {
-		return u.example
-	}
-	return fmt.Sprintf("%d enrollments, such as %s", u.count, u.example)
+	return append(list, check.Findings()...), nil
 }
 
 // targetOf is an enrollment as the schemas see it.
@@ -89,10 +66,6 @@ func targetOf(e *storage.Enrollment) schema.Target {
 		OSVersion: e.OSVersion, User: e.ID != e.DeviceID,
 		UserEnrollment: e.Type == mdm.UserEnrollmentDevice || e.Type == mdm.UserEnrollment,
 	}
-	for _, product := range []string{e.ProductName, e.Model, e.ModelName} {
-		if t.Platform = schema.Platform(product); t.Platform != "" {
-			break
-		}
-	}
+	t.Platform = schema.Platform(e.ProductName, e.Model, e.ModelName)
 	return t
 }

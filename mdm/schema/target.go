@@ -2,6 +2,7 @@ package schema
 
 import (
 	"fmt"
+	"maps"
 	"slices"
 	"strconv"
 	"strings"
@@ -26,15 +27,17 @@ type Target struct {
 	UserEnrollment bool
 }
 
-// Platform returns the platform of a device with a product name such as
-// MacBookPro18,3, or nothing if the name does not say.
-func Platform(product string) string {
-	for platform, prefixes := range map[string][]string{
-		MacOS: {"Mac", "iMac", "VirtualMac", "ADP3"}, IOS: {"iPhone", "iPad", "iPod"}, TVOS: {"AppleTV"},
-		VisionOS: {"RealityDevice"}, WatchOS: {"Watch"},
-	} {
-		if slices.ContainsFunc(prefixes, func(p string) bool { return strings.HasPrefix(product, p) }) {
-			return platform
+// Platform returns the platform of a device by the first of its names that
+// says so, such as the product name MacBookPro18,3; nothing if none does.
+func Platform(names ...string) string {
+	for _, name := range names {
+		for platform, prefixes := range map[string][]string{
+			MacOS: {"Mac", "iMac", "VirtualMac", "ADP3"}, IOS: {"iPhone", "iPad", "iPod"}, TVOS: {"AppleTV", "Apple TV"},
+			VisionOS: {"RealityDevice"}, WatchOS: {"Watch"},
+		} {
+			if slices.ContainsFunc(prefixes, func(p string) bool { return strings.HasPrefix(name, p) }) {
+				return platform
+			}
 		}
 	}
 	return ""
@@ -111,4 +114,47 @@ func numbers(version string) (list []int, ok bool) {
 		list = list[:len(list)-1]
 	}
 	return list, true
+}
+
+// TargetCheck gathers the receivers that cannot take a request type.
+type TargetCheck struct {
+	requestType string
+	unable      map[string]*unable // by reason
+}
+
+// unable counts receivers that cannot take a command for one reason.
+type unable struct {
+	count   int
+	example string
+}
+
+// NewTargetCheck makes a check without receivers.
+func NewTargetCheck(requestType string) *TargetCheck {
+	return &TargetCheck{requestType: requestType, unable: make(map[string]*unable)}
+}
+
+// Add checks one receiver.
+func (c *TargetCheck) Add(name string, t Target) {
+	why := CheckTarget(c.requestType, t)
+	if why == "" {
+		return
+	}
+	if c.unable[why] == nil {
+		c.unable[why] = &unable{example: name}
+	}
+	c.unable[why].count++
+}
+
+// Findings returns a sentence for each reason, in order.
+func (c *TargetCheck) Findings() []string {
+	var list []string
+	for _, why := range slices.Sorted(maps.Keys(c.unable)) {
+		u := c.unable[why]
+		whom := u.example
+		if u.count > 1 {
+			whom = fmt.Sprintf("%d enrollments, such as %s", u.count, u.example)
+		}
+		list = append(list, fmt.Sprintf("%s: %s: %s", c.requestType, why, whom))
+	}
+	return list
 }
