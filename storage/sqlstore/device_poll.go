@@ -2,33 +2,17 @@ package sqlstore
 
 import (
 	"context"
-	"database/sql"
-	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/nanomdm/nanomdm/mdm"
 	"github.com/nanomdm/nanomdm/storage"
 )
 
-// EnrollmentByCertificate implements storage.PinnedEnrollments.
-func (s *Store) EnrollmentByCertificate(ctx context.Context, hash string) (string, error) {
-	var id string
-	err := s.read(ctx, func(ctx context.Context, t *tx) error {
-		return t.QueryRow(ctx, "SELECT id FROM nano_cert_auth_associations WHERE sha256 = ? AND retired_at IS NULL", hash).Scan(&id)
-	})
-	if errors.Is(err, sql.ErrNoRows) {
-		return "", storage.ErrNotFound
-	}
-	if err != nil {
-		return "", fmt.Errorf("looking a certificate up: %w", err)
-	}
-	return id, nil
-}
-
 // poll answers a batch of operations that only read: one statement when no
 // command waits for any of them, two when some does. Their events report no
 // change and are written with the activity.
-func (s *Store) poll(ctx context.Context, batch []*pending) error {
+func (s *Store) poll(ctx context.Context, batch []*opRun) error {
 	err := s.read(ctx, func(ctx context.Context, t *tx) error {
 		for _, p := range batch {
 			p.reset()
@@ -41,49 +25,44 @@ func (s *Store) poll(ctx context.Context, batch []*pending) error {
 	for _, p := range batch {
 		if !p.mustWrite {
 			s.visited(p)
-			s.act.tell(outgoing([]*pending{p}))
+			s.act.tell(outgoing([]*opRun{p}))
 		}
 	}
 	return nil
 }
 
-func pollBatch(ctx context.Context, t *tx, batch []*pending) error {
+func pollBatch(ctx context.Context, t *tx, batch []*opRun) error {
 	of := make([]keyPair, len(batch))
 	for i, p := range batch {
 		of[i].ID = p.id()
 	}
-	subs, err := subjects(ctx, t, of)
+	states, err := readStates(ctx, t, of)
 	if err != nil {
 		return err
 	}
-	if err := judgePolls(ctx, t, batch, subs); err != nil {
+	if err := checkPolls(ctx, t, batch, states); err != nil {
 		return err
 	}
-	var reports, tokens []*pending
 	for _, p := range batch {
-		if p.err != nil || p.mustWrite {
-			continue
-		}
-		switch p.op.(type) {
-		case *storage.Report:
-			reports = append(reports, p)
-		case *storage.GetBootstrapToken:
-			tokens = append(tokens, p)
-		}
-		if sub := subs[p.id()]; sub != nil {
-			p.seen, p.note = true, activity{id: sub.id, seen: t.Now}
+		if p.err == nil && !p.mustWrite && states[p.id()] != nil {
+			p.visit(t.Now)
 		}
 	}
-	if err := offer(ctx, t, reports, subs); err != nil {
-		return err
+	for _, kind := range opKinds {
+		some := slices.DeleteFunc(ofKind(batch, kind), func(p *opRun) bool { return p.mustWrite })
+		if kind.poll != nil && len(some) > 0 {
+			if err := kind.poll(ctx, t, some, states); err != nil {
+				return err
+			}
+		}
 	}
-	return readBootstrapTokens(ctx, t, tokens)
+	return nil
 }
 
-// judgePolls checks the certificates of polls. Most are settled by what was
+// checkPolls checks the certificates of polls. Most are settled by what was
 // read with the enrollment.
-func judgePolls(ctx context.Context, t *tx, batch []*pending, subs map[string]*subject) error {
-	odd := unsettled(batch, subs)
+func checkPolls(ctx context.Context, t *tx, batch []*opRun, states map[string]*enrollmentState) error {
+	odd := unsettled(batch, states)
 	if len(odd) == 0 {
 		return nil
 	}
@@ -92,18 +71,18 @@ func judgePolls(ctx context.Context, t *tx, batch []*pending, subs map[string]*s
 		return err
 	}
 	for _, p := range odd {
-		p.mustWrite, p.err = certs.judge(p)
+		p.mustWrite, p.err = certs.checkCertificate(p)
 	}
 	return nil
 }
 
 // unsettled returns the operations whose certificate is not the live one of
 // an enrollment that was read.
-func unsettled(batch []*pending, subs map[string]*subject) []*pending {
-	var odd []*pending
+func unsettled(batch []*opRun, states map[string]*enrollmentState) []*opRun {
+	var odd []*opRun
 	for _, p := range batch {
-		sub := subs[p.id()]
-		if h := p.hash(); p.src.Pin != nil && (sub == nil || h == "" || h != sub.pinned) {
+		state := states[p.id()]
+		if h := p.hash(); p.src.Pin != nil && (state == nil || h == "" || h != state.pinned) {
 			odd = append(odd, p)
 		}
 	}
@@ -112,34 +91,34 @@ func unsettled(batch []*pending, subs map[string]*subject) []*pending {
 
 // offer gives each report the command that is due for it and plans when the
 // device is to be woken if it falls silent.
-func offer(ctx context.Context, t *tx, reports []*pending, subs map[string]*subject) error {
+func offer(ctx context.Context, t *tx, reports []*opRun, states map[string]*enrollmentState) error {
 	var both []keyPair
 	for _, p := range reports {
-		sub := subs[p.id()]
-		if sub == nil || !sub.active {
+		state := states[p.id()]
+		if state == nil || !state.active {
 			continue
 		}
-		p.note.settle(t.Now, sub)
-		if idle(p) && sub.queued.Valid && sub.notnow.Valid {
-			both = append(both, keyPair{ID: sub.id, Item: sub.queued.V}, keyPair{ID: sub.id, Item: sub.notnow.V})
+		p.note.settle(t.Now, state)
+		if idle(p) && state.queued.Valid && state.notnow.Valid {
+			both = append(both, keyPair{ID: state.id, Item: state.queued.V}, keyPair{ID: state.id, Item: state.notnow.V})
 		}
 	}
 	places, err := readPlaces(ctx, t, both)
 	if err != nil {
 		return err
 	}
-	due := make(map[*pending]string)
+	due := make(map[*opRun]string)
 	for _, p := range reports {
-		sub := subs[p.id()]
-		if sub == nil || !sub.active {
+		state := states[p.id()]
+		if state == nil || !state.active {
 			continue
 		}
 		switch {
-		case idle(p) && sub.notnow.Valid && (!sub.queued.Valid ||
-			places[keyPair{ID: sub.id, Item: sub.notnow.V}].before(places[keyPair{ID: sub.id, Item: sub.queued.V}])):
-			due[p] = sub.notnow.V
-		case sub.queued.Valid:
-			due[p] = sub.queued.V
+		case idle(p) && state.notnow.Valid && (!state.queued.Valid ||
+			places[keyPair{ID: state.id, Item: state.notnow.V}].before(places[keyPair{ID: state.id, Item: state.queued.V}])):
+			due[p] = state.notnow.V
+		case state.queued.Valid:
+			due[p] = state.queued.V
 		}
 		if uuid, ok := due[p]; ok {
 			p.note.offered, p.note.offers, p.note.offeredAt = uuid, 1, t.Now
@@ -149,23 +128,23 @@ func offer(ctx context.Context, t *tx, reports []*pending, subs map[string]*subj
 }
 
 // idle says whether commands that were refused for now are offered again.
-func idle(p *pending) bool {
+func idle(p *opRun) bool {
 	return p.op.(*storage.Report).Status == mdm.StatusIdle
 }
 
 // settle notes that a poll pays for the pushes owed so far, and plans the
 // next one: none if nothing waits, else for when the device falls silent.
-func (a *activity) settle(now int64, sub *subject) {
+func (a *activity) settle(now int64, state *enrollmentState) {
 	switch {
-	case sub.queued.Valid || sub.notnow.Valid:
+	case state.queued.Valid || state.notnow.Valid:
 		a.setPushAt, a.pushAt = true, now+firstSilence.Microseconds()
-		early := a.pushAt - sub.pushAt.V
-		a.planned = sub.paid >= sub.owed && 0 <= early && early <= silenceSlack.Microseconds()
-	case sub.pushAt.Valid:
+		early := a.pushAt - state.pushAt.V
+		a.planned = state.paid >= state.owed && 0 <= early && early <= silenceSlack.Microseconds()
+	case state.pushAt.Valid:
 		a.setPushAt, a.pushAt = true, 0
 	}
-	if a.setPushAt || sub.paid < sub.owed {
-		a.paid = sub.owed
+	if a.setPushAt || state.paid < state.owed {
+		a.paid = state.owed
 	}
 }
 
@@ -202,7 +181,7 @@ func readPlaces(ctx context.Context, t *tx, keys []keyPair) (map[keyPair]place, 
 }
 
 // readCommands reads the commands that are due, each once.
-func readCommands(ctx context.Context, t *tx, due map[*pending]string) error {
+func readCommands(ctx context.Context, t *tx, due map[*opRun]string) error {
 	if len(due) == 0 {
 		return nil
 	}
@@ -236,41 +215,6 @@ func readCommands(ctx context.Context, t *tx, due map[*pending]string) error {
 	}
 	for p, uuid := range due {
 		p.out.Command, p.err = commands[uuid], unreadable[uuid]
-	}
-	return nil
-}
-
-func readBootstrapTokens(ctx context.Context, t *tx, batch []*pending) error {
-	if len(batch) == 0 {
-		return nil
-	}
-	devices := make([]string, len(batch))
-	for i, p := range batch {
-		devices[i] = p.device
-	}
-	is, args := t.Among(devices)
-	rows, err := t.Query(ctx, "SELECT id, bootstrap_token FROM nano_devices WHERE id "+is, args...)
-	if err != nil {
-		return fmt.Errorf("reading bootstrap tokens: %w", err)
-	}
-	defer rows.Close()
-	tokens := make(map[string][]byte, len(batch))
-	unreadable := make(map[string]error)
-	for rows.Next() {
-		var id string
-		var token []byte
-		if err := rows.Scan(&id, &token); err != nil {
-			return fmt.Errorf("reading bootstrap tokens: %w", err)
-		}
-		if tokens[id], err = t.opened(bootstrapTokenColumn, id, token); err != nil {
-			unreadable[id] = err
-		}
-	}
-	if err := rows.Err(); err != nil {
-		return fmt.Errorf("reading bootstrap tokens: %w", err)
-	}
-	for _, p := range batch {
-		p.out.BootstrapToken, p.err = tokens[p.device], unreadable[p.device]
 	}
 	return nil
 }

@@ -11,6 +11,14 @@ import (
 	"github.com/nanomdm/nanomdm/storage/sqldb"
 )
 
+var reportKind = opKind{
+	op:    (*storage.Report)(nil),
+	size:  of(func(o *storage.Report) int { return len(o.Raw) }),
+	reads: of(func(o *storage.Report) bool { return o.Status == mdm.StatusIdle }),
+	poll:  offer,
+	round: takeReports,
+}
+
 // terminalState is the state that a device's terminal status ends a row in.
 func terminalState(s mdm.Status) storage.State {
 	switch s {
@@ -23,10 +31,7 @@ func terminalState(s mdm.Status) storage.State {
 }
 
 // takeReports stores a round's results and answers with the next commands.
-func takeReports(ctx context.Context, t *tx, reports []*pending) error {
-	if len(reports) == 0 {
-		return nil
-	}
+func takeReports(ctx context.Context, t *tx, reports []*opRun) error {
 	of := make([]keyPair, len(reports))
 	var keys []keyPair
 	told := false
@@ -39,34 +44,34 @@ func takeReports(ctx context.Context, t *tx, reports []*pending) error {
 		}
 	}
 	rows := make(map[keyPair]queueRow, len(keys))
-	subs := make(map[string]*subject, len(of))
-	ask, err := subjectsQuestion(t, of, subs)
+	states := make(map[string]*enrollmentState, len(of))
+	ask, err := statesQuery(t, of, states)
 	if err != nil {
 		return err
 	}
-	questions := []sqldb.BatchQuery{ask}
+	queries := []sqldb.BatchQuery{ask}
 	if len(keys) > 0 { // what is read of the others is as of when these are locked
-		questions = []sqldb.BatchQuery{lockQuestion(t, keys, told, rows), ask}
+		queries = []sqldb.BatchQuery{lockQuery(t, keys, told, rows), ask}
 	}
-	if err := t.QueryBatch(ctx, questions...); err != nil {
+	if err := t.QueryBatch(ctx, queries...); err != nil {
 		return err
 	}
-	if err := admitReports(ctx, t, reports, subs); err != nil {
+	if err := admitReports(ctx, t, reports, states); err != nil {
 		return err
 	}
-	admitted := slices.DeleteFunc(slices.Clone(reports), func(p *pending) bool { return p.err != nil })
-	changes, err := judge(ctx, t, admitted, rows, subs)
+	admitted := slices.DeleteFunc(slices.Clone(reports), func(p *opRun) bool { return p.err != nil })
+	changes, err := planReports(ctx, t, admitted, rows, states)
 	if err != nil {
 		return err
 	}
-	if err := answer(ctx, t, admitted, subs); err != nil {
+	if err := answer(ctx, t, admitted, states); err != nil {
 		return err
 	}
 	return changes.store(ctx, t) // after all that is read; see later
 }
 
 // reportedKey is the row that a report may change, if it names one.
-func reportedKey(p *pending) (keyPair, bool) {
+func reportedKey(p *opRun) (keyPair, bool) {
 	r := p.op.(*storage.Report)
 	if !r.Status.Terminal() && r.Status != mdm.StatusNotNow {
 		return keyPair{}, false
@@ -92,12 +97,12 @@ func (t *tx) lockedRowsText(keys []keyPair, told bool) (q string, args []any) {
 // lockQueueRows locks rows in key order and reads them. There must be one.
 func lockQueueRows(ctx context.Context, t *tx, keys []keyPair) (map[keyPair]queueRow, error) {
 	found := make(map[keyPair]queueRow, len(keys))
-	return found, t.QueryBatch(ctx, lockQuestion(t, keys, false, found))
+	return found, t.QueryBatch(ctx, lockQuery(t, keys, false, found))
 }
 
-// lockQuestion locks rows in key order and reads them, with what events tell of
+// lockQuery locks rows in key order and reads them, with what events tell of
 // their commands if they are told.
-func lockQuestion(t *tx, keys []keyPair, told bool, into map[keyPair]queueRow) sqldb.BatchQuery {
+func lockQuery(t *tx, keys []keyPair, told bool, into map[keyPair]queueRow) sqldb.BatchQuery {
 	read := func(rows sqldb.Rows) error {
 		for rows.Next() {
 			var k keyPair
@@ -117,27 +122,27 @@ func lockQuestion(t *tx, keys []keyPair, told bool, into map[keyPair]queueRow) s
 
 // admitReports checks the certificates of reports. Most are settled by what
 // was read with the enrollment.
-func admitReports(ctx context.Context, t *tx, reports []*pending, subs map[string]*subject) error {
-	_, err := admit(ctx, t, unsettled(reports, subs))
+func admitReports(ctx context.Context, t *tx, reports []*opRun, states map[string]*enrollmentState) error {
+	_, err := admit(ctx, t, unsettled(reports, states))
 	return err
 }
 
 // reported is what reports change.
 type reported struct {
 	rows    map[keyPair]queueRow // as they were
-	results []*pending
+	results []*opRun
 	moves   map[storage.State][]keyPair
 }
 
-// judge says what reports change: results are stored and end their rows,
+// planReports says what reports change: results are stored and end their rows,
 // NotNow puts them off. What repeats or comes late changes no state.
-func judge(ctx context.Context, t *tx, reports []*pending, rows map[keyPair]queueRow, subs map[string]*subject) (*reported, error) {
+func planReports(ctx context.Context, t *tx, reports []*opRun, rows map[keyPair]queueRow, states map[string]*enrollmentState) (*reported, error) {
 	moves := make(map[storage.State][]keyPair)
-	var results, late []*pending
+	var results, late []*opRun
 	for _, p := range reports {
 		r := p.op.(*storage.Report)
-		if sub := subs[p.id()]; sub != nil {
-			p.facts.topic = sub.topic
+		if state := states[p.id()]; state != nil {
+			p.facts.topic = state.topic
 		}
 		k, ok := reportedKey(p)
 		row, found := rows[k]
@@ -150,8 +155,8 @@ func judge(ctx context.Context, t *tx, reports []*pending, rows map[keyPair]queu
 		case r.Status == mdm.StatusNotNow:
 			if state == storage.Queued || state == storage.NotNow {
 				moves[storage.NotNow] = append(moves[storage.NotNow], k)
-				if sub := subs[k.ID]; sub != nil && !sub.notnow.Valid { // it was read without this one
-					sub.notnow = sql.Null[string]{V: k.Item, Valid: true}
+				if state := states[k.ID]; state != nil && !state.notnow.Valid { // it was read without this one
+					state.notnow = sql.Null[string]{V: k.Item, Valid: true}
 				}
 			}
 		case !state.Terminal():
@@ -208,7 +213,7 @@ func moveTo(ctx context.Context, t *tx, to storage.State, keys []keyPair) error 
 }
 
 // storedResults reads the statuses of the results that are there.
-func storedResults(ctx context.Context, t *tx, reports []*pending) (map[keyPair]string, error) {
+func storedResults(ctx context.Context, t *tx, reports []*opRun) (map[keyPair]string, error) {
 	if len(reports) == 0 {
 		return nil, nil
 	}
@@ -237,7 +242,7 @@ func storedResults(ctx context.Context, t *tx, reports []*pending) (map[keyPair]
 	return stored, nil
 }
 
-func insertResults(ctx context.Context, t *tx, reports []*pending, rows map[keyPair]queueRow) error {
+func insertResults(ctx context.Context, t *tx, reports []*opRun, rows map[keyPair]queueRow) error {
 	if len(reports) == 0 {
 		return nil
 	}
@@ -259,23 +264,23 @@ func insertResults(ctx context.Context, t *tx, reports []*pending, rows map[keyP
 // answer gives the reports their next commands, which are not the ones that
 // they report, and owes a push to devices that would not come back for what
 // they refused before.
-func answer(ctx context.Context, t *tx, reports []*pending, subs map[string]*subject) error {
+func answer(ctx context.Context, t *tx, reports []*opRun, states map[string]*enrollmentState) error {
 	var debts []string
 	for _, p := range reports {
-		sub := subs[p.id()]
-		if sub == nil {
+		state := states[p.id()]
+		if state == nil {
 			continue
 		}
-		p.seen, p.note = true, activity{id: sub.id, seen: t.Now}
-		if !sub.active || sub.queued.Valid || !sub.notnow.Valid {
+		p.seen, p.note = true, activity{id: state.id, seen: t.Now}
+		if !state.active || state.queued.Valid || !state.notnow.Valid {
 			continue
 		}
 		// A device asks again by itself only if NotNow is the last it said.
 		if r := p.op.(*storage.Report); r.Status != mdm.StatusNotNow && r.Status != mdm.StatusIdle {
-			debts = append(debts, sub.id)
+			debts = append(debts, state.id)
 		}
 	}
-	if err := offer(ctx, t, reports, subs); err != nil {
+	if err := offer(ctx, t, reports, states); err != nil {
 		return err
 	}
 	for _, p := range reports {
@@ -283,11 +288,11 @@ func answer(ctx context.Context, t *tx, reports []*pending, subs map[string]*sub
 			p.note.setPushAt = false
 		}
 	}
-	return owe(ctx, t, debts)
+	return owePushes(ctx, t, debts)
 }
 
-// owe makes a push owed at once.
-func owe(ctx context.Context, t *tx, ids []string) error {
+// owePushes makes a push owed at once.
+func owePushes(ctx context.Context, t *tx, ids []string) error {
 	if len(ids) == 0 {
 		return nil
 	}
@@ -302,12 +307,4 @@ SET owed_seq = last_seq + 1, push_at = ?, last_seq = last_seq + 1 WHERE id `+is,
 		return fmt.Errorf("owing pushes: %w", err)
 	}
 	return nil
-}
-
-// notNil keeps an empty value from becoming NULL.
-func notNil(b []byte) []byte {
-	if b == nil {
-		return []byte{}
-	}
-	return b
 }

@@ -19,9 +19,9 @@ type claim struct {
 	certificate []byte // DER of the live one; nil if it is not known
 }
 
-// unsettledBy says whether claims are needed to judge an operation: its
+// unsettledBy says whether claims are needed to check an operation: its
 // certificate is not the device's live one, and something could allow that.
-func (c *certificates) unsettledBy(p *pending) bool {
+func (c *certificates) unsettledBy(p *opRun) bool {
 	if p.src.Pin == nil || !c.devices[p.device] {
 		return false
 	}
@@ -29,14 +29,14 @@ func (c *certificates) unsettledBy(p *pending) bool {
 	if ok && (known.device != p.device || !known.retired) {
 		return false
 	}
-	if _, begins := p.op.(*storage.Authenticate); begins && p.src.Pin.Reenroll != storage.ReenrollAllow {
+	if p.kind.begins && p.src.Pin.Reenroll != storage.ReenrollAllow {
 		return true
 	}
 	return p.src.Pin.Renewal != storage.RenewalDeny
 }
 
 // readClaims reads what is needed for few operations, if for any.
-func (c *certificates) readClaims(ctx context.Context, t *tx, batch []*pending) error {
+func (c *certificates) readClaims(ctx context.Context, t *tx, batch []*opRun) error {
 	var devices []string
 	for _, p := range batch {
 		if c.unsettledBy(p) {
@@ -72,27 +72,26 @@ WHERE d.id IN `+place, args...)
 	return nil
 }
 
-// mayTakeOver judges a certificate that is nobody's, or that this device had
+// mayTakeOver checks a certificate that is nobody's, or that this device had
 // and that was retired.
-func (c *certificates) mayTakeOver(p *pending) bool {
+func (c *certificates) mayTakeOver(p *opRun) bool {
 	pin := p.src.Pin
 	_, retired := c.byHash[pin.Hash]
-	_, begins := p.op.(*storage.Authenticate)
 	switch {
 	case !c.devices[p.device]:
-		return begins && !retired
+		return p.kind.begins && !retired
 	case retired:
 		return c.claims[p.device].renewing && pin.Renewal != storage.RenewalDeny
 	case pin.Retro && !c.live[p.device]:
 		return true
-	case begins && pin.Reenroll == storage.ReenrollAllow:
+	case p.kind.begins && pin.Reenroll == storage.ReenrollAllow:
 		return true
 	}
 	k := c.claims[p.device]
 	switch {
-	case begins && k.renewing: // an operator's word
+	case p.kind.begins && k.renewing: // an operator's word
 		return true
-	case begins:
+	case p.kind.begins:
 		return pin.Reenroll == storage.ReenrollSameSubject && c.sameSubject(p, k)
 	case pin.Renewal == storage.RenewalWindow:
 		return k.renewing
@@ -113,9 +112,8 @@ var (
 )
 
 // refusal says why a certificate may not take a device over.
-func (c *certificates) refusal(p *pending) error {
+func (c *certificates) refusal(p *opRun) error {
 	_, retired := c.byHash[p.src.Pin.Hash]
-	_, begins := p.op.(*storage.Authenticate)
 	switch {
 	case retired:
 		return errRetired
@@ -123,7 +121,7 @@ func (c *certificates) refusal(p *pending) error {
 		return errUnknown
 	case !c.live[p.device]:
 		return errNone
-	case begins:
+	case p.kind.begins:
 		return errBegin
 	}
 	return errRenew
@@ -133,7 +131,7 @@ func (c *certificates) refusal(p *pending) error {
 // subject of the one that it would replace, as far as that is known. The
 // serial number is the one that the device had before: what the message says
 // is anybody's word.
-func (c *certificates) sameSubject(p *pending, k claim) bool {
+func (c *certificates) sameSubject(p *opRun, k claim) bool {
 	cert, err := x509.ParseCertificate(p.src.Pin.Certificate)
 	if err != nil || !storage.NamesDevice(cert, p.device, k.serial) {
 		return false

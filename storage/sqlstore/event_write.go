@@ -43,7 +43,7 @@ type outEvent struct {
 func (e *outEvent) size() int { return 512 + len(e.Raw) }
 
 // outgoing returns the events of the operations that were carried out.
-func outgoing(batch []*pending) []outEvent {
+func outgoing(batch []*opRun) []outEvent {
 	var events []outEvent
 	for _, p := range batch {
 		if p.err != nil || p.facts.repeated {

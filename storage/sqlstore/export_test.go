@@ -178,8 +178,8 @@ func (s *Store) DeviceStatementsForTest(ids []string, uuid string) map[string]St
 	numbering, numberArgs := t.UpdateLockedText("nano_enrollment_push", "last_seq = last_seq + 1", ids)
 	eligible, eligibleArgs := t.enrolledText(ids, uuid)
 	return map[string]StatementForTest{
-		"subjects": {Text: s.texts.subjects, Args: append([]any{int64(1), int64(1)}, pairs...), Index: "nano_enrollment_queue_next", Unsorted: true},
-		"senders":  {Text: s.texts.senders, Args: pairs, Index: "nano_cert_auth_associations_id"},
+		"subjects": {Text: s.texts.enrollmentState, Args: append([]any{int64(1), int64(1)}, pairs...), Index: "nano_enrollment_queue_next", Unsorted: true},
+		"senders":  {Text: s.texts.certificateLookup, Args: pairs, Index: "nano_cert_auth_associations_id"},
 		"locking":  {Text: locking, Args: lockArgs},
 		"rows":     {Text: rows, Args: rowArgs},
 		"told":     {Text: told, Args: toldArgs},

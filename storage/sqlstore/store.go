@@ -82,8 +82,8 @@ type Store struct {
 	now        func() time.Time
 	log        *slog.Logger
 	act        *activityLog
-	polls      *batcher[*pending]
-	changes    *batcher[*pending]
+	polls      *batcher[*opRun]
+	changes    *batcher[*opRun]
 	seal       *sealing
 	texts      deviceTexts
 	unreadable atomic.Int64 // what Stats calls EventsUnreadable
@@ -150,7 +150,7 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 		cfg: cfg, db: db, now: cfg.Now, log: cfg.Logger, seal: newSealing(cfg),
 		texts: newDeviceTexts(db.Dialect()), counted: headcount{turn: make(chan struct{}, 1)},
 	}
-	db.Prepare(s.texts.subjects, s.texts.senders)
+	db.Prepare(s.texts.enrollmentState, s.texts.certificateLookup)
 	if err := cmp.Or(s.migrate(ctx), s.checkSeal(ctx)); err != nil {
 		db.Close()
 		return nil, fmt.Errorf("preparing the %s database: %w", cfg.Driver, err)
@@ -207,40 +207,3 @@ func (s *Store) Ping(ctx context.Context) error {
 // ErrSchema is Ping's error for a database that answers, and that another
 // release has migrated since it was opened.
 var ErrSchema = errors.New("schema is not the one this binary knows")
-
-// micros is how every time is stored. The zero time is 0, which columns that
-// may be empty store as NULL (see null).
-func micros(t time.Time) int64 {
-	if t.IsZero() {
-		return 0
-	}
-	return t.UnixMicro()
-}
-
-// fromMicros is the inverse of micros.
-func fromMicros(us int64) time.Time {
-	if us == 0 {
-		return time.Time{}
-	}
-	return time.UnixMicro(us).UTC()
-}
-
-// null turns 0 into NULL, for columns where it means never.
-func null(us int64) any {
-	if us == 0 {
-		return nil
-	}
-	return us
-}
-
-// inTime bounds a batch of devices' messages, and tells its size.
-func inTime(tell func(messages int), run func(context.Context, []*pending) error) func(context.Context, []*pending) error {
-	return func(ctx context.Context, batch []*pending) error {
-		if tell != nil {
-			tell(len(batch))
-		}
-		ctx, cancel := context.WithTimeout(ctx, deviceTimeout)
-		defer cancel()
-		return run(ctx, batch)
-	}
-}

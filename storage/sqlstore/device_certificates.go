@@ -1,0 +1,217 @@
+package sqlstore
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+
+	"github.com/nanomdm/nanomdm/storage"
+	"github.com/nanomdm/nanomdm/storage/sqldb"
+)
+
+// certificates is what is known of the certificates of a batch and of the
+// devices that they came from.
+type certificates struct {
+	byHash  map[string]certificate
+	live    map[string]bool // devices that have one
+	devices map[string]bool // devices that exist
+	// enrollments are the ids of those of the devices.
+	enrollments []string
+	// claims are of devices that other certificates come from.
+	claims map[string]claim
+}
+
+type certificate struct {
+	device  string
+	retired bool
+}
+
+// certificateLookupText reads, for each device and hash of the derived table r, what
+// certificates has. The live certificate is not looked for by retired_at, by
+// which an index has that of every device.
+func certificateLookupText(d *sqldb.Dialect) string {
+	return `SELECT r.id, r.command_uuid, d.id, a.id, a.retired_at, l.id, e.id
+FROM ` + d.PairTable("id", "command_uuid") +
+		d.Lookup(true, "nano_devices", "d", "d.id = r.id") +
+		d.Lookup(true, "nano_cert_auth_associations", "a", "a.sha256 = r.command_uuid") +
+		d.Lookup(true, "nano_cert_auth_associations", "l", "l.id = r.id AND COALESCE(l.retired_at, 0) = 0") +
+		d.Lookup(true, "nano_enrollments", "e", "e.device_id = r.id")
+}
+
+func readCertificates(ctx context.Context, t *tx, batch []*opRun) (*certificates, error) {
+	keys := make([]keyPair, len(batch))
+	for i, p := range batch {
+		keys[i] = keyPair{ID: p.device, Item: p.hash()}
+	}
+	pairs, err := t.Dialect.PairArgs(keys)
+	if err != nil {
+		return nil, fmt.Errorf("reading certificates: %w", err)
+	}
+	rows, err := t.Query(ctx, t.texts.certificateLookup, pairs...)
+	if err != nil {
+		return nil, fmt.Errorf("reading certificates: %w", err)
+	}
+	defer rows.Close()
+	c := &certificates{
+		byHash:  make(map[string]certificate),
+		live:    make(map[string]bool),
+		devices: make(map[string]bool),
+	}
+	for rows.Next() {
+		var device, hash string
+		var known, owner, live, enrollment sql.Null[string]
+		var retired sql.Null[int64]
+		if err := rows.Scan(&device, &hash, &known, &owner, &retired, &live, &enrollment); err != nil {
+			return nil, fmt.Errorf("reading certificates: %w", err)
+		}
+		if known.Valid {
+			c.devices[device] = true
+		}
+		if owner.Valid {
+			c.byHash[hash] = certificate{device: owner.V, retired: retired.Valid}
+		}
+		if live.Valid {
+			c.live[device] = true
+		}
+		if enrollment.Valid {
+			c.enrollments = append(c.enrollments, enrollment.V)
+		}
+	}
+	if err := rows.Err(); err != nil {
+		return nil, fmt.Errorf("reading certificates: %w", err)
+	}
+	if err := rows.Close(); err != nil {
+		return nil, fmt.Errorf("reading certificates: %w", err)
+	}
+	return c, c.readClaims(ctx, t, batch)
+}
+
+// checkCertificate says whether the certificate of an operation may act for its
+// device, and whether it has to be pinned for that.
+func (c *certificates) checkCertificate(p *opRun) (pin bool, err error) {
+	if p.src.Pin == nil {
+		return false, nil
+	}
+	if known, ok := c.byHash[p.src.Pin.Hash]; ok && known.device == p.device && !known.retired {
+		return false, nil
+	} else if ok && known.device != p.device {
+		return false, errOthers
+	}
+	if !c.devices[p.device] {
+		switch p.kind.needs {
+		case skipsUnknown:
+			return false, nil
+		case needsDevice, needsEnrollment:
+			return false, storage.ErrNotEnrolled
+		}
+	}
+	if !c.mayTakeOver(p) {
+		return false, c.refusal(p)
+	}
+	if p.src.Pin.Unconfirmed {
+		return false, storage.ErrUnconfirmed
+	}
+	return true, nil
+}
+
+// admit locks the devices that operations come from, checks their
+// certificates, and pins those that may be. It sets err of the operations that
+// are refused.
+func admit(ctx context.Context, t *tx, batch []*opRun) (*certificates, error) {
+	if len(batch) == 0 {
+		return nil, nil
+	}
+	certs, err := lockDevices(ctx, t, batch)
+	if err != nil {
+		return nil, err
+	}
+	var pins []*opRun
+	var renewed []string
+	for _, p := range batch {
+		pin, err := certs.checkCertificate(p)
+		p.err = err
+		if !pin {
+			continue
+		}
+		pins = append(pins, p)
+		if certs.live[p.device] {
+			renewed = append(renewed, p.device)
+		}
+	}
+	if len(renewed) > 0 {
+		is, args := t.Among(renewed)
+		_, err := t.Exec(ctx, "UPDATE nano_cert_auth_associations SET retired_at = ? WHERE retired_at IS NULL AND id "+is,
+			append([]any{t.Now}, args...)...)
+		if err != nil {
+			return nil, fmt.Errorf("retiring certificates: %w", err)
+		}
+	}
+	return certs, pinCertificates(ctx, t, pins, certs)
+}
+
+// pinCertificates pins certificates that nobody has had, and those that the
+// device itself had before. One that another transaction pinned in between
+// violates the key: see change.
+func pinCertificates(ctx context.Context, t *tx, batch []*opRun, certs *certificates) error {
+	var args []any
+	var again []string
+	for _, p := range batch {
+		pin := p.src.Pin
+		if _, had := certs.byHash[pin.Hash]; had {
+			again = append(again, pin.Hash)
+			continue
+		}
+		args = append(args, pin.Hash, p.device, pin.Certificate, null(micros(pin.NotAfter)), t.Now)
+	}
+	if len(again) > 0 {
+		is, hashes := t.Among(again)
+		if _, err := t.Exec(ctx, "UPDATE nano_cert_auth_associations SET retired_at = NULL WHERE sha256 "+is, hashes...); err != nil {
+			return fmt.Errorf("pinning certificates again: %w", err)
+		}
+	}
+	if len(args) == 0 {
+		return nil
+	}
+	err := t.Insert(ctx, "nano_cert_auth_associations", []string{"sha256", "id", "certificate", "not_after", "created_at"}, args)
+	if err != nil {
+		return fmt.Errorf("pinning certificates: %w", err)
+	}
+	return nil
+}
+
+// lockDevices locks devices and reads their certificates, so that two
+// certificates of one device do not both find it without one, or retire the
+// same third one. A device that came in after the locks were taken takes
+// another look.
+func lockDevices(ctx context.Context, t *tx, batch []*opRun) (*certificates, error) {
+	devices := make([]string, len(batch))
+	for i, p := range batch {
+		devices[i] = p.device
+	}
+	for {
+		locked, err := lockLater(ctx, t, "nano_devices", devices)
+		if err != nil {
+			return nil, err
+		}
+		certs, err := readCertificates(ctx, t, batch)
+		if err != nil || t.Dialect.ForUpdate() == "" || len(certs.devices) <= *locked {
+			return certs, err
+		}
+	}
+}
+
+// EnrollmentByCertificate implements storage.PinnedEnrollments.
+func (s *Store) EnrollmentByCertificate(ctx context.Context, hash string) (string, error) {
+	var id string
+	err := s.read(ctx, func(ctx context.Context, t *tx) error {
+		return t.QueryRow(ctx, "SELECT id FROM nano_cert_auth_associations WHERE sha256 = ? AND retired_at IS NULL", hash).Scan(&id)
+	})
+	if errors.Is(err, sql.ErrNoRows) {
+		return "", storage.ErrNotFound
+	}
+	if err != nil {
+		return "", fmt.Errorf("looking a certificate up: %w", err)
+	}
+	return id, nil
+}

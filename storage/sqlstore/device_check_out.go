@@ -1,0 +1,82 @@
+package sqlstore
+
+import (
+	"context"
+	"fmt"
+	"slices"
+
+	"github.com/nanomdm/nanomdm/storage"
+)
+
+var checkOutKind = opKind{
+	op:    (*storage.CheckOut)(nil),
+	needs: skipsUnknown,
+	ends:  true,
+}
+
+// endEnrollments disables the enrollments of devices and takes from them what
+// must not outlive them: the queue, pushes owed and the bootstrap token. A
+// device that renews its identity keeps them, and only its own enrollment is
+// disabled, which the TokenUpdate to come enables again.
+func endEnrollments(ctx context.Context, t *tx, batch []*opRun, rows *enrollments) error {
+	var devices, disable, clear []string
+	for _, p := range batch {
+		own := rows.byID[p.id()]
+		if p.kind.begins && own != nil && own.renewing {
+			disable = append(disable, own.id)
+			continue
+		}
+		devices = append(devices, p.device)
+		for _, e := range rows.byDevice[p.device] {
+			disable = append(disable, e.id)
+			clear = append(clear, e.id)
+		}
+	}
+	if err := disableEnrollments(ctx, t, disable); err != nil {
+		return err
+	}
+	if len(clear) == 0 {
+		return nil // devices that are new, or unknown
+	}
+	is, args := t.Among(devices)
+	_, err := t.Exec(ctx, `UPDATE nano_devices SET bootstrap_token = NULL, bootstrap_token_at = NULL, updated_at = ? WHERE id `+is,
+		append([]any{t.Now}, args...)...)
+	if err != nil {
+		return fmt.Errorf("clearing bootstrap tokens: %w", err)
+	}
+	return clearQueues(ctx, t, clear)
+}
+
+func disableEnrollments(ctx context.Context, t *tx, ids []string) error {
+	if len(ids) == 0 {
+		return nil
+	}
+	is, args := t.Among(ids)
+	_, err := t.Exec(ctx, `UPDATE nano_enrollments SET enabled = 0, token_update_tally = 0, updated_at = ? WHERE id `+is,
+		append([]any{t.Now}, args...)...)
+	if err != nil {
+		return fmt.Errorf("disabling enrollments: %w", err)
+	}
+	return nil
+}
+
+// clearQueues cancels what waits. Whoever queues at the same time holds the
+// push row: either it was there before, and its commands are cancelled, or it
+// finds the enrollment disabled.
+func clearQueues(ctx context.Context, t *tx, ids []string) error {
+	slices.Sort(ids)
+	if _, err := lock(ctx, t, "nano_enrollment_push", ids); err != nil {
+		return err
+	}
+	is, args := t.Among(ids)
+	_, err := t.Exec(ctx, `UPDATE nano_enrollment_push SET paid_seq = owed_seq, push_at = NULL, attempts = 0 WHERE id `+is, args...)
+	if err != nil {
+		return fmt.Errorf("forgetting pushes owed: %w", err)
+	}
+	_, err = t.Exec(ctx, fmt.Sprintf(`UPDATE nano_enrollment_queue%s SET state = %d, finished_at = ?, not_before = NULL WHERE state IN (%d, %d, %d) AND id `,
+		t.Dialect.Index("nano_enrollment_queue_next"), storage.Cancelled, storage.Scheduled, storage.Queued, storage.NotNow)+is, append([]any{t.Now}, args...)...)
+	if err != nil {
+		return fmt.Errorf("cancelling commands: %w", err)
+	}
+	return nil
+}

@@ -1,0 +1,164 @@
+package sqlstore
+
+import (
+	"context"
+	"reflect"
+
+	"github.com/nanomdm/nanomdm/storage"
+)
+
+// opKind is a row of the table of operations: the locks, reads and writes of
+// one kind of device message. Nothing else asks which kind an operation is.
+type opKind struct {
+	op storage.Op // a nil pointer of the kind
+	// needs is the row that has to exist for the device.
+	needs need
+	// begins: the operation begins an enrollment, so its certificate may be the
+	// first of a device.
+	begins bool
+	// enables: the enrollment exists afterwards, even if it did not before.
+	enables bool
+	// ends: the device's enrollments end, with their queues, the pushes they
+	// are owed and the bootstrap token.
+	ends bool
+	// size is about how many bytes the message adds to a statement; nil is few.
+	size func(storage.Op) int
+	// topic is the APNs topic in the message; nil if it has none.
+	topic func(storage.Op) string
+	// reads says whether the operation may do without a transaction; nil is no.
+	reads func(storage.Op) bool
+	// poll answers those that only read, outside a transaction; may be nil.
+	poll func(ctx context.Context, t *tx, batch []*opRun, states map[string]*enrollmentState) error
+	// write carries out those of a round whose devices and enrollments are
+	// locked and whose certificates are checked; may be nil.
+	write func(ctx context.Context, t *tx, batch []*opRun, r *opRound) error
+	// round does everything for those of a round, locks and certificates
+	// included, in place of write.
+	round func(ctx context.Context, t *tx, batch []*opRun) error
+}
+
+// need is the row that an operation needs.
+type need int
+
+const (
+	needsNothing need = iota
+	// needsDevice: without the device it fails with storage.ErrNotEnrolled.
+	needsDevice
+	// needsEnrollment: so it does without the device's own enrollment.
+	needsEnrollment
+	// skipsUnknown: of an unknown device it does nothing, and pins nothing.
+	skipsUnknown
+)
+
+// opRound is the locked state of the devices of a round.
+type opRound struct {
+	certs *certificates
+	rows  *enrollments
+}
+
+// opKinds is the table of operations, in the order in which those of a round
+// are written.
+var opKinds = [...]*opKind{
+	&authenticateKind,
+	&checkOutKind,
+	&tokenUpdateKind,
+	&setBootstrapTokenKind,
+	&userAuthenticateKind,
+	&getBootstrapTokenKind,
+	{op: (*storage.Seen)(nil), reads: func(storage.Op) bool { return true }},
+	&reportKind,
+}
+
+// kindOf returns the row of an operation, or nil.
+func kindOf(op storage.Op) *opKind {
+	for _, k := range opKinds {
+		if reflect.TypeOf(k.op) == reflect.TypeOf(op) {
+			return k
+		}
+	}
+	return nil
+}
+
+// of makes a function of operations of one kind a field of an opKind.
+func of[O storage.Op, R any](fn func(O) R) func(storage.Op) R {
+	return func(op storage.Op) R { return fn(op.(O)) }
+}
+
+// opRun is one operation on its way through a batch.
+type opRun struct {
+	op     storage.Op
+	kind   *opKind
+	src    *storage.Source
+	device string // the id that certificates are pinned to
+
+	out storage.Outcome
+	err error
+	// mustWrite: the read path found that there is something to write.
+	mustWrite bool
+	// seen: the enrollment exists, and note is to be kept of the visit.
+	seen bool
+	note activity
+	// facts are known for the events to insert.
+	facts facts
+}
+
+func newOpRun(op storage.Op) *opRun {
+	src := op.Source()
+	return &opRun{op: op, kind: kindOf(op), src: src, device: src.Enroll.DeviceID()}
+}
+
+// reset forgets the results of an attempt that was rolled back.
+func (p *opRun) reset() {
+	*p = opRun{op: p.op, kind: p.kind, src: p.src, device: p.device}
+}
+
+func (p *opRun) id() string { return p.src.Enroll.ID }
+
+// hash is that of the certificate; empty if it is not checked.
+func (p *opRun) hash() string {
+	if p.src.Pin == nil {
+		return ""
+	}
+	return p.src.Pin.Hash
+}
+
+// visit notes that the channel spoke.
+func (p *opRun) visit(now int64) {
+	p.seen, p.note = true, activity{id: p.id(), seen: now}
+}
+
+// bytes is about how much the operation adds to a statement.
+func (p *opRun) bytes() int {
+	n := 512
+	for i := range p.src.Events {
+		n += len(p.src.Events[i].Raw)
+	}
+	if p.src.Pin != nil {
+		n += len(p.src.Pin.Certificate)
+	}
+	if p.kind.size != nil {
+		n += p.kind.size(p.op)
+	}
+	return n
+}
+
+// readOnly says whether the operation may do without a transaction.
+func (p *opRun) readOnly() bool {
+	for i := range p.src.Events {
+		if !p.src.Events[i].Volatile {
+			return false
+		}
+	}
+	return p.kind.reads != nil && p.kind.reads(p.op)
+}
+
+// ofKind returns the operations of a kind that were not refused.
+func ofKind(batch []*opRun, kind *opKind) []*opRun {
+	var some []*opRun
+	for _, p := range batch {
+		if p.kind == kind && p.err == nil {
+			some = append(some, p)
+		}
+	}
+	return some
+}
