@@ -1,7 +1,10 @@
 package sqldb
 
 import (
+	"bytes"
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"fmt"
 	"io/fs"
 	"slices"
@@ -15,6 +18,9 @@ type Migrations struct {
 	// with ; at the end of a line, is one step, can be repeated, and is never
 	// changed after a release. {word} stands for one of the engine's words.
 	Files fs.FS
+	// Checksums are those of Files, in their order; see Checksum. They freeze
+	// the files: one that was edited is refused.
+	Checksums []string
 	// Bootstrap makes the tables that Hold needs; each can be repeated.
 	Bootstrap []string
 	// Refuse is asked about a database without a record of migrations; it gets
@@ -26,13 +32,55 @@ type Migrations struct {
 	Hold func(ctx context.Context, work func(ctx context.Context, check func(context.Context, *Tx) error) error) error
 }
 
-// recordTable makes the record of the steps that were done.
-const recordTable = `CREATE TABLE IF NOT EXISTS nano_schema (
+// records make the tables of the steps that were done, and of the checksums of
+// the migrations that were done in full.
+var records = [...]string{
+	`CREATE TABLE IF NOT EXISTS nano_schema (
 	version    BIGINT NOT NULL,
 	step       BIGINT NOT NULL,
 	applied_at BIGINT NOT NULL,
 	PRIMARY KEY (version, step)
-) {table}`
+) {table}`,
+	`CREATE TABLE IF NOT EXISTS nano_migrations (
+	version     BIGINT NOT NULL PRIMARY KEY,
+	checksum    {id} NOT NULL,
+	recorded_at BIGINT NOT NULL
+) {table}`,
+}
+
+// Checksum is the SHA-256 of a migration's text, whatever its line ends.
+func Checksum(text []byte) string {
+	sum := sha256.Sum256(bytes.ReplaceAll(text, []byte("\r\n"), []byte("\n")))
+	return hex.EncodeToString(sum[:])
+}
+
+// Check fails if a file is not the one of its checksum, or has none.
+func (m *Migrations) Check() error {
+	entries, err := fs.ReadDir(m.Files, ".") // sorted by name
+	if err != nil {
+		return err
+	}
+	for i, entry := range entries {
+		text, err := fs.ReadFile(m.Files, entry.Name())
+		if err != nil {
+			return err
+		}
+		sum := Checksum(text)
+		switch {
+		case !strings.HasPrefix(entry.Name(), fmt.Sprintf("%04d_", i+1)):
+			return fmt.Errorf("migration %s is out of order: number %04d is next", entry.Name(), i+1)
+		case i >= len(m.Checksums):
+			return fmt.Errorf("migration %s has no checksum in the code: it is %s", entry.Name(), sum)
+		case sum != m.Checksums[i]:
+			return fmt.Errorf("migration %s was edited: its checksum is %s, the code has %s; put a change into a new migration",
+				entry.Name(), sum, m.Checksums[i])
+		}
+	}
+	if len(m.Checksums) > len(entries) {
+		return fmt.Errorf("%d migrations and %d checksums", len(entries), len(m.Checksums))
+	}
+	return nil
+}
 
 // step is one statement of a migration.
 type step struct {
@@ -115,7 +163,14 @@ func (d *Dialect) ddl(statement string) string {
 // Migrate brings the schema up to date. Of several processes that start at
 // once one does it and the others wait.
 func (db *DB) Migrate(ctx context.Context, m *Migrations) error {
+	if err := m.Check(); err != nil {
+		return err
+	}
 	if err := db.prepareSchema(ctx, m); err != nil {
+		return err
+	}
+	recorded, err := db.checkRecorded(ctx, m)
+	if err != nil {
 		return err
 	}
 	all, err := m.steps(db.dialect)
@@ -134,7 +189,56 @@ func (db *DB) Migrate(ctx context.Context, m *Migrations) error {
 			return err
 		}
 	}
+	if recorded < len(m.Checksums) {
+		if err := db.recordChecksums(ctx, m); err != nil {
+			return err
+		}
+	}
 	return db.readArrayTypes(ctx)
+}
+
+// checkRecorded compares the checksums of the database with those of the code,
+// and returns how many of the code's the database has.
+func (db *DB) checkRecorded(ctx context.Context, m *Migrations) (recorded int, err error) {
+	err = db.Read(ctx, func(ctx context.Context, t *Tx) error {
+		recorded = 0
+		rows, err := t.Query(ctx, `SELECT version, checksum FROM nano_migrations ORDER BY version`)
+		if err != nil {
+			return err
+		}
+		defer rows.Close()
+		for rows.Next() {
+			var version int
+			var sum string
+			if err := rows.Scan(&version, &sum); err != nil {
+				return err
+			}
+			if version < 1 || version > len(m.Checksums) {
+				continue // a newer release's; see missingSteps
+			}
+			if known := m.Checksums[version-1]; sum != known {
+				return fmt.Errorf("its migration %d has checksum %s, the one of this program has %s: "+
+					"another program, or an edited migration, made this schema", version, sum, known)
+			}
+			recorded++
+		}
+		return rows.Err()
+	})
+	return recorded, err
+}
+
+// recordChecksums records the checksums of migrations that are done. Those
+// that were done before there were checksums are trusted.
+func (db *DB) recordChecksums(ctx context.Context, m *Migrations) error {
+	return db.Write(ctx, func(ctx context.Context, t *Tx) error {
+		q := t.Dialect.Upsert("nano_migrations", []string{"version", "checksum", "recorded_at"}, []string{"version"}, nil)
+		for i, sum := range m.Checksums {
+			if _, err := t.Exec(ctx, q, i+1, sum, t.Now); err != nil {
+				return fmt.Errorf("recording the checksum of migration %d: %w", i+1, err)
+			}
+		}
+		return nil
+	})
 }
 
 // applySteps runs the steps without a record. A step is not interrupted when
@@ -168,7 +272,7 @@ func (db *DB) prepareSchema(ctx context.Context, m *Migrations) error {
 			return err
 		}
 	}
-	for _, statement := range slices.Concat([]string{recordTable}, m.Bootstrap) {
+	for _, statement := range slices.Concat(records[:], m.Bootstrap) {
 		if err := db.writeUntimed(ctx, func(ctx context.Context, t *Tx) error {
 			return t.execText(ctx, db.dialect.ddl(statement))
 		}); err != nil && !db.dialect.repeated(err) {

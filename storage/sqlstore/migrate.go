@@ -17,6 +17,13 @@ import (
 //go:embed migrations/*.sql
 var migrationFiles embed.FS
 
+// migrationChecksums freeze the files of migrations, in their order. A new file
+// gets its line here (a test says which); the line of a released one never
+// changes.
+var migrationChecksums = []string{
+	"ab26bc4dec40ac96ede4486f8cea377cae8e03f13952d8c0ea0186ac81ee8bb5", // 0001_first.sql
+}
+
 // migrationTTL is how long the next replica waits when one died while
 // migrating.
 const migrationTTL = 10 * time.Second
@@ -44,7 +51,7 @@ func migrations() *sqldb.Migrations {
 	if err != nil {
 		panic(err) // the folder is embedded
 	}
-	return &sqldb.Migrations{Files: files, Bootstrap: []string{leaseTable}, Refuse: refuseForeign}
+	return &sqldb.Migrations{Files: files, Checksums: migrationChecksums, Bootstrap: []string{leaseTable}, Refuse: refuseForeign}
 }
 
 // refuseForeign refuses a database of NanoMDM or of Fleet.

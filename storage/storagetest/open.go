@@ -16,6 +16,7 @@ func openTests() []subtest {
 		{"a migration that was interrupted is resumed", openInterrupted},
 		{"a step that was done and not recorded is repeated", openUnrecorded},
 		{"a database of a newer release is refused", openNewer},
+		{"checksums of migrations are recorded, and others refused", openEdited},
 		{"tables of NanoMDM are refused", openForeign},
 		{"identifiers are compared byte for byte", openBinary},
 		{"identifiers sort as Go sorts them", openSorted},
@@ -86,6 +87,21 @@ func openNewer(t *testing.T, h *Harness) {
 	require.ErrorContains(t, store.Ping(t.Context()), "9999")
 	_, err := sqlstore.Open(t.Context(), h.cfg)
 	require.ErrorContains(t, err, "newer version")
+}
+
+func openEdited(t *testing.T, h *Harness) {
+	h.virgin(t)
+	require.NoError(t, h.Open(t, nil).Close())
+	const sums = "SELECT checksum FROM nano_migrations ORDER BY version"
+	want := h.Strings(t, sums)
+	require.NotEmpty(t, want)
+	require.EqualValues(t, len(want), h.Int(t, "SELECT COUNT(DISTINCT version) FROM nano_schema"))
+	h.Exec(t, "DELETE FROM nano_migrations") // as a database from before checksums has it
+	require.NoError(t, h.Open(t, nil).Close())
+	require.Equal(t, want, h.Strings(t, sums))
+	h.Exec(t, "UPDATE nano_migrations SET checksum = 'edited' WHERE version = 1")
+	_, err := sqlstore.Open(t.Context(), h.cfg)
+	require.ErrorContains(t, err, "its migration 1 has checksum edited")
 }
 
 func openForeign(t *testing.T, h *Harness) {

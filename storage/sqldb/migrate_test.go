@@ -1,0 +1,75 @@
+package sqldb
+
+import (
+	"context"
+	"path/filepath"
+	"testing"
+	"testing/fstest"
+
+	"github.com/stretchr/testify/require"
+)
+
+// testMigrations are the migrations of some files, without other processes.
+func testMigrations(files map[string]string) *Migrations {
+	m := &Migrations{
+		Files:  fstest.MapFS{},
+		Refuse: func([]string) error { return nil },
+		Hold: func(ctx context.Context, work func(context.Context, func(context.Context, *Tx) error) error) error {
+			return work(ctx, func(context.Context, *Tx) error { return nil })
+		},
+	}
+	for _, name := range []string{"0001_first.sql", "0002_second.sql"} {
+		if text, ok := files[name]; ok {
+			m.Files.(fstest.MapFS)[name] = &fstest.MapFile{Data: []byte(text)}
+			m.Checksums = append(m.Checksums, Checksum([]byte(text)))
+		}
+	}
+	return m
+}
+
+func TestChecksumFreezesMigrations(t *testing.T) {
+	m := testMigrations(map[string]string{"0001_first.sql": "CREATE TABLE a (b BIGINT);\n"})
+	require.NoError(t, m.Check())
+	files := m.Files.(fstest.MapFS)
+
+	files["0001_first.sql"].Data = []byte("CREATE TABLE a (b BIGINT);\r\n")
+	require.NoError(t, m.Check(), "line ends of another system")
+
+	files["0001_first.sql"].Data = []byte("CREATE TABLE a (c BIGINT);\n")
+	require.ErrorContains(t, m.Check(), "0001_first.sql was edited")
+
+	m.Checksums = nil
+	require.ErrorContains(t, m.Check(), "no checksum in the code: it is "+Checksum(files["0001_first.sql"].Data))
+
+	m = testMigrations(map[string]string{"0002_second.sql": "CREATE TABLE a (b BIGINT);\n"})
+	require.ErrorContains(t, m.Check(), "number 0001 is next")
+
+	m.Checksums = append(m.Checksums, "one that has no file")
+	require.Error(t, m.Check())
+}
+
+// TestMigrateRefusesEdited: a database remembers the text that made it, also
+// where code and checksum were edited alike.
+func TestMigrateRefusesEdited(t *testing.T) {
+	cfg := Config{Driver: "sqlite", DSN: filepath.Join(t.TempDir(), "test.db")}
+	migrate := func(m *Migrations) error {
+		db, err := Open(t.Context(), cfg)
+		require.NoError(t, err)
+		defer db.Close()
+		return db.Migrate(t.Context(), m)
+	}
+	first := map[string]string{"0001_first.sql": "CREATE TABLE a (b BIGINT);\n"}
+	require.NoError(t, migrate(testMigrations(first)))
+	require.NoError(t, migrate(testMigrations(first)), "again")
+
+	edited := map[string]string{"0001_first.sql": "CREATE TABLE a (c BIGINT);\n"}
+	require.ErrorContains(t, migrate(testMigrations(edited)), "migration 1 has checksum")
+
+	broken := testMigrations(edited)
+	broken.Checksums = testMigrations(first).Checksums
+	require.ErrorContains(t, migrate(broken), "0001_first.sql was edited")
+
+	first["0002_second.sql"] = "ALTER TABLE a ADD COLUMN c BIGINT;\n"
+	require.NoError(t, migrate(testMigrations(first)), "a new file is no edit")
+	require.ErrorContains(t, migrate(testMigrations(map[string]string{"0001_first.sql": first["0001_first.sql"]})), "newer version")
+}
