@@ -11,6 +11,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/nanomdm/nanomdm/service/callout"
 	"github.com/nanomdm/nanomdm/storage"
 )
 
@@ -129,21 +130,14 @@ func (a *API) postEscrow(r *http.Request, pair tls.Certificate, query, form url.
 	req.Header.Set("User-Agent", "nanomdm")
 	// Such calls are rare and use different certificates, so no connection is
 	// kept.
-	client := &http.Client{
-		Timeout: escrowTimeout,
-		Transport: &http.Transport{
-			Proxy: http.ProxyFromEnvironment, DisableKeepAlives: true, ForceAttemptHTTP2: true,
-			TLSClientConfig: &tls.Config{MinVersion: tls.VersionTLS12, Certificates: []tls.Certificate{pair}, RootCAs: a.cfg.EscrowCAs},
-		},
-		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
-	}
+	client := callout.Client(&http.Transport{
+		Proxy: http.ProxyFromEnvironment, DisableKeepAlives: true, ForceAttemptHTTP2: true,
+		TLSClientConfig: &tls.Config{MinVersion: tls.VersionTLS12, Certificates: []tls.Certificate{pair}, RootCAs: a.cfg.EscrowCAs},
+	})
+	client.Timeout = escrowTimeout
 	resp, err := client.Do(req)
 	if err != nil {
-		var with *url.Error // its text has the whole URL
-		if errors.As(err, &with) {
-			err = with.Err
-		}
-		return nil, &problem{http.StatusBadGateway, fmt.Sprintf("Apple's service did not answer: %v", err)}
+		return nil, &problem{http.StatusBadGateway, fmt.Sprintf("Apple's service did not answer: %v", callout.WithoutURL(err))}
 	}
 	return resp, nil
 }

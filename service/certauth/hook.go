@@ -3,9 +3,6 @@ package certauth
 import (
 	"bytes"
 	"context"
-	"crypto/hmac"
-	"crypto/sha256"
-	"encoding/base64"
 	"encoding/json"
 	"encoding/pem"
 	"errors"
@@ -19,13 +16,7 @@ import (
 
 	"github.com/nanomdm/nanomdm/mdm"
 	"github.com/nanomdm/nanomdm/service"
-)
-
-// Headers of a question.
-const (
-	headerSignature   = "X-Hmac-Signature"
-	headerTraceID     = "X-Trace-ID"
-	headerTraceParent = "Traceparent"
+	"github.com/nanomdm/nanomdm/service/callout"
 )
 
 // maxAnswer bounds what is read of an answer, in bytes.
@@ -73,10 +64,7 @@ func NewHook(at string, cfg HookConfig) (*Hook, error) {
 		cfg.MaxInFlight = 256
 	}
 	if cfg.Client == nil {
-		cfg.Client = &http.Client{
-			// A redirect could lead the question, and its signature, anywhere.
-			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
-		}
+		cfg.Client = callout.Client(nil)
 	}
 	return &Hook{url: at, cfg: cfg, open: semaphore.NewWeighted(cfg.MaxInFlight)}, nil
 }
@@ -131,7 +119,7 @@ func (h *Hook) Confirm(ctx context.Context, r *service.Request) error {
 	status, body, err := h.ask(ctx, r)
 	switch {
 	case err != nil:
-		return unavailable(fmt.Errorf("asking the authenticate hook: %w", withoutURL(err)))
+		return unavailable(fmt.Errorf("asking the authenticate hook: %w", callout.WithoutURL(err)))
 	case status == http.StatusOK, status == http.StatusNoContent:
 		return nil
 	case status != http.StatusForbidden:
@@ -150,14 +138,6 @@ func unavailable(err error) error {
 	return &service.StatusError{Status: http.StatusServiceUnavailable, Err: err}
 }
 
-// withoutURL drops what package http says of the URL, which may hold secrets.
-func withoutURL(err error) error {
-	if u := (*url.Error)(nil); errors.As(err, &u) {
-		return u.Err
-	}
-	return err
-}
-
 func (h *Hook) ask(ctx context.Context, r *service.Request) (status int, body []byte, err error) {
 	text, err := json.Marshal(questionOf(r))
 	if err != nil {
@@ -168,15 +148,11 @@ func (h *Hook) ask(ctx context.Context, r *service.Request) (status int, body []
 		return 0, nil, err
 	}
 	req.Header.Set("Content-Type", "application/json; charset=utf-8")
-	req.Header.Set(headerTraceID, r.ID)
+	req.Header.Set(callout.HeaderTraceID, r.ID)
 	if r.TraceParent != "" {
-		req.Header.Set(headerTraceParent, r.TraceParent)
+		req.Header.Set(callout.HeaderTraceParent, r.TraceParent)
 	}
-	if len(h.cfg.Key) > 0 {
-		mac := hmac.New(sha256.New, h.cfg.Key)
-		mac.Write(text)
-		req.Header.Set(headerSignature, base64.StdEncoding.EncodeToString(mac.Sum(nil)))
-	}
+	callout.Sign(req.Header, h.cfg.Key, text)
 	resp, err := h.cfg.Client.Do(req)
 	if err != nil {
 		return 0, nil, err

@@ -5,9 +5,6 @@ package dm
 import (
 	"bytes"
 	"context"
-	"crypto/hmac"
-	"crypto/sha256"
-	"encoding/base64"
 	"errors"
 	"fmt"
 	"io"
@@ -18,6 +15,7 @@ import (
 
 	"github.com/nanomdm/nanomdm/mdm"
 	"github.com/nanomdm/nanomdm/service"
+	"github.com/nanomdm/nanomdm/service/callout"
 )
 
 // Headers of the callout.
@@ -25,7 +23,6 @@ const (
 	headerEnrollmentID   = "X-Enrollment-ID"
 	headerEnrollmentType = "X-Enrollment-Type"
 	headerParentID       = "X-Enrollment-ParentID"
-	headerSignature      = "X-Hmac-Signature"
 )
 
 // maxAnswer bounds what is read of a backend's answer, in bytes.
@@ -36,7 +33,7 @@ type Config struct {
 	// SendKey signs requests: base64 HMAC-SHA256 of the body in
 	// X-Hmac-Signature. Empty signs nothing.
 	SendKey []byte
-	// RecvKey is what the backend has to sign its answers with. Empty checks
+	// RecvKey is the key that the backend signs its answers with. Empty checks
 	// nothing.
 	RecvKey []byte
 	// Timeout bounds one callout; default 30 s.
@@ -45,10 +42,10 @@ type Config struct {
 	Client *http.Client
 }
 
-// Backend is a service.Handler for declarative management messages. Of the
-// backend's answers 200 and 404 go through to the device (404 makes it drop
-// a declaration); any other is 502, since a device takes some statuses, 401
-// above all, for orders.
+// Backend is a service.Handler for declarative management messages. It passes
+// the backend's answers 200 and 404 to the device (404 makes a device drop a
+// declaration). It turns any other into 502, since a device takes some
+// statuses, 401 above all, for orders.
 type Backend struct {
 	base string
 	cfg  Config
@@ -78,10 +75,7 @@ func New(base string, cfg Config) (*Backend, error) {
 		cfg.Timeout = 30 * time.Second
 	}
 	if cfg.Client == nil {
-		cfg.Client = &http.Client{
-			// A redirect could lead the callout, and its signature, anywhere.
-			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
-		}
+		cfg.Client = callout.Client(nil)
 	}
 	return &Backend{base: base, cfg: cfg}, nil
 }
@@ -125,14 +119,12 @@ func (b *Backend) ask(ctx context.Context, r *service.Request, url string, data 
 		req.Header.Set(headerParentID, r.Enroll.ParentID)
 	}
 	if r.TraceParent != "" {
-		req.Header.Set("Traceparent", r.TraceParent)
+		req.Header.Set(callout.HeaderTraceParent, r.TraceParent)
 	}
-	if len(b.cfg.SendKey) > 0 {
-		req.Header.Set(headerSignature, base64.StdEncoding.EncodeToString(sign(b.cfg.SendKey, data)))
-	}
+	callout.Sign(req.Header, b.cfg.SendKey, data)
 	resp, err := b.cfg.Client.Do(req)
 	if err != nil {
-		return nil, err
+		return nil, callout.WithoutURL(err)
 	}
 	defer resp.Body.Close()
 	body, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer+1))
@@ -149,20 +141,11 @@ func (b *Backend) ask(ctx context.Context, r *service.Request, url string, data 
 	default:
 		return nil, fmt.Errorf("backend answered %d to %s", resp.StatusCode, method)
 	}
-	if len(b.cfg.RecvKey) > 0 {
-		got, err := base64.StdEncoding.DecodeString(resp.Header.Get(headerSignature))
-		if err != nil || !hmac.Equal(got, sign(b.cfg.RecvKey, body)) {
-			return nil, errSignature
-		}
+	if !callout.Signed(resp.Header, b.cfg.RecvKey, body) {
+		return nil, errSignature
 	}
 	if len(body) == 0 {
 		return &service.Response{}, nil
 	}
 	return &service.Response{ContentType: "application/json", Body: body}, nil
-}
-
-func sign(key, body []byte) []byte {
-	h := hmac.New(sha256.New, key)
-	h.Write(body)
-	return h.Sum(nil)
 }

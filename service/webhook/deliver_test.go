@@ -11,6 +11,7 @@ import (
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
 
+	"github.com/nanomdm/nanomdm/service/callout"
 	"github.com/nanomdm/nanomdm/storage"
 )
 
@@ -479,7 +480,7 @@ func TestSinkChangesWhileDelivering(t *testing.T) {
 		require.Len(t, w.receiver.requests(), 4, "a new sink begins with what is new")
 
 		w.receiver.answers(func(rw http.ResponseWriter, d *delivery) {
-			if d.header.Get(headerHMAC) != "" {
+			if d.header.Get(callout.HeaderSignature) != "" {
 				rw.WriteHeader(500)
 			}
 		})

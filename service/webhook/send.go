@@ -8,12 +8,12 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"net/url"
 	"strconv"
 	"time"
 
 	"golang.org/x/sync/semaphore"
 
+	"github.com/nanomdm/nanomdm/service/callout"
 	"github.com/nanomdm/nanomdm/storage"
 )
 
@@ -44,12 +44,10 @@ type failure struct {
 
 // sender does the HTTP of all sinks.
 type sender struct {
-	// There is no client around it: following a redirect would make a GET of
-	// the POST, or send events to somebody who was not configured.
-	transport *http.Transport
-	timeout   time.Duration // of one try
-	log       storage.EventLog
-	large     *semaphore.Weighted
+	client  *http.Client
+	timeout time.Duration // of one try
+	log     storage.EventLog
+	large   *semaphore.Weighted
 }
 
 // dialer makes connections.
@@ -63,7 +61,7 @@ func newSender(log storage.EventLog, timeout time.Duration, workers int, dial di
 		log:     log,
 		timeout: timeout,
 		large:   semaphore.NewWeighted(maxSending),
-		transport: &http.Transport{
+		client: callout.Client(&http.Transport{
 			Proxy:                  http.ProxyFromEnvironment,
 			DialContext:            dial,
 			TLSHandshakeTimeout:    10 * time.Second,
@@ -72,11 +70,11 @@ func newSender(log storage.EventLog, timeout time.Duration, workers int, dial di
 			WriteBufferSize:        writeBuffer,
 			IdleConnTimeout:        90 * time.Second,
 			MaxResponseHeaderBytes: 64 << 10,
-		},
+		}),
 	}
 }
 
-func (s *sender) close() { s.transport.CloseIdleConnections() }
+func (s *sender) close() { s.client.CloseIdleConnections() }
 
 // send tries once.
 func (s *sender) send(ctx context.Context, k *storage.EventSink, r *storage.EventRecord) *failure {
@@ -111,14 +109,10 @@ func (s *sender) post(ctx context.Context, k *storage.EventSink, r *storage.Even
 	req.Header.Set("Content-Type", "application/json; charset=utf-8")
 	req.Header.Set("User-Agent", "nanomdm")
 	if r.TraceParent != "" {
-		req.Header.Set(headerTraceParent, r.TraceParent)
+		req.Header.Set(callout.HeaderTraceParent, r.TraceParent)
 	}
 	sign(req.Header, k.Keys, r.ID, time.Now(), body)
-	if user := req.URL.User; user != nil {
-		password, _ := user.Password()
-		req.SetBasicAuth(user.Username(), password)
-	}
-	resp, err := s.transport.RoundTrip(req)
+	resp, err := s.client.Do(req)
 	if err != nil {
 		return &failure{text: reason(err)}
 	}
@@ -133,16 +127,12 @@ func (s *sender) post(ctx context.Context, k *storage.EventSink, r *storage.Even
 	return &failure{text: fmt.Sprintf("HTTP %d", resp.StatusCode), after: retryAfter(resp.Header.Get("Retry-After"), time.Now())}
 }
 
-// reason leaves the URL out of an error, which may hold a password.
+// reason is the text of an error, without the URL.
 func reason(err error) string {
 	if errors.Is(err, context.DeadlineExceeded) {
 		return "no answer in time"
 	}
-	var u *url.Error
-	if errors.As(err, &u) {
-		err = u.Err
-	}
-	return err.Error()
+	return callout.WithoutURL(err).Error()
 }
 
 // retryAfter reads the header, in seconds or as a date (RFC 9110, 10.2.3).

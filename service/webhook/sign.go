@@ -1,24 +1,21 @@
 package webhook
 
 import (
-	"crypto/hmac"
-	"crypto/sha256"
 	"encoding/base64"
 	"net/http"
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/nanomdm/nanomdm/service/callout"
 )
 
-// Headers of a delivery. Those that begin with Webhook are those of the Standard Webhooks
-// specification, https://www.standardwebhooks.com.
+// Headers of the Standard Webhooks specification,
+// https://www.standardwebhooks.com.
 const (
-	headerHMAC      = "X-Hmac-Signature"
 	headerID        = "Webhook-Id"
 	headerTimestamp = "Webhook-Timestamp"
 	headerSignature = "Webhook-Signature"
-	// headerTraceParent is that of the device's request (W3C Trace Context).
-	headerTraceParent = "Traceparent"
 )
 
 // secretPrefix marks a key as Standard Webhooks write them, in Base64.
@@ -33,10 +30,11 @@ func sign(h http.Header, keys []string, id string, at time.Time, body []byte) {
 	if len(keys) == 0 {
 		return
 	}
-	h.Set(headerHMAC, mac([]byte(keys[0]), body))
+	callout.Sign(h, []byte(keys[0]), body)
 	signatures := make([]string, len(keys))
 	for i, key := range keys {
-		signatures[i] = "v1," + mac(keyBytes(key), []byte(id), []byte("."), []byte(timestamp), []byte("."), body)
+		mac := callout.MAC(keyBytes(key), []byte(id), []byte("."), []byte(timestamp), []byte("."), body)
+		signatures[i] = "v1," + base64.StdEncoding.EncodeToString(mac)
 	}
 	h.Set(headerSignature, strings.Join(signatures, " "))
 }
@@ -49,13 +47,4 @@ func keyBytes(key string) []byte {
 		}
 	}
 	return []byte(key)
-}
-
-// mac is the Base64 of an HMAC-SHA256.
-func mac(key []byte, parts ...[]byte) string {
-	m := hmac.New(sha256.New, key)
-	for _, p := range parts {
-		m.Write(p)
-	}
-	return base64.StdEncoding.EncodeToString(m.Sum(nil))
 }

@@ -144,7 +144,7 @@ func TestConsumers(t *testing.T) {
 					req, err := http.NewRequestWithContext(t.Context(), "POST", "http://"+address+"/", strings.NewReader(text))
 					require.NoError(t, err)
 					req.Header = h
-					resp, err := s.transport.RoundTrip(req)
+					resp, err := s.client.Do(req)
 					require.NoError(t, err)
 					require.NoError(t, resp.Body.Close())
 					require.Equal(t, 401, resp.StatusCode, what)

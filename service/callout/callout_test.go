@@ -1,0 +1,54 @@
+package callout_test
+
+import (
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/nanomdm/nanomdm/service/callout"
+)
+
+// The vector is test case 2 of RFC 4231.
+func TestSignature(t *testing.T) {
+	const signature = "W9z7jGrjf5hLEWWKpEBLjDkaSqjICLsZHgoKJBFU0kQ="
+	key, body := []byte("Jefe"), []byte("what do ya want for nothing?")
+	h := make(http.Header)
+	callout.Sign(h, nil, body)
+	require.Empty(t, h)
+	require.True(t, callout.Signed(h, nil, body), "without a key nothing is checked")
+	require.False(t, callout.Signed(h, key, body))
+	callout.Sign(h, key, body)
+	require.Equal(t, signature, h.Get("X-Hmac-Signature"))
+	require.True(t, callout.Signed(h, key, body))
+	require.False(t, callout.Signed(h, key, body[1:]))
+	require.False(t, callout.Signed(h, key[1:], body))
+	h.Set(callout.HeaderSignature, "not Base64")
+	require.False(t, callout.Signed(h, key, body))
+	require.Equal(t, callout.MAC(key, body), callout.MAC(key, body[:5], nil, body[5:]))
+}
+
+func TestClientFollowsNoRedirect(t *testing.T) {
+	elsewhere := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { t.Error("the redirect was followed") }))
+	defer elsewhere.Close()
+	for _, status := range []int{301, 302, 303, 307, 308} {
+		srv := httptest.NewServer(http.RedirectHandler(elsewhere.URL, status))
+		resp, err := callout.Client(nil).Post(srv.URL, "text/plain", http.NoBody)
+		require.NoError(t, err)
+		_, _ = io.Copy(io.Discard, resp.Body)
+		require.NoError(t, resp.Body.Close())
+		require.Equal(t, status, resp.StatusCode)
+		srv.Close()
+	}
+}
+
+func TestErrorsDoNotShowTheURL(t *testing.T) {
+	srv := httptest.NewServer(nil)
+	srv.Close()
+	_, err := callout.Client(nil).Get(srv.URL + "/?secret=1")
+	require.ErrorContains(t, err, "secret")
+	require.NotContains(t, callout.WithoutURL(err).Error(), "secret")
+	require.ErrorIs(t, callout.WithoutURL(io.EOF), io.EOF)
+}
