@@ -10,6 +10,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/nanomdm/nanomdm/backoff"
 	"github.com/nanomdm/nanomdm/storage"
 	"github.com/nanomdm/nanomdm/storage/lease"
 )
@@ -209,7 +210,7 @@ func (d *Deliverer) number(ctx context.Context, current func() storage.Lease) {
 		if n > numberBatch/2 { // there may be more
 			continue
 		}
-		if !sleep(ctx, min(max(numberPause, time.Duration(n)*numberEach), mostPause)) {
+		if backoff.Sleep(ctx, min(max(numberPause, time.Duration(n)*numberEach), mostPause)) != nil {
 			return
 		}
 		timer := time.NewTimer(wait)
@@ -328,7 +329,7 @@ func (d *Deliverer) upkeep(ctx context.Context, current func() storage.Lease) {
 			return d.store.ForgetEventSinks(ctx, current(), time.Now().Add(-d.cfg.MaxAge))
 		})
 		d.watch(ctx, alarmed)
-		if !sleep(ctx, upkeepEvery) {
+		if backoff.Sleep(ctx, upkeepEvery) != nil {
 			return
 		}
 	}
@@ -347,7 +348,7 @@ func (d *Deliverer) batches(ctx context.Context, what string, step func() (int, 
 		if n == 0 {
 			return true
 		}
-		if !sleep(ctx, removePause) {
+		if backoff.Sleep(ctx, removePause) != nil {
 			return false
 		}
 	}
@@ -370,17 +371,5 @@ func (d *Deliverer) watch(ctx context.Context, alarmed map[string]bool) {
 				"sink", b.Sink, "events", b.Behind, "max_events", d.cfg.MaxBacklog, "age", age.Round(time.Second), "max_age", d.cfg.MaxAge)
 		}
 		alarmed[b.Sink] = near
-	}
-}
-
-// sleep waits and says whether ctx still goes on.
-func sleep(ctx context.Context, d time.Duration) bool {
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	select {
-	case <-ctx.Done():
-		return false
-	case <-timer.C:
-		return true
 	}
 }

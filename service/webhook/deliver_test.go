@@ -136,7 +136,7 @@ func TestBackoff(t *testing.T) {
 			pause := min(100*time.Millisecond<<(i-1), 5*time.Minute)
 			got := tries[i].Sub(tries[i-1])
 			require.GreaterOrEqual(t, got, pause/2, i)
-			require.LessOrEqual(t, got, pause+200*time.Millisecond, i)
+			require.LessOrEqual(t, got, pause*5/4+200*time.Millisecond, i)
 		}
 		require.Zero(t, w.log.count("is down"))
 		w.receiver.answers(nil)

@@ -1,8 +1,9 @@
 package webhook
 
 import (
-	"math/rand/v2"
 	"time"
+
+	"github.com/nanomdm/nanomdm/backoff"
 )
 
 const (
@@ -19,7 +20,7 @@ const (
 // is down and probed, and until when it asked for a pause. Each method takes
 // the present, so that tests need no clock. It belongs to one goroutine.
 type health struct {
-	backoff     backoff
+	backoff     backoff.Policy
 	failures    int // since the last success
 	down        bool
 	probes      int       // since the receiver is down
@@ -67,26 +68,9 @@ func (h *health) probe(now time.Time) bool {
 
 func (h *health) scheduleProbe(now time.Time) {
 	h.probes++
-	h.probeAt = now.Add(min(jitter(h.backoff.pause(h.probes)), maxProbe))
+	h.probeAt = now.Add(min(h.backoff.Pause(h.probes), maxProbe))
 }
 
 // probeAgain makes the next probe due: the last one did not reach the
 // receiver.
 func (h *health) probeAgain(now time.Time) { h.probeAt = now }
-
-// backoff is the pause after a first failure.
-type backoff time.Duration
-
-// pause doubles with each failure up to maxBackoff.
-func (b backoff) pause(failures int) time.Duration {
-	p := time.Duration(b)
-	for range failures - 1 {
-		if p *= 2; p >= maxBackoff {
-			return maxBackoff
-		}
-	}
-	return p
-}
-
-// jitter takes up to half of a pause away, so that retries spread.
-func jitter(p time.Duration) time.Duration { return p - rand.N(p/2+1) }

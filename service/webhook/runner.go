@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"time"
 
+	"github.com/nanomdm/nanomdm/backoff"
 	"github.com/nanomdm/nanomdm/storage"
 )
 
@@ -113,7 +114,7 @@ func newRunner(d *Deliverer, k storage.EventSink, current func() storage.Lease, 
 		news: make(chan struct{}, 1), done: make(chan struct{}),
 		results: make(chan result, d.cfg.Workers),
 		again:   redeliveries{batches: make(map[string]*enrollmentBatch)},
-		out:     newOutcomes(k.Cursor), backlog: newBacklog(), health: health{backoff: backoff(d.cfg.Backoff)},
+		out:     newOutcomes(k.Cursor), backlog: newBacklog(), health: health{backoff: backoff.Policy{First: d.cfg.Backoff, Max: maxBackoff}},
 	}
 }
 
@@ -154,7 +155,7 @@ func (r *runner) run(ctx context.Context) {
 	defer context.AfterFunc(ctx, func() { time.AfterFunc(grace, interrupt) })()
 	r.count.down.Store(false)
 	for !r.load(ctx) {
-		if !sleep(ctx, storeErrorPause) {
+		if backoff.Sleep(ctx, storeErrorPause) != nil {
 			return
 		}
 	}
@@ -170,7 +171,7 @@ func (r *runner) run(ctx context.Context) {
 			r.log.WarnContext(ctx, "the store holds up the delivery of events", "error", err)
 		}
 		if failing = err != nil; failing {
-			sleep(ctx, storeErrorPause)
+			_ = backoff.Sleep(ctx, storeErrorPause)
 		}
 	}
 	r.finish(ctx, unsubscribed)
@@ -532,14 +533,14 @@ func (r *runner) send(sending context.Context, e *storage.EventRecord) (f *failu
 		begun := time.Now()
 		f = r.d.send.send(sending, &r.sink, e)
 		tries++
-		pause := backoff(r.d.cfg.Backoff).pause(e.Attempts + tries)
+		pause := r.health.backoff.Pause(e.Attempts + tries) // the policy does not change
 		switch {
 		case f == nil, sending.Err() != nil, f.unsubscribed || f.permanent || f.after > 0, r.count.down.Load(),
 			tries == triesInPlace, time.Since(begun) > quickly, pause > pauseInPlace:
 			return f, tries
 		}
 		r.count.failures.Add(1)
-		if !sleep(sending, jitter(pause)) {
+		if backoff.Sleep(sending, pause) != nil {
 			return f, tries
 		}
 	}
@@ -603,7 +604,7 @@ func (r *runner) batchDelivered(b *enrollmentBatch, now time.Time) {
 func (r *runner) batchFailed(b *enrollmentBatch, res result, now time.Time) {
 	e := &b.events[res.sent]
 	attempts := e.Attempts + res.tries
-	next := now.Add(jitter(r.health.backoff.pause(attempts)))
+	next := now.Add(r.health.backoff.Pause(attempts))
 	if r.health.paused(next) {
 		next = r.health.pausedUntil
 	}

@@ -1,26 +1,27 @@
-// Package webhook tells other systems what devices say.
+// Package webhook sends events to other systems: the messages of devices, and
+// what the server finds by itself.
 //
 // Its Middleware only annotates a request with the event; the store commits
-// it with the change, in the outbox. A Deliverer, on whichever replica holds
-// the lease, numbers what was committed and sends it to the sinks: at least
-// once, and in order for each enrollment. JSON is made when it is sent, in
-// MicroMDM's form as NanoMDM has it.
+// the event with the change, in the outbox. A Deliverer, on whichever replica
+// holds the lease, numbers committed events and sends them to the sinks: at
+// least once, and in order for each enrollment. The JSON is made when an event
+// is sent, in MicroMDM's form with NanoMDM's additions.
 package webhook
 
 import (
 	"context"
-	"crypto/rand"
-	"fmt"
 	"strings"
 	"time"
 	"unicode/utf8"
+
+	"github.com/google/uuid"
 
 	"github.com/nanomdm/nanomdm/mdm"
 	"github.com/nanomdm/nanomdm/service"
 	"github.com/nanomdm/nanomdm/storage"
 )
 
-// topicOf names the event of a message; a kind without one has no event.
+// topicOf names the event of a message; "" means that the kind has none.
 func topicOf(k mdm.Kind) string {
 	switch k {
 	case mdm.KindAuthenticate:
@@ -45,9 +46,9 @@ func topicOf(k mdm.Kind) string {
 	return ""
 }
 
-// Middleware annotates requests with their events, as far as a sink wants
-// them: without a sink nothing is written. wake, if not nil, is called after
-// an event was committed and must not block.
+// Middleware annotates requests with the events that a sink wants. Without a
+// sink nothing is written. wake is called after an event was committed, unless
+// it is nil, and must not block.
 func Middleware(sinks *Sinks, wake func()) service.Middleware {
 	return func(next service.Handler) service.Handler {
 		return service.HandlerFunc(func(ctx context.Context, r *service.Request) (*service.Response, error) {
@@ -59,7 +60,9 @@ func Middleware(sinks *Sinks, wake func()) service.Middleware {
 			if !sinks.Wants(&e, r.Enroll.Type) {
 				return next.Handle(ctx, r)
 			}
-			e.ID = newID(e.CreatedAt)
+			// Events of about the same time lie beside each other in the
+			// database's index.
+			e.ID = uuid.Must(uuid.NewV7()).String()
 			r.Events = append(r.Events, e)
 			resp, err := next.Handle(ctx, r)
 			if wake != nil && err == nil {
@@ -70,7 +73,7 @@ func Middleware(sinks *Sinks, wake func()) service.Middleware {
 	}
 }
 
-// event makes a request's event, but for its ID.
+// event makes a request's event without its ID.
 func event(r *service.Request, topic string) storage.Event {
 	who := r.Message.Identity()
 	e := storage.Event{
@@ -94,10 +97,10 @@ func event(r *service.Request, topic string) storage.Event {
 	return e
 }
 
-// maxText is the most characters of a column for a device's words.
+// maxText is the most characters that a column has for a device's text.
 const maxText = 255
 
-// short makes a text that a device chose fit a column.
+// short makes a device's text fit its column.
 func short(s string) string {
 	if strings.IndexByte(s, 0) >= 0 || !utf8.ValidString(s) {
 		s = strings.ReplaceAll(strings.ToValidUTF8(s, "\uFFFD"), "\x00", "")
@@ -106,18 +109,4 @@ func short(s string) string {
 		s = string([]rune(s)[:maxText])
 	}
 	return s
-}
-
-// newID makes a UUID of version 7 (RFC 9562): events that come one after the
-// other lie beside each other in the database's index.
-func newID(at time.Time) string {
-	var b [16]byte
-	_, _ = rand.Read(b[6:]) // never fails
-	ms := at.UnixMilli()
-	for i := range 6 {
-		b[i] = byte(ms >> (8 * (5 - i)))
-	}
-	b[6] = b[6]&0x0f | 0x70
-	b[8] = b[8]&0x3f | 0x80
-	return fmt.Sprintf("%x-%x-%x-%x-%x", b[:4], b[4:6], b[6:8], b[8:10], b[10:])
 }
