@@ -1,0 +1,180 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net/http"
+	"net/url"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/nanomdm/nanomdm/mdm/mdmtest"
+)
+
+// api calls the operators' side of a server.
+type api struct {
+	base   string
+	client *http.Client
+}
+
+func newAPI(base string) *api {
+	return &api{base: base, client: &http.Client{Timeout: 8 * time.Second, Transport: &http.Transport{MaxIdleConnsPerHost: 16}}}
+}
+
+func (a *api) do(ctx context.Context, method, path, contentType string, body []byte) (int, []byte, error) {
+	request, err := http.NewRequestWithContext(ctx, method, a.base+path, bytes.NewReader(body))
+	if err != nil {
+		return 0, nil, err
+	}
+	request.SetBasicAuth("nanomdm", apiKey)
+	if contentType != "" {
+		request.Header.Set("Content-Type", contentType)
+	}
+	reply, err := a.client.Do(request)
+	if err != nil {
+		return 0, nil, err
+	}
+	defer reply.Body.Close()
+	content, err := io.ReadAll(reply.Body)
+	return reply.StatusCode, content, err
+}
+
+// get reads a JSON answer.
+func (a *api) get(ctx context.Context, path string, into any) error {
+	status, content, err := a.do(ctx, http.MethodGet, path, "", nil)
+	if err != nil {
+		return err
+	}
+	if status != http.StatusOK {
+		return fmt.Errorf("GET %s: %d %.200s", path, status, content)
+	}
+	return json.Unmarshal(content, into)
+}
+
+// operator queues one command after the other, each for some devices, and
+// repeats a call until all of them have it.
+type operator struct {
+	number  int
+	keyed   bool // lets the server make the UUID, and sends an idempotency key
+	api     *api
+	history *history
+	ids     []string
+	rng     *rand.Rand
+	pause   time.Duration
+}
+
+// answer is the part of an enqueue's answer that says who got it.
+type answer struct {
+	Status map[string]struct {
+		CommandError string `json:"command_error"`
+	} `json:"status"`
+	CommandError string `json:"command_error"`
+	CommandUUID  string `json:"command_uuid"`
+	Error        string `json:"error"`
+}
+
+type operators struct {
+	busy       sync.WaitGroup
+	mu         sync.Mutex
+	violations []string // calls with an idempotency key that were done twice
+}
+
+func (o *operators) violation(format string, args ...any) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.violations = append(o.violations, fmt.Sprintf(format, args...))
+}
+
+// run queues until the context ends; a call that was begun is repeated until
+// it is acknowledged, or finish ends.
+func (o *operator) run(ctx, finish context.Context, all *operators) {
+	for n := 0; ctx.Err() == nil; n++ {
+		c := &call{operator: o.number, number: n, marker: fmt.Sprintf("op-%d-%d", o.number, n), ids: o.some()}
+		if !o.keyed {
+			c.uuid = uuid.NewString()
+		}
+		o.history.begin(c)
+		o.repeat(finish, c, all)
+		if o.keyed && o.rng.IntN(3) == 0 {
+			o.again(ctx, c, all)
+		}
+		_ = sleep(ctx, o.pause)
+	}
+}
+
+func (o *operator) some() []string {
+	ids := append([]string(nil), o.ids...)
+	o.rng.Shuffle(len(ids), func(i, j int) { ids[i], ids[j] = ids[j], ids[i] })
+	return ids[:1+o.rng.IntN(len(ids))]
+}
+
+func (o *operator) repeat(ctx context.Context, c *call, all *operators) {
+	for ctx.Err() == nil {
+		queued, uuid, err := o.send(ctx, c)
+		o.history.answered(err == nil)
+		if err == nil {
+			if o.keyed && c.uuid != "" && uuid != c.uuid {
+				all.violation("call %s with an idempotency key made commands %s and %s", c.marker, c.uuid, uuid)
+			}
+			o.history.accept(c, uuid, queued)
+			if len(c.acknowledged) == len(c.ids) {
+				return
+			}
+		}
+		_ = sleep(ctx, 50*time.Millisecond+time.Duration(o.rng.Int64N(int64(300*time.Millisecond))))
+	}
+}
+
+// again repeats a call that was acknowledged, as a client does that lost the
+// answer.
+func (o *operator) again(ctx context.Context, c *call, all *operators) {
+	_, uuid, err := o.send(ctx, c)
+	if err == nil && uuid != c.uuid {
+		all.violation("call %s, repeated, made command %s besides %s", c.marker, uuid, c.uuid)
+	}
+}
+
+func (o *operator) send(ctx context.Context, c *call) (queued []string, uuid string, err error) {
+	var status int
+	var content []byte
+	if o.keyed {
+		body, err := json.Marshal(map[string]any{
+			"ids": c.ids, "request_type": "RemoveProfile", "Identifier": c.marker,
+			"options": map[string]any{"idempotency_key": c.marker},
+		})
+		if err != nil {
+			return nil, "", err
+		}
+		status, content, err = o.api.do(ctx, http.MethodPost, "/v1/commands?push=async", "application/json", body)
+		if err != nil {
+			return nil, "", err
+		}
+	} else {
+		command := mdmtest.NewCommand(c.uuid, "RemoveProfile", func(p *mdmtest.Plist) { p.String("Identifier", c.marker) })
+		path := "/v1/enqueue/" + url.PathEscape(strings.Join(c.ids, ",")) + "?push=async"
+		status, content, err = o.api.do(ctx, http.MethodPut, strings.ReplaceAll(path, "%2C", ","), "", command)
+		if err != nil {
+			return nil, "", err
+		}
+	}
+	var a answer
+	if err := json.Unmarshal(content, &a); err != nil {
+		return nil, "", fmt.Errorf("%d %.100s", status, content)
+	}
+	if status != http.StatusOK && status != http.StatusMultiStatus {
+		return nil, "", fmt.Errorf("%d %s%s", status, a.Error, a.CommandError)
+	}
+	for id, one := range a.Status {
+		if one.CommandError == "" {
+			queued = append(queued, id)
+		}
+	}
+	return queued, a.CommandUUID, nil
+}
