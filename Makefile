@@ -4,9 +4,10 @@ GO ?= go
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 FUZZTIME ?= 20s
 BENCH ?=
+CHAOS ?=
 ENGINES := storage/engines/with-engines.sh
 
-.PHONY: help build demo test quick bench fuzz lint clean
+.PHONY: help build demo test quick bench chaos fuzz lint clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +28,10 @@ quick: ## everything that needs no database server
 bench: build ## end-to-end on durable engines, into docs/performance.md; pushes; BENCH=-quick
 	ENGINES_DURABLE=1 $(ENGINES) ./bin/mdmbench -nanomdm ./bin/nanomdm -out docs/performance.md $(BENCH)
 	$(GO) test -run '^$$' -bench . ./push/...
+
+chaos: build ## break clusters and compare what was acknowledged; CHAOS='-scenarios kills -duration 10m'
+	cmd/mdmchaos/install.sh
+	./bin/mdmchaos -nanomdm ./bin/nanomdm $(CHAOS)
 
 # go test fuzzes one target at a time, so each is found and run by name. The
 # name also goes to -run, for the seeds. Making an input smaller is bounded: it

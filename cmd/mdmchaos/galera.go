@@ -45,7 +45,7 @@ const (
 
 func (c *galeraCluster) start(ctx context.Context) error {
 	if _, err := os.Stat(galeraProvider); err != nil {
-		return errors.New("Galera is not installed; `make chaos` installs it")
+		return errors.New("no Galera here; `make chaos` installs it")
 	}
 	for i := range galeraNodes {
 		n := &galeraNode{name: "galera-" + strconv.Itoa(i)}
