@@ -4,37 +4,43 @@ package certverify
 
 import (
 	"bytes"
+	"cmp"
 	"crypto/sha256"
 	"crypto/x509"
 	"encoding/pem"
 	"errors"
 	"fmt"
 	"slices"
-	"sync"
 	"time"
 )
 
-// What can be wrong with a certificate. Every error of [Verifier.Verify] matches
+// The reasons to refuse a certificate. Every error of [Verifier.Verify] matches
 // exactly one of these.
 var (
-	// ErrExpired: the chain is the configured CA's, but the certificate, or a CA
-	// certificate above it, has expired.
+	// ErrExpired: the certificate itself has expired. Its chain was right at the
+	// end of its validity, so it is one of the configured CA's.
 	ErrExpired = errors.New("certificate has expired")
-	// ErrNotYetValid: the same for a validity that has not begun.
+	// ErrCAExpired: a configured CA certificate of the chain has expired, which
+	// locks out every device below it.
+	ErrCAExpired = errors.New("configured CA certificate has expired")
+	// ErrNotYetValid: the validity of the certificate, or of a configured CA
+	// certificate of its chain, has not begun.
 	ErrNotYetValid = errors.New("certificate is not valid yet")
-	// ErrUntrusted: no chain leads to the configured CA, or the certificate is
-	// not for client authentication.
+	// ErrUntrusted: no chain leads to a configured CA, or the certificate is not
+	// for client authentication.
 	ErrUntrusted = errors.New("certificate is not trusted")
 )
 
 const (
 	defaultCacheSize = 1 << 16
 
-	// maxChain bounds the certificates of a request that path building looks at.
-	maxChain = 8
+	// maxRefusals bounds the refusals and the single signatures that are
+	// remembered, and refusalLife how long.
+	maxRefusals = 1 << 12
+	refusalLife = time.Minute
 )
 
-// Config has what may be left out; the zero value works.
+// Config holds what is optional; the zero value works.
 type Config struct {
 	// ClockSkew is how long before its NotBefore a device's certificate is
 	// already accepted, for a CA whose clock runs ahead of ours and a device
@@ -43,6 +49,10 @@ type Config struct {
 	// CacheSize is how many verified certificates are remembered, about 100
 	// bytes each. 0 means 65,536, a negative number none.
 	CacheSize int
+	// Checked is called for each signature on a certificate that Verify checks
+	// while it looks for a chain; may be nil. A chain that was found is checked
+	// once more as a whole, which is not counted.
+	Checked func()
 	// Now is the clock, time.Now by default.
 	Now func() time.Time
 }
@@ -53,12 +63,16 @@ type Verifier struct {
 	roots         *x509.CertPool
 	intermediates *x509.CertPool
 	configured    []*x509.Certificate // both pools' certificates
+	issuers       issuerIndex         // of configured, those that lead to a root
+	detached      []*x509.Certificate // of configured, the others
+	isRoot        map[digest]bool
 	skew          time.Duration
+	checked       func()
 	now           func() time.Time
 
-	mu    sync.RWMutex
-	size  int
-	known map[[sha256.Size]byte]validity
+	known   *memory[validity] // verified certificates
+	refused *memory[refusal]  // certificates with their chains
+	edges   *memory[edge]     // signatures of one certificate on another
 }
 
 // validity is the time in which a whole chain is valid, the leaf's clock skew
@@ -67,6 +81,13 @@ type validity struct{ from, until time.Time }
 
 func (v validity) holds(now time.Time) bool {
 	return !now.Before(v.from) && !now.After(v.until)
+}
+
+// refusal is an error that Verify returned, and how long it is to return it
+// again without looking.
+type refusal struct {
+	err error
+	validity
 }
 
 // New returns a Verifier that trusts the certificates in rootsPEM and may build
@@ -92,16 +113,23 @@ func New(rootsPEM, intermediatesPEM []byte, cfg Config) (*Verifier, error) {
 		roots:         pool(roots),
 		intermediates: pool(intermediates),
 		configured:    slices.Concat(roots, intermediates),
+		isRoot:        make(map[digest]bool),
 		skew:          cfg.ClockSkew,
+		checked:       cfg.Checked,
 		now:           cfg.Now,
-		size:          cfg.CacheSize,
-		known:         make(map[[sha256.Size]byte]validity),
+		known:         newMemory[validity](cmp.Or(cfg.CacheSize, defaultCacheSize)),
+		refused:       newMemory[refusal](maxRefusals),
+		edges:         newMemory[edge](maxRefusals),
+	}
+	v.issuers, v.detached = indexIssuers(roots, intermediates)
+	for _, root := range roots {
+		v.isRoot[sha256.Sum256(root.Raw)] = true
 	}
 	if v.now == nil {
 		v.now = time.Now
 	}
-	if v.size == 0 {
-		v.size = defaultCacheSize
+	if v.checked == nil {
+		v.checked = func() {}
 	}
 	return v, nil
 }
@@ -139,45 +167,63 @@ func pool(certs []*x509.Certificate) *x509.CertPool {
 // directly or through the configured intermediates and chain, the certificates
 // that came with the request.
 //
-// A positive outcome is remembered by the certificate's hash, and its time
-// checked again at each call, until the first certificate of its chain expires.
+// The chain is built downwards from the configured CAs, so that the keys of
+// strangers are never computed with; at most three of the certificates that
+// came along count, and at most six signatures are checked. A certificate that was accepted is remembered by its hash, and its
+// time checked again at each call, until the first certificate of its chain
+// expires. A refusal is remembered for a minute, by the hash of the certificate
+// and of the chain that counted, so that nobody can have a certificate refused by
+// sending it with a wrong chain.
+//
 // Revocation is not checked. The error matches one of the sentinels; expiry is
 // only reported of certificates that are otherwise trusted.
 func (v *Verifier) Verify(cert *x509.Certificate, chain []*x509.Certificate) error {
-	key := sha256.Sum256(cert.Raw)
+	leaf := digest(sha256.Sum256(cert.Raw))
 	now := v.now()
-	v.mu.RLock()
-	period, ok := v.known[key]
-	v.mu.RUnlock()
-	if ok && period.holds(now) {
+	if period, ok := v.known.get(leaf); ok && period.holds(now) {
 		return nil
 	}
-	period, err := v.verify(cert, chain, now)
+	issuers, err := v.findIssuers(cert, leaf, chain, now)
 	if err != nil {
+		return fmt.Errorf("%w: %w", ErrUntrusted, err)
+	}
+	whole := leaf
+	for _, c := range issuers {
+		whole = combine(whole, sha256.Sum256(c.Raw))
+	}
+	if r, ok := v.refused.get(whole); ok && r.holds(now) {
+		return r.err
+	}
+	period, err := v.verify(cert, issuers, now)
+	if err != nil {
+		v.refused.put(whole, refusal{err, validity{now, v.refusedUntil(cert, now)}})
 		return err
 	}
-	v.remember(key, period)
+	v.known.put(leaf, period)
 	return nil
 }
 
-func (v *Verifier) remember(key [sha256.Size]byte, period validity) {
-	if v.size < 1 {
-		return
+// refusedUntil returns when a refusal is looked at again: after refusalLife, or
+// when a certificate that is too young today becomes valid.
+func (v *Verifier) refusedUntil(cert *x509.Certificate, now time.Time) time.Time {
+	until := now.Add(refusalLife)
+	begins := []time.Time{cert.NotBefore.Add(-v.skew)}
+	for _, c := range v.configured {
+		begins = append(begins, c.NotBefore)
 	}
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	if _, replaced := v.known[key]; !replaced && len(v.known) >= v.size {
-		for old := range v.known { // an arbitrary one: a large fleet loses only its share of hits
-			delete(v.known, old)
-			break
+	for _, begin := range begins {
+		if begin.After(now) && begin.Before(until) {
+			until = begin.Add(-time.Nanosecond)
 		}
 	}
-	v.known[key] = period
+	return until
 }
 
-// verify builds the chain at the moment of the leaf's validity that is nearest
-// to now, so that a leaf out of its time can be told from a stranger.
-func (v *Verifier) verify(cert *x509.Certificate, chain []*x509.Certificate, now time.Time) (validity, error) {
+// verify leaves the verdict on a chain whose signatures hold to crypto/x509: key
+// usages, constraints, validity. It builds the chain at the moment of the leaf's
+// validity that is nearest to now, so that a leaf out of its time can be told from
+// a stranger.
+func (v *Verifier) verify(cert *x509.Certificate, issuers []*x509.Certificate, now time.Time) (validity, error) {
 	at := now
 	switch {
 	case now.Before(cert.NotBefore):
@@ -186,9 +232,9 @@ func (v *Verifier) verify(cert *x509.Certificate, chain []*x509.Certificate, now
 		at = cert.NotAfter
 	}
 	intermediates := v.intermediates
-	if len(chain) > 0 {
+	if len(issuers) > 0 {
 		intermediates = intermediates.Clone()
-		for _, c := range chain[:min(len(chain), maxChain)] {
+		for _, c := range issuers {
 			intermediates.AddCert(c)
 		}
 	}
@@ -220,7 +266,7 @@ func (v *Verifier) reason(err error, at time.Time) error {
 	if at.Before(invalid.Cert.NotBefore) {
 		return ErrNotYetValid
 	}
-	return ErrExpired
+	return ErrCAExpired
 }
 
 // lasting returns the validity of the chain that lasts longest.

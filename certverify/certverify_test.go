@@ -112,7 +112,7 @@ func TestVerify(t *testing.T) {
 		"expired, skew allowed":         {cert: issue(t, "d", root, period(-time.Hour, -time.Second)), skew: time.Minute, want: ErrExpired},
 		"expired stranger":              {cert: issue(t, "d", stranger, period(-time.Hour, -time.Second)), want: ErrUntrusted},
 		"expired stranger in the chain": {cert: issue(t, "d", strangerMiddle, nil), chain: []*x509.Certificate{strangerMiddle.cert}, want: ErrUntrusted},
-		"expired root":                  {cert: issue(t, "d", expiredRoot, nil), want: ErrExpired},
+		"expired root":                  {cert: issue(t, "d", expiredRoot, nil), want: ErrCAExpired},
 		"future root":                   {cert: issue(t, "d", futureRoot, nil), want: ErrNotYetValid},
 		"too young":                     {cert: issue(t, "d", root, period(2*time.Second, time.Hour)), want: ErrNotYetValid},
 		"too young within the skew":     {cert: issue(t, "d", root, period(2*time.Second, time.Hour)), skew: 2 * time.Second},
@@ -131,7 +131,7 @@ func TestVerify(t *testing.T) {
 					require.ErrorIs(t, err, test.want)
 				}
 			}
-			require.Equal(t, test.want == nil, len(v.known) == 1, "only positive outcomes are remembered")
+			require.Equal(t, test.want == nil, v.known.len() == 1, "only positive outcomes are remembered")
 		})
 	}
 }
@@ -148,11 +148,11 @@ func TestVerifyRechecksTime(t *testing.T) {
 	clock = now.Add(time.Hour)
 	require.NoError(t, v.Verify(device.cert, nil))
 	clock = now.Add(time.Hour + time.Second)
-	require.ErrorIs(t, v.Verify(device.cert, nil), ErrExpired)
+	require.ErrorIs(t, v.Verify(device.cert, nil), ErrCAExpired)
 	clock = now.Add(-time.Hour - time.Second)
 	require.ErrorIs(t, v.Verify(device.cert, nil), ErrNotYetValid)
 	clock = device.cert.NotAfter.Add(time.Second)
-	require.ErrorIs(t, v.Verify(device.cert, nil), ErrExpired)
+	require.ErrorIs(t, v.Verify(device.cert, nil), ErrCAExpired, "at the end of the device's certificate, too")
 	clock = device.cert.NotBefore.Add(-time.Second)
 	require.ErrorIs(t, v.Verify(device.cert, nil), ErrNotYetValid)
 }
@@ -189,7 +189,7 @@ func TestVerifyConcurrentlyInBounds(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	require.Len(t, v.known, 4)
+	require.Equal(t, 4, v.known.len())
 }
 
 func TestNewRefuses(t *testing.T) {

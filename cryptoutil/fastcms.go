@@ -84,6 +84,28 @@ func parseKnownShape(der []byte, parse certificateParser) (m *MdmSignature, know
 	return m, true, nil
 }
 
+// countEmbedded counts the certificates of a DER SignedData without parsing them,
+// as far as its shape is known.
+func countEmbedded(der []byte) int {
+	var content, signedData, embedded cryptobyte.String
+	input := cryptobyte.String(der)
+	if !readOnly(&input, &content, asn1.SEQUENCE) || !readOID(&content, oidSignedData) ||
+		!readOnly(&content, &content, tagExplicit0) || !readOnly(&content, &signedData, asn1.SEQUENCE) ||
+		!signedData.SkipASN1(asn1.INTEGER) || !signedData.SkipASN1(asn1.SET) || !signedData.SkipASN1(asn1.SEQUENCE) ||
+		!signedData.ReadASN1(&embedded, tagExplicit0) {
+		return 0
+	}
+	n := 0
+	for ; !embedded.Empty(); n++ {
+		var tag asn1.Tag
+		var element cryptobyte.String
+		if !embedded.ReadAnyASN1(&element, &tag) {
+			return n
+		}
+	}
+	return n
+}
+
 // readOnly reads an element of the given tag that is all of s. s and out may be
 // the same.
 func readOnly(s, out *cryptobyte.String, tag asn1.Tag) bool {

@@ -29,6 +29,10 @@ var (
 // each certificate they include.
 const maxSignatureHeader = 16 << 10
 
+// maxEmbedded bounds the certificates in a signature: each is parsed before
+// anything about its sender is known.
+const maxEmbedded = 9
+
 // MdmSignature is a parsed Mdm-Signature header: a detached CMS SignedData
 // (RFC 5652) of one signer over the bytes of the request body. It is immutable
 // and may be used concurrently.
@@ -86,6 +90,9 @@ func parseMdmSignature(header string, parse certificateParser) (*MdmSignature, e
 	der, err := normalizeBER(raw)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrSignatureMalformed, err)
+	}
+	if countEmbedded(der) > maxEmbedded {
+		return nil, fmt.Errorf("%w: more than %d certificates", ErrSignatureMalformed, maxEmbedded)
 	}
 	m, known, err := parseKnownShape(der, parse)
 	if err == nil && !known {

@@ -291,6 +291,32 @@ func TestParseMdmSignatureRefuses(t *testing.T) {
 	}
 }
 
+// A header full of certificates is refused before any of them is parsed.
+func TestManyCertificatesAreNotParsed(t *testing.T) {
+	id := currentIdentity(t, ecKey(t))
+	with := func(more int) string {
+		data, err := pkcs7.NewSignedData([]byte("x"))
+		require.NoError(t, err)
+		require.NoError(t, data.AddSigner(id.cert, id.key, pkcs7.SignerInfoConfig{}))
+		for range more {
+			data.AddCertificate(id.cert)
+		}
+		data.Detach()
+		der, err := data.Finish()
+		require.NoError(t, err)
+		return header(der)
+	}
+	parsed := 0
+	parse := func(der []byte) (*x509.Certificate, error) { parsed++; return x509.ParseCertificate(der) }
+	_, err := parseMdmSignature(with(maxEmbedded), parse)
+	require.ErrorIs(t, err, ErrSignatureMalformed)
+	require.Zero(t, parsed)
+	sig, err := parseMdmSignature(with(maxEmbedded-1), parse)
+	require.NoError(t, err)
+	require.Len(t, sig.Chain(), maxEmbedded-1)
+	require.Equal(t, maxEmbedded, parsed)
+}
+
 func withoutLast(b []byte) []byte { return b[:len(b)-1] }
 
 func nested(depth int) []byte {

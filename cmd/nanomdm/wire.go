@@ -55,11 +55,12 @@ type building struct {
 // The database is opened when the server runs, so that a start while it is
 // away waits, with probes answered.
 func wire(o options, environ []string, log *slog.Logger, stdout io.Writer) (*server, error) {
-	side, err := loadDeviceSide(o, log)
+	counters := metrics.New(version)
+	side, err := loadDeviceSide(o, log, counters.Checked)
 	if err != nil {
 		return nil, err
 	}
-	b := &building{o: o, log: log, stdout: stdout, side: side, gate: gate.New(log), metrics: metrics.New(version)}
+	b := &building{o: o, log: log, stdout: stdout, side: side, gate: gate.New(log), metrics: counters}
 	if b.systemd, err = newNotifier(lookup(environ)); err != nil {
 		return nil, err
 	}
@@ -271,7 +272,7 @@ type deviceSide struct {
 	caNotAfter time.Time          // of the first of -ca to expire; zero without devices
 }
 
-func loadDeviceSide(o options, log *slog.Logger) (*deviceSide, error) {
+func loadDeviceSide(o options, log *slog.Logger, checked func()) (*deviceSide, error) {
 	side := &deviceSide{core: core.Config{EmptyDigestChallenge: o.uaZLDC}}
 	var errs []error
 	fail := func(flag string, err error) { errs = append(errs, fmt.Errorf("-%s: %w", flag, err)) }
@@ -292,7 +293,7 @@ func loadDeviceSide(o options, log *slog.Logger) (*deviceSide, error) {
 		return side, errors.Join(errs...)
 	}
 
-	if verifier, notAfter, err := loadVerifier(o); err != nil {
+	if verifier, notAfter, err := loadVerifier(o, checked); err != nil {
 		errs = append(errs, err)
 	} else {
 		side.caNotAfter = notAfter
@@ -323,7 +324,7 @@ func loadDeviceSide(o options, log *slog.Logger) (*deviceSide, error) {
 	return side, errors.Join(errs...)
 }
 
-func loadVerifier(o options) (*certverify.Verifier, time.Time, error) {
+func loadVerifier(o options, checked func()) (*certverify.Verifier, time.Time, error) {
 	roots, err := os.ReadFile(o.ca)
 	if err != nil {
 		return nil, time.Time{}, fmt.Errorf("-ca: %w", err)
@@ -334,7 +335,7 @@ func loadVerifier(o options) (*certverify.Verifier, time.Time, error) {
 			return nil, time.Time{}, fmt.Errorf("-intermediate: %w", err)
 		}
 	}
-	verifier, err := certverify.New(roots, intermediates, certverify.Config{ClockSkew: o.clockSkew})
+	verifier, err := certverify.New(roots, intermediates, certverify.Config{ClockSkew: o.clockSkew, Checked: checked})
 	if err != nil {
 		return nil, time.Time{}, fmt.Errorf("-ca, -intermediate: %w", err)
 	}

@@ -36,6 +36,7 @@ type Metrics struct {
 	turned    *prometheus.CounterVec
 	api       *prometheus.CounterVec
 	panics    prometheus.Counter
+	checks    prometheus.Counter
 	commits   prometheus.Observer
 	polls     prometheus.Observer
 	failures  *prometheus.CounterVec
@@ -53,13 +54,14 @@ func New(version string) *Metrics {
 	m.turned = counterVec("nanomdm_http_turned_away_total")
 	m.api = counterVec("nanomdm_api_refusals_total")
 	m.failures = counterVec("nanomdm_metrics_source_failures_total")
-	m.panics = counterVec("nanomdm_http_panics_total").WithLabelValues()
+	panics, checks := counterVec("nanomdm_http_panics_total"), counterVec("nanomdm_identity_signature_checks_total")
+	m.panics, m.checks = panics.WithLabelValues(), checks.WithLabelValues()
 	commits := histogramVec("nanomdm_store_commit_messages", 1, 2, 4, 8, 16, 32, 64, 128, 256)
 	polls := histogramVec("nanomdm_store_poll_messages", 1, 2, 4, 8, 16, 32, 64, 128, 256)
 	m.commits, m.polls = commits.WithLabelValues(), polls.WithLabelValues()
 	build := gaugeVec("nanomdm_build_info")
 	build.WithLabelValues(version, runtime.Version()).Set(1)
-	m.registry.MustRegister(m.requests, m.durations, m.refusals, m.turned, m.api, m.failures, m.panics, commits, polls, build,
+	m.registry.MustRegister(m.requests, m.durations, m.refusals, m.turned, m.api, m.failures, panics, checks, commits, polls, build,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
 }
@@ -79,6 +81,10 @@ func (m *Metrics) APIRefused(reason string) { m.api.WithLabelValues(reason).Inc(
 
 // Panicked counts a panic; requestlog's Config.Panicked.
 func (m *Metrics) Panicked() { m.panics.Inc() }
+
+// Checked counts a signature check of a device's certificate; certverify's
+// Config.Checked.
+func (m *Metrics) Checked() { m.checks.Inc() }
 
 // Committed counts a group commit of so many device messages; sqlstore's
 // Config.Committed.
