@@ -80,7 +80,11 @@ func wire(o options, environ []string, log *slog.Logger, stdout io.Writer) (*ser
 	b.s = newServer(log, o.drainTimeout, stopTimeout)
 	b.s.drainDelay = o.drainDelay
 	b.front = b.gate.Front()
-	b.s.serve("http", listener, b.logged(b.front), side.tls)
+	maxHeader := maxHeaderBytes
+	if o.api != "" && o.apiListen == "" {
+		maxHeader = maxAPIHeaderBytes
+	}
+	b.s.serve("http", listener, b.logged(b.front), side.tls, maxHeader)
 	ready := []any{"version", version, "listen", listener.Addr().String(), "storage", o.storage, "api", o.api != ""}
 	if o.apiListen != "" {
 		apiListener, err := listen("api-listen", o.apiListen)
@@ -88,7 +92,7 @@ func wire(o options, environ []string, log *slog.Logger, stdout io.Writer) (*ser
 			return nil, errors.Join(err, listener.Close())
 		}
 		b.apiFront = b.gate.Front()
-		b.s.serve("api", apiListener, b.logged(b.apiFront), withoutClientAuth(side.tls))
+		b.s.serve("api", apiListener, b.logged(b.apiFront), withoutClientAuth(side.tls), maxAPIHeaderBytes)
 		ready = append(ready, "api_listen", apiListener.Addr().String())
 	}
 	b.s.started = func() {
@@ -154,10 +158,10 @@ func (b *building) assemble(ctx context.Context, store *sqlstore.Store) error {
 	o, log, s, side := b.o, b.log, b.s, b.side
 	mux := http.NewServeMux() // the device side's
 	operators := mux
-	mux.Handle("GET /version", httpapi.Version(version))
+	mux.Handle("/version", httpapi.Version(version))
 	if b.apiFront != nil {
 		operators = http.NewServeMux()
-		operators.Handle("GET /version", httpapi.Version(version))
+		operators.Handle("/version", httpapi.Version(version))
 	}
 
 	pusher, err := b.push(store)
@@ -195,7 +199,7 @@ func (b *building) assemble(ctx context.Context, store *sqlstore.Store) error {
 			MaxBody: o.maxBody, MaxInFlight: o.maxInFlight, Refused: b.metrics.Refused, Logger: log,
 		})
 		if o.migration {
-			operators.Handle("PUT /migration", api.Admin(h.Migration(protocol)))
+			operators.Handle("/migration", api.Migration(h.Migration(protocol)))
 		}
 		routes := map[string]http.Handler{"/mdm": h.MDM(httpmdm.Any)}
 		if o.checkin {

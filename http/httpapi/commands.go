@@ -307,7 +307,7 @@ func (a *API) showResult(ctx context.Context, r *http.Request) (int, any, error)
 		return 0, nil, err
 	}
 	if raw != "" || wantsXML(r) {
-		return http.StatusOK, rawBody{"application/xml; charset=utf-8", result.Raw}, nil
+		return http.StatusOK, attachment(result.Raw), nil
 	}
 	info := resultInfo{
 		EnrollmentID: id, CommandUUID: uuid, RequestType: item.RequestType, State: item.State.String(),

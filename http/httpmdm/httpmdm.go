@@ -165,38 +165,6 @@ func (h *Handler) MDM(role Role) http.Handler {
 	})
 }
 
-// Migration returns the handler of /migration: check-ins without a
-// certificate, from an exporter that has shown the API key. The caller wraps
-// it in that check.
-func (h *Handler) Migration(next service.Handler) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		body, release, err := h.readBody(w, r)
-		defer release()
-		if err != nil {
-			h.fail(w, r, "", err)
-			return
-		}
-		req, err := decode(r, Checkins, body)
-		if err == nil {
-			switch req.Message.(type) {
-			case *mdm.Authenticate, *mdm.TokenUpdate:
-			default:
-				err = badRequest(fmt.Errorf("%w: migration takes Authenticate and TokenUpdate", errRole))
-			}
-		}
-		if err != nil {
-			h.fail(w, r, "", err)
-			return
-		}
-		resp, err := next.Handle(r.Context(), req)
-		if err != nil {
-			h.fail(w, r, req.Enroll.ID, err)
-			return
-		}
-		reply(w, resp)
-	})
-}
-
 // readBody reads the whole body. The bytes that it holds beyond firstRead are
 // taken from the budget as they arrive, so that a client that announces much
 // and sends little costs little. release gives them back and must always be called.
@@ -310,9 +278,17 @@ func reply(w http.ResponseWriter, resp *service.Response) {
 // retryAfter is what an overloaded server asks of devices, in seconds.
 const retryAfter = "5"
 
-// fail is the one place that maps errors to what a device sees: a status and
-// no text but Apple's own. The cause goes to the log.
+// fail answers a device: a status and no text but Apple's own.
 func (h *Handler) fail(w http.ResponseWriter, r *http.Request, enrollID string, err error) {
+	status := h.note(w, r, enrollID, err)
+	var se *service.StatusError
+	errors.As(err, &se)
+	reply(w, refusal(status, se))
+}
+
+// note is the one place that maps errors to statuses. It counts and logs the
+// refusal and sets the headers that belong to the status.
+func (h *Handler) note(w http.ResponseWriter, r *http.Request, enrollID string, err error) int {
 	status, level := http.StatusInternalServerError, slog.LevelError
 	var se *service.StatusError
 	switch {
@@ -336,7 +312,7 @@ func (h *Handler) fail(w http.ResponseWriter, r *http.Request, enrollID string, 
 	}
 	h.cfg.Logger.Log(r.Context(), level, "device request refused", "request_id", requestlog.ID(r.Context()),
 		"status", status, "enrollment_id", enrollID, "error", err)
-	reply(w, refusal(status, se))
+	return status
 }
 
 // refusal is the reply to what failed: a status, and Apple's document where

@@ -438,15 +438,37 @@ func TestRetro(t *testing.T) {
 	}
 }
 
-func TestMigrationTakesEnrollmentsOnly(t *testing.T) {
+// The exporter is no device: it is told why a message is refused, and what
+// another server kept need not be complete.
+func TestMigration(t *testing.T) {
 	s := newSite(t, siteConfig{})
-	for _, body := range [][]byte{message("CheckOut", "D1", "<key>Topic</key><string>t</string>"), report("D1", "Idle", "", "")} {
-		req, err := http.NewRequest("PUT", s.url+"/migration", bytes.NewReader(body))
-		require.NoError(t, err)
-		resp, err := http.DefaultClient.Do(req)
-		require.NoError(t, err)
-		require.NoError(t, resp.Body.Close())
-		require.Equal(t, 400, resp.StatusCode)
+	const topic = "<key>Topic</key><string>t</string>"
+	for _, c := range []struct {
+		name string
+		body []byte
+		want int
+		text string
+	}{
+		{"Authenticate", message("Authenticate", "D1", topic), 200, ""},
+		{"Authenticate without Topic", message("Authenticate", "D2", ""), 200, ""},
+		{"bootstrap token", message("SetBootstrapToken", "D1", "<key>BootstrapToken</key><data>AAAA</data>"), 200, ""},
+		{"user", message("UserAuthenticate", "D1", "<key>UserID</key><string>U</string>"), 200, ""},
+		{"check-out", message("CheckOut", "D1", topic), 200, ""},
+		{"token of a stranger", message("TokenUpdate", "D3", topic+"<key>PushMagic</key><string>m</string><key>Token</key><data>AAAA</data>"), 400, "not enrolled"},
+		{"another check-in", message("GetBootstrapToken", "D1", ""), 400, "GetBootstrapToken is not for migration"},
+		{"report", report("D1", "Idle", "", ""), 400, "missing key: MessageType"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			req, err := http.NewRequest("POST", s.url+"/migration", bytes.NewReader(c.body))
+			require.NoError(t, err)
+			resp, err := http.DefaultClient.Do(req)
+			require.NoError(t, err)
+			text, err := io.ReadAll(resp.Body)
+			require.NoError(t, err)
+			require.NoError(t, resp.Body.Close())
+			require.Equal(t, c.want, resp.StatusCode, "%s", text)
+			require.Contains(t, string(text), c.text)
+		})
 	}
 }
 
