@@ -194,7 +194,9 @@ func pgsqlQueryBatch(ctx context.Context, conn *sql.Conn, deferred []statement, 
 			if err != nil {
 				return q.failed(err)
 			}
-			err = q.Read(pgsqlRows{rows})
+			for err == nil && rows.Next() {
+				err = q.Read(pgsqlRow{rows})
+			}
 			rows.Close()
 			if err := cmp.Or(err, rows.Err()); err != nil {
 				return q.failed(err)
@@ -204,11 +206,11 @@ func pgsqlQueryBatch(ctx context.Context, conn *sql.Conn, deferred []statement, 
 	})
 }
 
-// pgsqlRows are rows of the driver itself.
-type pgsqlRows struct{ pgx.Rows }
+// pgsqlRow is a row of the driver itself.
+type pgsqlRow struct{ pgx.Rows }
 
 // Scan is that of database/sql, in that a number is also true or false.
-func (r pgsqlRows) Scan(into ...any) error {
+func (r pgsqlRow) Scan(into ...any) error {
 	for i, v := range into {
 		if v, ok := v.(*bool); ok {
 			into[i] = (*flag)(v)

@@ -103,17 +103,15 @@ func lockQueueRows(ctx context.Context, t *tx, keys []keyPair) (map[keyPair]queu
 // lockQuery locks rows in key order and reads them, with what events tell of
 // their commands if they are told.
 func lockQuery(t *tx, keys []keyPair, told bool, into map[keyPair]queueRow) sqldb.BatchQuery {
-	read := func(rows sqldb.Rows) error {
-		for rows.Next() {
-			var k keyPair
-			var row queueRow
-			var requestType sql.Null[string]
-			if err := rows.Scan(&k.ID, &k.Item, &row.state, &requestType); err != nil {
-				return err
-			}
-			row.requestType = requestType.V
-			into[k] = row
+	read := func(row sqldb.Row) error {
+		var k keyPair
+		var q queueRow
+		var requestType sql.Null[string]
+		if err := row.Scan(&k.ID, &k.Item, &q.state, &requestType); err != nil {
+			return err
 		}
+		q.requestType = requestType.V
+		into[k] = q
 		return nil
 	}
 	text, args := t.lockedRowsText(keys, told)
@@ -222,21 +220,17 @@ func storedResults(ctx context.Context, t *tx, reports []*opRun) (map[keyPair]st
 		keys[i], _ = reportedKey(p)
 	}
 	where, args := queueRows.Among(t.Tx, keys)
-	rows, err := t.Query(ctx, "SELECT id, command_uuid, status FROM nano_command_results"+t.Dialect.Index("PRIMARY")+" WHERE "+where, args...)
-	if err != nil {
-		return nil, fmt.Errorf("reading results: %w", err)
-	}
-	defer rows.Close()
 	stored := make(map[keyPair]string)
-	for rows.Next() {
+	err := t.Query(ctx, "SELECT id, command_uuid, status FROM nano_command_results"+t.Dialect.Index("PRIMARY")+" WHERE "+where, args...).Each(func(row sqldb.Row) error {
 		var k keyPair
 		var status string
-		if err := rows.Scan(&k.ID, &k.Item, &status); err != nil {
-			return nil, fmt.Errorf("reading results: %w", err)
+		if err := row.Scan(&k.ID, &k.Item, &status); err != nil {
+			return err
 		}
 		stored[k] = status
-	}
-	if err := rows.Err(); err != nil {
+		return nil
+	})
+	if err != nil {
 		return nil, fmt.Errorf("reading results: %w", err)
 	}
 	return stored, nil

@@ -102,22 +102,19 @@ type unnumberedBatch struct {
 // unnumbered reads the batches that are to be numbered next, in order: with
 // up to limit events, or a single one.
 func unnumbered(ctx context.Context, t *tx, limit int) (batches []unnumberedBatch, err error) {
-	rows, err := t.Query(ctx, `SELECT batch_id, size FROM nano_event_batches WHERE seq = 0 ORDER BY stamp, batch_id LIMIT ?`, limit)
-	if err != nil {
-		return nil, err
-	}
-	defer rows.Close()
-	for events := 0; rows.Next(); {
+	events := 0
+	err = t.Query(ctx, `SELECT batch_id, size FROM nano_event_batches WHERE seq = 0 ORDER BY stamp, batch_id LIMIT ?`, limit).Each(func(row sqldb.Row) error {
 		var b unnumberedBatch
-		if err := rows.Scan(&b.id, &b.size); err != nil {
-			return nil, err
+		if err := row.Scan(&b.id, &b.size); err != nil {
+			return err
 		}
 		if events += b.size; events > limit && len(batches) > 0 {
-			return batches, rows.Close()
+			return sqldb.Stop
 		}
 		batches = append(batches, b)
-	}
-	return batches, rows.Err()
+		return nil
+	})
+	return batches, err
 }
 
 // numberStatement numbers n batches: the first n pairs of arguments are their
@@ -266,22 +263,18 @@ func (s *Store) WaitingLanes(ctx context.Context, sink string, limit int) ([]sto
 	err := s.read(ctx, func(ctx context.Context, t *tx) error {
 		lanes = nil
 		// Only the first row of a lane has a time and attempts.
-		rows, err := t.Query(ctx, `SELECT enrollment_id, MIN(seq), MAX(attempts), MAX(next_at) FROM nano_event_deliveries
-			WHERE sink = ? AND state = ? GROUP BY enrollment_id ORDER BY MIN(seq) LIMIT ?`, sink, int(storage.DeliveryWaiting), limit)
-		if err != nil {
-			return err
-		}
-		defer rows.Close()
-		for rows.Next() {
+		err := t.Query(ctx, `SELECT enrollment_id, MIN(seq), MAX(attempts), MAX(next_at) FROM nano_event_deliveries
+			WHERE sink = ? AND state = ? GROUP BY enrollment_id ORDER BY MIN(seq) LIMIT ?`, sink, int(storage.DeliveryWaiting), limit).Each(func(row sqldb.Row) error {
 			var lane storage.Lane
 			var next sql.Null[int64]
-			if err := rows.Scan(&lane.Enrollment, &lane.First, &lane.Attempts, &next); err != nil {
+			if err := row.Scan(&lane.Enrollment, &lane.First, &lane.Attempts, &next); err != nil {
 				return err
 			}
 			lane.NextAt = fromMicros(next.V)
 			lanes = append(lanes, lane)
-		}
-		return rows.Err()
+			return nil
+		})
+		return err
 	})
 	if err != nil {
 		return nil, fmt.Errorf("reading what waits for sink %s: %w", sink, err)
@@ -341,20 +334,9 @@ type deliveryRow struct {
 	attempts int
 }
 
-func deliveryRecords(ctx context.Context, t *tx, where string, args ...any) (list []deliveryRow, err error) {
-	rows, err := t.Query(ctx, `SELECT seq, batch_id, state, attempts FROM nano_event_deliveries `+where, args...)
-	if err != nil {
-		return nil, err
-	}
-	defer rows.Close()
-	for rows.Next() {
-		var r deliveryRow
-		if err := rows.Scan(&r.seq, &r.batch, &r.state, &r.attempts); err != nil {
-			return nil, err
-		}
-		list = append(list, r)
-	}
-	return list, rows.Err()
+func deliveryRecords(ctx context.Context, t *tx, where string, args ...any) ([]deliveryRow, error) {
+	return sqldb.Collect(t.Query(ctx, `SELECT seq, batch_id, state, attempts FROM nano_event_deliveries `+where, args...),
+		func(row sqldb.Row, r *deliveryRow) error { return row.Scan(&r.seq, &r.batch, &r.state, &r.attempts) })
 }
 
 func statesOf(rows []deliveryRow) map[int64]storage.DeliveryState {

@@ -113,20 +113,16 @@ func (s *Store) PushCertificatesExpiry(ctx context.Context) (map[string]time.Tim
 	var expiry map[string]time.Time
 	err := s.read(ctx, func(ctx context.Context, t *tx) error {
 		expiry = make(map[string]time.Time)
-		rows, err := t.Query(ctx, `SELECT topic, not_after FROM nano_push_certs ORDER BY not_after LIMIT 1000`)
-		if err != nil {
-			return err
-		}
-		defer rows.Close()
-		for rows.Next() {
+		err := t.Query(ctx, `SELECT topic, not_after FROM nano_push_certs ORDER BY not_after LIMIT 1000`).Each(func(row sqldb.Row) error {
 			var topic string
 			var at int64
-			if err := rows.Scan(&topic, &at); err != nil {
+			if err := row.Scan(&topic, &at); err != nil {
 				return err
 			}
 			expiry[topic] = fromMicros(at)
-		}
-		return rows.Err()
+			return nil
+		})
+		return err
 	})
 	if err != nil {
 		return nil, fmt.Errorf("reading when push certificates expire: %w", err)

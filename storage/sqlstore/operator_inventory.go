@@ -224,29 +224,24 @@ type candidates struct {
 
 func readCandidates(ctx context.Context, t *tx, src source, after storage.EnrollmentKey, limit int) (candidates, error) {
 	q, args := src.query(t.Dialect, after, limit)
-	rows, err := t.Query(ctx, q, args...)
-	if err != nil {
-		return candidates{}, err
-	}
-	defer rows.Close()
 	c := candidates{last: after}
 	var keys []storage.EnrollmentKey
-	for rows.Next() {
+	err := t.Query(ctx, q, args...).Each(func(row sqldb.Row) error {
 		var at int64
 		key := storage.EnrollmentKey{By: src.index}
-		if err := rows.Scan(&at, &key.Key); err != nil {
-			return candidates{}, err
+		if err := row.Scan(&at, &key.Key); err != nil {
+			return err
 		}
 		c.looked++
 		key.At = fromMicros(at)
 		if n := len(keys); n == 0 || keys[n-1].Key != key.Key {
 			keys = append(keys, key)
 		}
-	}
-	if err := rows.Err(); err != nil {
+		return nil
+	})
+	if err != nil {
 		return candidates{}, err
 	}
-	rows.Close()
 	c.end = c.looked < limit
 	if len(keys) == 0 {
 		return c, nil
@@ -285,20 +280,16 @@ func channelsOf(ctx context.Context, t *tx, devices []storage.EnrollmentKey) (ma
 		ids[i] = d.Key
 	}
 	place, args := sqldb.InList(ids)
-	rows, err := t.Query(ctx, "SELECT device_id, id FROM nano_enrollments WHERE device_id IN "+place+" ORDER BY device_id, id", args...)
-	if err != nil {
-		return nil, err
-	}
-	defer rows.Close()
 	channels := make(map[string][]string, len(devices))
-	for rows.Next() {
+	err := t.Query(ctx, "SELECT device_id, id FROM nano_enrollments WHERE device_id IN "+place+" ORDER BY device_id, id", args...).Each(func(row sqldb.Row) error {
 		var device, id string
-		if err := rows.Scan(&device, &id); err != nil {
-			return nil, err
+		if err := row.Scan(&device, &id); err != nil {
+			return err
 		}
 		channels[device] = append(channels[device], id)
-	}
-	return channels, rows.Err()
+		return nil
+	})
+	return channels, err
 }
 
 // choose says which candidates the whole filter lets through.
@@ -314,7 +305,7 @@ func choose(ctx context.Context, t *tx, scope storage.Scope, f storage.Enrollmen
 			ids[i] = k.ID
 		}
 		place, more := sqldb.InList(ids)
-		found, err := textColumn(ctx, t, "SELECT e.id FROM "+from+" WHERE e.id IN "+place+where, append(more, args...)...)
+		found, err := sqldb.Column[string](t.Query(ctx, "SELECT e.id FROM "+from+" WHERE e.id IN "+place+where, append(more, args...)...))
 		if err != nil {
 			return nil, err
 		}
@@ -469,23 +460,19 @@ WHERE e.id IN ` + place
 		q += " AND " + condition
 		args = append(args, more...)
 	})
-	rows, err := t.Query(ctx, q, args...)
-	if err != nil {
-		return nil, err
-	}
-	defer rows.Close()
 	byID := make(map[string]*storage.Enrollment, len(ids))
-	for rows.Next() {
-		e, err := scanEnrollment(rows)
+	err := t.Query(ctx, q, args...).Each(func(row sqldb.Row) error {
+		e, err := scanEnrollment(row)
 		if err != nil {
-			return nil, err
+			return err
 		}
 		byID[e.ID] = e
-	}
-	return byID, rows.Err()
+		return nil
+	})
+	return byID, err
 }
 
-func scanEnrollment(rows *sql.Rows) (*storage.Enrollment, error) {
+func scanEnrollment(row sqldb.Row) (*storage.Enrollment, error) {
 	e := &storage.Enrollment{Queue: make(map[storage.State]int64)}
 	var (
 		begun, created                            int64
@@ -497,7 +484,7 @@ func scanEnrollment(rows *sql.Rows) (*storage.Enrollment, error) {
 		der                                       []byte
 		typ                                       string
 	)
-	err := rows.Scan(&e.ID, &e.DeviceID, &typ, &e.Topic, &e.Enabled, &e.OperatorDisabled, &e.Tally, &e.AwaitingConfiguration,
+	err := row.Scan(&e.ID, &e.DeviceID, &typ, &e.Topic, &e.Enabled, &e.OperatorDisabled, &e.Tally, &e.AwaitingConfiguration,
 		&begun, &enrolled, &created, &renewal, &seen,
 		&e.SerialNumber, &e.DeviceName, &e.Model, &e.ModelName, &e.ProductName, &e.OSVersion, &e.BuildVersion, &e.IMEI, &e.MEID,
 		&e.HasBootstrapToken, &e.HasUnlockToken,
@@ -532,22 +519,18 @@ func countWaiting(ctx context.Context, t *tx, byID map[string]*storage.Enrollmen
 	}
 	slices.Sort(ids)
 	place, args := sqldb.InList(ids)
-	rows, err := t.Query(ctx, "SELECT id, state, COUNT(*) FROM nano_enrollment_queue"+t.Dialect.Index("nano_enrollment_queue_next")+
-		fmt.Sprintf(" WHERE state IN (%d, %d, %d) AND id IN ", storage.Scheduled, storage.Queued, storage.NotNow)+place+" GROUP BY id, state", args...)
-	if err != nil {
-		return err
-	}
-	defer rows.Close()
-	for rows.Next() {
+	err := t.Query(ctx, "SELECT id, state, COUNT(*) FROM nano_enrollment_queue"+t.Dialect.Index("nano_enrollment_queue_next")+
+		fmt.Sprintf(" WHERE state IN (%d, %d, %d) AND id IN ", storage.Scheduled, storage.Queued, storage.NotNow)+place+" GROUP BY id, state", args...).Each(func(row sqldb.Row) error {
 		var id string
 		var state storage.State
 		var n int64
-		if err := rows.Scan(&id, &state, &n); err != nil {
+		if err := row.Scan(&id, &state, &n); err != nil {
 			return err
 		}
 		byID[id].Queue[state] = n
-	}
-	return rows.Err()
+		return nil
+	})
+	return err
 }
 
 // UserChannels implements storage.Enrollments.
@@ -561,7 +544,7 @@ func (s *Store) UserChannels(ctx context.Context, scope storage.Scope, device st
 		args = append(args, more...)
 	})
 	err = s.read(ctx, func(ctx context.Context, t *tx) error {
-		ids, err = textColumn(ctx, t, q+" ORDER BY e.id LIMIT ?", append(slices.Clone(args), limit)...)
+		ids, err = sqldb.Column[string](t.Query(ctx, q+" ORDER BY e.id LIMIT ?", append(slices.Clone(args), limit)...))
 		return err
 	})
 	if err != nil {

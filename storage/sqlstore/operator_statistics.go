@@ -8,6 +8,7 @@ import (
 
 	"github.com/nanomdm/nanomdm/mdm"
 	"github.com/nanomdm/nanomdm/storage"
+	"github.com/nanomdm/nanomdm/storage/sqldb"
 )
 
 var _ storage.Inventory = (*Store)(nil)
@@ -51,20 +52,16 @@ func (s *Store) headcount(ctx context.Context) ([]heads, error) {
 	var all []heads
 	err := s.read(ctx, func(ctx context.Context, t *tx) error {
 		all = nil
-		rows, err := t.Query(ctx, `SELECT topic, type, enabled, operator_disabled, COUNT(*) FROM nano_enrollments
-GROUP BY topic, type, enabled, operator_disabled`)
-		if err != nil {
-			return err
-		}
-		defer rows.Close()
-		for rows.Next() {
+		err := t.Query(ctx, `SELECT topic, type, enabled, operator_disabled, COUNT(*) FROM nano_enrollments
+GROUP BY topic, type, enabled, operator_disabled`).Each(func(row sqldb.Row) error {
 			var h heads
-			if err := rows.Scan(&h.topic, &h.typ, &h.enabled, &h.disabled, &h.n); err != nil {
+			if err := row.Scan(&h.topic, &h.typ, &h.enabled, &h.disabled, &h.n); err != nil {
 				return err
 			}
 			all = append(all, h)
-		}
-		return rows.Err()
+			return nil
+		})
+		return err
 	})
 	if err != nil {
 		return nil, err
@@ -174,8 +171,8 @@ func countPushes(ctx context.Context, t *tx, scope storage.Scope, st *storage.St
 func (s *Store) PushCertState(ctx context.Context, topic string) (*storage.PushCertInfo, error) {
 	var infos []storage.PushCertInfo
 	err := s.read(ctx, func(ctx context.Context, t *tx) (err error) {
-		infos, err = scanPushCertInfos(t.Query(ctx, `SELECT topic, not_after, version, updated_at, last_class, last_at
-FROM nano_push_certs WHERE topic = ?`, topic))
+		infos, err = sqldb.Collect(t.Query(ctx, `SELECT topic, not_after, version, updated_at, last_class, last_at
+FROM nano_push_certs WHERE topic = ?`, topic), scanPushCertInfo)
 		if err == nil && len(infos) == 0 {
 			err = storage.ErrNotFound
 		}

@@ -82,7 +82,7 @@ func (s *Store) CancelCommand(ctx context.Context, scope storage.Scope, uuid str
 			q, args := itemsQuery(s.db.Dialect(), scope, uuid, state, after, enqueueRows)
 			n := 0
 			err := s.write(ctx, func(ctx context.Context, t *tx) error {
-				ids, err := textColumn(ctx, t, q, slices.Clone(args)...)
+				ids, err := sqldb.Column[string](t.Query(ctx, q, slices.Clone(args)...))
 				if err != nil {
 					return fmt.Errorf("looking for commands to cancel: %w", err)
 				}
@@ -160,7 +160,7 @@ func (s *Store) Requeue(ctx context.Context, scope storage.Scope, id, uuid strin
 			return err
 		}
 		// Nobody removes the command meanwhile.
-		found, err := commandUUIDs(ctx, t, "SELECT command_uuid FROM nano_commands WHERE command_uuid = ?"+t.Dialect.ForShare(), uuid)
+		found, err := sqldb.Column[string](t.Query(ctx, "SELECT command_uuid FROM nano_commands WHERE command_uuid = ?"+t.Dialect.ForShare(), uuid))
 		if err != nil {
 			return fmt.Errorf("reading a command: %w", err)
 		}
@@ -212,7 +212,7 @@ func lockChannels(ctx context.Context, t *tx, scope storage.Scope, id string) (d
 	if device == id {
 		column = "device_id"
 	}
-	ids, err = textColumn(ctx, t, "SELECT id FROM nano_enrollments WHERE "+column+" = ? ORDER BY id"+t.Dialect.ForUpdate(), id)
+	ids, err = sqldb.Column[string](t.Query(ctx, "SELECT id FROM nano_enrollments WHERE "+column+" = ? ORDER BY id"+t.Dialect.ForUpdate(), id))
 	if err != nil {
 		return "", nil, fmt.Errorf("locking enrollments: %w", err)
 	}
@@ -262,8 +262,8 @@ func (s *Store) SetRenewal(ctx context.Context, scope storage.Scope, ids []strin
 		var some []string
 		err := s.write(ctx, func(ctx context.Context, t *tx) (err error) {
 			place, args := sqldb.InList(chunk)
-			some, err = textColumn(ctx, t, "SELECT e.id FROM nano_enrollments e WHERE e.id IN "+place+" AND e.device_id = e.id"+condition+
-				" ORDER BY e.id"+t.Dialect.ForUpdate(), append(args, topics...)...)
+			some, err = sqldb.Column[string](t.Query(ctx, "SELECT e.id FROM nano_enrollments e WHERE e.id IN "+place+" AND e.device_id = e.id"+condition+
+				" ORDER BY e.id"+t.Dialect.ForUpdate(), append(args, topics...)...))
 			if err != nil || len(some) == 0 {
 				return err
 			}
@@ -404,8 +404,8 @@ func (d *doomed) stillDead(ctx context.Context, t *tx) error {
 // commands that nobody else has. It says whether there are more.
 func removeQueueRows(ctx context.Context, t *tx, d *doomed) (more bool, err error) {
 	for _, id := range d.ids {
-		uuids, err := commandUUIDs(ctx, t, "SELECT command_uuid FROM nano_enrollment_queue"+t.Dialect.Index("nano_enrollment_queue_next")+
-			" WHERE state IN ("+everyState()+") AND id = ? LIMIT ?", id, deletedRows)
+		uuids, err := sqldb.Column[string](t.Query(ctx, "SELECT command_uuid FROM nano_enrollment_queue"+t.Dialect.Index("nano_enrollment_queue_next")+
+			" WHERE state IN ("+everyState()+") AND id = ? LIMIT ?", id, deletedRows))
 		if err != nil {
 			return false, fmt.Errorf("looking for queue rows: %w", err)
 		}
@@ -438,7 +438,7 @@ func removeQueueRows(ctx context.Context, t *tx, d *doomed) (more bool, err erro
 // removeLeftResults removes some of the results whose queue rows are gone.
 func removeLeftResults(ctx context.Context, t *tx, d *doomed) (more bool, err error) {
 	for _, id := range d.ids {
-		uuids, err := commandUUIDs(ctx, t, "SELECT command_uuid FROM nano_command_results WHERE id = ? ORDER BY command_uuid LIMIT ?", id, deletedRows)
+		uuids, err := sqldb.Column[string](t.Query(ctx, "SELECT command_uuid FROM nano_command_results WHERE id = ? ORDER BY command_uuid LIMIT ?", id, deletedRows))
 		if err != nil {
 			return false, fmt.Errorf("looking for results: %w", err)
 		}
@@ -467,7 +467,7 @@ func bury(ctx context.Context, t *tx, d *doomed) (more bool, err error) {
 	if d.id != d.device {
 		return false, nil
 	}
-	others, err := textColumn(ctx, t, "SELECT id FROM nano_enrollments WHERE device_id = ? LIMIT 1", d.device)
+	others, err := sqldb.Column[string](t.Query(ctx, "SELECT id FROM nano_enrollments WHERE device_id = ? LIMIT 1", d.device))
 	if err != nil {
 		return false, fmt.Errorf("looking for other channels: %w", err)
 	}

@@ -15,6 +15,7 @@ import (
 
 	"github.com/nanomdm/nanomdm/mdm"
 	"github.com/nanomdm/nanomdm/storage"
+	"github.com/nanomdm/nanomdm/storage/sqldb"
 )
 
 var _ storage.Enqueuer = (*Store)(nil)
@@ -160,21 +161,17 @@ func enqueue(ctx context.Context, t *tx, scope storage.Scope, e *storage.Enqueue
 
 // lockNumbers locks push rows and reads the last number of each queue.
 func lockNumbers(ctx context.Context, t *tx, ids []string) (map[string]int64, error) {
-	rows, err := t.QueryLocked(ctx, "id, last_seq", "nano_enrollment_push", ids)
-	if err != nil {
-		return nil, fmt.Errorf("locking push rows: %w", err)
-	}
-	defer rows.Close()
 	numbers := make(map[string]int64, len(ids))
-	for rows.Next() {
+	err := t.QueryLocked(ctx, "id, last_seq", "nano_enrollment_push", ids).Each(func(row sqldb.Row) error {
 		var id string
 		var last int64
-		if err := rows.Scan(&id, &last); err != nil {
-			return nil, fmt.Errorf("locking push rows: %w", err)
+		if err := row.Scan(&id, &last); err != nil {
+			return err
 		}
 		numbers[id] = last
-	}
-	if err := rows.Err(); err != nil {
+		return nil
+	})
+	if err != nil {
 		return nil, fmt.Errorf("locking push rows: %w", err)
 	}
 	return numbers, nil
@@ -186,24 +183,20 @@ func lockNumbers(ctx context.Context, t *tx, ids []string) (map[string]int64, er
 // the index of enabled enrollments or of a topic's, which is the fleet.
 func enrolledAmong(ctx context.Context, t *tx, scope storage.Scope, ids []string, uuid string) (has map[string]bool, err error) {
 	q, args := t.enrolledText(ids, uuid)
-	rows, err := t.Query(ctx, q, args...)
-	if err != nil {
-		return nil, fmt.Errorf("reading enrollments: %w", err)
-	}
-	defer rows.Close()
 	has = make(map[string]bool, len(ids))
-	for rows.Next() {
+	err = t.Query(ctx, q, args...).Each(func(row sqldb.Row) error {
 		var id, topic string
 		var enabled bool
 		var item sql.Null[string]
-		if err := rows.Scan(&id, &enabled, &topic, &item); err != nil {
-			return nil, fmt.Errorf("reading enrollments: %w", err)
+		if err := row.Scan(&id, &enabled, &topic, &item); err != nil {
+			return err
 		}
 		if enabled && (len(scope.Topics) == 0 || slices.Contains(scope.Topics, topic)) {
 			has[id] = item.Valid
 		}
-	}
-	if err := rows.Err(); err != nil {
+		return nil
+	})
+	if err != nil {
 		return nil, fmt.Errorf("reading enrollments: %w", err)
 	}
 	return has, nil

@@ -98,21 +98,17 @@ func announceExpired(ctx context.Context, t *tx, expired []keyPair) error {
 		return nil
 	}
 	where, args := queueRows.Among(t.Tx, expired)
-	rows, err := t.Query(ctx, "SELECT q.id, q.command_uuid, COALESCE(c.request_type, '') FROM (SELECT id, command_uuid FROM nano_enrollment_queue"+t.Dialect.Index("PRIMARY")+" WHERE "+where+
-		") q LEFT JOIN nano_commands c ON c.command_uuid = q.command_uuid ORDER BY q.id, q.command_uuid", args...)
-	if err != nil {
-		return fmt.Errorf("reading commands that expired: %w", err)
-	}
-	defer rows.Close()
 	var list []announcement
-	for rows.Next() {
+	err := t.Query(ctx, "SELECT q.id, q.command_uuid, COALESCE(c.request_type, '') FROM (SELECT id, command_uuid FROM nano_enrollment_queue"+t.Dialect.Index("PRIMARY")+" WHERE "+where+
+		") q LEFT JOIN nano_commands c ON c.command_uuid = q.command_uuid ORDER BY q.id, q.command_uuid", args...).Each(func(row sqldb.Row) error {
 		a := announcement{topic: storage.TopicCommandExpired}
-		if err := rows.Scan(&a.enrollment, &a.commandUUID, &a.requestType); err != nil {
-			return fmt.Errorf("reading commands that expired: %w", err)
+		if err := row.Scan(&a.enrollment, &a.commandUUID, &a.requestType); err != nil {
+			return err
 		}
 		list = append(list, a)
-	}
-	if err := rows.Err(); err != nil {
+		return nil
+	})
+	if err != nil {
 		return fmt.Errorf("reading commands that expired: %w", err)
 	}
 	return announce(ctx, t, list)
@@ -129,20 +125,8 @@ func enrollmentsOf(keys []keyPair) []string {
 }
 
 // queueKeys runs a query for the keys of queue rows.
-func queueKeys(ctx context.Context, t *tx, q string, args ...any) (keys []keyPair, err error) {
-	rows, err := t.Query(ctx, q, args...)
-	if err != nil {
-		return nil, err
-	}
-	defer rows.Close()
-	for rows.Next() {
-		var k keyPair
-		if err := rows.Scan(&k.ID, &k.Item); err != nil {
-			return nil, err
-		}
-		keys = append(keys, k)
-	}
-	return keys, rows.Err()
+func queueKeys(ctx context.Context, t *tx, q string, args ...any) ([]keyPair, error) {
+	return sqldb.Collect(t.Query(ctx, q, args...), func(row sqldb.Row, k *keyPair) error { return row.Scan(&k.ID, &k.Item) })
 }
 
 // stillWaits is a condition for lockKeys: rows that have not ended.
@@ -331,33 +315,29 @@ func look(ctx context.Context, t *tx, h history, condition string, r storage.Rem
 	at, major, minor := "h."+h.at, "h."+h.key[0], "h."+h.key[1]
 	value := map[string]string{"id": r.After.ID, "command_uuid": r.After.CommandUUID}
 	after, afterMajor, afterMinor := micros(r.After.At), value[h.key[0]], value[h.key[1]]
-	rows, err := t.Query(ctx, "SELECT "+at+", h.id, h.command_uuid, COALESCE(c.request_type, '') FROM "+h.table+" h"+t.Dialect.Index(h.table+"_"+h.at)+`
+	out.Next = r.After
+	var keys []keyPair
+	err := t.Query(ctx, "SELECT "+at+", h.id, h.command_uuid, COALESCE(c.request_type, '') FROM "+h.table+" h"+t.Dialect.Index(h.table+"_"+h.at)+`
 LEFT JOIN nano_commands c ON c.command_uuid = h.command_uuid
 WHERE `+condition+at+" >= ? AND "+at+" < ? AND ("+at+" > ? OR "+major+" > ? OR ("+major+" = ? AND "+minor+` > ?))
 ORDER BY `+at+", "+major+", "+minor+" LIMIT ?",
-		after, micros(r.Before), after, afterMajor, afterMajor, afterMinor, r.Limit)
-	if err != nil {
-		return nil, err
-	}
-	defer rows.Close()
-	out.Next = r.After
-	var keys []keyPair
-	for rows.Next() {
+		after, micros(r.Before), after, afterMajor, afterMajor, afterMinor, r.Limit).Each(func(row sqldb.Row) error {
 		var k keyPair
 		var at int64
 		var requestType string
-		if err := rows.Scan(&at, &k.ID, &k.Item, &requestType); err != nil {
-			return nil, err
+		if err := row.Scan(&at, &k.ID, &k.Item, &requestType); err != nil {
+			return err
 		}
 		out.Looked++
 		out.Next = storage.HistoryKey{At: fromMicros(at), ID: k.ID, CommandUUID: k.Item}
 		if r.Type == requestType || r.Type == "" && !slices.Contains(r.Except, requestType) {
 			keys = append(keys, k)
 		}
-	}
+		return nil
+	})
 	out.Done = out.Looked < r.Limit
 	slices.SortFunc(keys, keyPair.Compare)
-	return keys, rows.Err()
+	return keys, err
 }
 
 // removeResults removes the results that are there of keys.
@@ -419,7 +399,7 @@ func lockCommands(ctx context.Context, t *tx, uuids []string) error {
 		return nil
 	}
 	places, args := sqldb.InList(uuids)
-	_, err := commandUUIDs(ctx, t, "SELECT command_uuid FROM nano_commands WHERE command_uuid IN "+places+" ORDER BY command_uuid"+t.Dialect.ForUpdate(), args...)
+	_, err := sqldb.Column[string](t.Query(ctx, "SELECT command_uuid FROM nano_commands WHERE command_uuid IN "+places+" ORDER BY command_uuid"+t.Dialect.ForUpdate(), args...))
 	if err != nil {
 		return fmt.Errorf("locking commands: %w", err)
 	}
@@ -430,8 +410,8 @@ func lockCommands(ctx context.Context, t *tx, uuids []string) error {
 // refers to.
 func removeCommands(ctx context.Context, t *tx, uuids []string, out *storage.Removed) error {
 	places, args := sqldb.InList(uuids)
-	unused, err := commandUUIDs(ctx, t, `SELECT c.command_uuid FROM nano_commands c WHERE c.command_uuid IN `+places+`
-AND NOT EXISTS (SELECT 1 FROM nano_enrollment_queue q WHERE q.command_uuid = c.command_uuid)`, args...)
+	unused, err := sqldb.Column[string](t.Query(ctx, `SELECT c.command_uuid FROM nano_commands c WHERE c.command_uuid IN `+places+`
+AND NOT EXISTS (SELECT 1 FROM nano_enrollment_queue q WHERE q.command_uuid = c.command_uuid)`, args...))
 	if err != nil {
 		return fmt.Errorf("looking for unused commands: %w", err)
 	}
@@ -445,23 +425,6 @@ AND NOT EXISTS (SELECT 1 FROM nano_enrollment_queue q WHERE q.command_uuid = c.c
 	}
 	out.Commands = int(n)
 	return nil
-}
-
-// commandUUIDs runs a query for one column of them.
-func commandUUIDs(ctx context.Context, t *tx, q string, args ...any) (uuids []string, err error) {
-	rows, err := t.Query(ctx, q, args...)
-	if err != nil {
-		return nil, err
-	}
-	defer rows.Close()
-	for rows.Next() {
-		var uuid string
-		if err := rows.Scan(&uuid); err != nil {
-			return nil, err
-		}
-		uuids = append(uuids, uuid)
-	}
-	return uuids, rows.Err()
 }
 
 // HistorySize implements storage.Sweeps.
