@@ -77,14 +77,14 @@ type Pin struct {
 // Event is one fact for the outside, committed with the change that it
 // reports. The store adds the order inside the enrollment and the tally.
 type Event struct {
-	ID          string // UUID, unique
-	Topic       string // "mdm.TokenUpdate"
-	CreatedAt   time.Time
-	UDID        string
-	Enrollment  string // EnrollmentID of a User Enrollment
-	Status      string // reports only
-	CommandUUID string // reports only
-	Params      map[string]string
+	ID           string // UUID, unique
+	Topic        string // "mdm.TokenUpdate"
+	CreatedAt    time.Time
+	UDID         string
+	EnrollmentID string // of a User Enrollment
+	Status       string // reports only
+	CommandUUID  string // reports only
+	Params       map[string]string
 	// TraceParent is that of the request, to be sent along; at most 255
 	// characters.
 	TraceParent string

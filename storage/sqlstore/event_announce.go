@@ -81,7 +81,7 @@ func announceSome(ctx context.Context, t *tx, list []announcement) error {
 			}
 			switch of.typ {
 			case mdm.UserEnrollment, mdm.UserEnrollmentDevice:
-				e.Enrollment = of.deviceID
+				e.EnrollmentID = of.deviceID
 			default:
 				e.UDID = of.deviceID
 			}

@@ -257,21 +257,21 @@ func putDeliveries(ctx context.Context, t *tx, sink string, deliveries []storage
 	return nil
 }
 
-// WaitingLanes implements storage.Deliveries.
-func (s *Store) WaitingLanes(ctx context.Context, sink string, limit int) ([]storage.Lane, error) {
-	var lanes []storage.Lane
+// WaitingEnrollments implements storage.Deliveries.
+func (s *Store) WaitingEnrollments(ctx context.Context, sink string, limit int) ([]storage.WaitingEnrollment, error) {
+	var waiting []storage.WaitingEnrollment
 	err := s.read(ctx, func(ctx context.Context, t *tx) error {
-		lanes = nil
-		// Only the first row of a lane has a time and attempts.
+		waiting = nil
+		// Only the first row of an enrollment has a time and attempts.
 		err := t.Query(ctx, `SELECT enrollment_id, MIN(seq), MAX(attempts), MAX(next_at) FROM nano_event_deliveries
 			WHERE sink = ? AND state = ? GROUP BY enrollment_id ORDER BY MIN(seq) LIMIT ?`, sink, int(storage.DeliveryWaiting), limit).Each(func(row sqldb.Row) error {
-			var lane storage.Lane
+			var w storage.WaitingEnrollment
 			var next sql.Null[int64]
-			if err := row.Scan(&lane.Enrollment, &lane.First, &lane.Attempts, &next); err != nil {
+			if err := row.Scan(&w.Enrollment, &w.First, &w.Attempts, &next); err != nil {
 				return err
 			}
-			lane.NextAt = fromMicros(next.V)
-			lanes = append(lanes, lane)
+			w.NextAt = fromMicros(next.V)
+			waiting = append(waiting, w)
 			return nil
 		})
 		return err
@@ -279,7 +279,7 @@ func (s *Store) WaitingLanes(ctx context.Context, sink string, limit int) ([]sto
 	if err != nil {
 		return nil, fmt.Errorf("reading what waits for sink %s: %w", sink, err)
 	}
-	return lanes, nil
+	return waiting, nil
 }
 
 // WaitingEvents implements storage.Deliveries.

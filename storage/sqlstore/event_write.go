@@ -109,7 +109,7 @@ type eventDetails struct {
 func (e *outEvent) details() eventDetails {
 	d := eventDetails{
 		ID: e.ID, Enrollment: e.enroll.ID, Type: e.enroll.Type, Parent: e.enroll.ParentID,
-		Topic: e.Topic, UDID: clip(e.UDID), EnrollmentID: clip(e.Enrollment), APNsTopic: clip(e.topic), RequestType: clip(e.requestType),
+		Topic: e.Topic, UDID: clip(e.UDID), EnrollmentID: clip(e.EnrollmentID), APNsTopic: clip(e.topic), RequestType: clip(e.requestType),
 		Status: clip(e.Status), CommandUUID: clip(e.CommandUUID), Tally: e.tally, Params: e.Params, TraceParent: clip(e.TraceParent),
 		CreatedAt: micros(e.CreatedAt), Size: len(e.Raw),
 		Apart: len(e.Raw) > mostWithin || len(e.Raw) > 0 && storage.BearsTokens(e.Topic),
@@ -124,7 +124,7 @@ func (e *outEvent) details() eventDetails {
 func (d *eventDetails) record(seq int64) storage.EventRecord {
 	return storage.EventRecord{
 		Event: storage.Event{
-			ID: d.ID, Topic: d.Topic, CreatedAt: fromMicros(d.CreatedAt), UDID: d.UDID, Enrollment: d.EnrollmentID,
+			ID: d.ID, Topic: d.Topic, CreatedAt: fromMicros(d.CreatedAt), UDID: d.UDID, EnrollmentID: d.EnrollmentID,
 			Status: d.Status, CommandUUID: d.CommandUUID, Params: d.Params, TraceParent: d.TraceParent,
 		},
 		Seq: seq, Enroll: mdm.EnrollID{Type: d.Type, ID: d.Enrollment, ParentID: d.Parent},
