@@ -36,7 +36,7 @@ var isolated = map[string]struct {
 	allowed []string
 	why     string
 }{
-	"storage/sqldb": {nil, "it knows databases and no device or command, so that a new engine is one dialect file there"},
+	"storage/sqldb": {[]string{"backoff"}, "it knows databases and no device or command, so that a new engine is one dialect file there"},
 }
 
 func TestImportsPointOneWay(t *testing.T) {

@@ -13,6 +13,8 @@ import (
 
 	"modernc.org/sqlite"
 	sqlite3 "modernc.org/sqlite/lib"
+
+	"github.com/nanomdm/nanomdm/backoff"
 )
 
 // memory is the DSN of a database that lives as long as its Store.
@@ -129,7 +131,7 @@ func checkSQLite(ctx context.Context, cfg Config, db *sql.DB) error {
 	var mode string
 	err := db.QueryRowContext(ctx, "PRAGMA journal_mode").Scan(&mode)
 	for busy := sqliteDialect().retryable; busy(err) && ctx.Err() == nil; {
-		sleep(ctx, firstPause)
+		_ = backoff.Sleep(ctx, firstPause) // the loop looks at ctx
 		err = db.QueryRowContext(ctx, "PRAGMA journal_mode").Scan(&mode)
 	}
 	if err != nil {
