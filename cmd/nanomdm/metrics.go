@@ -45,17 +45,17 @@ func (b *building) observe(store *sqlstore.Store) {
 		}
 		return nil
 	}})
-	b.metrics.Add(metrics.Source{Name: "census", Every: censusEvery, Collect: func(ctx context.Context, emit metrics.Emit) error {
-		census, err := store.Census(ctx)
+	b.metrics.Add(metrics.Source{Name: "waiting", Every: censusEvery, Collect: func(ctx context.Context, emit metrics.Emit) error {
+		waiting, err := store.WaitingCounts(ctx)
 		if err != nil {
 			return err
 		}
-		for state, backlog := range census.Waiting {
+		for state, backlog := range waiting.Waiting {
 			emit("nanomdm_queue_commands", float64(backlog.Count), state.String())
 			emit("nanomdm_queue_oldest_seconds", age(backlog.Oldest), state.String())
 		}
-		emit("nanomdm_push_owed_enrollments", float64(census.PushesOwed))
-		emit("nanomdm_events_unnumbered", float64(census.Unnumbered))
+		emit("nanomdm_push_owed_enrollments", float64(waiting.PushesOwed))
+		emit("nanomdm_events_unnumbered", float64(waiting.Unnumbered))
 		return nil
 	}})
 	b.metrics.Add(metrics.Source{Name: "webhook", Every: censusEvery, Collect: func(ctx context.Context, emit metrics.Emit) error {

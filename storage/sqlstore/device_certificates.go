@@ -183,7 +183,7 @@ func lockDevices(ctx context.Context, t *tx, batch []*opRun) (*certificates, err
 		devices[i] = p.device
 	}
 	for {
-		locked, err := lockLater(ctx, t, "nano_devices", devices)
+		locked, err := lockDeferred(ctx, t, "nano_devices", devices)
 		if err != nil {
 			return nil, err
 		}

@@ -138,7 +138,7 @@ func idle(p *opRun) bool {
 func (a *activity) settle(now int64, state *enrollmentState) {
 	switch {
 	case state.queued.Valid || state.notnow.Valid:
-		a.setPushAt, a.pushAt = true, now+firstSilence.Microseconds()
+		a.setPushAt, a.pushAt = true, now+silenceTimeout.Microseconds()
 		early := a.pushAt - state.pushAt.V
 		a.planned = state.paid >= state.owed && 0 <= early && early <= silenceSlack.Microseconds()
 	case state.pushAt.Valid:

@@ -259,7 +259,7 @@ func insertResults(ctx context.Context, t *tx, reports []*opRun, rows map[keyPai
 // they report, and owes a push to devices that would not come back for what
 // they refused before.
 func answer(ctx context.Context, t *tx, reports []*opRun, states map[string]*enrollmentState) error {
-	var debts []string
+	var owed []string
 	for _, p := range reports {
 		state := states[p.id()]
 		if state == nil {
@@ -271,18 +271,18 @@ func answer(ctx context.Context, t *tx, reports []*opRun, states map[string]*enr
 		}
 		// A device asks again by itself only if NotNow is the last it said.
 		if r := p.op.(*storage.Report); r.Status != mdm.StatusNotNow && r.Status != mdm.StatusIdle {
-			debts = append(debts, state.id)
+			owed = append(owed, state.id)
 		}
 	}
 	if err := offer(ctx, t, reports, states); err != nil {
 		return err
 	}
 	for _, p := range reports {
-		if slices.Contains(debts, p.id()) {
+		if slices.Contains(owed, p.id()) {
 			p.note.setPushAt = false
 		}
 	}
-	return owePushes(ctx, t, debts)
+	return owePushes(ctx, t, owed)
 }
 
 // owePushes makes a push owed at once.

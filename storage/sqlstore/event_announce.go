@@ -63,7 +63,7 @@ func announceSome(ctx context.Context, t *tx, list []announcement) error {
 	for _, a := range list {
 		ids = append(ids, a.enrollment)
 	}
-	to, err := addressees(ctx, t, ids)
+	to, err := eventEnrollments(ctx, t, ids)
 	if err != nil {
 		return err
 	}
@@ -91,20 +91,20 @@ func announceSome(ctx context.Context, t *tx, list []announcement) error {
 	return putEvents(ctx, t, events)
 }
 
-// addressee is what an event takes from its enrollment.
-type addressee struct {
+// eventEnrollment is what an event takes from its enrollment.
+type eventEnrollment struct {
 	typ      mdm.EnrollType
 	deviceID string
 	topic    string
 }
 
-// addressees reads enrollments. Those that do not exist are missing.
-func addressees(ctx context.Context, t *tx, ids []string) (map[string]*addressee, error) {
+// eventEnrollments reads enrollments. Those that do not exist are missing.
+func eventEnrollments(ctx context.Context, t *tx, ids []string) (map[string]*eventEnrollment, error) {
 	is, args := t.Among(ids)
-	to := make(map[string]*addressee, len(ids))
+	to := make(map[string]*eventEnrollment, len(ids))
 	err := t.Query(ctx, `SELECT id, type, device_id, topic FROM nano_enrollments WHERE id `+is, args...).Each(func(row sqldb.Row) error {
 		var id string
-		a := new(addressee)
+		a := new(eventEnrollment)
 		if err := row.Scan(&id, &a.typ, &a.deviceID, &a.topic); err != nil {
 			return err
 		}

@@ -117,10 +117,10 @@ func scanBatches(ctx context.Context, t *tx, list []eventBatch, q string, args [
 			return err
 		}
 		var err error
-		if b.events, err = unsqueezeDetails(details); err != nil {
+		if b.events, err = decompressDetails(details); err != nil {
 			b.events, b.cut = nil, true // those behind it must not wait for it
 		}
-		b.payloads, _ = unsqueeze(b.payloads, eventBytes) // what is lost is noticed by whoever wants it
+		b.payloads, _ = decompress(b.payloads, eventBytes) // what is lost is noticed by whoever wants it
 		list = append(list, b)
 		return nil
 	})

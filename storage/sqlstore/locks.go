@@ -20,9 +20,9 @@ func lock(ctx context.Context, t *tx, table string, ids []string) (locked []stri
 	return locked, nil
 }
 
-// lockLater is lock, at the latest with the next statement that returns
+// lockDeferred is lock, at the latest with the next statement that returns
 // something. How many rows it locked is known after that.
-func lockLater(ctx context.Context, t *tx, table string, ids []string) (locked *int, err error) {
+func lockDeferred(ctx context.Context, t *tx, table string, ids []string) (locked *int, err error) {
 	if locked, ok := t.LockDeferred(table, ids); ok {
 		return locked, nil
 	}

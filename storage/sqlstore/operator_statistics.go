@@ -21,23 +21,23 @@ const (
 	keptTimes  = 20
 )
 
-// headcount is how many enrollments there are of each kind.
-type headcount struct {
+// enrollmentCounts is how many enrollments there are of each kind.
+type enrollmentCounts struct {
 	turn  chan struct{} // of one; whoever fills it may use the rest
-	heads []heads
+	kept  []enrollmentCount
 	until time.Time
 }
 
-// heads are the enrollments of one kind.
-type heads struct {
+// enrollmentCount is the number of enrollments of one kind.
+type enrollmentCount struct {
 	topic             string
 	typ               mdm.EnrollType
 	enabled, disabled bool // disabled by an operator
 	n                 int64
 }
 
-// headcount counts all enrollments, or says what it counted a moment ago.
-func (s *Store) headcount(ctx context.Context) ([]heads, error) {
+// enrollmentCounts counts all enrollments, or says what it counted a moment ago.
+func (s *Store) enrollmentCounts(ctx context.Context) ([]enrollmentCount, error) {
 	c := &s.counted
 	select {
 	case c.turn <- struct{}{}:
@@ -47,14 +47,14 @@ func (s *Store) headcount(ctx context.Context) ([]heads, error) {
 	}
 	began := s.now()
 	if began.Before(c.until) {
-		return c.heads, nil
+		return c.kept, nil
 	}
-	var all []heads
+	var all []enrollmentCount
 	err := s.read(ctx, func(ctx context.Context, t *tx) error {
 		all = nil
 		err := t.Query(ctx, `SELECT topic, type, enabled, operator_disabled, COUNT(*) FROM nano_enrollments
 GROUP BY topic, type, enabled, operator_disabled`).Each(func(row sqldb.Row) error {
-			var h heads
+			var h enrollmentCount
 			if err := row.Scan(&h.topic, &h.typ, &h.enabled, &h.disabled, &h.n); err != nil {
 				return err
 			}
@@ -67,14 +67,14 @@ GROUP BY topic, type, enabled, operator_disabled`).Each(func(row sqldb.Row) erro
 		return nil, err
 	}
 	if took := s.now().Sub(began); took >= keptIfTook {
-		c.heads, c.until = all, began.Add(keptTimes*took)
+		c.kept, c.until = all, began.Add(keptTimes*took)
 	}
 	return all, nil
 }
 
 // enabledByTopic counts enabled enrollments.
 func (s *Store) enabledByTopic(ctx context.Context) (map[string]int64, error) {
-	all, err := s.headcount(ctx)
+	all, err := s.enrollmentCounts(ctx)
 	counts := make(map[string]int64)
 	for _, h := range all {
 		if h.enabled {
@@ -88,7 +88,7 @@ func (s *Store) enabledByTopic(ctx context.Context) (map[string]int64, error) {
 // own, since together they may take long.
 func (s *Store) Statistics(ctx context.Context, scope storage.Scope) (*storage.Statistics, error) {
 	st := &storage.Statistics{ByType: make(map[mdm.EnrollType]int64)}
-	all, err := s.headcount(ctx)
+	all, err := s.enrollmentCounts(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("counting enrollments: %w", err)
 	}

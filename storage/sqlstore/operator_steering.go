@@ -280,8 +280,8 @@ func (s *Store) SetRenewal(ctx context.Context, scope storage.Scope, ids []strin
 	return changed, nil
 }
 
-// doomed is an enrollment that is being deleted.
-type doomed struct {
+// deletion is an enrollment that is being deleted.
+type deletion struct {
 	id, device string
 	ids        []string // with its user channels, if it is a device
 	began      int64    // of the enrollment: another value says that it enrolled anew
@@ -289,15 +289,15 @@ type doomed struct {
 
 // DeleteEnrollment implements storage.EnrollmentSteering.
 func (s *Store) DeleteEnrollment(ctx context.Context, scope storage.Scope, id string, r *storage.AuditRecord) error {
-	var d doomed
+	var d deletion
 	err := s.write(ctx, func(ctx context.Context, t *tx) (err error) {
-		d, err = kill(ctx, t, scope, id, r)
+		d, err = markDeleted(ctx, t, scope, id, r)
 		return err
 	})
-	for _, step := range []func(context.Context, *tx, *doomed) (bool, error){removeQueueRows, removeLeftResults, bury} {
+	for _, step := range []func(context.Context, *tx, *deletion) (bool, error){removeQueueRows, removeLeftResults, removeEnrollment} {
 		for more := true; err == nil && more; {
 			err = s.write(ctx, func(ctx context.Context, t *tx) (err error) {
-				if err := d.stillDead(ctx, t); err != nil {
+				if err := d.checkStillDeleted(ctx, t); err != nil {
 					return err
 				}
 				more, err = step(ctx, t, &d)
@@ -311,34 +311,34 @@ func (s *Store) DeleteEnrollment(ctx context.Context, scope storage.Scope, id st
 	return nil
 }
 
-// kill makes an enrollment one that nobody acts for and that gets nothing.
-func kill(ctx context.Context, t *tx, scope storage.Scope, id string, r *storage.AuditRecord) (doomed, error) {
+// markDeleted makes an enrollment one that nobody acts for and that gets nothing.
+func markDeleted(ctx context.Context, t *tx, scope storage.Scope, id string, r *storage.AuditRecord) (deletion, error) {
 	device, err := findEnrollment(ctx, t, scope, id)
 	if err != nil {
-		return doomed{}, err
+		return deletion{}, err
 	}
 	if _, err := lock(ctx, t, "nano_devices", []string{device}); err != nil {
-		return doomed{}, err
+		return deletion{}, err
 	}
-	d := doomed{id: id, device: device}
+	d := deletion{id: id, device: device}
 	if _, d.ids, err = lockChannels(ctx, t, scope, id); err != nil {
-		return doomed{}, err
+		return deletion{}, err
 	}
 	var list []announcement
 	for _, channel := range d.ids {
 		list = append(list, announcement{topic: storage.TopicEnrollmentDeleted, enrollment: channel})
 	}
 	if err := announce(ctx, t, list); err != nil {
-		return doomed{}, err
+		return deletion{}, err
 	}
 	if id == device {
 		if _, err := t.Exec(ctx, `UPDATE nano_cert_auth_associations SET retired_at = ? WHERE id = ? AND retired_at IS NULL`, t.Now, id); err != nil {
-			return doomed{}, fmt.Errorf("retiring certificates: %w", err)
+			return deletion{}, fmt.Errorf("retiring certificates: %w", err)
 		}
 		_, err := t.Exec(ctx, `UPDATE nano_devices SET unlock_token = NULL, unlock_token_at = NULL, bootstrap_token = NULL, bootstrap_token_at = NULL,
 updated_at = ? WHERE id = ?`, t.Now, id)
 		if err != nil {
-			return doomed{}, fmt.Errorf("removing tokens: %w", err)
+			return deletion{}, fmt.Errorf("removing tokens: %w", err)
 		}
 	}
 	for chunk := range slices.Chunk(d.ids, enqueueRows) {
@@ -346,24 +346,24 @@ updated_at = ? WHERE id = ?`, t.Now, id)
 		_, err := t.Exec(ctx, `UPDATE nano_enrollments SET enabled = 0, operator_disabled = 1, renewal_until = NULL, token = NULL, token_at = NULL,
 updated_at = ? WHERE id IN `+place, append([]any{t.Now}, args...)...)
 		if err != nil {
-			return doomed{}, fmt.Errorf("disabling enrollments: %w", err)
+			return deletion{}, fmt.Errorf("disabling enrollments: %w", err)
 		}
 		if _, err := lock(ctx, t, "nano_enrollment_push", chunk); err != nil {
-			return doomed{}, err
+			return deletion{}, err
 		}
 		if _, err := t.Exec(ctx, `UPDATE nano_enrollment_push SET paid_seq = owed_seq, push_at = NULL WHERE id IN `+place, args...); err != nil {
-			return doomed{}, fmt.Errorf("forgetting pushes owed: %w", err)
+			return deletion{}, fmt.Errorf("forgetting pushes owed: %w", err)
 		}
 	}
 	if d.began, err = d.beginning(ctx, t); err != nil {
-		return doomed{}, err
+		return deletion{}, err
 	}
 	return d, audit(ctx, t, r)
 }
 
 // beginning is when the enrollment began: the device's last Authenticate, or
 // the user channel's last TokenUpdate.
-func (d *doomed) beginning(ctx context.Context, t *tx) (int64, error) {
+func (d *deletion) beginning(ctx context.Context, t *tx) (int64, error) {
 	q := "SELECT token_at FROM nano_enrollments WHERE id = ?"
 	if d.id == d.device {
 		q = "SELECT authenticate_at FROM nano_devices WHERE id = ?"
@@ -376,9 +376,9 @@ func (d *doomed) beginning(ctx context.Context, t *tx) (int64, error) {
 	return at.V, err
 }
 
-// stillDead locks the enrollment and fails with storage.ErrConflict if it has
+// checkStillDeleted locks the enrollment and fails with storage.ErrConflict if it has
 // enrolled anew.
-func (d *doomed) stillDead(ctx context.Context, t *tx) error {
+func (d *deletion) checkStillDeleted(ctx context.Context, t *tx) error {
 	if _, err := lock(ctx, t, "nano_devices", []string{d.device}); err != nil {
 		return err
 	}
@@ -402,7 +402,7 @@ func (d *doomed) stillDead(ctx context.Context, t *tx) error {
 
 // removeQueueRows removes some of the queue rows, with their results, and the
 // commands that nobody else has. It says whether there are more.
-func removeQueueRows(ctx context.Context, t *tx, d *doomed) (more bool, err error) {
+func removeQueueRows(ctx context.Context, t *tx, d *deletion) (more bool, err error) {
 	for _, id := range d.ids {
 		uuids, err := sqldb.Column[string](t.Query(ctx, "SELECT command_uuid FROM nano_enrollment_queue"+t.Dialect.Index("nano_enrollment_queue_next")+
 			" WHERE state IN ("+everyState()+") AND id = ? LIMIT ?", id, deletedRows))
@@ -436,7 +436,7 @@ func removeQueueRows(ctx context.Context, t *tx, d *doomed) (more bool, err erro
 }
 
 // removeLeftResults removes some of the results whose queue rows are gone.
-func removeLeftResults(ctx context.Context, t *tx, d *doomed) (more bool, err error) {
+func removeLeftResults(ctx context.Context, t *tx, d *deletion) (more bool, err error) {
 	for _, id := range d.ids {
 		uuids, err := sqldb.Column[string](t.Query(ctx, "SELECT command_uuid FROM nano_command_results WHERE id = ? ORDER BY command_uuid LIMIT ?", id, deletedRows))
 		if err != nil {
@@ -453,8 +453,8 @@ func removeLeftResults(ctx context.Context, t *tx, d *doomed) (more bool, err er
 	return false, nil
 }
 
-// bury removes the enrollment itself. Its certificates stay, retired.
-func bury(ctx context.Context, t *tx, d *doomed) (more bool, err error) {
+// removeEnrollment removes the enrollment itself. Its certificates stay, retired.
+func removeEnrollment(ctx context.Context, t *tx, d *deletion) (more bool, err error) {
 	tables := []string{"nano_enrollments", "nano_users", "nano_enrollment_push", "nano_enrollment_activity"}
 	for chunk := range slices.Chunk(d.ids, enqueueRows) {
 		place, args := sqldb.InList(chunk)

@@ -35,7 +35,7 @@ func (s *Store) StorePushCert(ctx context.Context, c *storage.PushCert) error {
 	return nil
 }
 
-// hasten makes the debts to a topic's enrollments due now.
+// hasten makes the pushes owed to a topic's enrollments due now.
 func (s *Store) hasten(ctx context.Context, topic string) error {
 	for after := ""; ; {
 		var ids []string

@@ -20,7 +20,7 @@ const (
 	// pushRows is how many enrollments one transaction about pushes takes.
 	pushRows = 500
 	// claimWindow is how many times its limit ClaimDuePushes looks at, to find
-	// debts among silent devices.
+	// owed among silent devices.
 	claimWindow = 4
 	// barred is when the sweep looks again at a debt to an enrollment that may
 	// not be pushed now: an operator disabled it, or it is enrolling anew.
@@ -249,13 +249,13 @@ func stillDue(ctx context.Context, t *tx, now int64, due []pushRow) ([]pushRow, 
 type pushPlan struct {
 	targets []storage.PushTarget
 	moves   map[int64][]string
-	left    bool // debts found no room
+	left    bool // owed found no room
 }
 
 func (p *pushPlan) move(r *pushRow, to int64) { p.moves[to] = append(p.moves[to], r.ID) }
 
 // skipped says until when the topics are put off that are passed over. A
-// certificate that is stored later finds the debts put off, and brings them
+// certificate that is stored later finds the pushes put off, and brings them
 // back.
 func skipped(ctx context.Context, t *tx, c storage.PushClaim) (map[string]int64, error) {
 	if len(c.Skip) == 0 {

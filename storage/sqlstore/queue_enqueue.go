@@ -274,7 +274,7 @@ WHERE supersede_key = ? AND state IN (%d, %d, %d) AND id `, t.Dialect.Index("nan
 }
 
 // insertItems inserts queue rows behind the last numbers and raises numbers and
-// debts. A scheduled row takes a number, too: it tells the order of those that
+// pushes owed. A scheduled row takes a number, too: it tells the order of those that
 // are due at one time.
 func insertItems(ctx context.Context, t *tx, e *storage.Enqueue, ids []string, last map[string]int64) error {
 	cols := []string{"id", "seq", "command_uuid", "priority", "state", "created_at"}

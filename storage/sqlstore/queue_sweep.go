@@ -14,14 +14,14 @@ import (
 
 var _ storage.Sweeps = (*Store)(nil)
 
-// swept counts what the sweeps of this store did.
-type swept struct {
+// sweepCounters counts what the sweeps of this store did.
+type sweepCounters struct {
 	promoted, expired       atomic.Int64
 	rows, results, commands atomic.Int64
 	resultBytes             atomic.Int64
 }
 
-func (s *swept) add(r storage.Removed) {
+func (s *sweepCounters) add(r storage.Removed) {
 	s.rows.Add(int64(r.Rows))
 	s.results.Add(int64(r.Results))
 	s.commands.Add(int64(r.Commands))
@@ -64,7 +64,7 @@ WHERE ends_at <= ? ORDER BY ends_at LIMIT ?`, t.Now, limit)
 	if err != nil {
 		return 0, fmt.Errorf("expiring commands: %w", err)
 	}
-	s.swept.expired.Add(int64(expired))
+	s.sweepCounters.expired.Add(int64(expired))
 	return expired, nil
 }
 
@@ -149,7 +149,7 @@ WHERE state = %d AND not_before <= ? ORDER BY not_before LIMIT ?`, storage.Sched
 		if err != nil {
 			return fmt.Errorf("looking for commands that are due: %w", err)
 		}
-		if due, err = foremost(ctx, t, due); err != nil {
+		if due, err = dueInOrder(ctx, t, due); err != nil {
 			return fmt.Errorf("looking for what was queued first of them: %w", err)
 		}
 		promoted, err = promote(ctx, t, due)
@@ -158,14 +158,14 @@ WHERE state = %d AND not_before <= ? ORDER BY not_before LIMIT ?`, storage.Sched
 	if err != nil {
 		return 0, fmt.Errorf("promoting scheduled commands: %w", err)
 	}
-	s.swept.promoted.Add(int64(promoted))
+	s.sweepCounters.promoted.Add(int64(promoted))
 	return promoted, nil
 }
 
-// foremost returns as many due rows of each enrollment as there are among due,
+// dueInOrder returns as many due rows of each enrollment as there are among due,
 // the first ones of its order: which rows of one time come first in the index
 // has nothing to do with it.
-func foremost(ctx context.Context, t *tx, due []keyPair) ([]keyPair, error) {
+func dueInOrder(ctx context.Context, t *tx, due []keyPair) ([]keyPair, error) {
 	if len(due) == 0 {
 		return nil, nil
 	}
@@ -272,7 +272,7 @@ func (s *Store) RemoveResults(ctx context.Context, l storage.Lease, r storage.Re
 	if err != nil {
 		return storage.Removed{}, fmt.Errorf("removing results: %w", err)
 	}
-	s.swept.add(out)
+	s.sweepCounters.add(out)
 	return out, nil
 }
 
@@ -293,7 +293,7 @@ func (s *Store) RemoveFinished(ctx context.Context, l storage.Lease, state stora
 	if err != nil {
 		return storage.Removed{}, fmt.Errorf("removing finished commands: %w", err)
 	}
-	s.swept.add(out)
+	s.sweepCounters.add(out)
 	return out, nil
 }
 

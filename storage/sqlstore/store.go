@@ -77,19 +77,19 @@ const (
 // Store is an open database. Every method may be called concurrently, and any
 // number of Stores, in any number of processes, may share one database.
 type Store struct {
-	cfg        Config
-	db         *sqldb.DB
-	now        func() time.Time
-	log        *slog.Logger
-	act        *activityLog
-	polls      *batcher[*opRun]
-	changes    *batcher[*opRun]
-	seal       *sealing
-	texts      deviceTexts
-	unreadable atomic.Int64 // what Stats calls EventsUnreadable
-	counted    headcount
-	held       sync.Map // names of leases that were taken and not lost or released
-	swept      swept
+	cfg           Config
+	db            *sqldb.DB
+	now           func() time.Time
+	log           *slog.Logger
+	act           *activityLog
+	polls         *batcher[*opRun]
+	changes       *batcher[*opRun]
+	seal          *sealing
+	texts         deviceTexts
+	unreadable    atomic.Int64 // what Stats calls EventsUnreadable
+	counted       enrollmentCounts
+	held          sync.Map // names of leases that were taken and not lost or released
+	sweepCounters sweepCounters
 
 	closeOnce sync.Once
 	closeErr  error
@@ -148,7 +148,7 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 	}
 	s := &Store{
 		cfg: cfg, db: db, now: cfg.Now, log: cfg.Logger, seal: newSealing(cfg),
-		texts: newDeviceTexts(db.Dialect()), counted: headcount{turn: make(chan struct{}, 1)},
+		texts: newDeviceTexts(db.Dialect()), counted: enrollmentCounts{turn: make(chan struct{}, 1)},
 	}
 	db.Prepare(s.texts.enrollmentState, s.texts.certificateLookup)
 	if err := cmp.Or(s.migrate(ctx), s.checkSeal(ctx)); err != nil {
@@ -177,9 +177,9 @@ func (s *Store) Stats() Stats {
 		Leases:     s.leasesHeld(),
 		Retries:    s.db.Retries(), ActivityDropped: s.act.dropped.Load(),
 		EventsDropped: s.act.eventsDropped.Load(), EventsUnreadable: s.unreadable.Load(),
-		Promoted: s.swept.promoted.Load(), Expired: s.swept.expired.Load(),
-		RemovedRows: s.swept.rows.Load(), RemovedResults: s.swept.results.Load(),
-		RemovedCommands: s.swept.commands.Load(), RemovedResultBytes: s.swept.resultBytes.Load(),
+		Promoted: s.sweepCounters.promoted.Load(), Expired: s.sweepCounters.expired.Load(),
+		RemovedRows: s.sweepCounters.rows.Load(), RemovedResults: s.sweepCounters.results.Load(),
+		RemovedCommands: s.sweepCounters.commands.Load(), RemovedResultBytes: s.sweepCounters.resultBytes.Load(),
 	}
 }
 

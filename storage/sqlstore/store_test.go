@@ -192,7 +192,7 @@ func TestClosed(t *testing.T) {
 // TestLostServer ends every connection under an idle store: the next call
 // finds a new one.
 func TestLostServer(t *testing.T) {
-	kill := map[string]string{
+	markDeleted := map[string]string{
 		"pgsql":   "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()",
 		"mysql":   "SELECT CONCAT('KILL ', id) FROM information_schema.processlist WHERE db = DATABASE() AND id <> CONNECTION_ID()",
 		"mariadb": "SELECT CONCAT('KILL ', id) FROM information_schema.processlist WHERE db = DATABASE() AND id <> CONNECTION_ID()",
@@ -200,7 +200,7 @@ func TestLostServer(t *testing.T) {
 	servers(t, func(t *testing.T, h *storagetest.Harness) {
 		_, err := h.Store.TakeLease(t.Context(), storage.Lease{Name: "x"}, "a")
 		require.NoError(t, err)
-		for _, statement := range h.Strings(t, kill[h.Engine.Name]) {
+		for _, statement := range h.Strings(t, markDeleted[h.Engine.Name]) {
 			if strings.HasPrefix(statement, "KILL") {
 				h.Exec(t, statement)
 			}
