@@ -249,7 +249,7 @@ func TestNothingIsWrittenForNobody(t *testing.T) {
 		}))
 		w.enroll("A")
 		w.report("A", "C")
-		n, err := w.store.Census(t.Context())
+		n, err := w.store.WaitingCounts(t.Context())
 		require.NoError(t, err)
 		require.Zero(t, n.Unnumbered, "neither what no filter takes, nor tokens for those who are not trusted with them")
 	})
