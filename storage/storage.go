@@ -166,7 +166,9 @@ type Seen struct {
 // result and ends the queue row once; NotNow moves the row to notnow, if it
 // is still waiting. A repeated, late or unknown report changes no state and
 // is no error; the result of a row that an operator cancelled, or that
-// expired or was superseded, is stored as late. CommandUUID may be empty.
+// expired or was superseded, is stored as late. CommandUUID may be empty. A
+// report that cannot be read (mdm.StatusUnreadable) fails the row that it names,
+// or, if it names none, the one that the device was offered and has not answered.
 //
 // Idle is answered from queued and notnow rows in order, any other status
 // from queued rows only. A non-NotNow report that is answered empty while

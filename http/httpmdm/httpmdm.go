@@ -9,7 +9,9 @@
 package httpmdm
 
 import (
+	"bytes"
 	"context"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
@@ -22,6 +24,7 @@ import (
 
 	"golang.org/x/sync/semaphore"
 
+	"github.com/nanomdm/nanomdm/cryptoutil"
 	"github.com/nanomdm/nanomdm/http/requestlog"
 	"github.com/nanomdm/nanomdm/mdm"
 	"github.com/nanomdm/nanomdm/service"
@@ -40,6 +43,9 @@ const (
 
 // Config holds what is optional.
 type Config struct {
+	// Pins finds who sends a report that cannot be read, so that its command
+	// ends; nil refuses such reports.
+	Pins storage.PinnedEnrollments
 	// MaxBody bounds one request's body, in bytes; default 16 MiB.
 	MaxBody int64
 	// MaxInFlight bounds the bytes of all bodies held at once, beyond the
@@ -150,12 +156,11 @@ func (h *Handler) MDM(role Role) http.Handler {
 			h.fail(w, r, "", err)
 			return
 		}
-		req, err := decode(r, role, body)
+		req, err := h.request(r, role, body, id.certificate)
 		if err != nil {
 			h.fail(w, r, "", err)
 			return
 		}
-		req.Certificate = id.certificate
 		resp, err := h.next.Handle(r.Context(), req)
 		if err != nil {
 			h.fail(w, r, req.Enroll.ID, err)
@@ -220,13 +225,71 @@ func (h *Handler) readBody(w http.ResponseWriter, r *http.Request) (body []byte,
 	return nil, release, badRequest(fmt.Errorf("reading body: %w", err))
 }
 
-func decode(r *http.Request, role Role, body []byte) (*service.Request, error) {
-	mediaType, _, _ := strings.Cut(r.Header.Get("Content-Type"), ";")
+// request makes the request of a device's body. A report that cannot be read is
+// one that says so, if the certificate tells whose it is: the device would repeat
+// it for ever, and nothing else would reach it.
+func (h *Handler) request(r *http.Request, role Role, body []byte, cert *x509.Certificate) (*service.Request, error) {
+	msg, err := decode(r, role, body)
+	var req *service.Request
+	if err == nil {
+		req, err = resolve(r, msg)
+	}
+	if err != nil && h.cfg.Pins != nil && isReport(r, role, body, msg) {
+		req, err = h.unreadable(r, body, cert, err)
+	}
+	if err != nil {
+		return nil, err
+	}
+	req.Certificate = cert
+	return req, nil
+}
+
+// isReport reports whether a body that was refused is one of the command
+// connection. msg is nil if it could not be decoded.
+func isReport(r *http.Request, role Role, body []byte, msg mdm.Message) bool {
+	switch {
+	case msg != nil:
+		return msg.Kind() == mdm.KindReport && role != Checkins
+	case bytes.Contains(body, []byte("<key>MessageType</key>")):
+		return false
+	}
+	return role == Reports && mediaType(r) != mdm.ContentTypeCheckin || role == Any && mediaType(r) == mdm.ContentTypeCommand
+}
+
+// unreadable makes the request of a report that cannot be read, for cause.
+func (h *Handler) unreadable(r *http.Request, body []byte, cert *x509.Certificate, cause error) (*service.Request, error) {
+	device, err := h.cfg.Pins.EnrollmentByCertificate(r.Context(), cryptoutil.CertificateHash(cert))
+	if errors.Is(err, storage.ErrNotFound) {
+		return nil, cause
+	} else if err != nil {
+		return nil, err
+	}
+	report := mdm.Unreadable(body)
+	req, err := resolve(r, report)
+	if err != nil || req.Enroll.DeviceID() != device {
+		report.Enrollment = mdm.Enrollment{UDID: device}
+		if req, err = resolve(r, report); err != nil {
+			return nil, err
+		}
+	}
+	h.cfg.Logger.WarnContext(r.Context(), "unreadable report", "request_id", req.ID, "enrollment_id", req.Enroll.ID,
+		"command_uuid", report.CommandUUID, "bytes", len(body), "error", cause)
+	return req, nil
+}
+
+// mediaType is that of the request, without parameters and in lower case.
+func mediaType(r *http.Request) string {
+	media, _, _ := strings.Cut(r.Header.Get("Content-Type"), ";")
+	return strings.ToLower(strings.TrimSpace(media))
+}
+
+// decode decodes a message that belongs on a path of that role.
+func decode(r *http.Request, role Role, body []byte) (mdm.Message, error) {
 	var (
 		msg mdm.Message
 		err error
 	)
-	switch strings.ToLower(strings.TrimSpace(mediaType)) {
+	switch mediaType(r) {
 	case mdm.ContentTypeCheckin:
 		msg, err = mdm.DecodeCheckin(body)
 	case mdm.ContentTypeCommand:
@@ -244,6 +307,11 @@ func decode(r *http.Request, role Role, body []byte) (*service.Request, error) {
 	if (role == Checkins && isReport) || (role == Reports && !isReport) {
 		return nil, badRequest(errRole)
 	}
+	return msg, nil
+}
+
+// resolve makes a request of a message, whose identity keys it resolves.
+func resolve(r *http.Request, msg mdm.Message) (*service.Request, error) {
 	enroll, err := msg.Identity().Resolve()
 	if err != nil {
 		return nil, badRequest(err)

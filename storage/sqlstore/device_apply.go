@@ -74,11 +74,14 @@ var (
 // what others write at the same time, and what only reads shares its
 // statements with others' reads.
 func (s *Store) Apply(ctx context.Context, op storage.Op) (*storage.Outcome, error) {
+	op, err := s.attributed(ctx, op)
+	if err != nil {
+		return nil, err
+	}
 	p := newOpRun(op)
 	if p.kind == nil {
 		return nil, fmt.Errorf("applying a device's message: %T is not in the table of operations", op)
 	}
-	err := error(nil)
 	if p.readOnly() {
 		err = s.polls.do(ctx, p, p.bytes())
 	}

@@ -24,7 +24,7 @@ func terminalState(s mdm.Status) storage.State {
 	switch s {
 	case mdm.StatusAcknowledged:
 		return storage.Acknowledged
-	case mdm.StatusError:
+	case mdm.StatusError, mdm.StatusUnreadable:
 		return storage.Failed
 	}
 	return storage.FormatError
