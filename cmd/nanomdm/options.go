@@ -300,7 +300,7 @@ func (o *options) table() []option {
 			detail: "The first 16 KiB of each body do not count, so that large ones do not crowd polls out."},
 		{name: "max-requests", arg: "N", def: "4096", group: groupLimits, set: to(&o.maxRequests, parseCount),
 			help:   "Requests under way at once; beyond it 503.",
-			detail: "Counted apart for devices and for the API, so that neither starves the other."},
+			detail: "Counted apart for devices and for the API, so that neither starves the other. A device's certificate has at most 16 of them, and one client address half; a quarter of that may wait for their bodies. Name your proxies in `-trusted-proxies`, or their addresses are the clients'."},
 		{name: "drain-delay", arg: "TIME", def: "0", group: groupLimits, set: to(&o.drainDelay, parseDuration),
 			help:   "How long a stop is only announced at /readyz first.",
 			detail: "Requests are served as before meanwhile. Give load balancers the time that they take to notice."},

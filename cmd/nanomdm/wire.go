@@ -196,7 +196,7 @@ func (b *building) assemble(ctx context.Context, store *sqlstore.Store) error {
 			Retro: o.retro, Reenroll: o.reenroll, Renewal: o.renewal, Confirm: side.confirm,
 		}))
 		h := httpmdm.New(service.Chain(protocol, chain...), side.identity, httpmdm.Config{
-			Pins: store, MaxBody: o.maxBody, MaxInFlight: o.maxInFlight, Refused: b.metrics.Refused, Logger: log,
+			Pins: store, MaxBody: o.maxBody, MaxInFlight: o.maxInFlight, MaxRequests: o.maxRequests, Refused: b.metrics.Refused, Logger: log,
 		})
 		if o.migration {
 			operators.Handle("/migration", api.Migration(h.Migration(protocol)))

@@ -50,7 +50,7 @@ func (h *Handler) AuthProxy(prefix string, target *url.URL, pins storage.PinnedE
 			h.fail(w, r, "", err)
 			return
 		}
-		body, release, err := h.readBody(w, r)
+		body, release, err := h.readBody(w, r, id.certificate)
 		defer release()
 		if err == nil {
 			err = id.verifyBody(body)

@@ -14,13 +14,10 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"net/http"
-	"os"
 	"strconv"
 	"strings"
-	"time"
 
 	"golang.org/x/sync/semaphore"
 
@@ -53,6 +50,9 @@ type Config struct {
 	// and most reports are smaller, so that those who send much do not crowd
 	// them out. Default 256 MiB, at least MaxBody.
 	MaxInFlight int64
+	// MaxRequests is how many requests the daemon lets in at once. Half of them
+	// may be of one client address, or wait for their bodies. Default 4096.
+	MaxRequests int
 	// Refused is called for each request that is not answered by the service
 	// chain, with one of Reasons; may be nil.
 	Refused func(reason string)
@@ -72,6 +72,7 @@ const (
 	ReasonSlow         = "slow_body"
 	ReasonMalformed    = "malformed"
 	ReasonOverload     = "overload" // -max-in-flight
+	ReasonCrowded      = "crowded"  // too many of one certificate or client
 	ReasonUnavailable  = "unavailable"
 	ReasonUnrecognized = "unrecognized_device" // -authenticate-url refused it
 	ReasonOther        = "other"               // another middleware's StatusError
@@ -82,22 +83,9 @@ const (
 func Reasons() []string {
 	return []string{
 		ReasonMethod, ReasonIdentity, ReasonPeer, ReasonUnusedHeader, ReasonPin, ReasonNotEnrolled, ReasonTooLarge,
-		ReasonSlow, ReasonMalformed, ReasonOverload, ReasonUnavailable, ReasonUnrecognized, ReasonOther, ReasonError,
+		ReasonSlow, ReasonMalformed, ReasonOverload, ReasonCrowded, ReasonUnavailable, ReasonUnrecognized, ReasonOther, ReasonError,
 	}
 }
-
-// How long a body may take: some time to begin with, and more as more has
-// come, so that large results of slow links get through and a client that
-// trickles is cut.
-const (
-	bodyGrace   = 15 * time.Second
-	bodyMinRate = 16 << 10 // bytes per second
-	bodyLongest = 90 * time.Second
-)
-
-// firstRead is how much of a body is read before more memory is taken, in
-// bytes; most messages fit.
-const firstRead = 16 << 10
 
 // Handler makes the http.Handlers of the device side.
 type Handler struct {
@@ -105,6 +93,7 @@ type Handler struct {
 	identity *Identity
 	cfg      Config
 	budget   *semaphore.Weighted
+	places   *places
 }
 
 // New makes a Handler. identity tells who sends; next gets what was decoded.
@@ -116,10 +105,13 @@ func New(next service.Handler, identity *Identity, cfg Config) *Handler {
 		cfg.MaxInFlight = 256 << 20
 	}
 	cfg.MaxInFlight = max(cfg.MaxInFlight, cfg.MaxBody)
+	if cfg.MaxRequests <= 0 {
+		cfg.MaxRequests = 4096
+	}
 	if cfg.Logger == nil {
 		cfg.Logger = slog.New(slog.DiscardHandler)
 	}
-	return &Handler{next: next, identity: identity, cfg: cfg, budget: semaphore.NewWeighted(cfg.MaxInFlight)}
+	return &Handler{next: next, identity: identity, cfg: cfg, budget: semaphore.NewWeighted(cfg.MaxInFlight), places: newPlaces(newPlaceLimits(cfg))}
 }
 
 // errors of the transport itself; the rest comes from identity, mdm, service
@@ -146,7 +138,7 @@ func (h *Handler) MDM(role Role) http.Handler {
 			h.fail(w, r, "", err)
 			return
 		}
-		body, release, err := h.readBody(w, r)
+		body, release, err := h.readBody(w, r, id.certificate)
 		defer release()
 		if err != nil {
 			h.fail(w, r, "", err)
@@ -168,61 +160,6 @@ func (h *Handler) MDM(role Role) http.Handler {
 		}
 		reply(w, resp)
 	})
-}
-
-// readBody reads the whole body. The bytes that it holds beyond firstRead are
-// taken from the budget as they arrive, so that a client that announces much
-// and sends little costs little. release gives them back and must always be called.
-func (h *Handler) readBody(w http.ResponseWriter, r *http.Request) (body []byte, release func(), err error) {
-	var held int64
-	release = func() { h.budget.Release(held) }
-	if enc := r.Header.Get("Content-Encoding"); enc != "" && !strings.EqualFold(enc, "identity") {
-		return nil, release, badRequest(errEncoding)
-	}
-	if r.ContentLength > h.cfg.MaxBody {
-		return nil, release, tooLarge
-	}
-	room := int64(firstRead)
-	if r.ContentLength >= 0 {
-		room = min(room, r.ContentLength+1) // one more, to see the end without growing
-	}
-	limited := http.MaxBytesReader(w, r.Body, h.cfg.MaxBody)
-	control, start := http.NewResponseController(w), time.Now()
-	for {
-		// A ResponseWriter of tests may have no deadline to set.
-		_ = control.SetReadDeadline(start.Add(min(bodyLongest, bodyGrace+time.Duration(room)*time.Second/bodyMinRate)))
-		if more := room - firstRead - held; more > 0 {
-			if !h.budget.TryAcquire(more) {
-				return nil, release, errOverload
-			}
-			held += more
-		}
-		body = append(make([]byte, 0, room), body...)
-		var n int
-		for err == nil && len(body) < cap(body) {
-			n, err = limited.Read(body[len(body):cap(body)])
-			body = body[:len(body)+n]
-		}
-		if err != nil {
-			break
-		}
-		room *= 4
-		if r.ContentLength >= 0 {
-			room = min(room, r.ContentLength+1)
-		}
-	}
-	if errors.Is(err, io.EOF) {
-		// The deadline would end the request's context.
-		_ = control.SetReadDeadline(time.Time{})
-		return body, release, nil
-	}
-	if over := (*http.MaxBytesError)(nil); errors.As(err, &over) {
-		return nil, release, tooLarge
-	}
-	if errors.Is(err, os.ErrDeadlineExceeded) {
-		return nil, release, errSlow
-	}
-	return nil, release, badRequest(fmt.Errorf("reading body: %w", err))
 }
 
 // request makes the request of a device's body. A report that cannot be read is
@@ -375,7 +312,7 @@ func (h *Handler) note(w http.ResponseWriter, r *http.Request, enrollID string, 
 		h.cfg.Refused(why)
 	}
 	switch why {
-	case ReasonMethod, ReasonIdentity, ReasonPeer, ReasonUnusedHeader, ReasonTooLarge, ReasonSlow, ReasonOverload:
+	case ReasonMethod, ReasonIdentity, ReasonPeer, ReasonUnusedHeader, ReasonTooLarge, ReasonSlow, ReasonOverload, ReasonCrowded:
 		w.Header().Set("Connection", "close") // the body was not read, and is not waited for
 	}
 	h.cfg.Logger.Log(r.Context(), level, "device request refused", "request_id", requestlog.ID(r.Context()),
@@ -418,6 +355,8 @@ func reason(err error) string {
 		return ReasonSlow
 	case errors.Is(err, errOverload):
 		return ReasonOverload
+	case errors.Is(err, errCrowded):
+		return ReasonCrowded
 	case errors.As(err, &se):
 		switch {
 		case se.Document != nil && se.Document.Code == mdm.CodeUnrecognizedDevice:
