@@ -45,9 +45,10 @@ func parseRole(word string) role {
 
 // caller is the owner of the API key of a request.
 type caller struct {
-	// name is for the audit table.
-	name string
-	role role
+	// name is for the audit table. id is the key's own: a key that is made anew
+	// with the name of another has another id.
+	name, id string
+	role     role
 	// scope restricts the caller to some APNs topics.
 	scope storage.Scope
 }
@@ -173,7 +174,7 @@ func credentials(r *http.Request) (user, key string, ok bool) {
 // nor its length show in the time that it takes.
 func (a *API) identify(ctx context.Context, user, key string, hash storage.KeyHash) (caller, error) {
 	if subtle.ConstantTimeCompare(hash[:], a.key[:]) == 1 && (user == anyUser || user == User) {
-		return caller{name: User, role: roleAdmin}, nil
+		return caller{name: User, id: User, role: roleAdmin}, nil
 	}
 	if user == User || !strings.HasPrefix(key, keyPrefix) || len(key) != keyLen {
 		return caller{}, errWrongKey
@@ -187,5 +188,5 @@ func (a *API) identify(ctx context.Context, user, key string, hash storage.KeyHa
 	case user != anyUser && user != k.Name:
 		return caller{}, errWrongKey
 	}
-	return caller{name: k.Name, role: parseRole(k.Role), scope: k.Scope}, nil
+	return caller{name: k.Name, id: keyID(k.Hash), role: parseRole(k.Role), scope: k.Scope}, nil
 }

@@ -150,7 +150,7 @@ func (a *API) enqueueIDs(ctx context.Context, r *http.Request) (int, any, error)
 	if err := o.plist(raw); err != nil {
 		return 0, nil, err
 	}
-	q := queryOf(r)
+	q := a.queryOf(r)
 	o.options = enqueueOptions{
 		Priority: q.number("priority", 0, -maxPriority, maxPriority), NotBefore: q.text("not_before"), ExpiresAfter: q.text("expires_after"),
 		SupersedeKey: q.text("supersede_key"), IdempotencyKey: q.text("idempotency_key"), NoPush: noPush,
@@ -175,7 +175,7 @@ func (o *enqueueRequest) plist(raw []byte) error {
 
 // enqueue takes a command and any number of enrollments in a JSON body.
 func (a *API) enqueue(ctx context.Context, r *http.Request) (int, any, error) {
-	q := queryOf(r)
+	q := a.queryOf(r)
 	o := &enqueueRequest{async: q.async(), strict: q.strict(), extended: true}
 	if err := q.done(); err != nil {
 		return 0, nil, err
@@ -261,7 +261,7 @@ func (a *API) enqueueOnce(ctx context.Context, o *enqueueRequest) (int, any, err
 	}
 	given := o.uuid
 	for range 3 { // another call may take the key between read and write
-		e.Once = &storage.Once{Caller: callerOf(ctx).name, Key: o.options.IdempotencyKey, Digest: digest}
+		e.Once = &storage.Once{Caller: callerOf(ctx).id, Key: o.options.IdempotencyKey, Digest: digest}
 		done, err := a.store.FindEnqueued(ctx, e.Once.Caller, e.Once.Key)
 		switch {
 		case errors.Is(err, storage.ErrNotFound):

@@ -15,7 +15,6 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
-	"sync/atomic"
 	"time"
 
 	"github.com/nanomdm/nanomdm/http/requestlog"
@@ -55,7 +54,9 @@ type API struct {
 	pusher   Pusher
 	cfg      Config
 	origins  *http.CrossOriginProtection
-	waits    atomic.Int64 // calls that wait for a command to end
+	cursors  *cursors
+	waits    waits
+	log      *logWatch
 }
 
 // Store is the part of the storage that the API uses.
@@ -96,7 +97,12 @@ func New(key string, store Store, pusher Pusher, cfg Config) (*API, error) {
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
+	c, err := newCursors(key)
+	if err != nil {
+		return nil, err
+	}
 	return &API{
+		cursors: c, log: newLogWatch(store.LastEvent),
 		key: storage.HashKey(key), keys: newKeyring(store, cfg.Now), throttle: newThrottle(cfg.Now),
 		store: store, pusher: pusher, cfg: cfg, origins: http.NewCrossOriginProtection(),
 	}, nil
@@ -142,6 +148,10 @@ func (a *API) endpoint(call call) http.Handler {
 			_, _ = w.Write(raw) // as writeJSON
 			return
 		}
+		if status == http.StatusNoContent {
+			w.WriteHeader(status)
+			return
+		}
 		writeJSON(w, status, body)
 	})
 }
@@ -159,6 +169,9 @@ func (a *API) fail(w http.ResponseWriter, r *http.Request, err error) {
 	)
 	switch {
 	case errors.As(err, &p):
+		if p.status == http.StatusServiceUnavailable {
+			w.Header().Set("Retry-After", "5")
+		}
 		writeFailure(w, r, p.status, p.text)
 	case errors.As(err, &tooLarge):
 		writeFailure(w, r, http.StatusRequestEntityTooLarge, fmt.Sprintf("the body is larger than %d bytes, the limit that -max-body sets", tooLarge.Limit))

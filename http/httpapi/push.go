@@ -130,7 +130,7 @@ func (a *API) pushIDs(ctx context.Context, r *http.Request) (int, any, error) {
 	if err != nil {
 		return 0, nil, err
 	}
-	q := queryOf(r)
+	q := a.queryOf(r)
 	async := q.async()
 	if q.err != nil {
 		return 0, nil, q.err
@@ -146,7 +146,7 @@ const pushAsync = "async"
 func (q *query) async() bool { return q.word("push", pushAsync) != "" }
 
 func (a *API) pushMany(ctx context.Context, r *http.Request) (int, any, error) {
-	q := queryOf(r)
+	q := a.queryOf(r)
 	async := q.async()
 	if err := q.done(); err != nil {
 		return 0, nil, err

@@ -130,7 +130,7 @@ func TestDeleteEnrollment(t *testing.T) {
 	o.asks(o.admin(), 200, "GET", "/v1/enrollments/mac", "")
 	o.asks(o.admin(), 200, "DELETE", "/v1/enrollments/mac?confirm=mac", "")
 	o.asks(o.admin(), 404, "GET", "/v1/enrollments/mac", "")
-	o.asks(o.admin(), 404, "DELETE", "/v1/enrollments/mac?confirm=mac", "")
+	o.asks(o.admin(), 404, "DELETE", "/v1/enrollments/mac?confirm=other", "")
 	unconfirmed := "mac confirm: repeat the enrollment's id, mac, to delete it"
 	require.Equal(t, []string{unconfirmed, unconfirmed, unconfirmed, "mac done", "mac no enrollment has that id or serial number"}, o.deeds("enrollment.delete"))
 }
