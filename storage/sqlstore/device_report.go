@@ -294,9 +294,7 @@ func owePushes(ctx context.Context, t *tx, ids []string) error {
 		return err
 	}
 	is, args := t.Among(ids)
-	// MySQL assigns from left to right, so last_seq must come last.
-	err := t.ExecDeferred(ctx, `UPDATE nano_enrollment_push
-SET owed_seq = last_seq + 1, push_at = ?, last_seq = last_seq + 1 WHERE id `+is, append([]any{t.Now}, args...)...)
+	err := t.ExecDeferred(ctx, "UPDATE nano_enrollment_push SET "+owePushAt+" WHERE id "+is, append([]any{t.Now}, args...)...)
 	if err != nil {
 		return fmt.Errorf("owing pushes: %w", err)
 	}

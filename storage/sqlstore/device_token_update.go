@@ -92,7 +92,7 @@ func makePushable(ctx context.Context, t *tx, ids, repeating []string) error {
 		return nil
 	}
 	is, args := t.Among(repeating)
-	_, err = t.Exec(ctx, `UPDATE nano_enrollment_push SET push_at = ? WHERE owed_seq > paid_seq AND id `+is, append([]any{t.Now}, args...)...)
+	_, err = t.Exec(ctx, "UPDATE nano_enrollment_push SET push_at = ? WHERE "+pushOwed+" AND id "+is, append([]any{t.Now}, args...)...)
 	if err != nil {
 		return fmt.Errorf("planning pushes: %w", err)
 	}

@@ -212,9 +212,7 @@ func expiringSoon(ctx context.Context, t *tx, topic, query string, args ...any) 
 
 // notice remembers a name, and says whether it was new.
 func notice(ctx context.Context, t *tx, name string) (fresh bool, err error) {
-	if len(name) > maxText {
-		name = name[:maxText]
-	}
+	name = clip(name)
 	var n int64
 	if err := t.QueryRow(ctx, `SELECT COUNT(*) FROM nano_event_notices WHERE name = ?`, name).Scan(&n); err != nil || n > 0 {
 		return false, err

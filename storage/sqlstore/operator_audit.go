@@ -31,7 +31,7 @@ func (s *Store) AppendAudit(ctx context.Context, r *storage.AuditRecord) error {
 // audit appends a record in the caller's transaction.
 func audit(ctx context.Context, t *tx, r *storage.AuditRecord) error {
 	r.ID, r.At = eventID(t.Now), fromMicros(t.Now)
-	detail := strings.ReplaceAll(strings.ToValidUTF8(r.Detail, "\uFFFD"), "\x00", "")
+	detail := legible(r.Detail)
 	if len(detail) > maxAuditDetail {
 		detail = strings.ToValidUTF8(detail[:maxAuditDetail], "") + "…"
 	}

@@ -47,10 +47,7 @@ func (s *Store) WaitingCounts(ctx context.Context) (WaitingCounts, error) {
 			}
 			c.Waiting[state] = Backlog{Count: n, Oldest: fromMicros(oldest)}
 		}
-		// A debt has a time at which the sweep looks, so the index on push_at
-		// keeps those who are owed nothing out of this.
-		err := t.QueryRow(ctx, `SELECT COUNT(*) FROM (SELECT id FROM nano_enrollment_push
-			WHERE push_at IS NOT NULL AND paid_seq < owed_seq LIMIT ?) owed`, countLimit).Scan(&c.PushesOwed)
+		err := t.QueryRow(ctx, "SELECT COUNT(*) FROM (SELECT id FROM nano_enrollment_push WHERE "+pushOwedIndexed+" LIMIT ?) owed", countLimit).Scan(&c.PushesOwed)
 		if err != nil {
 			return err
 		}

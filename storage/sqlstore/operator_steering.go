@@ -194,8 +194,7 @@ notnow_at = NULL, expires_at = CASE WHEN expires_at > ? THEN expires_at ELSE NUL
 		return fmt.Errorf("moving a queue row: %w", err)
 	}
 	at := t.Now + firstPush.Microseconds()
-	_, err = t.Exec(ctx, `UPDATE nano_enrollment_push SET owed_seq = last_seq + 1, push_at = CASE WHEN push_at < ? THEN push_at ELSE ? END,
-last_seq = last_seq + 1 WHERE id = ?`, at, at, k.ID) // MySQL assigns from left to right
+	_, err = t.Exec(ctx, "UPDATE nano_enrollment_push SET "+owePushBy+" WHERE id = ?", at, at, k.ID)
 	if err != nil {
 		return fmt.Errorf("owing a push: %w", err)
 	}
@@ -241,7 +240,7 @@ func (s *Store) SetDisabled(ctx context.Context, scope storage.Scope, id string,
 			if _, err := lock(ctx, t, "nano_enrollment_push", chunk); err != nil {
 				return err
 			}
-			_, err = t.Exec(ctx, "UPDATE nano_enrollment_push SET push_at = ? WHERE owed_seq > paid_seq AND token_dead_at IS NULL AND id IN "+place,
+			_, err = t.Exec(ctx, "UPDATE nano_enrollment_push SET push_at = ? WHERE "+pushOwed+" AND token_dead_at IS NULL AND id IN "+place,
 				append([]any{t.Now}, args...)...)
 			if err != nil {
 				return fmt.Errorf("planning pushes: %w", err)

@@ -48,7 +48,7 @@ func (s *Store) hasten(ctx context.Context, topic string) error {
 				return err
 			}
 			place, args := sqldb.InList(ids)
-			_, err = t.Exec(ctx, "UPDATE nano_enrollment_push SET push_at = ? WHERE push_at > ? AND paid_seq < owed_seq AND id IN "+place,
+			_, err = t.Exec(ctx, "UPDATE nano_enrollment_push SET push_at = ? WHERE push_at > ? AND "+pushOwed+" AND id IN "+place,
 				append([]any{t.Now, t.Now}, args...)...)
 			return err
 		})

@@ -154,9 +154,7 @@ func (s *Store) OwePush(ctx context.Context, scope storage.Scope, ids []string, 
 				ids[i] = targets[i].ID
 			}
 			place, args := sqldb.InList(ids)
-			// MySQL assigns from left to right, so last_seq must come last.
-			_, err = t.Exec(ctx, `UPDATE nano_enrollment_push SET owed_seq = last_seq + 1,
-push_at = CASE WHEN push_at < ? THEN push_at ELSE ? END, last_seq = last_seq + 1 WHERE id IN `+place,
+			_, err = t.Exec(ctx, "UPDATE nano_enrollment_push SET "+owePushBy+" WHERE id IN "+place,
 				append([]any{micros(at), micros(at)}, args...)...)
 			return err
 		})
@@ -489,7 +487,7 @@ LEFT JOIN nano_enrollment_activity a ON a.id = p.id WHERE `+where.String(), args
 // CountOwedPushes implements storage.Pushes.
 func (s *Store) CountOwedPushes(ctx context.Context) (n int64, err error) {
 	err = s.read(ctx, func(ctx context.Context, t *tx) error {
-		return t.QueryRow(ctx, "SELECT COUNT(*) FROM nano_enrollment_push WHERE push_at IS NOT NULL AND paid_seq < owed_seq").Scan(&n)
+		return t.QueryRow(ctx, "SELECT COUNT(*) FROM nano_enrollment_push WHERE "+pushOwedIndexed).Scan(&n)
 	})
 	if err != nil {
 		return 0, fmt.Errorf("counting pushes owed: %w", err)

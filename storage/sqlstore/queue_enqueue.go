@@ -297,16 +297,13 @@ func insertItems(ctx context.Context, t *tx, e *storage.Enqueue, ids []string, l
 	if err := t.Insert(ctx, "nano_enrollment_queue", cols, items); err != nil {
 		return fmt.Errorf("storing queue rows: %w", err)
 	}
-	// MySQL assigns from left to right, so last_seq must come last.
-	set, args := "", []any(nil)
+	set, args := takeNumber, []any(nil)
 	if !scheduled && !e.NoPush {
-		// A time that is nearer stays, or a queue that grows all the time
-		// would keep the sweep off.
-		set = "owed_seq = last_seq + 1, push_at = CASE WHEN push_at < ? THEN push_at ELSE ? END, "
+		set = owePushBy
 		at := t.Now + firstPush.Microseconds()
 		args = append(args, at, at)
 	}
-	q, idArgs := t.UpdateLockedText("nano_enrollment_push", set+"last_seq = last_seq + 1", ids)
+	q, idArgs := t.UpdateLockedText("nano_enrollment_push", set, ids)
 	if _, err := t.Exec(ctx, q, append(args, idArgs...)...); err != nil {
 		return fmt.Errorf("owing pushes: %w", err)
 	}

@@ -249,9 +249,7 @@ func oweFor(ctx context.Context, t *tx, ids []string, n int) error {
 	}
 	slices.Sort(ids)
 	places, args := sqldb.InList(ids)
-	// MySQL assigns from left to right, so last_seq must come last.
-	_, err := t.Exec(ctx, `UPDATE nano_enrollment_push
-SET owed_seq = last_seq + ?, push_at = ?, last_seq = last_seq + ? WHERE id IN `+places, append([]any{n, t.Now, n}, args...)...)
+	_, err := t.Exec(ctx, "UPDATE nano_enrollment_push SET "+oweNumbersAt+" WHERE id IN "+places, append([]any{n, t.Now, n}, args...)...)
 	if err != nil {
 		return fmt.Errorf("owing pushes: %w", err)
 	}
