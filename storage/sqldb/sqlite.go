@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"net/url"
+	"os"
 	"runtime"
 	"slices"
 	"strings"
@@ -46,6 +47,9 @@ func openSQLite(ctx context.Context, cfg Config) (*pools, error) {
 		return openMemory(ctx, d, params)
 	}
 	name = strings.TrimPrefix(name, "file:")
+	if err := createPrivate(name); err != nil {
+		return nil, err
+	}
 	write, err := sqlitePool(name, params, "immediate")
 	if err != nil {
 		return nil, err
@@ -64,6 +68,31 @@ func openSQLite(ctx context.Context, cfg Config) (*pools, error) {
 	read.SetMaxOpenConns(readers)
 	read.SetMaxIdleConns(readers)
 	return &pools{dialect: d, write: write, read: read}, nil
+}
+
+// createPrivate makes a file that does not exist yet for its owner alone. SQLite
+// gives the files beside it the same mode. Other failures are left to SQLite,
+// which knows names that no file system does.
+func createPrivate(name string) error {
+	f, err := os.OpenFile(name, os.O_CREATE|os.O_EXCL|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil
+	}
+	return f.Close()
+}
+
+// SQLiteFile returns the path of the file that a data source name of SQLite's
+// names, or "" for a database in memory.
+func SQLiteFile(dsn string) string {
+	name, _, _ := strings.Cut(dsn, "?")
+	if name == memory {
+		return ""
+	}
+	name = strings.TrimPrefix(name, "file:")
+	if rest, ok := strings.CutPrefix(name, "//"); ok {
+		return rest // file:///path: an empty host
+	}
+	return name
 }
 
 // withDefaults adds those of sqlitePragmas that are not given. The driver runs

@@ -14,6 +14,7 @@ package sqlstore
 import (
 	"cmp"
 	"context"
+	"crypto/x509"
 	"database/sql"
 	"errors"
 	"fmt"
@@ -46,6 +47,9 @@ type Config struct {
 	// seconds). SQLite's are kept.
 	ConnMaxLifetime time.Duration
 	ConnMaxIdleTime time.Duration
+	// RootCAs verifies a database server, whose connections then use TLS. If
+	// nil, the DSN alone decides about TLS.
+	RootCAs *x509.CertPool
 	// MaxOpenConns bounds the connections to a database server, 24 if zero,
 	// and with SQLite the readers.
 	MaxOpenConns int
@@ -141,7 +145,7 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 	}
 	db, err := sqldb.Open(ctx, sqldb.Config{
 		Driver: cfg.Driver, DSN: cfg.DSN, Now: cfg.Now, Logger: cfg.Logger,
-		ConnMaxLifetime: cfg.ConnMaxLifetime, ConnMaxIdleTime: cfg.ConnMaxIdleTime, MaxOpenConns: cfg.MaxOpenConns,
+		ConnMaxLifetime: cfg.ConnMaxLifetime, ConnMaxIdleTime: cfg.ConnMaxIdleTime, MaxOpenConns: cfg.MaxOpenConns, RootCAs: cfg.RootCAs,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("opening the %s database: %w", cfg.Driver, storageError(err))

@@ -29,7 +29,7 @@ func TestOpenRefuses(t *testing.T) {
 		{"unknown driver", sqlstore.Config{Driver: "oracle", DSN: "x"}, `"oracle"`},
 		{"a directory that is not there", sqlstore.Config{Driver: "sqlite", DSN: filepath.Join(t.TempDir(), "no", "such.db")}, "opening the file"},
 		{"a DSN that cannot be read", sqlstore.Config{Driver: "pgsql", DSN: "host=x password=hunter2 port=nonsense"}, "not a PostgreSQL URL"},
-		{"a MySQL DSN that cannot be read", sqlstore.Config{Driver: "mysql", DSN: "u:hunter2@tcp(x)nonsense"}, "as go-sql-driver/mysql has it"},
+		{"a MySQL DSN that cannot be read", sqlstore.Config{Driver: "mysql", DSN: "u:hunter2@tcp(x)nonsense"}, "is not user:password@tcp("},
 		{"nobody listens", sqlstore.Config{Driver: "mysql", DSN: "u:hunter2@tcp(127.0.0.1:1)/x"}, "connecting"},
 		{"nobody listens there either", sqlstore.Config{Driver: "pgsql", DSN: "postgres://u:hunter2@127.0.0.1:1/x"}, "connecting"},
 	} {
