@@ -111,7 +111,7 @@ func TestConsumers(t *testing.T) {
 					return err == nil
 				}, 20*time.Second, 20*time.Millisecond)
 
-				s := newSender(nil, 10*time.Second, 1, nil)
+				s := newSender(nil, 10*time.Second, 1, nil, nil)
 				defer s.close()
 				r := examples()[6]
 				post := func(keys ...string) *failure {
