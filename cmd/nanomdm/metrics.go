@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"crypto/x509"
-	"encoding/pem"
 	"time"
 
 	"github.com/nanomdm/nanomdm/http/metrics"
@@ -138,13 +137,11 @@ func truth(b bool) float64 {
 	return 0
 }
 
-// earliest is when the first certificate of a PEM file that was accepted
-// expires.
-func earliest(file []byte) time.Time {
+// earliest returns when the first of the certificates expires.
+func earliest(certs []*x509.Certificate) time.Time {
 	var first time.Time
-	for block, rest := pem.Decode(file); block != nil; block, rest = pem.Decode(rest) {
-		cert, err := x509.ParseCertificate(block.Bytes)
-		if err == nil && (first.IsZero() || cert.NotAfter.Before(first)) {
+	for _, cert := range certs {
+		if first.IsZero() || cert.NotAfter.Before(first) {
 			first = cert.NotAfter
 		}
 	}

@@ -56,6 +56,9 @@ type Config struct {
 	// Refused is called for each request that is not answered by the service
 	// chain, with one of Reasons; may be nil.
 	Refused func(reason string)
+	// AuthProxyTransport makes the requests of AuthProxy. Default:
+	// http.DefaultTransport.
+	AuthProxyTransport http.RoundTripper
 	// Logger; default discards.
 	Logger *slog.Logger
 }
