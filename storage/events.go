@@ -245,8 +245,8 @@ type Delivery struct {
 	Error      string
 }
 
-// WaitingEnrollment is an enrollment with waiting events at a sink.
-type WaitingEnrollment struct {
+// Lane is an enrollment with waiting events at a sink.
+type Lane struct {
 	Enrollment string
 	First      int64 // number of its first waiting event
 	Attempts   int   // of that one
@@ -299,9 +299,9 @@ type Outbox interface {
 
 // Deliveries reads what a sink has not got.
 type Deliveries interface {
-	// WaitingEnrollments reads up to limit enrollments with waiting events, the
+	// WaitingLanes reads up to limit enrollments with waiting events, the
 	// earliest number first.
-	WaitingEnrollments(ctx context.Context, sink string, limit int) ([]WaitingEnrollment, error)
+	WaitingLanes(ctx context.Context, sink string, limit int) ([]Lane, error)
 	// WaitingEvents reads an enrollment's first waiting events, in order, as
 	// SinkPage does.
 	WaitingEvents(ctx context.Context, sink, enrollment string, limit int) ([]EventRecord, error)

@@ -22,16 +22,16 @@ type apiKey struct {
 }
 
 var keyColumns = []column[apiKey]{
-	{"NAME", func(k *apiKey) string { return k.Name }},
-	{"ROLE", func(k *apiKey) string { return k.Role }},
-	{"TOPICS", func(k *apiKey) string {
+	{heading: "NAME", cell: func(k *apiKey) string { return k.Name }},
+	{heading: "ROLE", cell: func(k *apiKey) string { return k.Role }},
+	{heading: "MADE", cell: func(k *apiKey) string { return ago(k.CreatedAt) }},
+	{heading: "BY", cell: func(k *apiKey) string { return k.CreatedBy }},
+	{heading: "TOPICS", cell: func(k *apiKey) string {
 		if len(k.Topics) == 0 {
 			return "all"
 		}
 		return strings.Join(k.Topics, ",")
-	}},
-	{"MADE", func(k *apiKey) string { return ago(k.CreatedAt) }},
-	{"BY", func(k *apiKey) string { return k.CreatedBy }},
+	}, clip: true},
 }
 
 func keysLsCommand() command {
@@ -98,18 +98,32 @@ type auditRecord struct {
 	Outcome string     `json:"outcome"`
 }
 
+// summary is the detail with targets counted instead of listed.
+func (r *auditRecord) summary() string {
+	const counted = " enrollments: "
+	head, tail, found := strings.Cut(r.Detail, counted)
+	if !found {
+		return r.Detail
+	}
+	head += strings.TrimSuffix(counted, ": ")
+	if _, more, found := strings.Cut(tail, "; "); found {
+		head += "; " + more
+	}
+	return head
+}
+
 var auditColumns = []column[auditRecord]{
-	{"WHEN", func(r *auditRecord) string {
+	{heading: "WHEN", cell: func(r *auditRecord) string {
 		if r.At == nil {
 			return ""
 		}
-		return r.At.Local().Format(time.DateTime)
+		return r.At.Local().Format("2006-01-02 15:04")
 	}},
-	{"WHO", func(r *auditRecord) string { return r.Who }},
-	{"ACTION", func(r *auditRecord) string { return r.Action }},
-	{"TARGET", func(r *auditRecord) string { return r.Target }},
-	{"OUTCOME", func(r *auditRecord) string { return r.Outcome }},
-	{"DETAIL", func(r *auditRecord) string { return r.Detail }},
+	{heading: "WHO", cell: func(r *auditRecord) string { return r.Who }, clip: true},
+	{heading: "ACTION", cell: func(r *auditRecord) string { return r.Action }, clip: true},
+	{heading: "OUTCOME", cell: func(r *auditRecord) string { return r.Outcome }, clip: true, tone: toneOf},
+	{heading: "DETAIL", cell: (*auditRecord).summary, clip: true},
+	{heading: "TARGET", cell: func(r *auditRecord) string { return r.Target }, wide: true},
 }
 
 func auditCommand() command {
@@ -173,7 +187,7 @@ func (e *env) reseal(ctx context.Context, step int) error {
 			return err
 		}
 		looked, rewritten, unreadable = looked+done.Looked, rewritten+done.Rewritten, unreadable+done.Unreadable
-		line.line(done.Next == "", fmt.Sprintf("%s: %d looked at, %d sealed again", done.Table, looked, rewritten))
+		line.line(fmt.Sprintf("%s: %d looked at, %d sealed again", done.Table, looked, rewritten))
 		if done.Next == "" {
 			break
 		}
@@ -191,25 +205,6 @@ func (e *env) reseal(ctx context.Context, step int) error {
 		return &exitError{exitPartial, fmt.Errorf("%d values cannot be opened with any of the server's keys: put the key that sealed them back into -seal-key-file", unreadable)}
 	}
 	return nil
-}
-
-func statsCommand() command {
-	return command{
-		name: "stats", short: "Show counts of enrollments, queues, pushes and events", example: "nanoctl stats",
-		prepare: func(*flag.FlagSet) runner {
-			return func(ctx context.Context, e *env, args []string) error {
-				a, err := e.api.do(ctx, http.MethodGet, "/v1/stats", nil, nil)
-				return e.printAnswer(a, err, nil, func() error {
-					stats, err := decodeJSON(string(a.body))
-					if err != nil {
-						return fmt.Errorf("the server's answer is not what this version of nanoctl expects: %w", err)
-					}
-					e.showValue("", stats)
-					return nil
-				})
-			}
-		},
-	}
 }
 
 // showItems prints the array named by field of an answer that has no pages.

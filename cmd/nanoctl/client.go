@@ -28,8 +28,9 @@ type client struct {
 	http *http.Client
 }
 
-func newClient(base *url.URL, key string) *client {
+func newClient(base *url.URL, key string, transport http.RoundTripper) *client {
 	return &client{base: base, key: key, http: &http.Client{
+		Transport: transport,
 		// A redirected POST becomes a GET, and the key would go elsewhere.
 		CheckRedirect: func(r *http.Request, _ []*http.Request) error {
 			return fmt.Errorf("the server redirects to %s; set NANOMDM_URL to where the API is", r.URL.Redacted())
@@ -108,9 +109,6 @@ func (c *client) do(ctx context.Context, method, path string, query url.Values, 
 	a := &answer{status: resp.StatusCode}
 	if a.body, err = io.ReadAll(io.LimitReader(resp.Body, maxAnswer)); err != nil {
 		return nil, fmt.Errorf("reading the answer: %w", err)
-	}
-	if resp.StatusCode == http.StatusNoContent { // the call was repeated
-		a.body = []byte("{}")
 	}
 	if resp.StatusCode >= 400 {
 		return a, refusal(resp, a.body)

@@ -1,44 +1,42 @@
 package main
 
-// commands is the table of all commands, in the order of the help.
-func commands() []command {
-	return []command{
-		enrollmentsLsCommand(),
-		showCommand(),
-		queueCommand(),
-		sendCommand(),
-		installProfileCommand(),
-		removeProfileCommand(),
-		commandCommand(),
-		commandsLsCommand(),
-		statusCommand(),
-		resultCommand(),
-		cancelCommand(),
-		clearCommand(),
-		requeueCommand(),
-		pushCommand(),
-		pushCertPutCommand(),
-		pushCertLsCommand(),
-		disableCommand(),
-		enableCommand(),
-		deleteCommand(),
-		renewalOpenCommand(),
-		renewalCloseCommand(),
-		bootstrapTokenCommand(),
-		unlockTokenCommand(),
-		escrowUnlockCommand(),
-		eventsCommand(),
-		redeliverCommand(),
-		sinksLsCommand(),
-		sinksPutCommand(),
-		sinksRmCommand(),
-		statsCommand(),
-		keysLsCommand(),
-		keysCreateCommand(),
-		keysRmCommand(),
-		auditCommand(),
-		resealCommand(),
-		versionCommand(),
-		completionCommand(),
+// group is a part of the table under a heading of the help.
+type group struct {
+	title    string
+	commands []command
+}
+
+// groups are the commands in the order of the help.
+func groups() []group {
+	return []group{
+		{"Devices", []command{
+			enrollmentsLsCommand(), showCommand(), queueCommand(), clearCommand(), pushCommand(), disableCommand(), enableCommand(), deleteCommand(),
+		}},
+		{"Commands for devices", []command{
+			sendCommand(), installProfileCommand(), removeProfileCommand(), commandCommand(), commandsLsCommand(), statusCommand(),
+			resultCommand(), cancelCommand(), requeueCommand(),
+		}},
+		{"Certificates and secrets", []command{
+			pushCertPutCommand(), pushCertLsCommand(), renewalOpenCommand(), renewalCloseCommand(), bootstrapTokenCommand(),
+			unlockTokenCommand(), escrowUnlockCommand(), resealCommand(),
+		}},
+		{"Events", []command{
+			eventsCommand(), sinksLsCommand(), sinksPutCommand(), sinksRmCommand(), redeliverCommand(),
+		}},
+		{"Server", []command{
+			statsCommand(), keysLsCommand(), keysCreateCommand(), keysRmCommand(), auditCommand(),
+		}},
+		{"nanoctl", []command{
+			versionCommand(), completionCommand(),
+		}},
 	}
+}
+
+// commands is the table of all commands.
+func commands() []command {
+	var all []command
+	for _, g := range groups() {
+		all = append(all, g.commands...)
+	}
+	return all
 }

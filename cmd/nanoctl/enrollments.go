@@ -77,6 +77,8 @@ type userInfo struct {
 // queueItem is a command in the queue of one enrollment.
 type queueItem struct {
 	EnrollmentID string     `json:"enrollment_id"`
+	Serial       string     `json:"serial_number"`
+	DeviceName   string     `json:"device_name"`
 	CommandUUID  string     `json:"command_uuid"`
 	RequestType  string     `json:"request_type"`
 	State        string     `json:"state"`
@@ -122,18 +124,6 @@ func (x *enrollment) waiting() int {
 		return 0
 	}
 	return x.Queue.Queued + x.Queue.NotNow + x.Queue.Scheduled
-}
-
-func (x *enrollment) pushed() string {
-	switch {
-	case x.Push == nil:
-		return ""
-	case x.Push.LastReason != "":
-		return x.Push.LastClass + ": " + x.Push.LastReason
-	case x.Push.Owed && x.Push.LastClass == "":
-		return "owed"
-	}
-	return x.Push.LastClass
 }
 
 func enrollmentPath(id string, rest ...string) string {
@@ -197,22 +187,33 @@ func (f *filter) query() url.Values {
 	return q
 }
 
+// handle is what people name the device by.
+func (x *enrollment) handle() string {
+	if x.Serial != "" {
+		return x.Serial
+	}
+	return x.ID
+}
+
+// name is the device's, or the user's of a user channel.
+func (x *enrollment) name() string {
+	if x.User != nil && x.User.ShortName != "" {
+		return x.User.ShortName
+	}
+	return x.DeviceName
+}
+
 var enrollmentColumns = []column[enrollment]{
-	{"ID", func(x *enrollment) string { return x.ID }},
-	{"TYPE", func(x *enrollment) string { return x.Type }},
-	{"SERIAL", func(x *enrollment) string { return x.Serial }},
-	{"NAME", func(x *enrollment) string {
-		if x.User != nil && x.User.ShortName != "" {
-			return x.User.ShortName
-		}
-		return x.DeviceName
-	}},
-	{"MODEL", func(x *enrollment) string { return x.Model }},
-	{"OS", func(x *enrollment) string { return x.OSVersion }},
-	{"STATUS", (*enrollment).status},
-	{"LAST SEEN", func(x *enrollment) string { return ago(x.LastSeenAt) }},
-	{"WAITING", func(x *enrollment) string { return strconv.Itoa(x.waiting()) }},
-	{"PUSH", (*enrollment).pushed},
+	{heading: "SERIAL", cell: (*enrollment).handle, clip: true},
+	{heading: "NAME", cell: (*enrollment).name, clip: true},
+	{heading: "STATUS", cell: (*enrollment).status, tone: toneOf},
+	{heading: "OS", cell: func(x *enrollment) string { return x.OSVersion }},
+	{heading: "LAST SEEN", cell: func(x *enrollment) string { return ago(x.LastSeenAt) }},
+	{heading: "WAITING", cell: func(x *enrollment) string { return strconv.Itoa(x.waiting()) }},
+	{heading: "PUSH", cell: (*enrollment).pushed, clip: true, tone: toneOf},
+	{heading: "MODEL", cell: func(x *enrollment) string { return x.Model }, wide: true},
+	{heading: "TYPE", cell: func(x *enrollment) string { return x.Type }, wide: true},
+	{heading: "ID", cell: func(x *enrollment) string { return x.ID }, wide: true},
 }
 
 func enrollmentsLsCommand() command {
@@ -247,6 +248,10 @@ func showCommand() command {
 }
 
 func (e *env) showEnrollment(x *enrollment) error {
+	verdict, color := x.verdict()
+	if _, err := fmt.Fprintf(e.out, "%s: %s\n\n", printable(x.handle()), e.paint(color, printable(verdict))); err != nil {
+		return err
+	}
 	rows := [][2]string{
 		{"id", x.ID}, {"type", x.Type}, {"device", unlessEqual(x.DeviceID, x.ID)}, {"status", x.status()}, {"serial number", x.Serial},
 		{"name", x.DeviceName}, {"model", joined(x.Model, x.ModelName, x.ProductName)}, {"OS", joined(x.OSVersion, x.BuildVersion)},
@@ -262,11 +267,11 @@ func (e *env) showEnrollment(x *enrollment) error {
 		rows = append(rows, [2]string{"awaiting configuration", "yes"})
 	}
 	if c := x.Certificate; c != nil {
-		rows = append(rows, [2]string{"certificate", joined(c.Subject, c.SHA256)}, [2]string{"certificate expires", stamp(c.NotAfter)})
+		rows = append(rows, [2]string{"certificate", joined(c.Subject, "SHA-256 "+c.SHA256)}, [2]string{"certificate expires", stamp(c.NotAfter)})
 	}
 	rows = append(rows, [2]string{"tokens kept", joined(wordIf(x.HasBootstrapToken, "bootstrap"), wordIf(x.HasUnlockToken, "unlock"))})
 	if p := x.Push; p != nil {
-		rows = append(rows, [2]string{"last push", joined(stamp(p.LastAt), p.LastClass, p.LastReason)},
+		rows = append(rows, [2]string{"last push", joined(stamp(p.LastAt), x.pushed())},
 			[2]string{"push owed", wordIf(p.Owed, "yes")}, [2]string{"next push", stamp(p.NextAt)}, [2]string{"push token dead since", stamp(p.TokenDeadAt)})
 	}
 	if q := x.Queue; q != nil {
@@ -280,14 +285,16 @@ func (e *env) showEnrollment(x *enrollment) error {
 		}
 	}
 	rows = append(rows, [2]string{"user channels", joined(x.Channels...)})
-	if err := pairs(e.out, rows); err != nil {
+	if err := e.pairs(rows); err != nil {
 		return err
 	}
 	for i, sentence := range x.Diagnosis {
 		if i == 0 {
 			fmt.Fprintln(e.out)
 		}
-		fmt.Fprintln(e.out, printable(sentence))
+		for _, line := range e.wrap(printable(sentence), 0) {
+			fmt.Fprintln(e.out, line)
+		}
 	}
 	return nil
 }
@@ -318,13 +325,20 @@ func joined(parts ...string) string {
 	return strings.Join(there, ", ")
 }
 
+// stateText is the state, with how often the device put the command off.
+func (q *queueItem) stateText() string {
+	if q.State == "notnow" && q.NotNowCount > 1 {
+		return fmt.Sprintf("notnow (%d times)", q.NotNowCount)
+	}
+	return q.State
+}
+
 var queueColumns = []column[queueItem]{
-	{"COMMAND", func(q *queueItem) string { return q.CommandUUID }},
-	{"REQUEST TYPE", func(q *queueItem) string { return q.RequestType }},
-	{"STATE", func(q *queueItem) string { return q.State }},
-	{"QUEUED", func(q *queueItem) string { return ago(q.CreatedAt) }},
-	{"NOTNOW", func(q *queueItem) string { return strconv.Itoa(q.NotNowCount) }},
-	{"EXPIRES", func(q *queueItem) string { return agoOrEmpty(q.ExpiresAt) }},
+	{heading: "REQUEST TYPE", cell: func(q *queueItem) string { return q.RequestType }, clip: true},
+	{heading: "STATE", cell: (*queueItem).stateText, tone: toneOf},
+	{heading: "QUEUED", cell: func(q *queueItem) string { return ago(q.CreatedAt) }},
+	{heading: "COMMAND", cell: func(q *queueItem) string { return q.CommandUUID }},
+	{heading: "EXPIRES", cell: func(q *queueItem) string { return agoOrEmpty(q.ExpiresAt) }, wide: true},
 }
 
 func agoOrEmpty(t *time.Time) string {
@@ -419,7 +433,7 @@ func (e *env) printSentence(a *answer, err error, into any, sentence func() stri
 }
 
 func disableCommand() command {
-	return switchCommand("disable", "Give an enrollment no commands and no pushes until it is enabled again", "is disabled")
+	return switchCommand("disable", "Keep commands and pushes from an enrollment until enable", "is disabled")
 }
 
 func enableCommand() command {
@@ -446,7 +460,7 @@ func switchCommand(name, short, done string) command {
 func deleteCommand() command {
 	return command{
 		name: "delete", args: "[ID|SERIAL...]",
-		short: "Delete enrollments with their queues, results and certificates",
+		short: "Delete enrollments with all that the server has of them",
 		long: `A device stays enrolled on its side; the server no longer knows it. The serial number has to be
 typed, or for several devices the word delete and their number; -confirm gives that in a script.`,
 		example: "nanoctl delete C02XK0AAJG5H\nnanoctl delete -enabled false -stale 365d",
@@ -473,7 +487,7 @@ typed, or for several devices the word delete and their number; -confirm gives t
 func renewalOpenCommand() command {
 	return command{
 		name: "renewal open", args: "[ID|SERIAL...]",
-		short:   "Open a renewal window: an identity may be renewed without losing queue and tokens",
+		short:   "Let an identity be renewed without losing queue and tokens",
 		long:    "While it is open an Authenticate keeps the queue, the bootstrap token and the user channels.",
 		example: "nanoctl renewal open -for 24h C02XK0AAJG5H\nnanoctl renewal open -for 7d -certificate-expires-in 30d",
 		prepare: func(flags *flag.FlagSet) runner {

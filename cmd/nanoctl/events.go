@@ -170,12 +170,15 @@ func (s *eventStream) page(ctx context.Context) (more bool, err error) {
 	}
 	for _, raw := range page.Events {
 		line := string(compact(raw))
-		if s.e.format == "table" {
+		if s.e.format != "json" {
 			var v event
 			if err := json.Unmarshal(raw, &v); err != nil {
 				return false, fmt.Errorf("the server's events are not what this version of nanoctl expects: %w", err)
 			}
 			line = v.sentence()
+			if s.e.width > 0 && s.e.format != "wide" {
+				line = clipped(line, s.e.width)
+			}
 		}
 		if _, err := fmt.Fprintln(s.e.out, line); err != nil {
 			return false, err
@@ -239,16 +242,16 @@ func (s *sink) backlog() string {
 }
 
 var sinkColumns = []column[sink]{
-	{"NAME", func(s *sink) string { return s.Name }},
-	{"STATE", (*sink).state},
-	{"URL", func(s *sink) string {
+	{heading: "NAME", cell: func(s *sink) string { return s.Name }},
+	{heading: "STATE", cell: (*sink).state, clip: true, tone: toneOf},
+	{heading: "BACKLOG", cell: (*sink).backlog},
+	{heading: "URL", cell: func(s *sink) string {
 		if s.URL == "" {
 			return "log only"
 		}
 		return s.URL
-	}},
-	{"TOPICS", func(s *sink) string { return strings.Join(s.Filter.Topics, ",") }},
-	{"BACKLOG", (*sink).backlog},
+	}, clip: true},
+	{heading: "TOPICS", cell: func(s *sink) string { return strings.Join(s.Filter.Topics, ",") }, wide: true},
 }
 
 func sinksLsCommand() command {
@@ -332,7 +335,7 @@ func sinksRmCommand() command {
 func redeliverCommand() command {
 	return command{
 		name: "redeliver", args: "SINK",
-		short:   "Send events to a sink again: a range of them, or those that it has given up",
+		short:   "Send events to a sink again: a range, or the dead letters",
 		example: "nanoctl redeliver siem -dead\nnanoctl redeliver siem -after 1200 -through 1300",
 		prepare: func(flags *flag.FlagSet) runner {
 			after := flags.String("after", "", "begin after this `cursor`")

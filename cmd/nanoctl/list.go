@@ -9,7 +9,8 @@ import (
 	"net/url"
 	"strconv"
 	"strings"
-	"text/tabwriter"
+	"unicode"
+	"unicode/utf8"
 )
 
 // pageSize is how many items one request of a list asks for.
@@ -60,13 +61,19 @@ func (e *env) pages(ctx context.Context, path, field string, query url.Values, l
 type column[T any] struct {
 	heading string
 	cell    func(*T) string
+	// wide columns stand only where there is room for them, or with -o wide.
+	wide bool
+	// clip columns may be cut to fit the terminal.
+	clip bool
+	// tone is the column's colour on a terminal; nil is none.
+	tone func(cell string) tone
 }
 
 // table prints items as a table, or as they came, as {"<field>": [...]}. It
 // prints as the items come, so that a long list shows at once.
 type table[T any] struct {
 	e       *env
-	field   string
+	field   string // in JSON, and what an empty list has none of
 	columns []column[T]
 	printed int
 }
@@ -86,14 +93,10 @@ func (t *table[T]) add(items []json.RawMessage) error {
 		}
 		return nil
 	}
-	w := tabwriter.NewWriter(t.e.out, 0, 0, 2, ' ', 0)
-	if t.printed == 0 && len(items) > 0 {
-		headings := make([]string, len(t.columns))
-		for i, c := range t.columns {
-			headings[i] = c.heading
-		}
-		fmt.Fprintln(w, strings.Join(headings, "\t"))
+	if len(items) == 0 {
+		return nil
 	}
+	var rows [][]string
 	for _, raw := range items {
 		item := new(T)
 		if err := json.Unmarshal(raw, item); err != nil {
@@ -103,16 +106,107 @@ func (t *table[T]) add(items []json.RawMessage) error {
 		for i, c := range t.columns {
 			cells[i] = printable(c.cell(item))
 		}
-		fmt.Fprintln(w, strings.TrimRight(strings.Join(cells, "\t"), "\t"))
-		t.printed++
+		rows = append(rows, cells)
 	}
-	return w.Flush()
+	first := t.printed == 0
+	t.printed += len(rows)
+	_, err := io.WriteString(t.e.out, t.render(rows, first))
+	return err
+}
+
+// gap is what stands between two columns.
+const gap = "  "
+
+// leastClipped is the width that a column which may be cut keeps.
+const leastClipped = 8
+
+// render sets rows below each other, with the headings first if they are
+// wanted.
+func (t *table[T]) render(rows [][]string, headings bool) string {
+	widths := t.fit(rows)
+	var b strings.Builder
+	line := func(cell func(i int) (text string, color tone)) {
+		row, pending := "", 0
+		for i, width := range widths {
+			if width == 0 {
+				continue
+			}
+			text, color := cell(i)
+			text = clipped(text, width)
+			if row != "" {
+				row += strings.Repeat(" ", pending) + gap
+			}
+			row += t.e.paint(color, text)
+			pending = width - utf8.RuneCountInString(text)
+		}
+		b.WriteString(row + "\n")
+	}
+	if headings {
+		line(func(i int) (string, tone) { return t.columns[i].heading, plain })
+	}
+	for _, cells := range rows {
+		line(func(i int) (string, tone) {
+			if t.columns[i].tone == nil {
+				return cells[i], plain
+			}
+			return cells[i], t.columns[i].tone(cells[i])
+		})
+	}
+	return b.String()
+}
+
+// fit chooses the width of each column; 0 leaves it out. Without a terminal
+// nothing is left out and nothing is cut.
+func (t *table[T]) fit(rows [][]string) []int {
+	widths := make([]int, len(t.columns))
+	total := -len(gap)
+	for i, c := range t.columns {
+		widths[i] = utf8.RuneCountInString(c.heading)
+		for _, cells := range rows {
+			widths[i] = max(widths[i], utf8.RuneCountInString(cells[i]))
+		}
+		total += widths[i] + len(gap)
+	}
+	if t.e.width == 0 || t.e.format == "wide" {
+		return widths
+	}
+	for i := len(widths) - 1; i >= 0 && total > t.e.width; i-- {
+		if t.columns[i].wide {
+			total -= widths[i] + len(gap)
+			widths[i] = 0
+		}
+	}
+	for total > t.e.width {
+		widest := -1
+		for i, c := range t.columns {
+			if c.clip && widths[i] > leastClipped && (widest < 0 || widths[i] > widths[widest]) {
+				widest = i
+			}
+		}
+		if widest < 0 {
+			break
+		}
+		widths[widest]--
+		total--
+	}
+	return widths
+}
+
+// clipped cuts a text to a width.
+func clipped(text string, width int) string {
+	runes := []rune(text)
+	if len(runes) <= width {
+		return text
+	}
+	return string(runes[:width-1]) + "\u2026"
 }
 
 // end closes the list.
 func (t *table[T]) end() error {
 	var err error
 	switch {
+	case t.e.format != "json" && t.printed == 0:
+		_, err = fmt.Fprintf(t.e.err, "no %s\n", t.field)
 	case t.e.format != "json":
 	case t.printed == 0:
 		_, err = fmt.Fprintf(t.e.out, "{%q:[]}\n", t.field)
@@ -159,25 +253,74 @@ func (e *env) json(v any) error {
 }
 
 // pairs prints names and values below each other; empty values are left out.
-func pairs(w io.Writer, rows [][2]string) error {
-	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+func (e *env) pairs(rows [][2]string) error {
+	names := 0
 	for _, row := range rows {
 		if row[1] != "" {
-			fmt.Fprintf(t, "%s\t%s\n", row[0], printable(row[1]))
+			names = max(names, utf8.RuneCountInString(row[0]))
 		}
 	}
-	return t.Flush()
+	indent := strings.Repeat(" ", names) + gap
+	var b strings.Builder
+	for _, row := range rows {
+		if row[1] == "" {
+			continue
+		}
+		for i, line := range e.wrap(printable(row[1]), len(indent)) {
+			head := indent
+			if i == 0 {
+				head = fmt.Sprintf("%-*s", len(indent), row[0])
+			}
+			b.WriteString(head + line + "\n")
+		}
+	}
+	_, err := io.WriteString(e.out, b.String())
+	return err
 }
 
-// printable keeps what devices chose from steering the terminal.
+// wrap sets a text in lines that fit the terminal behind an indent; without a
+// terminal it is one line.
+func (e *env) wrap(text string, indent int) []string {
+	if e.width == 0 || e.format == "wide" {
+		return []string{text}
+	}
+	room := max(20, e.width-indent)
+	var lines []string
+	for rest := []rune(text); ; {
+		if len(rest) <= room {
+			return append(lines, string(rest))
+		}
+		end := room
+		for i := room; i > 0; i-- {
+			if rest[i] == ' ' {
+				end = i
+				break
+			}
+		}
+		lines = append(lines, string(rest[:end]))
+		rest = rest[end:]
+		for len(rest) > 0 && rest[0] == ' ' {
+			rest = rest[1:]
+		}
+	}
+}
+
+// printable is a text of the server or of a device that cannot steer the
+// terminal: control characters, C1 ones included, and those that change the
+// direction of writing become question marks.
 func printable(s string) string {
 	if s == "" {
 		return "-"
 	}
-	return strings.Map(func(r rune) rune {
-		if r < ' ' || r >= 0x7f && r < 0xa0 || r == '\u2028' || r == '\u2029' || r >= '\u202a' && r <= '\u202e' {
-			return '?'
-		}
+	return strings.Map(printableRune, s)
+}
+
+func printableRune(r rune) rune {
+	switch {
+	case r == '\u200c' || r == '\u200d': // join letters and emoji
 		return r
-	}, s)
+	case r == utf8.RuneError || unicode.IsControl(r) || unicode.In(r, unicode.Cf, unicode.Co, unicode.Zl, unicode.Zp):
+		return '?'
+	}
+	return r
 }

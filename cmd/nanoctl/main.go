@@ -9,10 +9,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/http"
 	"os"
 	"os/signal"
 	"syscall"
 	"time"
+
+	"github.com/nanomdm/nanomdm/backoff"
 )
 
 // version is set by the linker: -ldflags "-X main.version=...".
@@ -52,7 +55,8 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	context.AfterFunc(ctx, stop) // a second signal ends the program at once
-	e := &env{in: os.Stdin, out: os.Stdout, err: os.Stderr, getenv: os.Getenv, home: os.UserConfigDir, pause: pause}
+	e := &env{getenv: os.Getenv, home: os.UserConfigDir, pause: backoff.Sleep}
+	e.onTerminals(os.Stdin, os.Stdout, os.Stderr)
 	os.Exit(run(ctx, e, os.Args[1:]))
 }
 
@@ -66,26 +70,24 @@ type env struct {
 
 	url     string
 	keyFile string
-	format  string // table or json
+	format  string // table, wide or json
 	yes     bool   // answers questions of yes or no
 	// confirmation answers questions where words have to be typed.
 	confirmation string
 
+	// width is that of the terminal, and 0 if the output is none; colour says
+	// whether it has colours. progressOn is the terminal that bars are drawn
+	// on, and nil if there is none.
+	width      int
+	colour     bool
+	progressOn io.Writer
+
 	api *client // made before the command runs
+	// transport carries requests; nil is the usual one.
+	transport http.RoundTripper
 
 	// pause waits, or returns the error of a context that ends before.
 	pause func(context.Context, time.Duration) error
-}
-
-func pause(ctx context.Context, d time.Duration) error {
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	select {
-	case <-timer.C:
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
-	}
 }
 
 // run finds the command and maps its error to an exit code.

@@ -86,7 +86,7 @@ func TestMistakesOnTheCommandLine(t *testing.T) {
 		{"show", "the argument ID|SERIAL is missing"},
 		{"show a b", `unexpected argument "b"`},
 		{"show -frobnicate", "nanoctl show -help"},
-		{"show a -o yaml", "the formats are table and json"},
+		{"show a -o yaml", "the formats are table, wide and json"},
 		{"enrollments ls x", `unexpected argument "x"`},
 		{"enrollments ls -stale soon", "no length of time such as 7d"},
 		{"enrollments ls -stale -7d", "no length of time such as 7d"},
@@ -834,7 +834,8 @@ server's ` + "`-api`" + `, or better a named key with a role: ` + "`nanoctl keys
 - Enrollments are named by id or by serial number, or selected with ` + "`-all`" + ` and filters. A
   selection is of enabled devices unless ` + "`-enabled` or `-type`" + ` says otherwise.
 - Flags may stand before, between and after arguments, with one dash or two.
-- Tables are for people; ` + "`-o json`" + ` is for programs and is what the server said.
+- Tables are for people: they fit the terminal, and in a pipe they have all columns; ` + "`-o wide`" + ` has all
+  columns on a terminal, too. ` + "`-o json`" + ` is for programs and is what the server said.
 - Times are ` + "`2026-03-01`, `2026-03-01T12:00:00Z`" + `, or how long ago: ` + "`7d`, `12h`, `1d12h`" + `.
 - Before commands that erase, lock, remove or clear, and before deleting, the device's serial number
   has to be typed, or for several a word and their number, such as ` + "`erase 160`" + `. ` + "`-confirm 'erase 160'`" + `
@@ -876,41 +877,42 @@ Keys are given with ` + "`-set Key=text`, `-set Key:=JSON` for numbers, truth va
 func TestProgressIsForTerminals(t *testing.T) {
 	var out bytes.Buffer
 	p := (&env{err: &out}).progress()
-	p.bar("queueing", 1, 2)
+	p.bar("queueing", 1, 2, "")
 	p.end()
 	require.Empty(t, out.String())
 
 	p.w = &out
-	p.bar("queueing", 250, 500)
-	p.bar("queueing", 251, 500) // too soon
-	p.bar("queueing", 500, 500)
+	p.bar("queueing", 250, 500, "")
+	p.bar("queueing", 251, 500, "") // too soon
+	p.bar("queueing", 500, 500, "1/s")
 	p.end()
-	require.Equal(t, "\rqueueing [###############...............] 250 of 500\rqueueing [##############################] 500 of 500\n", out.String())
+	require.Equal(t, "\rqueueing [##########..........] 250 of 500\rqueueing [####################] 500 of 500, 1/s\n", out.String())
 }
 
 func TestValuesForPeople(t *testing.T) {
 	o := newOperator(t)
 	o.server(func(w http.ResponseWriter, _ *http.Request) {
-		_, _ = io.WriteString(w, `{"n":12000000,"big":9007199254740993,"real":0.87,"no":[],"none":{},"list":["a",["b"],{"x":1,"y":{"z":true}},{}],"evil":"\u001b["}`)
+		_, _ = io.WriteString(w, `{"enrollment_id":"A","status":"Acknowledged","result":{"n":12000000,"big":9007199254740993,"real":0.87,"no":[],"none":{},"list":["a",["b"],{"x":1,"y":{"z":true}},{}],"evil":"\u001b["}}`)
 	})
-	require.Equal(t, `big: 9007199254740993
-evil: ?[
-list:
-  - a
-  - - b
-  - x: 1
-    y:
-      z: true
-n: 12000000
-no: none
-none: none
-real: 0.87
-`, o.run("", "stats").out)
+	require.Equal(t, `A: Acknowledged
+  big: 9007199254740993
+  evil: ?[
+  list:
+    - a
+    - - b
+    - x: 1
+      y:
+        z: true
+  n: 12000000
+  no: none
+  none: none
+  real: 0.87
+`, o.run("", "result", "x", "A").out)
 }
 
 func TestPushCertificateExpiry(t *testing.T) {
 	for after, want := range map[time.Duration]string{
-		-50 * time.Hour: "EXPIRED 2d ago", 10*24*time.Hour + time.Hour: "in 10d, renew it", 200*24*time.Hour + time.Hour: "in 200d",
+		-50 * time.Hour: "EXPIRED 2d ago", 10*24*time.Hour + time.Hour: "renew it, ends in 10d", 200*24*time.Hour + time.Hour: "in 200d",
 	} {
 		at := time.Now().Add(after)
 		require.Equal(t, want, (&pushCert{NotAfter: &at}).expiry())

@@ -3,7 +3,6 @@ package main
 import (
 	"fmt"
 	"io"
-	"os"
 	"strings"
 	"time"
 )
@@ -15,30 +14,34 @@ type progress struct {
 	width int
 }
 
-func (e *env) progress() *progress {
-	p := &progress{}
-	if f, ok := e.err.(*os.File); ok {
-		if info, err := f.Stat(); err == nil && info.Mode()&os.ModeCharDevice != 0 {
-			p.w = f
-		}
+func (e *env) progress() *progress { return &progress{w: e.progressOn} }
+
+// bar shows done of all, and a text behind it; not too often unless it is
+// full.
+func (p *progress) bar(label string, done, all int, text string) {
+	if done < all && time.Since(p.shown) < 100*time.Millisecond {
+		return
 	}
-	return p
+	p.line(barLine(label, done, all, text))
 }
 
-// bar shows done of all.
-func (p *progress) bar(label string, done, all int) {
-	const width = 30
+// barLine is a bar as text.
+func barLine(label string, done, all int, text string) string {
+	const width = 20
 	full := width
 	if all > 0 {
 		full = width * done / all
 	}
-	p.line(done >= all, fmt.Sprintf("%s [%s%s] %d of %d", label, strings.Repeat("#", full), strings.Repeat(".", width-full), done, all))
+	line := fmt.Sprintf("%s [%s%s] %d of %d", label, strings.Repeat("#", full), strings.Repeat(".", width-full), done, all)
+	if text != "" {
+		line += ", " + text
+	}
+	return line
 }
 
-// line shows a text in place of the last one, not too often unless it is the
-// last.
-func (p *progress) line(last bool, text string) {
-	if p.w == nil || !last && time.Since(p.shown) < 100*time.Millisecond {
+// line shows a text in place of the last one.
+func (p *progress) line(text string) {
+	if p.w == nil {
 		return
 	}
 	p.shown = time.Now()

@@ -127,33 +127,35 @@ func (p *pushCert) expiry() string {
 	case time.Until(*p.NotAfter) < 0:
 		return "EXPIRED " + ago(p.NotAfter)
 	case time.Until(*p.NotAfter) < expiresSoon:
-		return ago(p.NotAfter) + ", renew it"
+		return "renew it, ends " + ago(p.NotAfter)
 	}
 	return ago(p.NotAfter)
 }
 
 var pushCertColumns = []column[pushCert]{
-	{"TOPIC", func(p *pushCert) string { return p.Topic }},
-	{"EXPIRES", (*pushCert).expiry},
-	{"DATE", func(p *pushCert) string {
+	{heading: "TOPIC", cell: func(p *pushCert) string { return p.Topic }, clip: true},
+	{heading: "EXPIRES", cell: (*pushCert).expiry, tone: toneOf},
+	{heading: "ENROLLMENTS", cell: func(p *pushCert) string { return strconv.Itoa(p.Enrollments) }},
+	{heading: "LAST PUSH", cell: (*pushCert).lastPush, tone: toneOf},
+	{heading: "STORED", cell: func(p *pushCert) string { return ago(p.UpdatedAt) }, wide: true},
+	{heading: "DATE", cell: func(p *pushCert) string {
 		if p.NotAfter == nil {
 			return ""
 		}
 		return p.NotAfter.UTC().Format(time.DateOnly)
-	}},
-	{"STORED", func(p *pushCert) string { return ago(p.UpdatedAt) }},
-	{"ENROLLMENTS", func(p *pushCert) string { return strconv.Itoa(p.Enrollments) }},
-	{"LAST PUSH", func(p *pushCert) string {
-		if p.LastClass == "" {
-			return ""
-		}
-		return p.LastClass + " " + ago(p.LastAt)
-	}},
+	}, wide: true},
+}
+
+func (p *pushCert) lastPush() string {
+	if p.LastClass == "" {
+		return ""
+	}
+	return p.LastClass + " " + ago(p.LastAt)
 }
 
 func pushCertLsCommand() command {
 	return command{
-		name: "pushcert ls", short: "List push certificates, when they expire, and topics that have none",
+		name: "pushcert ls", short: "List push certificates, and topics that have none",
 		example: "nanoctl pushcert ls",
 		prepare: func(*flag.FlagSet) runner {
 			return func(ctx context.Context, e *env, args []string) error {

@@ -84,7 +84,7 @@ func installProfileCommand() command {
 func removeProfileCommand() command {
 	return command{
 		name: "remove-profile", args: "IDENTIFIER [ID|SERIAL...]",
-		short:   "Queue RemoveProfile for the identifier that ProfileList reports",
+		short:   "Queue RemoveProfile for an identifier of ProfileList",
 		example: "nanoctl remove-profile org.example.wifi C02XK0AAJG5H",
 		prepare: func(flags *flag.FlagSet) runner {
 			return queueing(flags, func(_ *env, uuid string, args []string) (*mdm.Command, error) {

@@ -35,7 +35,7 @@ type runner func(ctx context.Context, e *env, args []string) error
 func dispatch(ctx context.Context, e *env, args []string) error {
 	table := commands()
 	if len(args) == 0 {
-		writeHelp(e.err, table)
+		writeHelp(e.err)
 		return usage("no command given")
 	}
 	if slices.Contains([]string{"help", "-h", "-help", "--help"}, args[0]) {
@@ -45,7 +45,7 @@ func dispatch(ctx context.Context, e *env, args []string) error {
 				return errHelpShown
 			}
 		}
-		writeHelp(e.out, table)
+		writeHelp(e.out)
 		return errHelpShown
 	}
 	c, rest := find(table, args)
@@ -67,15 +67,15 @@ func dispatch(ctx context.Context, e *env, args []string) error {
 	if err := c.checkArity(positional); err != nil {
 		return err
 	}
-	if e.format != "table" && e.format != "json" {
-		return usage("-o %s: the formats are table and json", e.format)
+	if !slices.Contains([]string{"table", "wide", "json"}, e.format) {
+		return usage("-o %s: the formats are table, wide and json", e.format)
 	}
 	if !c.offline {
 		base, key, err := e.credentials()
 		if err != nil {
 			return err
 		}
-		e.api = newClient(base, key)
+		e.api = newClient(base, key, e.transport)
 		defer e.api.http.CloseIdleConnections()
 	}
 	return work(ctx, e, positional)
@@ -95,7 +95,7 @@ func versionCommand() command {
 				if e.format == "json" {
 					return e.json(map[string]string{"nanoctl": version, "server": server.Version})
 				}
-				return pairs(e.out, [][2]string{{"nanoctl", version}, {"server", server.Version}})
+				return e.pairs([][2]string{{"nanoctl", version}, {"server", server.Version}})
 			}
 		},
 	}
@@ -153,7 +153,7 @@ func parseAnywhere(flags *flag.FlagSet, args []string) (positional []string, err
 func (e *env) globalFlags(flags *flag.FlagSet) {
 	flags.StringVar(&e.url, "url", "", "`address` of the server (NANOMDM_URL)")
 	flags.StringVar(&e.keyFile, "key-file", "", "`file` with the API key (or NANOMDM_API)")
-	flags.StringVar(&e.format, "o", "table", "output `format`: table or json")
+	flags.StringVar(&e.format, "o", "table", "output `format`: table, wide or json")
 	flags.BoolVar(&e.yes, "yes", false, "go on where the question is yes or no")
 	flags.StringVar(&e.confirmation, "confirm", "", "the `words` that have to be typed before what cannot be undone, for scripts")
 }
@@ -165,17 +165,20 @@ func flagsOf(c *command, e *env) *flag.FlagSet {
 	return flags
 }
 
-func writeHelp(w io.Writer, table []command) {
+func writeHelp(w io.Writer) {
 	fmt.Fprint(w, `nanoctl steers a NanoMDM server over its HTTP API.
 
 Usage: nanoctl COMMAND [FLAGS] [ARGUMENTS]
 
 `)
-	for _, c := range table {
-		fmt.Fprintf(w, "  %-20s %s\n", c.name, c.short)
+	for _, g := range groups() {
+		fmt.Fprintln(w, g.title+":")
+		for _, c := range g.commands {
+			fmt.Fprintf(w, "  %-17s %s\n", c.name, c.short)
+		}
+		fmt.Fprintln(w)
 	}
-	fmt.Fprint(w, `
-nanoctl help COMMAND shows a command's flags and an example.
+	fmt.Fprint(w, `nanoctl help COMMAND shows a command's flags and an example.
 
 The server's address and the API key come from NANOMDM_URL and NANOMDM_API, or
 from the lines "url = ..." and "key = ..." of nanoctl/config in your

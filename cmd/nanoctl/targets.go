@@ -174,7 +174,7 @@ func (e *env) eachChunk(ctx context.Context, label string, chosen []enrollment, 
 		}
 		n += len(part)
 		if len(chosen) > chunk {
-			bar.bar(label, n, len(chosen))
+			bar.bar(label, n, len(chosen), "")
 		}
 	}
 	bar.end()

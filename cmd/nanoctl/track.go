@@ -56,11 +56,17 @@ func commandPath(uuid string, rest ...string) string {
 	return "/v1/commands/" + strings.Join(append([]string{url.PathEscape(uuid)}, rest...), "/")
 }
 
+// failed is how many enrollments ended it otherwise than by acknowledging it.
+func (c *commandInfo) failed() int { return c.total() - c.waiting() - c.States["acknowledged"] }
+
 var commandColumns = []column[commandInfo]{
-	{"COMMAND", func(c *commandInfo) string { return c.CommandUUID }},
-	{"REQUEST TYPE", func(c *commandInfo) string { return c.RequestType }},
-	{"CREATED", func(c *commandInfo) string { return ago(c.CreatedAt) }},
-	{"STATES", (*commandInfo).counts},
+	{heading: "REQUEST TYPE", cell: func(c *commandInfo) string { return c.RequestType }, clip: true},
+	{heading: "MADE", cell: func(c *commandInfo) string { return ago(c.CreatedAt) }},
+	{heading: "WAIT", cell: func(c *commandInfo) string { return strconv.Itoa(c.waiting()) }},
+	{heading: "DONE", cell: func(c *commandInfo) string { return strconv.Itoa(c.States["acknowledged"]) }},
+	{heading: "FAIL", cell: func(c *commandInfo) string { return strconv.Itoa(c.failed()) }, tone: toneOfCount},
+	{heading: "COMMAND", cell: func(c *commandInfo) string { return c.CommandUUID }},
+	{heading: "STATES", cell: (*commandInfo).counts, wide: true},
 }
 
 func commandsLsCommand() command {
@@ -88,10 +94,19 @@ func commandsLsCommand() command {
 }
 
 var commandQueueColumns = []column[queueItem]{
-	{"ENROLLMENT", func(q *queueItem) string { return q.EnrollmentID }},
-	{"STATE", func(q *queueItem) string { return q.State }},
-	{"NOTNOW", func(q *queueItem) string { return strconv.Itoa(q.NotNowCount) }},
-	{"ENDED", func(q *queueItem) string { return agoOrEmpty(q.FinishedAt) }},
+	{heading: "SERIAL", cell: (*queueItem).handle, clip: true},
+	{heading: "NAME", cell: func(q *queueItem) string { return q.DeviceName }, clip: true},
+	{heading: "STATE", cell: (*queueItem).stateText, tone: toneOf},
+	{heading: "ENDED", cell: func(q *queueItem) string { return agoOrEmpty(q.FinishedAt) }},
+	{heading: "ENROLLMENT", cell: func(q *queueItem) string { return q.EnrollmentID }, wide: true},
+}
+
+// handle is what people name the device by.
+func (q *queueItem) handle() string {
+	if q.Serial != "" {
+		return q.Serial
+	}
+	return q.EnrollmentID
 }
 
 func statusCommand() command {
@@ -252,49 +267,6 @@ func (e *env) showItem(head, name string, v any) {
 	fmt.Fprintln(e.out, head+name, "none")
 }
 
-// longPoll is how long the server is asked to wait at once.
-const longPoll = 30 * time.Second
-
-// awaitAnswers waits until a command has ended for all its enrollments and
-// prints their answers.
-func (e *env) awaitAnswers(ctx context.Context, uuid string, timeout time.Duration) error {
-	bar := e.progress()
-	var c commandInfo
-	for deadline := time.Now().Add(timeout); ; {
-		left := max(0, min(longPoll, time.Until(deadline).Truncate(time.Millisecond)))
-		query := url.Values{"limit": {"1"}}
-		if left > 0 {
-			query.Set("wait", left.String())
-		}
-		if err := e.api.get(ctx, commandPath(uuid), query, &c); err != nil {
-			bar.end()
-			if ctx.Err() != nil {
-				return &exitError{exitInterrupted, fmt.Errorf("interrupted; the command stays queued: nanoctl status %s", uuid)}
-			}
-			return err
-		}
-		bar.bar("waiting", c.total()-c.waiting(), c.total())
-		if c.Done || left == 0 {
-			break
-		}
-	}
-	bar.end()
-	answers, err := e.answers(ctx, uuid)
-	if err != nil {
-		return err
-	}
-	if err := e.showAnswers(&c, answers); err != nil {
-		return err
-	}
-	if c.waiting() > 0 {
-		return &exitError{exitTimeout, fmt.Errorf("%d of %d have not answered yet: nanoctl status %s", c.waiting(), c.total(), uuid)}
-	}
-	if failed := c.total() - c.States["acknowledged"]; failed > 0 {
-		return &exitError{exitDevice, fmt.Errorf("%d of %d did not acknowledge it: %s", failed, c.total(), c.counts())}
-	}
-	return nil
-}
-
 // maxAnswers is up to how many answers are fetched and printed in full.
 const maxAnswers = 20
 
@@ -352,7 +324,7 @@ func (e *env) showAnswers(c *commandInfo, answers []result) error {
 func cancelCommand() command {
 	return command{
 		name: "cancel", args: "COMMAND_UUID [ID|SERIAL...]",
-		short:   "Cancel a command for all enrollments that have not ended it, or for some",
+		short:   "Cancel a command where it waits, or for some enrollments",
 		example: "nanoctl cancel 5F0C3A3E-4C5B-4B0E-9E6C-0C4C2F1D7B11",
 		prepare: func(*flag.FlagSet) runner {
 			return func(ctx context.Context, e *env, args []string) error {
@@ -379,7 +351,7 @@ func cancelCommand() command {
 func requeueCommand() command {
 	return command{
 		name: "requeue", args: "COMMAND_UUID ID|SERIAL...",
-		short:   "Queue a command again that ended with an error, expired or was cancelled",
+		short:   "Queue a command again that failed, expired or was cancelled",
 		example: "nanoctl requeue 5F0C3A3E-4C5B-4B0E-9E6C-0C4C2F1D7B11 C02XK0AAJG5H",
 		prepare: func(*flag.FlagSet) runner {
 			return func(ctx context.Context, e *env, args []string) error {
@@ -427,7 +399,7 @@ func (e *env) changeEach(ctx context.Context, chosen []enrollment, done string, 
 			continue
 		}
 		n++
-		if e.format == "table" {
+		if e.format != "json" {
 			fmt.Fprintf(e.out, "%s: %s\n", printable(chosen[i].label()), done)
 		}
 	}

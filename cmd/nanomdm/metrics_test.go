@@ -2,7 +2,7 @@ package main
 
 import (
 	"context"
-	"crypto/x509"
+	"encoding/pem"
 	"fmt"
 	"path/filepath"
 	"strings"
@@ -74,13 +74,14 @@ func TestEveryMetricIsServed(t *testing.T) {
 }
 
 func TestEarliestCertificate(t *testing.T) {
-	require.True(t, earliest(nil).IsZero())
+	require.True(t, earliest([]byte("no PEM")).IsZero())
 	ca, err := mdmtest.NewCA()
 	require.NoError(t, err)
 	soon := time.Now().Add(time.Hour).Truncate(time.Second)
 	id, err := ca.Issue("x", mdmtest.WithValidity(time.Now().Add(-time.Hour), soon))
 	require.NoError(t, err)
-	require.True(t, soon.Equal(earliest([]*x509.Certificate{ca.Cert(), id.Cert})))
+	file := append(ca.PEM(), pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: id.Cert.Raw})...)
+	require.True(t, soon.Equal(earliest(file)))
 }
 
 // A scrape, and both probes, while devices are busy.

@@ -18,9 +18,9 @@ import (
 
 const (
 	// longestWait bounds the wait of one call. The log is polled each
-	// pollEvery meanwhile.
+	// lookEvery meanwhile.
 	longestWait = time.Minute
-	pollEvery   = 500 * time.Millisecond
+	lookEvery   = 500 * time.Millisecond
 	// eventRows is how many events are read at once, and pageBytes the bytes
 	// of payload after which a page ends.
 	eventRows = 100
@@ -52,11 +52,11 @@ type eventPage struct {
 // listEvents reads the log from a cursor on. With wait it waits for the first
 // event.
 func (a *API) listEvents(ctx context.Context, r *http.Request) (int, any, error) {
-	q := a.queryOf(r)
+	q := queryOf(r)
 	limit, after, wait := q.limit(), int64(0), q.wait()
 	fromNow := q.text("after") == lastEvent
 	if !fromNow {
-		after = q.eventCursor()
+		after = q.eventCursor("after")
 	}
 	topics := q.texts("topic")
 	for _, topic := range topics {
@@ -73,32 +73,50 @@ func (a *API) listEvents(ctx context.Context, r *http.Request) (int, any, error)
 			return 0, nil, err
 		}
 	}
+	who := callerOf(ctx)
 	query := storage.EventQuery{After: after, Topics: topics}
-	patience, cancel := context.WithTimeout(ctx, wait)
-	defer cancel()
-	if wait > 0 {
-		end, err := a.waits.begin(callerOf(ctx))
-		if err != nil {
-			return 0, nil, err
-		}
-		defer end()
-	}
+	deadline := time.Now().Add(wait)
 	for {
-		page, next, err := a.readEvents(r, query, limit)
+		page, next, err := a.readEvents(ctx, who, query, limit)
 		if err != nil {
 			return 0, nil, err
 		}
-		if len(page) > 0 || wait == 0 || !a.log.wait(patience, next, a.cfg.Draining) {
-			return http.StatusOK, eventPage{Events: page, Next: a.cursors.event(r, next)}, nil
+		left := time.Until(deadline)
+		if len(page) > 0 || left <= 0 || !a.eventsAfter(ctx, next, left) {
+			return http.StatusOK, eventPage{Events: page, Next: strconv.FormatInt(next, 10)}, nil
 		}
 		query.After = next
 	}
 }
 
+// eventsAfter waits until there are events after a number. It says no when it
+// has waited long enough, when the caller is gone, and when the server is
+// about to stop.
+func (a *API) eventsAfter(ctx context.Context, number int64, patience time.Duration) bool {
+	timeout := time.NewTimer(patience)
+	defer timeout.Stop()
+	ticker := time.NewTicker(lookEvery)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return false
+		case <-a.cfg.Draining:
+			return false
+		case <-timeout.C:
+			return false
+		case <-ticker.C:
+		}
+		last, err := a.store.LastEvent(ctx)
+		if err != nil || last > number {
+			return true // the next read reports the fault
+		}
+	}
+}
+
 // readEvents makes a page of the log. Only admins get payloads that bear
 // tokens.
-func (a *API) readEvents(r *http.Request, query storage.EventQuery, limit int) ([]loggedEvent, int64, error) {
-	ctx, who := r.Context(), callerOf(r.Context())
+func (a *API) readEvents(ctx context.Context, who caller, query storage.EventQuery, limit int) ([]loggedEvent, int64, error) {
 	page, size := []loggedEvent{}, int64(0)
 	for range maxReads {
 		query.Limit = min(eventRows, limit-len(page))
@@ -119,7 +137,7 @@ func (a *API) readEvents(r *http.Request, query storage.EventQuery, limit int) (
 					return nil, 0, err
 				}
 			}
-			page = append(page, loggedEvent{webhook.NewEvent(e), a.cursors.event(r, e.Seq)})
+			page = append(page, loggedEvent{webhook.NewEvent(e), strconv.FormatInt(e.Seq, 10)})
 			query.After = e.Seq
 		}
 		ended := next == query.After && len(events) < query.Limit
@@ -131,21 +149,17 @@ func (a *API) readEvents(r *http.Request, query storage.EventQuery, limit int) (
 	return page, query.After, nil
 }
 
-// eventCursor reads a number of the log, which bound keys have sealed.
-func (q *query) eventCursor() (number int64) {
-	if len(callerOf(q.request.Context()).scope.Topics) > 0 {
-		q.cursor(&number)
-		return number
-	}
-	text := q.text(q.cursorName)
+// eventCursor reads a number of the log.
+func (q *query) eventCursor(name string) int64 {
+	text := q.text(name)
 	if text == "" {
 		return 0
 	}
-	number, err := strconv.ParseInt(text, 10, 64)
-	if err != nil || number < 0 {
-		q.fail("%s: %q is not a cursor of an event", q.cursorName, text)
+	n, err := strconv.ParseInt(text, 10, 64)
+	if err != nil || n < 0 {
+		q.fail("%s: %q is not a cursor of an event", name, text)
 	}
-	return number
+	return n
 }
 
 // wait reads the longest time that the caller waits.
@@ -366,12 +380,12 @@ func (a *API) deleteSink(ctx context.Context, r *http.Request) (int, any, error)
 	case err != nil:
 		return 0, nil, err
 	case k == nil:
-		return a.gone(ctx, actDeleteSink, name, errNoSink)
+		return 0, nil, errNoSink
 	case k.Configured && a.cfg.Now().Sub(k.SeenAt) < sinkSeen:
 		return 0, nil, &problem{http.StatusConflict, "that sink is in the configuration of a running replica, or was a moment ago; remove it there first"}
 	}
 	if err := a.store.DeleteEventSink(ctx, name); errors.Is(err, storage.ErrNotFound) {
-		return a.gone(ctx, actDeleteSink, name, errNoSink)
+		return 0, nil, errNoSink
 	} else if err != nil {
 		return 0, nil, err
 	}

@@ -15,6 +15,7 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
+	"sync/atomic"
 	"time"
 
 	"github.com/nanomdm/nanomdm/http/requestlog"
@@ -26,7 +27,7 @@ type Config struct {
 	// MaxBody bounds a request's body, in bytes; default 16 MiB.
 	MaxBody int64
 	// Refused is called for each request whose key is refused, with one of
-	// no_key, wrong_key, slowed, forbidden and cross_origin; may be nil.
+	// no_key, wrong_key, slowed and forbidden; may be nil.
 	Refused func(reason string)
 	// EscrowURL is the service that removes Activation Lock from devices, and
 	// EscrowCAs are its roots; default Apple's URL and the system's roots.
@@ -53,10 +54,7 @@ type API struct {
 	store    Store
 	pusher   Pusher
 	cfg      Config
-	origins  *http.CrossOriginProtection
-	cursors  *cursors
-	waits    waits
-	log      *logWatch
+	waits    atomic.Int64 // calls that wait for a command to end
 }
 
 // Store is the part of the storage that the API uses.
@@ -97,24 +95,19 @@ func New(key string, store Store, pusher Pusher, cfg Config) (*API, error) {
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
-	c, err := newCursors(key)
-	if err != nil {
-		return nil, err
-	}
 	return &API{
-		cursors: c, log: newLogWatch(store.LastEvent),
 		key: storage.HashKey(key), keys: newKeyring(store, cfg.Now), throttle: newThrottle(cfg.Now),
-		store: store, pusher: pusher, cfg: cfg, origins: http.NewCrossOriginProtection(),
+		store: store, pusher: pusher, cfg: cfg,
 	}, nil
 }
 
-// Version answers /version as NanoMDM does: any method, without authentication.
+// Version answers GET /version, without authentication.
 func Version(version string) http.Handler {
-	body, _ := json.Marshal(map[string]string{"version": version}) // a text never fails
-	return closed(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-		w.Header().Set("Content-Type", contentTypeJSON)
-		_, _ = w.Write(body) // as writeJSON
-	}))
+	return http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		writeJSON(w, http.StatusOK, struct {
+			Version string `json:"version"`
+		}{version})
+	})
 }
 
 // problem is an error with a status, whose text the caller may read.
@@ -129,6 +122,10 @@ func badRequest(format string, args ...any) error {
 	return &problem{http.StatusBadRequest, fmt.Sprintf(format, args...)}
 }
 
+type errorBody struct {
+	Error string `json:"error"`
+}
+
 // call handles a request and returns a status and the value to encode.
 type call func(ctx context.Context, r *http.Request) (status int, body any, err error)
 
@@ -141,24 +138,21 @@ func (a *API) endpoint(call call) http.Handler {
 			a.fail(w, r, err)
 			return
 		}
-		if raw, ok := body.(attachment); ok {
-			w.Header().Set("Content-Type", "application/octet-stream")
-			w.Header().Set("Content-Disposition", `attachment; filename="result.plist"`)
+		if raw, ok := body.(rawBody); ok {
+			w.Header().Set("Content-Type", raw.contentType)
 			w.WriteHeader(status)
-			_, _ = w.Write(raw) // as writeJSON
-			return
-		}
-		if status == http.StatusNoContent {
-			w.WriteHeader(status)
+			_, _ = w.Write(raw.data) // as writeJSON
 			return
 		}
 		writeJSON(w, status, body)
 	})
 }
 
-// attachment is an answer with bytes that a device chose. No type that a
-// browser renders goes with it.
-type attachment []byte
+// rawBody is an answer that is not JSON.
+type rawBody struct {
+	contentType string
+	data        []byte
+}
 
 // fail is the one place that maps errors to statuses. An error without a
 // mapping goes to the log, and the caller gets the request's id.
@@ -169,35 +163,32 @@ func (a *API) fail(w http.ResponseWriter, r *http.Request, err error) {
 	)
 	switch {
 	case errors.As(err, &p):
-		if p.status == http.StatusServiceUnavailable {
-			w.Header().Set("Retry-After", "5")
-		}
-		writeFailure(w, r, p.status, p.text)
+		writeJSON(w, p.status, errorBody{p.text})
 	case errors.As(err, &tooLarge):
-		writeFailure(w, r, http.StatusRequestEntityTooLarge, fmt.Sprintf("the body is larger than %d bytes, the limit that -max-body sets", tooLarge.Limit))
+		writeJSON(w, http.StatusRequestEntityTooLarge, errorBody{fmt.Sprintf("body is larger than %d bytes", tooLarge.Limit)})
 	case errors.Is(err, storage.ErrPlace):
-		writeFailure(w, r, http.StatusBadRequest, "after: that is not a next of this list's")
+		writeJSON(w, http.StatusBadRequest, errorBody{"after: that is not a next of this list's"})
 	case errors.Is(err, storage.ErrConflict):
-		writeFailure(w, r, http.StatusConflict, err.Error())
+		writeJSON(w, http.StatusConflict, errorBody{err.Error()})
 	case errors.Is(err, storage.ErrNotFound):
-		writeFailure(w, r, http.StatusNotFound, err.Error())
-	case errors.Is(err, storage.ErrUnavailable), errors.Is(err, storage.ErrBusy), errors.Is(err, storage.ErrClosed),
+		writeJSON(w, http.StatusNotFound, errorBody{err.Error()})
+	case errors.Is(err, storage.ErrUnavailable):
+		w.Header().Set("Retry-After", "5")
+		writeJSON(w, http.StatusServiceUnavailable, errorBody{"the database does not answer; try again"})
+	case errors.Is(err, storage.ErrBusy), errors.Is(err, storage.ErrClosed),
 		errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
 		w.Header().Set("Retry-After", "5")
-		writeFailure(w, r, http.StatusServiceUnavailable, "the server is busy; try again")
+		writeJSON(w, http.StatusServiceUnavailable, errorBody{"the server is busy; try again"})
 	default:
 		id := requestlog.ID(r.Context())
 		a.cfg.Logger.ErrorContext(r.Context(), "API request failed", "request_id", id, "path", r.URL.Path, "error", err)
-		writeFailure(w, r, http.StatusInternalServerError, "internal error; see the log for request "+id)
+		writeJSON(w, http.StatusInternalServerError, errorBody{"internal error; see the log for request " + id})
 	}
 }
 
-// contentTypeJSON is NanoMDM's; JSON is UTF-8 without saying so.
-const contentTypeJSON = "application/json"
-
 // writeJSON writes v the way NanoMDM does, indented by tabs.
 func writeJSON(w http.ResponseWriter, status int, v any) {
-	w.Header().Set("Content-Type", contentTypeJSON)
+	w.Header().Set("Content-Type", "application/json; charset=utf-8")
 	w.WriteHeader(status)
 	enc := json.NewEncoder(w)
 	enc.SetIndent("", "\t")

@@ -2,6 +2,8 @@ package httpapi
 
 import (
 	"context"
+	"encoding/base64"
+	"encoding/json"
 	"maps"
 	"net/http"
 	"net/url"
@@ -21,20 +23,14 @@ const (
 // query reads the parameters of a request. Each method reads one of them and
 // keeps the first error; done returns that, or refuses unknown parameters.
 type query struct {
-	values  url.Values
-	known   map[string]bool
-	err     error
-	request *http.Request
-	cursors *cursors
-	// cursorName is the parameter with the cursor.
-	cursorName string
+	values url.Values
+	known  map[string]bool
+	err    error
 }
 
-func (a *API) queryOf(r *http.Request) *query { return newQuery(r, a.cursors) }
-
-func newQuery(r *http.Request, c *cursors) *query {
+func queryOf(r *http.Request) *query {
 	values, err := url.ParseQuery(r.URL.RawQuery)
-	q := &query{values: values, known: make(map[string]bool), request: r, cursors: c, cursorName: "after"}
+	q := &query{values: values, known: make(map[string]bool)}
 	if err != nil {
 		q.fail("the query cannot be read: %v", err)
 	}
@@ -120,20 +116,28 @@ func (q *query) number(name string, usual, least, most int) int {
 // limit reads the number of items of a page.
 func (q *query) limit() int { return q.number("limit", pageItems, 1, maxPageItems) }
 
-// cursor reads a cursor of this list into place and reports whether it was
+// cursor encodes the place where the next page of a list begins.
+func cursor(place any) string {
+	plain, _ := json.Marshal(place) // it has texts and numbers only
+	return base64.RawURLEncoding.EncodeToString(plain)
+}
+
+// cursor reads the parameter after into place and reports whether it was
 // given.
 func (q *query) cursor(place any) bool {
-	text := q.text(q.cursorName)
+	text := q.text("after")
 	if text == "" {
 		return false
 	}
-	if !q.cursors.open(q.request, text, place) {
-		q.failCursor()
+	plain, err := base64.RawURLEncoding.DecodeString(text)
+	if err == nil {
+		err = json.Unmarshal(plain, place)
+	}
+	if err != nil {
+		q.fail("after: that is not a next of this list's")
 	}
 	return true
 }
-
-func (q *query) failCursor() { q.fail("%s: that is not a next of this list's", q.cursorName) }
 
 // time reads a time; zero if the parameter is missing.
 func (q *query) time(name string) time.Time {
@@ -167,7 +171,7 @@ func (q *query) done() error {
 // noQuery refuses query parameters.
 func noQuery(next call) call {
 	return func(ctx context.Context, r *http.Request) (int, any, error) {
-		if err := newQuery(r, nil).done(); err != nil {
+		if err := queryOf(r).done(); err != nil {
 			return 0, nil, err
 		}
 		return next(ctx, r)

@@ -3,7 +3,6 @@ package httpapi
 import (
 	"context"
 	"fmt"
-	"net/http"
 	"slices"
 	"strings"
 	"time"
@@ -127,7 +126,7 @@ type place struct {
 	ID  string `json:"i,omitempty"`
 }
 
-func (c *cursors) enrollment(r *http.Request, k storage.EnrollmentKey) string {
+func enrollmentCursor(k storage.EnrollmentKey) string {
 	if k == (storage.EnrollmentKey{}) {
 		return ""
 	}
@@ -135,7 +134,7 @@ func (c *cursors) enrollment(r *http.Request, k storage.EnrollmentKey) string {
 	if !k.At.IsZero() {
 		p.At = k.At.UnixMicro()
 	}
-	return c.seal(r, p)
+	return cursor(p)
 }
 
 // enrollmentPlace reads the parameter after of a list of enrollments.
@@ -145,7 +144,7 @@ func (q *query) enrollmentPlace() storage.EnrollmentKey {
 		return storage.EnrollmentKey{}
 	}
 	if p.By == "" || strings.ContainsRune(p.Key+p.ID, 0) {
-		q.failCursor()
+		q.fail("after: that is not a next of this list's")
 	}
 	k := storage.EnrollmentKey{By: p.By, Key: p.Key, ID: p.ID}
 	if p.At != 0 {

@@ -20,7 +20,8 @@ func (o *operators) enrollMac(id, product, version string) {
 	who := mdm.Enrollment{UDID: id}
 	for _, op := range []storage.Op{
 		&storage.Authenticate{Src: storage.Source{Enroll: enrollID(id)}, Message: &mdm.Authenticate{
-			Enrollment: who, Topic: "com.apple.mgmt.a", ProductName: product, OSVersion: version, Raw: []byte("raw")}},
+			Enrollment: who, Topic: "com.apple.mgmt.a", ProductName: product, OSVersion: version,
+			SerialNumber: "serial of " + id, DeviceName: "Mac of " + id, Raw: []byte("raw")}},
 		&storage.TokenUpdate{Src: storage.Source{Enroll: enrollID(id)}, Message: &mdm.TokenUpdate{
 			Enrollment: who, Topic: "com.apple.mgmt.a", PushMagic: "m", Token: tokenOf(id), Raw: []byte("raw")}},
 	} {

@@ -122,8 +122,7 @@ func messageLabel(msg mdm.Message) string {
 		return string(msg.Kind())
 	}
 	switch report.Status {
-	case mdm.StatusIdle, mdm.StatusAcknowledged, mdm.StatusError, mdm.StatusCommandFormatError, mdm.StatusNotNow,
-		mdm.StatusUnreadable:
+	case mdm.StatusIdle, mdm.StatusAcknowledged, mdm.StatusError, mdm.StatusCommandFormatError, mdm.StatusNotNow:
 		return string(report.Status)
 	}
 	return "OtherReport"

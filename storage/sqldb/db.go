@@ -10,7 +10,6 @@ package sqldb
 
 import (
 	"context"
-	"crypto/x509"
 	"database/sql"
 	"errors"
 	"fmt"
@@ -42,9 +41,6 @@ type Config struct {
 	// MaxOpenConns bounds the connections to a database server, 24 if zero,
 	// and with SQLite the readers.
 	MaxOpenConns int
-	// RootCAs verifies a database server, whose connections then use TLS. If
-	// nil, the DSN alone decides about TLS.
-	RootCAs *x509.CertPool
 }
 
 const (

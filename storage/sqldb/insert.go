@@ -157,15 +157,19 @@ func (db *DB) readArrayTypes(ctx context.Context) error {
 	}
 	types := make(map[string]string)
 	err := db.Read(ctx, func(ctx context.Context, t *Tx) error {
-		err := t.Query(ctx, db.dialect.arrayColumns).Each(func(row Row) error {
+		rows, err := t.Query(ctx, db.dialect.arrayColumns)
+		if err != nil {
+			return err
+		}
+		defer rows.Close()
+		for rows.Next() {
 			var column, arrayType string
-			if err := row.Scan(&column, &arrayType); err != nil {
+			if err := rows.Scan(&column, &arrayType); err != nil {
 				return err
 			}
 			types[column] = arrayType
-			return nil
-		})
-		return err
+		}
+		return rows.Err()
 	})
 	if err != nil {
 		return fmt.Errorf("reading the columns' types: %w", err)

@@ -21,12 +21,10 @@ var (
 // openMySQL asks the server who it is with a first connection, and makes the
 // pool's connections accordingly.
 func openMySQL(ctx context.Context, cfg Config) (*pools, error) {
-	mc, err := parseMySQL(cfg.DSN)
+	mc, err := mysql.ParseDSN(cfg.DSN)
 	if err != nil {
-		return nil, err
-	}
-	if err := trustMySQL(mc, cfg.RootCAs); err != nil {
-		return nil, err
+		// Not wrapped: some errors quote what may be a piece of the password.
+		return nil, errors.New("the data source name is not user:password@tcp(host:port)/name?param=value, as go-sql-driver/mysql has it")
 	}
 	mc.Logger = &mysql.NopLogger{} // what it says comes back as errors, too
 	mc.ParseTime = false
@@ -107,9 +105,6 @@ func askMySQL(ctx context.Context, cfg Config, mc *mysql.Config) (mysqlServer, e
 	if err != nil {
 		return server, err
 	}
-	if err := checkMySQLWrites(ctx, db, server.mariadb); err != nil {
-		return server, err
-	}
 	if flush != "1" {
 		cfg.Logger.WarnContext(ctx, "innodb_flush_log_at_trx_commit is not 1: what was acknowledged to devices can be lost in a crash", "value", flush)
 	}
@@ -117,23 +112,6 @@ func askMySQL(ctx context.Context, cfg Config, mc *mysql.Config) (mysqlServer, e
 		cfg.Logger.WarnContext(ctx, "the server's max_allowed_packet is small: a device's larger results will be refused", "bytes", server.maxPacket)
 	}
 	return server, nil
-}
-
-// checkMySQLWrites names the setting by which the server refuses writes. The
-// driver reports such a refusal as a bad connection, without a reason.
-func checkMySQLWrites(ctx context.Context, db *sql.DB, mariadb bool) error {
-	setting := "super_read_only"
-	if mariadb {
-		setting = "read_only"
-	}
-	var on bool
-	if err := db.QueryRowContext(ctx, "SELECT @@global."+setting).Scan(&on); err != nil {
-		return fmt.Errorf("connecting: %w", err)
-	}
-	if on {
-		return fmt.Errorf("%w: the server takes no writes, its %s is on: it is a replica, or a primary after a failover; name the primary in -storage-dsn", ErrUnavailable, setting)
-	}
-	return nil
 }
 
 // checkMySQLVersion reads what SELECT VERSION() says, such as 8.4.3 or

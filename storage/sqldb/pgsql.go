@@ -19,13 +19,11 @@ const pgsqlOldest = 130000
 const dialTimeout = 10 * time.Second
 
 func openPgSQL(ctx context.Context, cfg Config) (*pools, error) {
-	pc, err := parsePgSQL(cfg.DSN)
+	pc, err := pgx.ParseConfig(cfg.DSN)
 	if err != nil {
-		return nil, err
-	}
-	dropParams(pc, cfg.Logger)
-	if err := trustPgSQL(pc, cfg.RootCAs); err != nil {
-		return nil, err
+		// pgx's message repeats the DSN, with the password only partly
+		// masked for keyword strings.
+		return nil, errors.New("the data source name is not a PostgreSQL URL or keyword string")
 	}
 	if pc.ConnectTimeout == 0 {
 		pc.ConnectTimeout = dialTimeout
@@ -50,18 +48,11 @@ func sizePool(db *sql.DB, cfg Config) {
 
 func checkPgSQL(ctx context.Context, cfg Config, db *sql.DB) error {
 	var version int
-	var encoding, durable, readOnly string
-	var standby bool
-	err := db.QueryRowContext(ctx, `SELECT current_setting('server_version_num')::int, current_setting('server_encoding'),
-		current_setting('synchronous_commit'), current_setting('default_transaction_read_only'), pg_is_in_recovery()`).
-		Scan(&version, &encoding, &durable, &readOnly, &standby)
-	switch {
-	case err != nil:
+	var encoding, durable string
+	err := db.QueryRowContext(ctx, `SELECT current_setting('server_version_num')::int,
+		current_setting('server_encoding'), current_setting('synchronous_commit')`).Scan(&version, &encoding, &durable)
+	if err != nil {
 		return fmt.Errorf("connecting: %w", err)
-	case standby:
-		return fmt.Errorf("%w: the server is a standby, which takes no writes: name all servers in -storage-dsn, with target_session_attrs=read-write", ErrUnavailable)
-	case readOnly == "on":
-		return fmt.Errorf("%w: the server takes no writes, default_transaction_read_only is on for this database or role", ErrUnavailable)
 	}
 	if version < pgsqlOldest {
 		return fmt.Errorf("PostgreSQL %d is too old, %d is the oldest that is served", version/10000, pgsqlOldest/10000)
@@ -203,9 +194,7 @@ func pgsqlQueryBatch(ctx context.Context, conn *sql.Conn, deferred []statement, 
 			if err != nil {
 				return q.failed(err)
 			}
-			for err == nil && rows.Next() {
-				err = q.Read(pgsqlRow{rows})
-			}
+			err = q.Read(pgsqlRows{rows})
 			rows.Close()
 			if err := cmp.Or(err, rows.Err()); err != nil {
 				return q.failed(err)
@@ -215,11 +204,11 @@ func pgsqlQueryBatch(ctx context.Context, conn *sql.Conn, deferred []statement, 
 	})
 }
 
-// pgsqlRow is a row of the driver itself.
-type pgsqlRow struct{ pgx.Rows }
+// pgsqlRows are rows of the driver itself.
+type pgsqlRows struct{ pgx.Rows }
 
 // Scan is that of database/sql, in that a number is also true or false.
-func (r pgsqlRow) Scan(into ...any) error {
+func (r pgsqlRows) Scan(into ...any) error {
 	for i, v := range into {
 		if v, ok := v.(*bool); ok {
 			into[i] = (*flag)(v)

@@ -9,7 +9,6 @@ import (
 
 	"github.com/nanomdm/nanomdm/mdm"
 	"github.com/nanomdm/nanomdm/storage"
-	"github.com/nanomdm/nanomdm/storage/sqldb"
 )
 
 // announcement is an event that no device sent.
@@ -63,7 +62,7 @@ func announceSome(ctx context.Context, t *tx, list []announcement) error {
 	for _, a := range list {
 		ids = append(ids, a.enrollment)
 	}
-	to, err := eventEnrollments(ctx, t, ids)
+	to, err := addressees(ctx, t, ids)
 	if err != nil {
 		return err
 	}
@@ -81,7 +80,7 @@ func announceSome(ctx context.Context, t *tx, list []announcement) error {
 			}
 			switch of.typ {
 			case mdm.UserEnrollment, mdm.UserEnrollmentDevice:
-				e.EnrollmentID = of.deviceID
+				e.Enrollment = of.deviceID
 			default:
 				e.UDID = of.deviceID
 			}
@@ -91,27 +90,31 @@ func announceSome(ctx context.Context, t *tx, list []announcement) error {
 	return putEvents(ctx, t, events)
 }
 
-// eventEnrollment is what an event takes from its enrollment.
-type eventEnrollment struct {
+// addressee is what an event takes from its enrollment.
+type addressee struct {
 	typ      mdm.EnrollType
 	deviceID string
 	topic    string
 }
 
-// eventEnrollments reads enrollments. Those that do not exist are missing.
-func eventEnrollments(ctx context.Context, t *tx, ids []string) (map[string]*eventEnrollment, error) {
+// addressees reads enrollments. Those that do not exist are missing.
+func addressees(ctx context.Context, t *tx, ids []string) (map[string]*addressee, error) {
 	is, args := t.Among(ids)
-	to := make(map[string]*eventEnrollment, len(ids))
-	err := t.Query(ctx, `SELECT id, type, device_id, topic FROM nano_enrollments WHERE id `+is, args...).Each(func(row sqldb.Row) error {
+	rows, err := t.Query(ctx, `SELECT id, type, device_id, topic FROM nano_enrollments WHERE id `+is, args...)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	to := make(map[string]*addressee, len(ids))
+	for rows.Next() {
 		var id string
-		a := new(eventEnrollment)
-		if err := row.Scan(&id, &a.typ, &a.deviceID, &a.topic); err != nil {
-			return err
+		a := new(addressee)
+		if err := rows.Scan(&id, &a.typ, &a.deviceID, &a.topic); err != nil {
+			return nil, err
 		}
 		to[id] = a
-		return nil
-	})
-	return to, err
+	}
+	return to, rows.Err()
 }
 
 // eventID makes a UUID of version 7 (RFC 9562): as it begins with the time,
@@ -188,12 +191,17 @@ func (s *Store) NoteExpiring(ctx context.Context, l storage.Lease, before time.T
 }
 
 func expiringSoon(ctx context.Context, t *tx, topic, query string, args ...any) ([]expiring, error) {
+	rows, err := t.Query(ctx, query, args...)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
 	var found []expiring
-	err := t.Query(ctx, query, args...).Each(func(row sqldb.Row) error {
+	for rows.Next() {
 		var key, of string
 		x := expiring{a: announcement{topic: topic}}
-		if err := row.Scan(&key, &of, &x.notAfter); err != nil {
-			return err
+		if err := rows.Scan(&key, &of, &x.notAfter); err != nil {
+			return nil, err
 		}
 		end := fromMicros(x.notAfter).Format(time.RFC3339)
 		x.notice, x.a.detail = key, map[string]string{"not_after": end}
@@ -205,14 +213,15 @@ func expiringSoon(ctx context.Context, t *tx, topic, query string, args ...any) 
 			x.a.detail["certificate_sha256"] = key
 		}
 		found = append(found, x)
-		return nil
-	})
-	return found, err
+	}
+	return found, rows.Err()
 }
 
 // notice remembers a name, and says whether it was new.
 func notice(ctx context.Context, t *tx, name string) (fresh bool, err error) {
-	name = clip(name)
+	if len(name) > maxText {
+		name = name[:maxText]
+	}
 	var n int64
 	if err := t.QueryRow(ctx, `SELECT COUNT(*) FROM nano_event_notices WHERE name = ?`, name).Scan(&n); err != nil || n > 0 {
 		return false, err

@@ -36,27 +36,33 @@ func (s *Store) EventSinks(ctx context.Context) ([]storage.EventSink, error) {
 }
 
 func readSinks(ctx context.Context, t *tx) ([]storage.EventSink, error) {
-	return sqldb.Collect(t.Query(ctx, `SELECT name, configured, seen_at, config, enabled, reason, cursor_seq, created_at, updated_at
-FROM nano_event_sinks ORDER BY name`), func(row sqldb.Row, k *storage.EventSink) error {
+	rows, err := t.Query(ctx, `SELECT name, configured, seen_at, config, enabled, reason, cursor_seq, created_at, updated_at FROM nano_event_sinks ORDER BY name`)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	var sinks []storage.EventSink
+	for rows.Next() {
+		var k storage.EventSink
 		var config []byte
 		var reason sql.Null[string]
 		var seen, created, updated int64
-		if err := row.Scan(&k.Name, &k.Configured, &seen, &config, &k.Enabled, &reason, &k.Cursor, &created, &updated); err != nil {
-			return err
+		if err := rows.Scan(&k.Name, &k.Configured, &seen, &config, &k.Enabled, &reason, &k.Cursor, &created, &updated); err != nil {
+			return nil, err
 		}
-		config, err := t.opened(sinkColumn, k.Name, config)
-		if err != nil {
-			return err
+		if config, err = t.opened(sinkColumn, k.Name, config); err != nil {
+			return nil, err
 		}
 		var c sinkConfig
 		if err := json.Unmarshal(config, &c); err != nil {
-			return fmt.Errorf("the configuration of sink %s: %w", k.Name, err)
+			return nil, fmt.Errorf("the configuration of sink %s: %w", k.Name, err)
 		}
 		k.URL, k.Keys, k.Tokens, k.Filter = c.URL, c.Keys, c.Tokens, c.Filter
 		k.Reason = reason.V
 		k.SeenAt, k.CreatedAt, k.UpdatedAt = fromMicros(seen), fromMicros(created), fromMicros(updated)
-		return nil
-	})
+		sinks = append(sinks, k)
+	}
+	return sinks, rows.Err()
 }
 
 // PutEventSink implements storage.EventSinks.

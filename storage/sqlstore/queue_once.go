@@ -11,7 +11,6 @@ import (
 	"time"
 
 	"github.com/nanomdm/nanomdm/storage"
-	"github.com/nanomdm/nanomdm/storage/sqldb"
 )
 
 var _ storage.EnqueueUpkeep = (*Store)(nil)
@@ -163,9 +162,19 @@ func (s *Store) ForgetEnqueued(ctx context.Context, l storage.Lease, before time
 }
 
 func oldCalls(ctx context.Context, t *tx, before int64, limit int) (old []call, err error) {
-	old, err = sqldb.Collect(t.Query(ctx, "SELECT caller, name FROM nano_enqueue_calls WHERE created_at < ? ORDER BY created_at LIMIT ?", before, limit),
-		func(row sqldb.Row, c *call) error { return row.Scan(&c.caller, &c.key) })
+	rows, err := t.Query(ctx, "SELECT caller, name FROM nano_enqueue_calls WHERE created_at < ? ORDER BY created_at LIMIT ?", before, limit)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	for rows.Next() {
+		var c call
+		if err := rows.Scan(&c.caller, &c.key); err != nil {
+			return nil, err
+		}
+		old = append(old, c)
+	}
 	// Locked in the order of keys, as everywhere.
 	slices.SortFunc(old, func(a, b call) int { return cmp.Or(cmp.Compare(a.caller, b.caller), cmp.Compare(a.key, b.key)) })
-	return old, err
+	return old, rows.Err()
 }

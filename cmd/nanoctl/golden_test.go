@@ -1,0 +1,219 @@
+package main
+
+import (
+	"bytes"
+	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+	"unicode/utf8"
+
+	"github.com/stretchr/testify/require"
+)
+
+// inProcess carries requests to a handler without a network, so that the
+// clock of a test may be its own.
+type inProcess struct{ handler http.Handler }
+
+func (p inProcess) RoundTrip(r *http.Request) (*http.Response, error) {
+	w := httptest.NewRecorder()
+	p.handler.ServeHTTP(w, r)
+	return w.Result(), nil
+}
+
+// at is a time relative to the beginning of the test's clock.
+func at(d time.Duration) string {
+	return time.Date(2000, 1, 1, 0, 0, 0, 0, time.UTC).Add(d).Format(time.RFC3339)
+}
+
+const (
+	goldenUUID  = "5F0C3A3E-4C5B-4B0E-9E6C-0C4C2F1D7B11"
+	goldenTopic = "com.apple.mgmt.External.4b1c9e2a-7f3d-4c52-9b1e-2f6c7a8d9e01"
+)
+
+// goldenEnrollment is a device in an answer of the server.
+func goldenEnrollment(i int, more string) string {
+	return fmt.Sprintf(`{"id":"0000810%d-001A2B3C4D5E6F7%d","type":"Device","device_id":"0000810%d-001A2B3C4D5E6F7%d","enabled":true,"serial_number":"C02XK0AAJG5%d",
+"device_name":"Marketing MacBook Pro of Ann-Sophie %d","model":"MacBookPro18,3","model_name":"MacBook Pro","os_version":"15.1.1","build_version":"24B91","topic":%q,
+"token_update_tally":2,"enrolled_at":%q,"last_seen_at":%q%s}`, i, i, i, i, i, i, goldenTopic, at(-90*24*time.Hour), at(-4*time.Hour), more)
+}
+
+// goldenServer answers what the golden file shows.
+func goldenServer() http.Handler {
+	answers := map[string]string{
+		"/version": `{"version":"1.2.3"}`,
+		"/v1/enrollments": `{"enrollments":[` + strings.Join([]string{
+			goldenEnrollment(1, `,"push":{"last_class":"accepted","last_at":"`+at(-3*time.Second)+`"},"queue":{"queued":3}`),
+			goldenEnrollment(2, `,"push":{"last_class":"accepted","last_at":"`+at(-5*time.Hour)+`"},"queue":{}`),
+			goldenEnrollment(3, `,"operator_disabled":true,"push":{"owed":true},"queue":{"notnow":12}`),
+			goldenEnrollment(4, `,"push":{"last_class":"our_fault","last_reason":"BadDeviceToken","last_at":"`+at(-time.Minute)+`"},"queue":{}`),
+		}, ",") + `]}`,
+		"/v1/commands": `{"commands":[{"command_uuid":"` + goldenUUID + `","request_type":"InstalledApplicationList","created_at":"` + at(-2*time.Hour) + `","states":{"acknowledged":249,"queued":240,"notnow":11}},
+{"command_uuid":"0E1F3A3E-4C5B-4B0E-9E6C-0C4C2F1D7B12","request_type":"ManagedApplicationConfiguration","created_at":"` + at(-50*time.Hour) + `","states":{"acknowledged":400,"error":99,"expired":1}}]}`,
+		"/v1/audit": `{"audit":[{"at":"` + at(-time.Hour) + `","who":"helpdesk","action":"command.enqueue","target":"` + goldenUUID + `","detail":"ProfileList for 160 enrollments: a, b, c; selected by {}","outcome":"done"},
+{"at":"` + at(-2*time.Hour) + `","who":"nanomdm","action":"enrollment.bootstrap_token.read","target":"00008101-001A2B3C4D5E6F71","outcome":"the device has not escrowed one"}]}`,
+		"/v1/keys":  `{"keys":[{"name":"helpdesk","role":"push","topics":["` + goldenTopic + `"],"created_at":"` + at(-time.Hour) + `","created_by":"nanomdm"}]}`,
+		"/v1/sinks": `{"sinks":[{"name":"siem","url":"https://siem.example.org/hooks/mdm/production/events","filter":{"topics":["mdm.Connect","mdm.CheckOut"]},"backlog":{"behind":3,"waiting":2,"again":1,"dead":4,"oldest_at":"` + at(-2*time.Minute) + `"}},{"name":"log","filter":{}}]}`,
+		"/v1/pushcerts": `{"pushcerts":[{"topic":"` + goldenTopic + `","not_after":"` + at(20*24*time.Hour) + `","updated_at":"` + at(-340*24*time.Hour) + `","version":1,"enrollments":160,"last_class":"accepted","last_at":"` + at(-3*time.Second) + `"}],
+"stranded":[{"topic":"com.apple.mgmt.External.other","enrollments":2}]}`,
+		"/v1/stats": `{"version":"1.2.3","enrollments":{"by_type":{"Device":160,"User":12},"enabled":170,"disabled":1,"not_enrolled":1},
+"queue":{"by_state":{"queued":12,"notnow":3,"acknowledged":4000,"error":7},"limit":100000,"oldest_waiting_at":"` + at(-3*time.Hour) + `"},
+"push":{"owed":4,"unanswered":2,"topics":[{"topic":"` + goldenTopic + `","not_after":"` + at(20*24*time.Hour) + `","enrollments":172,"last_class":"accepted","last_at":"` + at(-3*time.Second) + `"}]},
+"events":{"waiting":6,"dead":4,"sinks":[{"name":"siem","waiting":6,"dead":4,"oldest_waiting_at":"` + at(-2*time.Minute) + `"}]}}`,
+		"/v1/commands/" + goldenUUID: `{"command_uuid":"` + goldenUUID + `","request_type":"InstalledApplicationList","created_at":"` + at(-2*time.Hour) + `","states":{"acknowledged":1,"notnow":1},"enrollments":[
+{"enrollment_id":"00008101-001A2B3C4D5E6F71","serial_number":"C02XK0AAJG51","device_name":"Marketing MacBook Pro of Ann-Sophie 1","state":"acknowledged","finished_at":"` + at(-time.Hour) + `"},
+{"enrollment_id":"00008102-001A2B3C4D5E6F72","serial_number":"C02XK0AAJG52","device_name":"Marketing MacBook Pro of Ann-Sophie 2","state":"notnow","notnow_count":3}]}`,
+		"/v1/events": `{"events":[{"topic":"mdm.Connect","created_at":"` + at(-time.Minute) + `","acknowledge_event":{"ids":{"id":"00008101-001A2B3C4D5E6F71"},"status":"Acknowledged","command_uuid":"` + goldenUUID + `"},"cursor":"7"}],"next":""}`,
+	}
+	answers["/v1/enrollments/C02XK0AAJG51"] = goldenEnrollment(1, `,"certificate":{"sha256":"9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08","subject":"CN=00008101-001A2B3C4D5E6F71","not_after":"`+at(200*24*time.Hour)+`"},
+"push":{"last_class":"accepted","last_at":"`+at(-3*time.Second)+`"},"queue":{"queued":3,"head":{"command_uuid":"`+goldenUUID+`","request_type":"ProfileList","state":"queued"}},"diagnosis":[]`)
+	id := "/v1/enrollments/00008101-001A2B3C4D5E6F71/queue"
+	answers[id] = `{"queue":[{"command_uuid":"` + goldenUUID + `","request_type":"InstalledApplicationList","state":"notnow","notnow_count":12,"created_at":"` + at(-time.Hour) + `","expires_at":"` + at(24*time.Hour) + `"}]}`
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		answer, known := answers[r.URL.Path]
+		if r.URL.Query().Get("state") == "scheduled" || r.URL.Query().Get("serial") == "none" {
+			answer = `{}`
+		}
+		if !known {
+			w.WriteHeader(http.StatusNotFound)
+			answer = `{"error":"not found"}`
+		}
+		_, _ = w.Write([]byte(answer))
+	})
+}
+
+// What is printed at 80 columns is in the golden file, and no line of it is
+// longer than that but messages, which the terminal wraps.
+func TestEightyColumns(t *testing.T) {
+	local := time.Local
+	time.Local = time.UTC
+	defer func() { time.Local = local }()
+	synctest.Test(t, func(t *testing.T) {
+		var screen bytes.Buffer
+		dir := t.TempDir()
+		for _, line := range []string{
+			"help", "enrollments ls", "enrollments ls -serial none", "enrollments ls -o wide", "show C02XK0AAJG51", "queue C02XK0AAJG51", "commands ls",
+			"status " + goldenUUID, "audit", "keys ls", "sinks ls", "pushcert ls", "stats", "events", "version", "shwo",
+		} {
+			var out, errs bytes.Buffer
+			e := &env{
+				in: strings.NewReader(""), out: &out, err: &errs, width: 80, transport: inProcess{goldenServer()},
+				getenv: func(name string) string {
+					return map[string]string{"NANOMDM_URL": "http://mdm", "NANOMDM_API": "key"}[name]
+				},
+				home: func() (string, error) { return dir, nil },
+			}
+			run(t.Context(), e, strings.Fields(line))
+			fmt.Fprintf(&screen, "$ nanoctl %s\n%s%s\n", line, out.String(), errs.String())
+			if strings.Contains(line, "wide") {
+				continue
+			}
+			for printed := range strings.SplitSeq(out.String(), "\n") {
+				require.LessOrEqual(t, utf8.RuneCountInString(printed), 80, printed)
+			}
+		}
+		file := filepath.Join("testdata", "columns80.golden")
+		if *update {
+			require.NoError(t, os.WriteFile(file, screen.Bytes(), 0o644))
+		}
+		want, err := os.ReadFile(file)
+		require.NoError(t, err)
+		require.Equal(t, string(want), screen.String(), "run: go test ./cmd/nanoctl -run TestEightyColumns -update")
+	})
+}
+
+// Waiting draws at once and at least each second, with numbers, rate and what
+// is left; in a pipe it is a line in ten seconds.
+func TestWaiting(t *testing.T) {
+	for _, c := range []struct {
+		name     string
+		terminal bool
+		least    int
+	}{{"terminal", true, 24}, {"pipe", false, 2}} {
+		t.Run(c.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				began := time.Now()
+				handler := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+					wait, _ := time.ParseDuration(r.URL.Query().Get("wait"))
+					time.Sleep(min(wait, time.Until(began.Add(25*time.Second))))
+					n := int(time.Since(began) / time.Second)
+					_, _ = fmt.Fprintf(w, `{"request_type":"ProfileList","states":{"acknowledged":%d,"queued":%d,"notnow":%d},"done":%t}`, n, max(0, 24-n), min(1, 25-n), n == 25)
+				})
+				var out, err, screen bytes.Buffer
+				e := &env{
+					out: &out, err: &err, transport: inProcess{handler},
+					getenv: func(name string) string {
+						return map[string]string{"NANOMDM_URL": "http://mdm", "NANOMDM_API": "key"}[name]
+					},
+				}
+				if c.terminal {
+					e.progressOn = &screen
+				}
+				require.Zero(t, run(t.Context(), e, []string{"status", goldenUUID, "-wait", "-timeout", "1m"}), err.String())
+				require.Equal(t, 25*time.Second, time.Since(began))
+				shown := strings.Split(strings.TrimSpace(screen.String()), "\r")
+				if !c.terminal {
+					require.Empty(t, screen.String())
+					shown = strings.Split(strings.TrimSpace(err.String()), "\n")
+					require.Len(t, shown, c.least)
+					require.Equal(t, "nanoctl: 0 of 25 answered, 25 left (1 NotNow), 10s", shown[0], "the server was asked to wait for 30 s")
+					return
+				}
+				require.GreaterOrEqual(t, len(shown), c.least)
+				require.Equal(t, "waiting for answers", strings.TrimSpace(shown[0]))
+				require.Contains(t, screen.String(), "10 of 25, 15 left (1 NotNow), 1.0/s, about 15s more, 10s")
+				require.Contains(t, screen.String(), "25 of 25, 0 left, 1.0/s, 25s")
+			})
+		})
+	}
+}
+
+// Nothing that a device, the server or a file says steers the terminal,
+// whichever command prints it and in whichever form.
+func TestTerminalWriter(t *testing.T) {
+	var out bytes.Buffer
+	w := &terminalWriter{&out}
+	n, err := w.Write([]byte("a\x1b[2J\u009b31m\u202e\u2066\u00ad\u2028\x9b\x07\r\tb\n\u200d"))
+	require.NoError(t, err)
+	require.Equal(t, 30, n)
+	require.Equal(t, "a?[2J?31m???????\tb\n\u200d", out.String())
+
+	out.Reset()
+	e := &env{out: w, colour: true}
+	_, err = w.Write([]byte(e.paint(bad, "down") + printable(string(rune(bad))+"x")))
+	require.NoError(t, err)
+	require.Equal(t, "\x1b[31mdown\x1b[0m?x", out.String(), "colours are nanoctl's own")
+	e.colour = false
+	require.Equal(t, "down", e.paint(bad, "down"))
+}
+
+func TestVerdicts(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		for _, c := range []struct{ json, verdict, pushed string }{
+			{`{"enabled":true,"last_seen_at":"` + at(-4*time.Hour) + `","queue":{}}`, "well: nothing waits; last answered 4h ago", ""},
+			{`{"enabled":true,"last_seen_at":"` + at(-4*time.Hour) + `","push":{"last_class":"accepted","last_at":"` + at(-3*time.Second) + `"}}`,
+				"woken 3s ago, no answer yet; last answered 4h ago", "accepted"},
+			{`{"enabled":true,"last_seen_at":"` + at(-4*time.Hour) + `","push":{"last_class":"accepted","last_at":"` + at(-3*time.Hour) + `"},"queue":{"queued":1}}`,
+				"silent: woken 3h ago, no answer; 1 command waits; last answered 4h ago", "accepted"},
+			{`{"enabled":true,"last_seen_at":"` + at(-time.Hour) + `","push":{"last_class":"accepted","last_at":"` + at(-3*time.Hour) + `"},"queue":{"queued":2,"notnow":1}}`,
+				"3 commands wait, 1 put off (NotNow); last answered 60m ago", "answered"},
+			{`{"enabled":true,"operator_disabled":true}`, "disabled by an operator: no commands, no pushes", ""},
+			{`{"enabled":false}`, "not enrolled; last answered never", ""},
+			{`{"enabled":true,"push":{"token_dead_at":"` + at(-time.Hour) + `"}}`, "cannot be woken: its push token is dead; last answered never", "token dead"},
+			{`{"enabled":true,"push":{"last_class":"our_fault","last_reason":"BadTopic"}}`, "cannot be woken: our_fault: BadTopic; last answered never", "our_fault: BadTopic"},
+			{`{"enabled":true,"push":{"owed":true},"queue":{"queued":1}}`, "1 command waits; last answered never", "owed"},
+			{`{"enabled":true,"diagnosis":["x"]}`, "nothing waits; see below; last answered never", ""},
+		} {
+			var x enrollment
+			require.NoError(t, (&answer{body: []byte(c.json)}).decode(&x))
+			verdict, _ := x.verdict()
+			require.Equal(t, c.verdict, verdict, c.json)
+			require.Equal(t, c.pushed, x.pushed(), c.json)
+		}
+	})
+}
