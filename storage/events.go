@@ -130,6 +130,20 @@ func (f *EventFilter) Match(r *EventRecord) bool {
 	return len(f.APNsTopics) == 0 || slices.Contains(f.APNsTopics, r.APNsTopic)
 }
 
+// OnError says how a sink treats an event that its receiver has and fails to
+// take: it answers an error, or too late, or drops the connection.
+type OnError string
+
+// The policies. The empty one is OnErrorHold.
+const (
+	// OnErrorHold tries the event for as long as a receiver that is down; the
+	// later events of its enrollment wait.
+	OnErrorHold OnError = "hold"
+	// OnErrorSkip makes the event a dead letter after three tries within about
+	// a minute, and goes on with the next one.
+	OnErrorSkip OnError = "skip"
+)
+
 // EventSink is somebody who is told events.
 type EventSink struct {
 	Name string
@@ -140,8 +154,9 @@ type EventSink struct {
 	// and sealed.
 	Keys []string
 	// Tokens lets events through that BearsTokens.
-	Tokens bool
-	Filter EventFilter
+	Tokens  bool
+	Filter  EventFilter
+	OnError OnError
 	// Configured: the sink comes from flags or a file, not from the API. It
 	// counts while a replica runs that has it there: SeenAt then grows.
 	Configured bool

@@ -279,12 +279,14 @@ as the flags or the file say.`,
 				URL      string      `json:"url,omitempty"`
 				Keys     []string    `json:"keys,omitempty"`
 				Tokens   bool        `json:"tokens,omitempty"`
+				OnError  string      `json:"on_error,omitempty"`
 				Filter   eventFilter `json:"filter"`
 				Disabled bool        `json:"disabled,omitempty"`
 			}
 			flags.StringVar(&request.URL, "to", "", "`URL` where events are sent")
 			keyFile := flags.String("hmac-key-file", "", "`file` with the key that signs")
 			flags.BoolVar(&request.Tokens, "tokens", false, "send events that hold tokens, too")
+			flags.StringVar(&request.OnError, "on-error", "", "`POLICY` for an event that the receiver fails to take: hold (the default) or skip")
 			flags.BoolVar(&request.Filter.Idle, "idle", false, "send polls without a result, too")
 			flags.BoolVar(&request.Disabled, "off", false, "keep it, and send it nothing")
 			flags.Var((*list)(&request.Filter.Topics), "topic", "only events of this `topic`, such as mdm.Connect; may be repeated")

@@ -281,7 +281,7 @@ func (o *options) table() []option {
 		{name: "webhook-workers", arg: "N", def: "32", group: groupWebhook, set: to(&o.webhookWorkers, parseCountOrNone),
 			help:   "Events sent at once to each receiver; 0: none from here.",
 			detail: "One replica at a time sends. One with 0 leaves it, and the keeping of the event log, to the others."},
-		{name: "webhook-timeout", arg: "TIME", def: "10s", group: groupWebhook, set: to(&o.webhookTimeout, parsePositive),
+		{name: "webhook-timeout", arg: "TIME", def: "30s", group: groupWebhook, set: to(&o.webhookTimeout, parsePositive),
 			help: "How long a receiver may take to answer."},
 		{name: "webhook-max-age", arg: "AGE", def: "3d", group: groupWebhook, set: to(&o.webhookMaxAge, parsePositiveAge),
 			help:   "How long an event is tried before it is a dead letter.",

@@ -14,8 +14,9 @@ import (
 	"github.com/nanomdm/nanomdm/storage/sqlstore"
 )
 
-// loadSinks reads the sinks that are configured: by -webhook-url, which is
-// told everything as NanoMDM does it, and in the file of -webhook-config.
+// loadSinks reads the configured sinks: of -webhook-url, which gets everything
+// and skips events that its receiver fails to take, since receivers of NanoMDM
+// were never waited for, and of the file of -webhook-config.
 func loadSinks(o options) ([]storage.EventSink, error) {
 	var sinks []storage.EventSink
 	if o.webhookConfig != "" {
@@ -33,7 +34,8 @@ func loadSinks(o options) ([]storage.EventSink, error) {
 	if slices.ContainsFunc(sinks, func(k storage.EventSink) bool { return k.Name == webhook.DefaultSink }) {
 		return nil, fmt.Errorf("-webhook-config: the name %s is that of -webhook-url: give the sink another one", webhook.DefaultSink)
 	}
-	k := webhook.Sink{Name: webhook.DefaultSink, URL: o.webhookURL.String(), Tokens: true, Filter: storage.EventFilter{Idle: true}}
+	k := webhook.Sink{Name: webhook.DefaultSink, URL: o.webhookURL.String(), Tokens: true, Filter: storage.EventFilter{Idle: true},
+		OnError: storage.OnErrorSkip}
 	for _, key := range []secret{o.webhookHMACKey, o.webhookOldKey} {
 		if key != "" {
 			k.Keys = append(k.Keys, string(key))
@@ -73,6 +75,7 @@ func (b *building) events(ctx context.Context, store *sqlstore.Store) (*webhook.
 			emit("nanomdm_webhook_failures_total", float64(s.Failures), s.Sink)
 			emit("nanomdm_webhook_given_up_total", float64(s.Dead), s.Sink, "age")
 			emit("nanomdm_webhook_given_up_total", float64(s.Dropped), s.Sink, "count")
+			emit("nanomdm_webhook_given_up_total", float64(s.Refused), s.Sink, "refused")
 			emit("nanomdm_webhook_down", truth(s.Down), s.Sink)
 		}
 		return nil

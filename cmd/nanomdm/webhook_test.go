@@ -113,6 +113,7 @@ func TestWebhook(t *testing.T) {
 		for _, line := range []string{
 			`nanomdm_webhook_delivered_total{sink="webhook"} 6`, `nanomdm_webhook_failures_total{sink="webhook"} 1`,
 			`nanomdm_webhook_given_up_total{sink="webhook",why="age"} 0`, `nanomdm_webhook_given_up_total{sink="webhook",why="count"} 0`,
+			`nanomdm_webhook_given_up_total{sink="webhook",why="refused"} 0`,
 			`nanomdm_webhook_down{sink="results"} 0`, `nanomdm_webhook_delivered_total{sink="results"} 1`,
 		} {
 			if !strings.Contains(text, line+"\n") {

@@ -1,6 +1,7 @@
 package httpapi
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -230,6 +231,7 @@ type sinkInfo struct {
 	URL        string              `json:"url,omitempty"`
 	KeyCount   int                 `json:"key_count"`
 	Tokens     bool                `json:"tokens"`
+	OnError    storage.OnError     `json:"on_error"`
 	Filter     storage.EventFilter `json:"filter"`
 	Disabled   bool                `json:"disabled"`
 	Reason     string              `json:"reason,omitempty"`
@@ -260,7 +262,8 @@ func redactedURL(text string) string {
 
 func infoOfSink(k *storage.EventSink, backlogs []storage.SinkBacklog) sinkInfo {
 	info := sinkInfo{
-		Name: k.Name, URL: redactedURL(k.URL), KeyCount: len(k.Keys), Tokens: k.Tokens, Filter: k.Filter, Disabled: !k.Enabled,
+		Name: k.Name, URL: redactedURL(k.URL), KeyCount: len(k.Keys), Tokens: k.Tokens, OnError: cmp.Or(k.OnError, storage.OnErrorHold),
+		Filter: k.Filter, Disabled: !k.Enabled,
 		Reason: k.Reason, Configured: k.Configured, Cursor: strconv.FormatInt(k.Cursor, 10), CreatedAt: k.CreatedAt, UpdatedAt: k.UpdatedAt,
 	}
 	for _, b := range backlogs {
@@ -370,7 +373,7 @@ func (a *API) storeSink(ctx context.Context, r *http.Request) (int, any, error) 
 // sinkDetail describes a sink in the audit.
 func sinkDetail(k *storage.EventSink) string {
 	filter, _ := json.Marshal(k.Filter) // it is lists of texts
-	return fmt.Sprintf("url %s, %d keys, tokens: %v, enabled: %v, filter %s", redactedURL(k.URL), len(k.Keys), k.Tokens, k.Enabled, filter)
+	return fmt.Sprintf("url %s, %d keys, tokens: %v, on error: %s, enabled: %v, filter %s", redactedURL(k.URL), len(k.Keys), k.Tokens, k.OnError, k.Enabled, filter)
 }
 
 func (a *API) deleteSink(ctx context.Context, r *http.Request) (int, any, error) {

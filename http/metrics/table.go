@@ -84,7 +84,7 @@ func Table() []Metric {
 		{"nanomdm_webhook_events", Gauge, []string{"sink", "state"}, "Events that a sink did not take at once, by state: waiting (for the next try), again (asked for again), dead (given up), dropped (too many). Counted up to 100000 each.", groupEvents},
 		{"nanomdm_webhook_delivered_total", Counter, []string{"sink"}, "Events that this replica delivered.", groupEvents},
 		{"nanomdm_webhook_failures_total", Counter, []string{"sink"}, "Tries of this replica that failed.", groupEvents},
-		{"nanomdm_webhook_given_up_total", Counter, []string{"sink", "why"}, "Events that this replica gave up, because of their age or their count.", groupEvents},
+		{"nanomdm_webhook_given_up_total", Counter, []string{"sink", "why"}, "Dead letters of this replica, by reason: `age`, `count`, or `refused` of a sink that skips.", groupEvents},
 		{"nanomdm_webhook_down", Gauge, []string{"sink"}, "1 if the sink's receiver does not answer as it should, as seen by the replica that delivers.", groupEvents},
 		{"nanomdm_webhook_off", Gauge, []string{"sink"}, "1 if the sink is off: an operator turned it off, or its receiver answered 410.", groupEvents},
 

@@ -30,6 +30,9 @@ type blocked struct {
 	inFlight bool
 	// behind: events were stored behind those of the batch in flight.
 	behind bool
+	// failures counts those of the receiver at the first event, as far as
+	// they are not stored with it.
+	failures int
 }
 
 func newBacklog() *backlog { return &backlog{enrollments: make(map[string]*blocked)} }

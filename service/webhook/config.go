@@ -28,6 +28,8 @@ type Sink struct {
 	// Tokens sends events that hold tokens and secrets.
 	Tokens bool                `json:"tokens,omitempty"`
 	Filter storage.EventFilter `json:"filter,omitzero"`
+	// OnError is hold or skip; empty is hold.
+	OnError storage.OnError `json:"on_error,omitempty"`
 	// Disabled keeps the sink and sends nothing.
 	Disabled bool `json:"disabled,omitempty"`
 }
@@ -40,7 +42,7 @@ const maxKeys = 4
 
 // Check turns the text form into a sink, or says what is wrong with it.
 func (k *Sink) Check() (storage.EventSink, error) {
-	out := storage.EventSink{Name: k.Name, URL: k.URL, Keys: k.Keys, Tokens: k.Tokens, Filter: k.Filter, Enabled: !k.Disabled}
+	out := storage.EventSink{Name: k.Name, URL: k.URL, Keys: k.Keys, Tokens: k.Tokens, Filter: k.Filter, OnError: k.OnError, Enabled: !k.Disabled}
 	if !sinkName.MatchString(k.Name) {
 		return out, errors.New("name: use 1 to 63 of a-z, 0-9, dot, dash and underscore")
 	}
@@ -49,6 +51,13 @@ func (k *Sink) Check() (storage.EventSink, error) {
 		if err != nil || u.Scheme != "https" && u.Scheme != "http" || u.Hostname() == "" {
 			return out, errors.New("url: not a URL with http or https and a host")
 		}
+	}
+	switch k.OnError {
+	case "":
+		out.OnError = storage.OnErrorHold
+	case storage.OnErrorHold, storage.OnErrorSkip:
+	default:
+		return out, fmt.Errorf("on_error: %q is neither %s nor %s", k.OnError, storage.OnErrorHold, storage.OnErrorSkip)
 	}
 	if len(k.Keys) > maxKeys {
 		return out, fmt.Errorf("keys: at most %d", maxKeys)

@@ -50,9 +50,11 @@ type Store interface {
 
 // Config is what may be left out; the zero value works.
 type Config struct {
-	// Workers is how many events are sent to one sink at once, 32 if zero.
+	// Workers is how many events are sent to one sink at once, 32 if zero. A
+	// sink that skips sends up to eight times as many while the others have no
+	// answer after a second.
 	Workers int
-	// Timeout bounds one try, 10 seconds if zero.
+	// Timeout bounds one try, 30 seconds if zero.
 	Timeout time.Duration
 	// MaxAge is how long an event is tried before it becomes a dead letter,
 	// three days if zero.
@@ -78,7 +80,7 @@ type Config struct {
 
 func (c *Config) setDefaults() {
 	or(&c.Workers, 32)
-	or(&c.Timeout, 10*time.Second)
+	or(&c.Timeout, 30*time.Second)
 	or(&c.MaxAge, 72*time.Hour)
 	or(&c.MaxBacklog, 1_000_000)
 	or(&c.Notice, 30*24*time.Hour)
@@ -122,16 +124,17 @@ type Deliverer struct {
 
 // counters are of one sink, since the process began.
 type counters struct {
-	delivered, failures, dead, dropped atomic.Int64
-	down                               atomic.Bool
+	delivered, failures, dead, dropped, refused atomic.Int64
+	down                                        atomic.Bool
 }
 
 // SinkStats is what this replica has done for a sink.
 type SinkStats struct {
 	Sink string
-	// Delivered events, failed tries, events that were given up after MaxAge
-	// and that were given up since there were too many.
-	Delivered, Failures, Dead, Dropped int64
+	// Delivered events, failed tries, and dead letters: of events older than
+	// MaxAge, of too many events, and of events that the receiver failed to
+	// take.
+	Delivered, Failures, Dead, Dropped, Refused int64
 	// Down: the receiver does not answer as it should, and is only tried now
 	// and then.
 	Down bool
@@ -166,7 +169,7 @@ func (d *Deliverer) Stats() []SinkStats {
 	for _, name := range slices.Sorted(maps.Keys(d.counters)) {
 		c := d.counters[name]
 		out = append(out, SinkStats{Sink: name, Delivered: c.delivered.Load(), Failures: c.failures.Load(),
-			Dead: c.dead.Load(), Dropped: c.dropped.Load(), Down: c.down.Load()})
+			Dead: c.dead.Load(), Dropped: c.dropped.Load(), Refused: c.refused.Load(), Down: c.down.Load()})
 	}
 	return out
 }
@@ -298,7 +301,7 @@ func (d *Deliverer) adjust(ctx context.Context, current func() storage.Lease) {
 
 // same says whether two states of a sink are delivered to alike.
 func same(a, b *storage.EventSink) bool {
-	return a.URL == b.URL && a.Tokens == b.Tokens && slices.Equal(a.Keys, b.Keys) && a.CreatedAt.Equal(b.CreatedAt) &&
+	return a.URL == b.URL && a.Tokens == b.Tokens && a.OnError == b.OnError && slices.Equal(a.Keys, b.Keys) && a.CreatedAt.Equal(b.CreatedAt) &&
 		slices.Equal(a.Filter.Topics, b.Filter.Topics) && slices.Equal(a.Filter.EnrollmentTypes, b.Filter.EnrollmentTypes) &&
 		slices.Equal(a.Filter.RequestTypes, b.Filter.RequestTypes) && slices.Equal(a.Filter.APNsTopics, b.Filter.APNsTopics) &&
 		a.Filter.Idle == b.Filter.Idle

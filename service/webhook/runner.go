@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"sync/atomic"
 	"time"
 
 	"github.com/nanomdm/nanomdm/backoff"
@@ -56,6 +57,9 @@ type enrollmentBatch struct {
 	events     []storage.EventRecord
 	from       source
 	more       bool // there may be further rows behind these
+	// failures counts those of the receiver at the first event that are not
+	// stored with it.
+	failures int
 }
 
 // result is the outcome of a batch: the first events, sent of them, were
@@ -100,19 +104,25 @@ type runner struct {
 
 	results  chan result
 	inFlight int
+	slow     atomic.Int64 // of those in flight, if the sink skips
 	page     *page
 	again    redeliveries
 	out      *outcomes
 	backlog  *backlog
 	health   health
-	dropping bool // events over the limit, since the last success
+	dropping bool      // events over the limit, since the last success
+	warnedAt time.Time // of an event that was skipped
 }
 
 func newRunner(d *Deliverer, k storage.EventSink, current func() storage.Lease, count *counters) *runner {
+	places := d.cfg.Workers
+	if k.OnError == storage.OnErrorSkip {
+		places *= slowFactor
+	}
 	return &runner{
 		d: d, sink: k, lease: current, count: count, log: d.log.With("sink", k.Name),
 		news: make(chan struct{}, 1), done: make(chan struct{}),
-		results: make(chan result, d.cfg.Workers),
+		results: make(chan result, places),
 		again:   redeliveries{batches: make(map[string]*enrollmentBatch)},
 		out:     newOutcomes(k.Cursor), backlog: newBacklog(), health: health{backoff: backoff.Policy{First: d.cfg.Backoff, Max: maxBackoff}},
 	}
@@ -283,7 +293,7 @@ func (r *runner) untilNextStep(now time.Time) time.Duration {
 	switch {
 	case r.health.down:
 		sooner(r.health.probeAt)
-	case r.backlog.len() > 0 && r.inFlight < r.d.cfg.Workers:
+	case r.backlog.len() > 0 && r.free() > 0:
 		sooner(r.backlog.nextScan)
 	}
 	if until := r.health.pausedUntil; until.After(now) && at.Before(until) {
@@ -457,7 +467,7 @@ func (r *runner) startBlocked(ctx, sending context.Context, now time.Time, probe
 	var due []*blocked
 	switch {
 	case !r.health.down:
-		due = r.backlog.due(now, r.d.cfg.Workers-r.inFlight)
+		due = r.backlog.due(now, r.free())
 	case probe && r.inFlight == 0:
 		if e := r.backlog.earliest(); e != nil {
 			due = append(due, e)
@@ -479,23 +489,31 @@ func (r *runner) startBlocked(ctx, sending context.Context, now time.Time, probe
 			continue
 		}
 		e.reserve()
-		r.launch(sending, &enrollmentBatch{enrollment: e.enrollment, events: events, from: fromBacklog, more: len(events) == waitingRows})
+		r.launch(sending, &enrollmentBatch{enrollment: e.enrollment, events: events, from: fromBacklog,
+			more: len(events) == waitingRows, failures: e.failures})
 	}
 	return nil
 }
 
+// free is how many batches may be started. Of a sink that skips, batches that
+// wait long for an answer leave their places to others, up to a bound: it must
+// not depend on how long the receiver takes for others' events.
+func (r *runner) free() int {
+	slow := int(max(0, r.slow.Load()))
+	return min(r.d.cfg.Workers+slow, cap(r.results)) - r.inFlight
+}
+
 // startReady starts batches of the page, and redeliveries.
 func (r *runner) startReady(sending context.Context) {
-	workers := r.d.cfg.Workers
 	if p := r.page; p != nil {
-		for len(p.ready) > 0 && r.inFlight < workers {
+		for len(p.ready) > 0 && r.free() > 0 {
 			b := p.ready[0]
 			p.ready = p.ready[1:]
 			p.inFlight[b.enrollment] = b
 			r.launch(sending, b)
 		}
 	}
-	for len(r.again.ready) > 0 && r.inFlight < workers && !r.health.down {
+	for len(r.again.ready) > 0 && r.free() > 0 && !r.health.down {
 		b := r.again.ready[0]
 		r.again.ready = r.again.ready[1:]
 		r.launch(sending, b)
@@ -514,7 +532,14 @@ func (r *runner) launch(sending context.Context, b *enrollmentBatch) {
 				res.sent++
 				continue
 			}
-			if res.failure, res.tries = r.send(sending, e); res.failure != nil {
+			before := e.Attempts
+			switch {
+			case b.from == fromRedelivery:
+				before++ // it was sent before
+			case i == 0:
+				before += b.failures
+			}
+			if res.failure, res.tries = r.send(sending, e, before); res.failure != nil {
 				res.interrupted = sending.Err() != nil
 				break
 			}
@@ -526,17 +551,17 @@ func (r *runner) launch(sending context.Context, b *enrollmentBatch) {
 	}()
 }
 
-// send tries an event, more than once if that may help soon. It runs in the
-// goroutine of a batch.
-func (r *runner) send(sending context.Context, e *storage.EventRecord) (f *failure, tries int) {
+// send tries an event, more than once if that may help soon. before is how
+// often it was tried. It runs in the goroutine of a batch.
+func (r *runner) send(sending context.Context, e *storage.EventRecord, before int) (f *failure, tries int) {
 	for {
 		begun := time.Now()
-		f = r.d.send.send(sending, &r.sink, e)
+		f = r.trySend(sending, e, before+tries+1)
 		tries++
-		pause := r.health.backoff.Pause(e.Attempts + tries) // the policy does not change
+		pause := r.health.backoff.Pause(before + tries) // the policy does not change
 		switch {
 		case f == nil, sending.Err() != nil, f.unsubscribed || f.permanent || f.after > 0, r.count.down.Load(),
-			tries == triesInPlace, time.Since(begun) > quickly, pause > pauseInPlace:
+			f.received && r.skips(), tries == triesInPlace, time.Since(begun) > quickly, pause > pauseInPlace:
 			return f, tries
 		}
 		r.count.failures.Add(1)
@@ -544,6 +569,24 @@ func (r *runner) send(sending context.Context, e *storage.EventRecord) (f *failu
 			return f, tries
 		}
 	}
+}
+
+func (r *runner) skips() bool { return r.sink.OnError == storage.OnErrorSkip }
+
+// trySend tries once and counts the try while it is slow.
+func (r *runner) trySend(sending context.Context, e *storage.EventRecord, attempt int) *failure {
+	if !r.skips() {
+		return r.d.send.send(sending, &r.sink, e, attempt)
+	}
+	slow := time.AfterFunc(slowAfter, func() {
+		r.slow.Add(1)
+		r.wake()
+	})
+	f := r.d.send.send(sending, &r.sink, e, attempt)
+	if !slow.Stop() {
+		r.slow.Add(-1)
+	}
+	return f
 }
 
 // settle takes the result of a batch.
@@ -569,20 +612,19 @@ func (r *runner) settle(ctx context.Context, res result) error {
 		r.batchDelivered(b, now)
 		return nil
 	case res.interrupted:
-		if b.from == fromPage {
-			r.persistWaiting(b.events[res.sent:], b.enrollment, now)
-		}
+		r.batchInterrupted(b, res, now)
 		return nil
 	}
 	r.count.failures.Add(1)
-	if res.failure.after > 0 {
-		r.health.pause(now.Add(res.failure.after))
-	}
-	r.batchFailed(b, res, now)
-	if res.failure.unsubscribed {
+	ofReceiver := r.batchFailed(ctx, b, res, now)
+	switch {
+	case res.failure.unsubscribed:
 		return r.unsubscribe(ctx)
+	case ofReceiver:
+		r.failed(ctx, res.failure, now)
+	case res.failure.answered:
+		r.succeeded(ctx, now) // the receiver is there
 	}
-	r.failed(ctx, res.failure, now)
 	return nil
 }
 
@@ -600,24 +642,51 @@ func (r *runner) batchDelivered(b *enrollmentBatch, now time.Time) {
 	r.backlog.finish(b.enrollment, now)
 }
 
-// batchFailed stores the event that failed and what stands behind it.
-func (r *runner) batchFailed(b *enrollmentBatch, res result, now time.Time) {
+// batchInterrupted stores the event that was being sent when the runner
+// stopped, and the events behind it. The try may have reached the receiver, so
+// that it counts.
+func (r *runner) batchInterrupted(b *enrollmentBatch, res result, now time.Time) {
+	switch b.from {
+	case fromPage:
+		r.persistWaiting(b.events[res.sent:], b.enrollment, now)
+	case fromRedelivery:
+		return
+	}
 	e := &b.events[res.sent]
-	attempts := e.Attempts + res.tries
-	next := now.Add(r.health.backoff.Pause(attempts))
+	row := rowOf(e, storage.DeliveryWaiting)
+	row.Attempts, row.NextAt = e.Attempts+1, now
+	r.out.put(row)
+}
+
+// batchFailed stores the event that failed and the events behind it. It
+// reports whether the failure is the receiver's.
+func (r *runner) batchFailed(ctx context.Context, b *enrollmentBatch, res result, now time.Time) (ofReceiver bool) {
+	e := &b.events[res.sent]
+	before := 0
+	if res.sent == 0 {
+		before = b.failures
+	}
+	v := assess(r.sink.OnError, e, res.failure, res.tries, before, r.health.backoff)
+	dead := v.dead || now.Sub(e.CreatedAt) > r.d.cfg.MaxAge
+	row := rowOf(e, storage.DeliveryWaiting)
+	if b.from == fromRedelivery {
+		row.State = storage.DeliveryAgain
+		v.attempts = e.Attempts + res.tries
+		dead = v.dead || v.attempts >= maxRedeliveryTries
+	}
+	if v.ofReceiver && res.failure.after > 0 {
+		r.health.pause(now.Add(res.failure.after))
+	}
+	next := now.Add(v.pause)
 	if r.health.paused(next) {
 		next = r.health.pausedUntil
 	}
-	row := rowOf(e, storage.DeliveryWaiting)
-	row.Attempts, row.NextAt, row.Error = attempts, next, res.failure.text
-	dead := now.Sub(e.CreatedAt) > r.d.cfg.MaxAge
-	if b.from == fromRedelivery {
-		row.State, dead = storage.DeliveryAgain, attempts >= maxRedeliveryTries
-	}
-	if dead || res.failure.permanent {
+	row.Attempts, row.NextAt, row.Error = v.attempts, next, res.failure.text
+	failures := before + res.tries
+	if dead {
 		row.State, row.NextAt = storage.DeliveryDead, time.Time{}
-		next = now // the event behind it is not to blame
-		r.count.dead.Add(1)
+		next, failures = now, 0 // the event behind it is not to blame
+		r.deadLetter(ctx, e, res.failure, v, now)
 	}
 	r.out.put(row)
 	switch b.from {
@@ -626,6 +695,32 @@ func (r *runner) batchFailed(b *enrollmentBatch, res result, now time.Time) {
 	case fromBacklog:
 		r.backlog.finish(b.enrollment, next)
 	}
+	if blocked := r.backlog.get(b.enrollment); blocked != nil && b.from != fromRedelivery {
+		blocked.failures = 0
+		if r.skips() && v.ofReceiver {
+			blocked.failures = failures
+		}
+	}
+	return v.ofReceiver
+}
+
+// warnEvery is the least time between two warnings of skipped events.
+const warnEvery = time.Minute
+
+// deadLetter counts a dead letter, and warns of one that the receiver failed
+// to take.
+func (r *runner) deadLetter(ctx context.Context, e *storage.EventRecord, f *failure, v verdict, now time.Time) {
+	if !v.refused {
+		r.count.dead.Add(1)
+		return
+	}
+	r.count.refused.Add(1)
+	if now.Sub(r.warnedAt) < warnEvery {
+		return
+	}
+	r.warnedAt = now
+	r.log.WarnContext(ctx, "a webhook receiver failed to take an event, which is a dead letter now; the next ones are not logged for a minute",
+		"event_id", e.ID, "topic", e.Topic, "tries", v.attempts, "error", f.text)
 }
 
 // persistWaiting blocks an enrollment and stores events of the page that were

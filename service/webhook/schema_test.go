@@ -21,7 +21,7 @@ import (
 	"github.com/nanomdm/nanomdm/storage"
 )
 
-var update = flag.Bool("update", false, "write the examples of docs/webhooks.md")
+var update = flag.Bool("update", false, "write the examples of docs/webhook-events.md")
 
 // schema is docs/webhook.schema.json, as far as it is checked: a word that is
 // not known here is an error.
@@ -225,7 +225,7 @@ var meanings = map[string]string{
 }
 
 func TestExamples(t *testing.T) {
-	const page = "../../docs/webhooks.md"
+	const page = "../../docs/webhook-events.md"
 	var b strings.Builder
 	var topics []string
 	for _, r := range examples() {
@@ -235,7 +235,7 @@ func TestExamples(t *testing.T) {
 		var indented bytes.Buffer
 		require.NoError(t, json.Indent(&indented, body, "", "  "))
 		require.NotEmpty(t, meanings[r.Topic])
-		fmt.Fprintf(&b, "### %s\n\n%s\n\n```json\n%s\n```\n\n", r.Topic, meanings[r.Topic], indented.Bytes())
+		fmt.Fprintf(&b, "## %s\n\n%s\n\n```json\n%s\n```\n\n", r.Topic, meanings[r.Topic], indented.Bytes())
 		topics = append(topics, r.Topic)
 	}
 	require.Equal(t, storage.EventTopics(), topics)

@@ -8,7 +8,9 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptrace"
 	"strconv"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sync/semaphore"
@@ -40,6 +42,12 @@ type failure struct {
 	after time.Duration
 	// permanent: the event cannot be sent, now or later.
 	permanent bool
+	// received: the receiver has the event and is to blame for it alone. It
+	// answered an error, or not in time, or dropped the connection. An answer
+	// that says that the receiver is not available is none.
+	received bool
+	// answered: the receiver sent a status of its own.
+	answered bool
 }
 
 // sender does the HTTP of all sinks.
@@ -76,8 +84,8 @@ func newSender(log storage.EventLog, timeout time.Duration, workers int, dial di
 
 func (s *sender) close() { s.client.CloseIdleConnections() }
 
-// send tries once.
-func (s *sender) send(ctx context.Context, k *storage.EventSink, r *storage.EventRecord) *failure {
+// send tries once. attempt is the number of the try, from 1.
+func (s *sender) send(ctx context.Context, k *storage.EventSink, r *storage.EventRecord, attempt int) *failure {
 	ctx, cancel := context.WithTimeout(ctx, s.timeout)
 	defer cancel()
 	if r.RawLeft {
@@ -98,10 +106,17 @@ func (s *sender) send(ctx context.Context, k *storage.EventSink, r *storage.Even
 	if err != nil {
 		return &failure{text: err.Error(), permanent: true}
 	}
-	return s.post(ctx, k, r, body)
+	return s.post(ctx, k, r, body, attempt)
 }
 
-func (s *sender) post(ctx context.Context, k *storage.EventSink, r *storage.EventRecord, body []byte) *failure {
+func (s *sender) post(ctx context.Context, k *storage.EventSink, r *storage.EventRecord, body []byte, attempt int) *failure {
+	// A connection that was kept may turn out to be closed: the transport then
+	// makes a new one, which may fail.
+	var connected atomic.Bool
+	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
+		GetConn: func(string) { connected.Store(false) },
+		GotConn: func(httptrace.GotConnInfo) { connected.Store(true) },
+	})
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, k.URL, bytes.NewReader(body))
 	if err != nil {
 		return &failure{text: "the sink's URL cannot be used"}
@@ -111,20 +126,30 @@ func (s *sender) post(ctx context.Context, k *storage.EventSink, r *storage.Even
 	if r.TraceParent != "" {
 		req.Header.Set(callout.HeaderTraceParent, r.TraceParent)
 	}
+	if attempt > 1 {
+		req.Header.Set(headerAttempt, strconv.Itoa(attempt))
+	}
 	sign(req.Header, k.Keys, r.ID, time.Now(), body)
 	resp, err := s.client.Do(req)
 	if err != nil {
-		return &failure{text: reason(err)}
+		return &failure{text: reason(err), received: connected.Load()}
 	}
 	defer resp.Body.Close()
 	_, _ = io.Copy(io.Discard, io.LimitReader(resp.Body, maxReply))
-	switch {
-	case resp.StatusCode/100 == 2:
-		return nil
-	case resp.StatusCode == http.StatusGone:
-		return &failure{text: "HTTP 410", unsubscribed: true}
+	f := &failure{text: fmt.Sprintf("HTTP %d", resp.StatusCode)}
+	switch resp.StatusCode {
+	case http.StatusGone:
+		f.unsubscribed = true
+	case http.StatusTooManyRequests, http.StatusBadGateway, http.StatusServiceUnavailable, http.StatusGatewayTimeout:
+		f.after = retryAfter(resp.Header.Get("Retry-After"), time.Now())
+	default:
+		if resp.StatusCode/100 == 2 {
+			return nil
+		}
+		f.received, f.answered = true, true
+		f.after = retryAfter(resp.Header.Get("Retry-After"), time.Now())
 	}
-	return &failure{text: fmt.Sprintf("HTTP %d", resp.StatusCode), after: retryAfter(resp.Header.Get("Retry-After"), time.Now())}
+	return f
 }
 
 // reason is the text of an error, without the URL.

@@ -42,7 +42,7 @@ func TestEventIsOneWrite(t *testing.T) {
 	})
 	defer s.close()
 	e := &storage.EventRecord{Event: storage.Event{ID: "E", Topic: storage.TopicConnect, Raw: bytes.Repeat([]byte("x"), 20_000)}}
-	require.Nil(t, s.send(t.Context(), &storage.EventSink{URL: receiver.URL, Keys: []string{"key"}}, e))
+	require.Nil(t, s.send(t.Context(), &storage.EventSink{URL: receiver.URL, Keys: []string{"key"}}, e, 1))
 	require.Greater(t, got.Load(), int64(20_000))
 	require.EqualValues(t, 1, writes.Load())
 }

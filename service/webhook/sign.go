@@ -16,6 +16,9 @@ const (
 	headerID        = "Webhook-Id"
 	headerTimestamp = "Webhook-Timestamp"
 	headerSignature = "Webhook-Signature"
+	// headerAttempt is not of the specification: it numbers the tries of an
+	// event, from the second one on.
+	headerAttempt = "Webhook-Attempt"
 )
 
 // secretPrefix marks a key as Standard Webhooks write them, in Base64.

@@ -116,7 +116,7 @@ func TestConsumers(t *testing.T) {
 				r := examples()[6]
 				post := func(keys ...string) *failure {
 					k := &storage.EventSink{URL: "http://" + address + "/", Keys: keys}
-					return s.send(t.Context(), k, &r)
+					return s.send(t.Context(), k, &r, 1)
 				}
 				require.Nil(t, post(key))
 				require.Nil(t, post(key, "the former one"))
@@ -175,6 +175,7 @@ func TestParseConfig(t *testing.T) {
 	require.NoError(t, err)
 	require.Len(t, sinks, 1)
 	require.Equal(t, "on", sinks[0].Name)
+	require.Equal(t, storage.OnErrorHold, sinks[0].OnError, "the strict order is the default")
 	for text, want := range map[string]string{
 		`{"sinks": [{}]}`:                                                  "name",
 		`{"sinks": [{"name": "A"}]}`:                                       "name",
@@ -185,6 +186,7 @@ func TestParseConfig(t *testing.T) {
 		`{"sinks": [{"name": "a", "filter": {"topics": ["x"]}}]}`:          `no topic "x"`,
 		`{"sinks": [{"name": "a", "filter": {"enrollment_types": [""]}}]}`: "enrollment_types",
 		`{"sinks": [{"name": "a"}, {"name": "a"}]}`:                        "twice",
+		`{"sinks": [{"name": "a", "on_error": "stop"}]}`:                   "on_error",
 		`{"sinks": []} x`:                                                  "follows",
 	} {
 		_, err := ParseConfig([]byte(text))

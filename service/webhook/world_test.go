@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -37,7 +38,9 @@ type receiver struct {
 	got    []delivery
 	inside map[string]int // requests under way by enrollment
 	most   int            // of all at once
+	atOnce int            // events of an enrollment that came while another one was under way
 	answer func(w http.ResponseWriter, d *delivery)
+	away   bool // connections are refused
 }
 
 // delivery is one request that a receiver got.
@@ -79,6 +82,7 @@ func newReceiver(t *testing.T) *receiver {
 	t.Cleanup(func() {
 		require.NoError(t, r.server.Close())
 		serving.Wait()
+		require.Zero(t, r.atOnce)
 	})
 	return r
 }
@@ -99,7 +103,20 @@ func (r *receiver) Close() error {
 
 func (r *receiver) Addr() net.Addr { return &net.TCPAddr{} }
 
+// refuses has the receiver refuse new connections.
+func (r *receiver) refuses(away bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.away = away
+}
+
 func (r *receiver) dial(ctx context.Context, _, _ string) (net.Conn, error) {
+	r.mu.Lock()
+	away := r.away
+	r.mu.Unlock()
+	if away {
+		return nil, &net.OpError{Op: "dial", Err: syscall.ECONNREFUSED}
+	}
 	ours, theirs := net.Pipe()
 	select {
 	case r.conns <- theirs:
@@ -124,9 +141,13 @@ func (r *receiver) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 		panic(err)
 	}
 	r.mu.Lock()
-	r.inside[d.enrollment()]++
-	if r.inside[d.enrollment()] > 1 {
-		panic("two events of one enrollment at once")
+	if r.inside[d.enrollment()] > 0 { // the handler may not know yet that its sender has left
+		r.mu.Unlock()
+		time.Sleep(time.Millisecond)
+		r.mu.Lock()
+	}
+	if r.inside[d.enrollment()]++; r.inside[d.enrollment()] > 1 {
+		r.atOnce++
 	}
 	total := 0
 	for _, n := range r.inside {
@@ -137,14 +158,19 @@ func (r *receiver) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 	r.got = append(r.got, d)
 	answer := r.answer
 	r.mu.Unlock()
-	rec := &statusWriter{ResponseWriter: w, status: 200}
+	rec := &statusWriter{ResponseWriter: w}
+	defer func() { // also if the answer is a panic
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		r.inside[d.enrollment()]--
+		r.got[d.n-1].status = rec.status
+	}()
 	if answer != nil {
 		answer(rec, &d)
 	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.inside[d.enrollment()]--
-	r.got[d.n-1].status = rec.status
+	if rec.status == 0 && req.Context().Err() == nil {
+		rec.status = http.StatusOK
+	}
 }
 
 type statusWriter struct {

@@ -19,6 +19,8 @@ type sinkConfig struct {
 	Keys   []string            `json:"keys,omitempty"`
 	Tokens bool                `json:"tokens,omitempty"`
 	Filter storage.EventFilter `json:"filter"`
+	// OnError is missing in rows from before it was there.
+	OnError storage.OnError `json:"on_error,omitempty"`
 }
 
 // EventSinks implements storage.EventSinks.
@@ -57,7 +59,7 @@ func readSinks(ctx context.Context, t *tx) ([]storage.EventSink, error) {
 		if err := json.Unmarshal(config, &c); err != nil {
 			return nil, fmt.Errorf("the configuration of sink %s: %w", k.Name, err)
 		}
-		k.URL, k.Keys, k.Tokens, k.Filter = c.URL, c.Keys, c.Tokens, c.Filter
+		k.URL, k.Keys, k.Tokens, k.Filter, k.OnError = c.URL, c.Keys, c.Tokens, c.Filter, c.OnError
 		k.Reason = reason.V
 		k.SeenAt, k.CreatedAt, k.UpdatedAt = fromMicros(seen), fromMicros(created), fromMicros(updated)
 		sinks = append(sinks, k)
@@ -67,7 +69,7 @@ func readSinks(ctx context.Context, t *tx) ([]storage.EventSink, error) {
 
 // PutEventSink implements storage.EventSinks.
 func (s *Store) PutEventSink(ctx context.Context, k storage.EventSink) error {
-	config, err := json.Marshal(sinkConfig{URL: k.URL, Keys: k.Keys, Tokens: k.Tokens, Filter: k.Filter})
+	config, err := json.Marshal(sinkConfig{URL: k.URL, Keys: k.Keys, Tokens: k.Tokens, Filter: k.Filter, OnError: k.OnError})
 	if err != nil {
 		return fmt.Errorf("storing event sink %s: %w", k.Name, err)
 	}
