@@ -345,7 +345,7 @@ func (c *configuration) checkLeftBehind() {
 	}
 }
 
-const howToMove = "bring the enrollments with NanoMDM's nano2nano through PUT /migration (give -migration and -api)"
+const howToMove = "bring the enrollments with nano2nano (docs/upgrading.md)"
 
 func names(table []option, form func(string) string) []string {
 	var list []string

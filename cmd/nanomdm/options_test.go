@@ -190,7 +190,7 @@ func TestStoresOfNanoMDM(t *testing.T) {
 	for _, name := range []string{"file", "filekv", "inmem", "dbkv"} {
 		_, _, err := parseOptions([]string{"-ca", "ca.pem", "-storage", name}, nil, present("ca.pem"))
 		require.ErrorContains(t, err, "-storage: "+name+" is a store of NanoMDM's")
-		require.ErrorContains(t, err, "nano2nano through PUT /migration")
+		require.ErrorContains(t, err, "bring the enrollments with nano2nano")
 	}
 	for _, c := range []struct {
 		name  string
@@ -500,8 +500,8 @@ A key that is not given leaves the choice to the engine's own default.
 
 The flags of NanoMDM mean the same here, with two differences. The stores
 ` + "`file`, `filekv`, `dbkv` and `inmem`" + ` do not exist: the default is SQLite in
-` + "`nanomdm.db`" + `, and enrollments come over with NanoMDM's nano2nano through
-` + "`PUT /migration`" + `. And there is one store: repeated ` + "`-storage`" + ` flags are refused.
+` + "`nanomdm.db`" + `, and enrollments come over with [nano2nano](nano2nano.md). And there is
+one store: repeated ` + "`-storage`" + ` flags are refused.
 A start without storage flags in a directory that holds NanoMDM's ` + "`dbkv` or `db`" + `,
 and no ` + "`nanomdm.db`" + `, is refused too, so that nobody takes an empty server for a
 full one; ` + "`-storage sqlite`" + ` says that it is meant.

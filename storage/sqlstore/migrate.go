@@ -59,7 +59,7 @@ func refuseForeign(tables []string) error {
 	for _, name := range foreignTables {
 		if slices.Contains(tables, name) {
 			return fmt.Errorf("it holds the table %s of NanoMDM or Fleet and no record of this program; "+
-				"start with an empty database and bring the enrollments over with nano2nano (PUT /migration)", name)
+				"start with an empty database and bring the enrollments over with nano2nano (docs/upgrading.md)", name)
 		}
 	}
 	return nil

@@ -60,6 +60,7 @@ func topics() []topic {
 		{"upkeep", upkeepTests()},
 		{"commands", commandTests()},
 		{"steering", steeringTests()},
+		{"import", importTests()},
 	}
 }
 

@@ -1,0 +1,297 @@
+package sqlstore
+
+import (
+	"context"
+	"database/sql"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/nanomdm/nanomdm/mdm"
+	"github.com/nanomdm/nanomdm/storage"
+	"github.com/nanomdm/nanomdm/storage/sqldb"
+)
+
+var _ storage.Exporter = (*Store)(nil)
+
+// exporting reads records of one page of devices.
+type exporting struct {
+	t        *tx
+	devices  map[string]*storage.DeviceRecord
+	channels map[string]*storage.ChannelRecord
+	users    map[string]*storage.UserRecord
+}
+
+func (e *exporting) scan(ctx context.Context, action, text string, args []any, read func(rows *sql.Rows) error) error {
+	rows, err := e.t.Query(ctx, text, args...)
+	if err != nil {
+		return fmt.Errorf("%s: %w", action, err)
+	}
+	defer rows.Close()
+	for rows.Next() {
+		if err := read(rows); err != nil {
+			return fmt.Errorf("%s: %w", action, err)
+		}
+	}
+	if err := rows.Err(); err != nil {
+		return fmt.Errorf("%s: %w", action, err)
+	}
+	return nil
+}
+
+// ExportPushCerts implements storage.Exporter.
+func (s *Store) ExportPushCerts(ctx context.Context) ([]storage.PushCert, error) {
+	infos, err := s.PushCertInfos(ctx, storage.Scope{})
+	if err != nil {
+		return nil, err
+	}
+	var certs []storage.PushCert
+	for _, info := range infos {
+		c, err := s.PushCert(ctx, info.Topic)
+		if err != nil {
+			return nil, err
+		}
+		certs = append(certs, *c)
+	}
+	return certs, nil
+}
+
+// ExportCommands implements storage.Exporter.
+func (s *Store) ExportCommands(ctx context.Context, after string, limit int) (list []storage.CommandRecord, err error) {
+	err = s.read(ctx, func(ctx context.Context, t *tx) error {
+		list = nil
+		e := &exporting{t: t}
+		return e.scan(ctx, "reading commands", "SELECT command_uuid, request_type, command, created_at FROM nano_commands WHERE command_uuid > ? ORDER BY command_uuid LIMIT ?",
+			[]any{after, limit}, func(rows *sql.Rows) error {
+				var c storage.CommandRecord
+				var raw []byte
+				var at int64
+				if err := rows.Scan(&c.UUID, &c.RequestType, &raw, &at); err != nil {
+					return err
+				}
+				c.CreatedAt = fromMicros(at)
+				var err error
+				c.Raw, err = t.opened(commandColumn, c.UUID, raw)
+				list = append(list, c)
+				return err
+			})
+	})
+	return list, err
+}
+
+// ExportDeviceIDs implements storage.Exporter.
+func (s *Store) ExportDeviceIDs(ctx context.Context, after string, limit int) (ids []string, err error) {
+	err = s.read(ctx, func(ctx context.Context, t *tx) error {
+		ids = nil
+		e := &exporting{t: t}
+		return e.scan(ctx, "listing devices", "SELECT id FROM nano_devices WHERE id > ? ORDER BY id LIMIT ?", []any{after, limit}, func(rows *sql.Rows) error {
+			var id string
+			err := rows.Scan(&id)
+			ids = append(ids, id)
+			return err
+		})
+	})
+	return ids, err
+}
+
+// ExportDevices implements storage.Exporter.
+func (s *Store) ExportDevices(ctx context.Context, ids []string) (list []*storage.DeviceRecord, err error) {
+	if len(ids) == 0 {
+		return nil, nil
+	}
+	err = s.read(ctx, func(ctx context.Context, t *tx) error {
+		e := &exporting{t: t, devices: make(map[string]*storage.DeviceRecord), channels: make(map[string]*storage.ChannelRecord), users: make(map[string]*storage.UserRecord)}
+		for _, read := range []func(context.Context, []string) error{e.readDevices, e.readUsers, e.readEnrollments, e.readPins} {
+			if err := read(ctx, ids); err != nil {
+				return err
+			}
+		}
+		for chunk := range slices.Chunk(e.channelIDs(), importRows) {
+			if err := e.readQueues(ctx, chunk); err != nil {
+				return err
+			}
+		}
+		list = e.list()
+		return nil
+	})
+	return list, err
+}
+
+func (e *exporting) channelIDs() []string {
+	ids := make([]string, 0, len(e.channels))
+	for id := range e.channels {
+		ids = append(ids, id)
+	}
+	slices.Sort(ids)
+	return ids
+}
+
+// list puts the users to their devices.
+func (e *exporting) list() (list []*storage.DeviceRecord) {
+	for _, id := range e.channelIDs() {
+		if d := e.devices[id]; d != nil {
+			list = append(list, d)
+		}
+		if u := e.users[id]; u != nil {
+			device, _, _ := strings.Cut(id, ":")
+			if d := e.devices[device]; d != nil {
+				d.Users = append(d.Users, *u)
+			}
+		}
+	}
+	return list
+}
+
+func (e *exporting) readDevices(ctx context.Context, ids []string) error {
+	is, args := e.t.Among(ids)
+	return e.scan(ctx, "reading devices", `SELECT id, serial_number, model, model_name, device_name, os_version, build_version, product_name, imei, meid,
+authenticate, authenticate_at, token_update, token_update_at, unlock_token, unlock_token_at, bootstrap_token, bootstrap_token_at FROM nano_devices WHERE id `+is, args,
+		func(rows *sql.Rows) error {
+			d := new(storage.DeviceRecord)
+			var authenticatedAt int64
+			var updatedAt, unlockAt, bootstrapAt sql.Null[int64]
+			if err := rows.Scan(&d.Channel.ID, &d.SerialNumber, &d.Model, &d.ModelName, &d.DeviceName, &d.OSVersion, &d.BuildVersion, &d.ProductName, &d.IMEI, &d.MEID,
+				&d.Authenticate.Raw, &authenticatedAt, &d.TokenUpdate.Raw, &updatedAt, &d.UnlockToken.Value, &unlockAt, &d.BootstrapToken.Value, &bootstrapAt); err != nil {
+				return err
+			}
+			d.Authenticate.At, d.TokenUpdate.At = fromMicros(authenticatedAt), fromMicros(updatedAt.V)
+			d.UnlockToken.At, d.BootstrapToken.At = fromMicros(unlockAt.V), fromMicros(bootstrapAt.V)
+			id := d.Channel.ID
+			e.devices[id], e.channels[id] = d, &d.Channel
+			return e.open(id, map[string]*[]byte{authenticateColumn: &d.Authenticate.Raw, tokenUpdateColumn: &d.TokenUpdate.Raw,
+				unlockTokenColumn: &d.UnlockToken.Value, bootstrapTokenColumn: &d.BootstrapToken.Value})
+		})
+}
+
+// open unseals columns of a row.
+func (e *exporting) open(key string, columns map[string]*[]byte) error {
+	for column, value := range columns {
+		plain, err := e.t.opened(column, key, *value)
+		if err != nil {
+			return err
+		}
+		*value = plain
+	}
+	return nil
+}
+
+func (e *exporting) readUsers(ctx context.Context, ids []string) error {
+	is, args := e.t.Among(ids)
+	return e.scan(ctx, "reading users", `SELECT id, user_id, user_short_name, user_long_name, token_update, token_update_at, user_authenticate, user_authenticate_at
+FROM nano_users WHERE device_id `+is, args, func(rows *sql.Rows) error {
+		u := new(storage.UserRecord)
+		var updatedAt, authenticatedAt sql.Null[int64]
+		if err := rows.Scan(&u.Channel.ID, &u.UserID, &u.UserShortName, &u.UserLongName, &u.TokenUpdate.Raw, &updatedAt, &u.UserAuthenticate.Raw, &authenticatedAt); err != nil {
+			return err
+		}
+		u.TokenUpdate.At, u.UserAuthenticate.At = fromMicros(updatedAt.V), fromMicros(authenticatedAt.V)
+		id := u.Channel.ID
+		e.users[id], e.channels[id] = u, &u.Channel
+		return e.open(id, map[string]*[]byte{userTokenUpdateColumn: &u.TokenUpdate.Raw, userAuthenticateColumn: &u.UserAuthenticate.Raw})
+	})
+}
+
+func (e *exporting) readEnrollments(ctx context.Context, ids []string) error {
+	is, args := e.t.Among(ids)
+	return e.scan(ctx, "reading enrollments", `SELECT e.id, e.type, e.topic, e.push_magic, e.token, e.token_at, e.enabled, e.operator_disabled, e.token_update_tally,
+e.awaiting_configuration, e.renewal_until, e.enrolled_at, a.last_seen_at FROM nano_enrollments e LEFT JOIN nano_enrollment_activity a ON a.id = e.id WHERE e.device_id `+is, args,
+		func(rows *sql.Rows) error {
+			var c storage.ChannelRecord
+			var typ string
+			var tokenAt, renewal, enrolledAt, seenAt sql.Null[int64]
+			if err := rows.Scan(&c.ID, &typ, &c.Topic, &c.PushMagic, &c.Token, &tokenAt, &c.Enabled, &c.OperatorDisabled, &c.Tally,
+				&c.AwaitingConfiguration, &renewal, &enrolledAt, &seenAt); err != nil {
+				return err
+			}
+			c.Type = mdm.EnrollType(typ)
+			c.TokenAt, c.RenewalUntil, c.EnrolledAt, c.LastSeenAt = fromMicros(tokenAt.V), fromMicros(renewal.V), fromMicros(enrolledAt.V), fromMicros(seenAt.V)
+			if into := e.channels[c.ID]; into != nil {
+				*into = c
+			}
+			return nil
+		})
+}
+
+func (e *exporting) readPins(ctx context.Context, ids []string) error {
+	is, args := e.t.Among(ids)
+	return e.scan(ctx, "reading certificate associations", "SELECT id, sha256, certificate, not_after, created_at, retired_at FROM nano_cert_auth_associations WHERE id "+is+" ORDER BY created_at, sha256", args,
+		func(rows *sql.Rows) error {
+			var id string
+			var p storage.PinRecord
+			var createdAt int64
+			var notAfter, retired sql.Null[int64]
+			if err := rows.Scan(&id, &p.SHA256, &p.Certificate, &notAfter, &createdAt, &retired); err != nil {
+				return err
+			}
+			p.NotAfter, p.CreatedAt, p.RetiredAt = fromMicros(notAfter.V), fromMicros(createdAt), fromMicros(retired.V)
+			if d := e.devices[id]; d != nil {
+				d.Pins = append(d.Pins, p)
+			}
+			return nil
+		})
+}
+
+// readQueues reads all queue rows of channels, state by state, as the index
+// has them.
+func (e *exporting) readQueues(ctx context.Context, ids []string) error {
+	is, args := e.t.Among(ids)
+	states, stateArgs := sqldb.InList(storage.States())
+	type numbered struct {
+		storage.ItemRecord
+		id  string
+		seq int64
+	}
+	var items []numbered
+	err := e.scan(ctx, "reading queues", `SELECT q.id, q.command_uuid, q.seq, q.priority, q.state, q.supersede_key, q.created_at, q.not_before, q.expires_at, q.finished_at, q.notnow_count, q.notnow_at
+FROM nano_enrollment_queue q`+e.t.Dialect.Index("nano_enrollment_queue_next")+" WHERE q.state IN "+states+" AND q.id "+is, append(stateArgs, args...),
+		func(rows *sql.Rows) error {
+			var n numbered
+			var key sql.NullString
+			var createdAt int64
+			var notBefore, expiresAt, finishedAt, notNowAt sql.Null[int64]
+			if err := rows.Scan(&n.id, &n.CommandUUID, &n.seq, &n.Priority, &n.State, &key, &createdAt, &notBefore, &expiresAt, &finishedAt, &n.NotNowCount, &notNowAt); err != nil {
+				return err
+			}
+			n.SupersedeKey, n.CreatedAt, n.NotBefore = key.String, fromMicros(createdAt), fromMicros(notBefore.V)
+			n.ExpiresAt, n.FinishedAt, n.NotNowAt = fromMicros(expiresAt.V), fromMicros(finishedAt.V), fromMicros(notNowAt.V)
+			items = append(items, n)
+			return nil
+		})
+	if err != nil {
+		return err
+	}
+	results, err := e.readResults(ctx, ids)
+	if err != nil {
+		return err
+	}
+	slices.SortFunc(items, func(a, b numbered) int {
+		if a.Priority != b.Priority {
+			return b.Priority - a.Priority
+		}
+		return int(a.seq - b.seq)
+	})
+	for _, item := range items {
+		c := e.channels[item.id]
+		item.Result = results[keyPair{ID: item.id, Item: item.CommandUUID}]
+		c.Queue = append(c.Queue, item.ItemRecord)
+	}
+	return nil
+}
+
+func (e *exporting) readResults(ctx context.Context, ids []string) (map[keyPair]*storage.CommandResult, error) {
+	is, args := e.t.Among(ids)
+	results := make(map[keyPair]*storage.CommandResult)
+	err := e.scan(ctx, "reading results", "SELECT id, command_uuid, status, result, late, created_at FROM nano_command_results WHERE id "+is, args,
+		func(rows *sql.Rows) error {
+			var key keyPair
+			var r storage.CommandResult
+			var at int64
+			if err := rows.Scan(&key.ID, &key.Item, &r.Status, &r.Raw, &r.Late, &at); err != nil {
+				return err
+			}
+			r.CreatedAt = fromMicros(at)
+			results[key] = &r
+			return nil
+		})
+	return results, err
+}
