@@ -28,7 +28,6 @@ func openMySQL(ctx context.Context, cfg Config) (*pools, error) {
 	}
 	mc.Logger = &mysql.NopLogger{} // what it says comes back as errors, too
 	mc.ParseTime = false
-	mc.MultiStatements = true // see mysqlExecBatch
 	mc.ClientFoundRows = true
 	mc.InterpolateParams = true // one round trip for each statement
 	mc.RejectReadOnly = true    // a former primary: find the new one
@@ -44,9 +43,14 @@ func openMySQL(ctx context.Context, cfg Config) (*pools, error) {
 	if server.mariadb {
 		d = mariadbDialect()
 		isolation, collation = "tx_isolation", "utf8mb4_nopad_bin"
+	} else {
+		// Never on MariaDB: when another node of a Galera cluster aborts the
+		// transaction between two statements of one text, the rest of the text
+		// runs in autocommit and COMMIT is confirmed.
+		d.execBatch = mysqlExecBatch(min(maxBatchBytes, server.maxPacket/2))
 	}
 	mc.MaxAllowedPacket = server.maxPacket
-	d.execBatch = mysqlExecBatch(min(maxBatchBytes, server.maxPacket/2))
+	mc.MultiStatements = !server.mariadb
 	mc.Collation = "" // the driver knows neither of ours by name
 	if err := mc.Apply(mysql.Charset("utf8mb4", "")); err != nil {
 		return nil, err
@@ -58,6 +62,12 @@ func openMySQL(ctx context.Context, cfg Config) (*pools, error) {
 		// Without strictness a value that is too long is cut, silently.
 		"sql_mode":                 "'STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION'",
 		"innodb_lock_wait_timeout": "10",
+	}
+	if server.galera {
+		// Each transaction, and each statement outside of one, first waits for
+		// what the other nodes have committed: a device that reaches another
+		// replica must not be offered a command that it has answered.
+		params["wsrep_sync_wait"] = "7"
 	}
 	if server.mariadb {
 		// A table for each subquery's results by its arguments, which are
@@ -84,6 +94,7 @@ func openMySQL(ctx context.Context, cfg Config) (*pools, error) {
 // mysqlServer is what matters about the other side.
 type mysqlServer struct {
 	mariadb   bool
+	galera    bool // a node of a cluster that several nodes write to
 	maxPacket int
 }
 
@@ -105,6 +116,11 @@ func askMySQL(ctx context.Context, cfg Config, mc *mysql.Config) (mysqlServer, e
 	if err != nil {
 		return server, err
 	}
+	if server.mariadb {
+		if server.galera, err = isGalera(ctx, db); err != nil {
+			return server, fmt.Errorf("connecting: %w", err)
+		}
+	}
 	if flush != "1" {
 		cfg.Logger.WarnContext(ctx, "innodb_flush_log_at_trx_commit is not 1: what was acknowledged to devices can be lost in a crash", "value", flush)
 	}
@@ -112,6 +128,17 @@ func askMySQL(ctx context.Context, cfg Config, mc *mysql.Config) (mysqlServer, e
 		cfg.Logger.WarnContext(ctx, "the server's max_allowed_packet is small: a device's larger results will be refused", "bytes", server.maxPacket)
 	}
 	return server, nil
+}
+
+// isGalera says whether a MariaDB server is a node of a cluster. Servers that
+// are built without Galera do not know the variable.
+func isGalera(ctx context.Context, db *sql.DB) (bool, error) {
+	var name, value string
+	err := db.QueryRowContext(ctx, "SHOW GLOBAL VARIABLES LIKE 'wsrep_on'").Scan(&name, &value)
+	if errors.Is(err, sql.ErrNoRows) {
+		return false, nil
+	}
+	return value == "ON", err
 }
 
 // checkMySQLVersion reads what SELECT VERSION() says, such as 8.4.3 or
@@ -231,7 +258,28 @@ func mysqlCommon() *Dialect {
 				4031: // ER_CLIENT_INTERACTION_TIMEOUT
 				return true
 			}
-			return errors.Is(err, mysql.ErrInvalidConn) || lostConnection(err)
+			return errors.Is(err, mysql.ErrInvalidConn) || mysqlBadConnection(err) || lostConnection(err)
+		},
+		fromEngine: func(err error) bool { return mysqlNumber(err) != 0 },
+		statementFault: func(err error) bool {
+			n := mysqlNumber(err)
+			switch {
+			case n >= 3140 && n <= 3158: // JSON documents and paths
+				return true
+			}
+			switch n {
+			case 1048, // ER_BAD_NULL_ERROR
+				1052, 1054, 1060, 1061, 1062, 1064, 1091, // names and syntax
+				1050, 1051, 1136, 1146, // tables and counts of columns
+				1044, 1142, 1143, 1227, // privileges
+				1118, 1366, 1264, 1292, 1406, 1425, // values and their sizes
+				1153, 1301, // larger than max_allowed_packet
+				1215, 1216, 1217, 1364, 1451, 1452, 1586, 3819, 4025, // constraints
+				1241, 1242, 1267, 1305, 1390, // expressions
+				4078, 4079, 4037, 4038: // MariaDB: types, JSON
+				return true
+			}
+			return false
 		},
 
 		words: map[string]string{"blob": "LONGBLOB", "room": "", "where": "--", "pgsql": "--"}, // it has no such indexes
@@ -293,6 +341,17 @@ func (s statement) size() int {
 		n += 32
 	}
 	return n
+}
+
+// mysqlBadConnection recognizes the driver's own error for a connection that
+// broke before anything was sent. It has no name outside of the driver.
+func mysqlBadConnection(err error) bool {
+	for ; err != nil; err = errors.Unwrap(err) {
+		if err.Error() == "bad connection" {
+			return true
+		}
+	}
+	return false
 }
 
 func mysqlNumber(err error) uint16 {

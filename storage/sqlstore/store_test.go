@@ -41,6 +41,22 @@ func TestOpenRefuses(t *testing.T) {
 	}
 }
 
+// A text of several statements goes on in autocommit when another node of a
+// Galera cluster aborts its transaction between two of them, and COMMIT is
+// confirmed. So connections to MariaDB refuse such texts.
+func TestMariaDBTakesNoTextOfSeveralStatements(t *testing.T) {
+	for _, e := range storagetest.Engines(t) {
+		if e.Name != "mariadb" {
+			continue
+		}
+		s, err := sqlstore.Open(t.Context(), e.Config(t))
+		require.NoError(t, err)
+		defer s.Close()
+		err = s.ExecForTest(t.Context(), "DO 1; DO 2")
+		require.ErrorContains(t, err, "1064")
+	}
+}
+
 // TestSettings looks at what correctness needs of every connection.
 func TestSettings(t *testing.T) {
 	want := map[string]map[string]string{
