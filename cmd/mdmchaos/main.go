@@ -1,3 +1,5 @@
+//go:build linux
+
 // Command mdmchaos proves what the daemon promises: it starts replicas behind
 // a load balancer on a real database cluster, lets simulated devices and
 // operators work on them, breaks things, and compares everything that was

@@ -266,6 +266,7 @@ prepare_tools() {
 		command -v "$p" >/dev/null || missing+=("$p")
 	done
 	command -v promtool >/dev/null || missing+=(prometheus)
+	[[ -x /usr/sbin/pgbouncer ]] || missing+=(pgbouncer)
 	((${#missing[@]} == 0)) && return
 	if ! apt_install "${missing[@]}"; then
 		say "WARNING: going on without ${missing[*]}"

@@ -79,6 +79,15 @@ type Dialect struct {
 	// unavailable: the server is out of reach or going away, so that the
 	// outcome of a commit under way is not known.
 	unavailable func(error) bool
+	// statementFault: the engine refuses this statement with these arguments,
+	// so that repeating it fails again. Any other error of the engine (a full
+	// disk, no memory, a standby) is the server's state.
+	statementFault func(error) bool
+	// fromEngine: the error is the engine's or its driver's.
+	fromEngine func(error) bool
+	// observe is told the error of each failed attempt, so that an engine can
+	// change how it talks to the server; nil if it never does.
+	observe func(error)
 
 	// Locks and plans.
 
@@ -201,6 +210,12 @@ func (d *Dialect) Opaque(value string) string {
 
 // temporary says whether repeating what failed may work.
 func (d *Dialect) temporary(err error) bool { return d.retryable(err) || d.unavailable(err) }
+
+// operational recognizes errors that are the server's state and not the fault
+// of the statement: what failed may work later, and belongs to nobody's input.
+func (d *Dialect) operational(err error) bool {
+	return d.unavailable(err) || d.fromEngine(err) && !d.statementFault(err)
+}
 
 // maxTexts bounds how many rewritten texts are remembered.
 const maxTexts = 2048

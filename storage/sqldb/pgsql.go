@@ -4,8 +4,11 @@ import (
 	"cmp"
 	"context"
 	"database/sql"
+	"database/sql/driver"
 	"errors"
 	"fmt"
+	"log/slog"
+	"sync/atomic"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -28,13 +31,21 @@ func openPgSQL(ctx context.Context, cfg Config) (*pools, error) {
 	if pc.ConnectTimeout == 0 {
 		pc.ConnectTimeout = dialTimeout
 	}
-	db := stdlib.OpenDB(*pc)
+	preparing := &pgsqlPreparing{log: cfg.Logger}
+	db := stdlib.OpenDB(*pc, preparing.options()...)
 	sizePool(db, cfg)
-	if err := checkPgSQL(ctx, cfg, db); err != nil {
+	err = checkPgSQL(ctx, cfg, db)
+	if preparedLost(err) {
+		preparing.observe(err)
+		err = checkPgSQL(ctx, cfg, db)
+	}
+	if err != nil {
 		db.Close()
 		return nil, err
 	}
-	return &pools{dialect: pgsqlDialect(), write: db, read: db}, nil
+	d := pgsqlDialect()
+	d.observe = preparing.observe
+	return &pools{dialect: d, write: db, read: db}, nil
 }
 
 // sizePool applies the configured bounds to the pool of a server's
@@ -117,7 +128,7 @@ FROM information_schema.columns WHERE table_schema = current_schema()`,
 				"25006": // read_only_sql_transaction: a former primary
 				return true
 			}
-			return pgconn.SafeToRetry(err)
+			return preparedLost(err) || pgconn.SafeToRetry(err)
 		},
 		unavailable: func(err error) bool {
 			code := pgCode(err)
@@ -130,8 +141,23 @@ FROM information_schema.columns WHERE table_schema = current_schema()`,
 			}
 			switch code {
 			case "57P01", "57P02", "57P03", // shutting down, crashed, starting
+				"25P03", // idle_in_transaction_session_timeout: the connection is gone
 				"53300": // too_many_connections
 				return true
+			}
+			return false
+		},
+		fromEngine: func(err error) bool { return pgCode(err) != "" },
+		statementFault: func(err error) bool {
+			code := pgCode(err)
+			switch code[:2] {
+			case "0A", // feature_not_supported
+				"21", // cardinality_violation
+				"22", // data exceptions: too long, out of range, not UTF-8
+				"23", // integrity constraints
+				"42", // syntax, names, privileges
+				"54": // program limits: too many columns, too complex
+				return !preparedLost(err)
 			}
 			return false
 		},
@@ -228,6 +254,46 @@ func (f *flag) Scan(value any) error {
 		return fmt.Errorf("%T is neither true nor false", value)
 	}
 	return nil
+}
+
+// preparedLost recognizes a pooler that gives each transaction another server
+// connection: there, a prepared statement is unknown, or known already.
+func preparedLost(err error) bool {
+	code := pgCode(err)
+	return code == "26000" || code == "42P05"
+}
+
+// pgsqlPreparing says how connections send statements: prepared on the server,
+// or, behind a pooler that cannot keep those, unprepared.
+type pgsqlPreparing struct {
+	unprepared atomic.Bool
+	log        *slog.Logger
+}
+
+// observe switches to unprepared statements, once.
+func (p *pgsqlPreparing) observe(err error) {
+	if preparedLost(err) && p.unprepared.CompareAndSwap(false, true) {
+		p.log.Warn("the server connection changes between transactions, as behind PgBouncer in transaction mode: going on without prepared statements", "error", err)
+	}
+}
+
+// options make each connection talk as was found out, and retire those that
+// were made before.
+func (p *pgsqlPreparing) options() []stdlib.OptionOpenDB {
+	return []stdlib.OptionOpenDB{
+		stdlib.OptionBeforeConnect(func(_ context.Context, pc *pgx.ConnConfig) error {
+			if p.unprepared.Load() {
+				pc.DefaultQueryExecMode = pgx.QueryExecModeCacheDescribe
+			}
+			return nil
+		}),
+		stdlib.OptionResetSession(func(_ context.Context, conn *pgx.Conn) error {
+			if p.unprepared.Load() && conn.Config().DefaultQueryExecMode == pgx.QueryExecModeCacheStatement {
+				return driver.ErrBadConn
+			}
+			return nil
+		}),
+	}
 }
 
 func pgCode(err error) string {

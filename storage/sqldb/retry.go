@@ -26,6 +26,9 @@ func (db *DB) retry(ctx context.Context, try func() (again bool, err error)) err
 		if db.closed.Load() {
 			return ErrClosed
 		}
+		if db.dialect.observe != nil {
+			db.dialect.observe(err)
+		}
 		if !again || attempt == maxAttempts || ctx.Err() != nil {
 			return db.classify(err)
 		}
@@ -56,10 +59,10 @@ func (db *DB) classify(err error) error {
 	switch {
 	case errors.Is(err, ErrUnavailable), errors.Is(err, ErrBusy), errors.Is(err, context.Canceled):
 		return err
-	case db.dialect.unavailable(err), errors.Is(err, context.DeadlineExceeded):
-		return fmt.Errorf("%w: %w", ErrUnavailable, err)
 	case db.dialect.retryable(err):
 		return fmt.Errorf("%w: %w", ErrBusy, err)
+	case db.dialect.operational(err), errors.Is(err, context.DeadlineExceeded):
+		return fmt.Errorf("%w: %w", ErrUnavailable, err)
 	}
 	return err
 }

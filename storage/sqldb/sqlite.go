@@ -179,6 +179,15 @@ func sqliteDialect() *Dialect {
 			}
 			return false
 		},
+		fromEngine: func(err error) bool { return sqliteCode(err) != 0 },
+		statementFault: func(err error) bool {
+			switch sqliteCode(err) & 0xff {
+			case sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_TOOBIG,
+				sqlite3.SQLITE_RANGE, sqlite3.SQLITE_MISUSE:
+				return true
+			}
+			return false
+		},
 
 		words: map[string]string{
 			"id":            "TEXT",

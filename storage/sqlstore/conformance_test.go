@@ -11,3 +11,5 @@ import (
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 func TestConformance(t *testing.T) { storagetest.Run(t) }
+
+func TestConformanceBehindPgBouncer(t *testing.T) { storagetest.RunBehindPgBouncer(t) }

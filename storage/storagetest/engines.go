@@ -39,6 +39,7 @@ type Engine struct {
 	driver   string // sqlstore.Config.Driver
 	variable string // holds the server's DSN; empty needs no server
 	dsn      string // of the server
+	via      string // the address of a pooler that stores connect to; empty is the server's own
 
 	// Migrating takes MySQL a second or two, so a database is used again once
 	// it has been emptied and looked through.
@@ -96,9 +97,10 @@ func (e *Engine) Config(t *testing.T) sqlstore.Config {
 	if name == "" {
 		name = e.create(t)
 	}
-	cfg := sqlstore.Config{Driver: e.driver, DSN: e.dsnOf(t, name)}
+	direct := sqlstore.Config{Driver: e.driver, DSN: e.dsnOf(t, name)}
+	cfg := sqlstore.Config{Driver: e.driver, DSN: e.through(t, direct.DSN)}
 	t.Cleanup(func() {
-		if t.Failed() || !e.empty(t, cfg) {
+		if t.Failed() || !e.empty(t, direct) {
 			e.drop(t, name)
 			return
 		}
@@ -176,6 +178,17 @@ func (e *Engine) dsnOf(t *testing.T, name string) string {
 	return e.dsn + " dbname=" + name
 }
 
+// through is a DSN of the server by way of the pooler, if there is one.
+func (e *Engine) through(t *testing.T, dsn string) string {
+	if e.via == "" {
+		return dsn
+	}
+	u, err := url.Parse(dsn)
+	require.NoError(t, err)
+	u.Host = e.via
+	return u.String()
+}
+
 // empty removes every row, and says whether that left the database as one that
 // was just migrated.
 func (e *Engine) empty(t *testing.T, cfg sqlstore.Config) bool {
@@ -223,6 +236,13 @@ func connect(t *testing.T, cfg sqlstore.Config) *sql.DB {
 		dsn = fmt.Sprintf("file:%s?_pragma=busy_timeout(10000)&_txlock=immediate", (&url.URL{Path: cfg.DSN}).EscapedPath())
 	case "pgsql":
 		driver = "pgx"
+		// Nothing stays prepared: a pooler may stand in between.
+		if u, err := url.Parse(dsn); err == nil && u.Scheme != "" {
+			q := u.Query()
+			q.Set("default_query_exec_mode", "cache_describe")
+			u.RawQuery = q.Encode()
+			dsn = u.String()
+		}
 	}
 	db, err := sql.Open(driver, dsn)
 	require.NoError(t, err)

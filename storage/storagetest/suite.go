@@ -2,6 +2,7 @@ package storagetest
 
 import (
 	"database/sql"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -72,14 +73,32 @@ func Run(t *testing.T) {
 	for _, e := range append(Engines(t), memory()) {
 		t.Run(e.Name, func(t *testing.T) {
 			e.need(t)
-			for _, topic := range topics() {
-				t.Run(topic.name, func(t *testing.T) {
-					for _, s := range topic.subtests {
-						t.Run(s.name, func(t *testing.T) {
-							t.Parallel()
-							s.run(t, NewHarness(t, e))
-						})
-					}
+			e.run(t, topics())
+		})
+	}
+}
+
+// RunBehindPgBouncer runs the topics of what devices do on PostgreSQL behind
+// Debian's PgBouncer in transaction mode, which gives each transaction another
+// server connection.
+func RunBehindPgBouncer(t *testing.T) {
+	e := behindPgBouncer(t)
+	var chosen []topic
+	for _, topic := range topics() {
+		if slices.Contains([]string{"enroll", "report", "enqueue", "concurrency"}, topic.name) {
+			chosen = append(chosen, topic)
+		}
+	}
+	e.run(t, chosen)
+}
+
+func (e *Engine) run(t *testing.T, topics []topic) {
+	for _, topic := range topics {
+		t.Run(topic.name, func(t *testing.T) {
+			for _, s := range topic.subtests {
+				t.Run(s.name, func(t *testing.T) {
+					t.Parallel()
+					s.run(t, NewHarness(t, e))
 				})
 			}
 		})
