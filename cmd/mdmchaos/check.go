@@ -114,10 +114,10 @@ func settled(ctx context.Context, limit time.Duration, h *history, f *fleet, r *
 	})
 }
 
-// cleared: the device began to enroll again after the command was queued, or
-// while it was, so that its queue may have been cleared.
+// cleared: the device enrolled again after the first attempt to queue the
+// command, so that its queue may have been cleared since.
 func cleared(d *deviceHistory, c *call) bool {
-	return slices.ContainsFunc(d.enrolled, func(at time.Time) bool { return c.done.Before(at.Add(time.Second)) })
+	return slices.ContainsFunc(d.enrolled, func(at time.Time) bool { return c.begun.Before(at) })
 }
 
 // terminal lists the commands that a device ended, in order.

@@ -16,8 +16,8 @@ func TestCheckDevice(t *testing.T) {
 	at := func(second int) time.Time { return time.Unix(int64(1000+second), 0) }
 	good := func() (*deviceHistory, []*call, *snapshot, []string) {
 		calls := []*call{
-			{operator: 0, number: 0, marker: "op-0-0", uuid: "A", acknowledged: map[string]bool{"D": true}, done: at(1)},
-			{operator: 0, number: 1, marker: "op-0-1", uuid: "B", acknowledged: map[string]bool{"D": true}, done: at(2)},
+			{operator: 0, number: 0, marker: "op-0-0", uuid: "A", acknowledged: map[string]bool{"D": true}, begun: at(1)},
+			{operator: 0, number: 1, marker: "op-0-1", uuid: "B", acknowledged: map[string]bool{"D": true}, begun: at(2)},
 		}
 		d := &deviceHistory{
 			offers: []offer{{"A", "op-0-0", at(3)}, {"B", "op-0-1", at(5)}},
@@ -76,7 +76,7 @@ func TestCheckDevice(t *testing.T) {
 
 // An enrollment clears the queue, so what was queued before it is not missed.
 func TestCleared(t *testing.T) {
-	c := &call{done: time.Unix(100, 0)}
+	c := &call{begun: time.Unix(100, 0)}
 	require.False(t, cleared(&deviceHistory{enrolled: []time.Time{time.Unix(50, 0)}}, c))
 	require.True(t, cleared(&deviceHistory{enrolled: []time.Time{time.Unix(50, 0), time.Unix(200, 0)}}, c))
 }

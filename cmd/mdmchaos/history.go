@@ -28,7 +28,7 @@ type call struct {
 	uuid             string
 	ids              []string
 	acknowledged     map[string]bool // by enrollment
-	done             time.Time       // of the answer that acknowledged the last of them
+	begun            time.Time       // of the first attempt
 }
 
 // deviceHistory is what one device saw, in its own order.
@@ -104,7 +104,7 @@ func (h *history) enrolling(id string) {
 func (h *history) begin(c *call) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	c.acknowledged = make(map[string]bool)
+	c.acknowledged, c.begun = make(map[string]bool), time.Now()
 	h.calls = append(h.calls, c)
 }
 
@@ -116,7 +116,6 @@ func (h *history) accept(c *call, uuid string, ids []string) {
 	for _, id := range ids {
 		c.acknowledged[id] = true
 	}
-	c.done = time.Now()
 }
 
 // counts are the sizes of what was noted.
