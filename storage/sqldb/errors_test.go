@@ -96,4 +96,3 @@ func mysqlClasses(my func(uint16) error) []struct{ err, want error } {
 		{my(1153), nil},     // larger than a packet
 	}
 }
-
