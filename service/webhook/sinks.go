@@ -19,20 +19,24 @@ import (
 // sinks that was made through another one.
 const refreshEvery = 3 * time.Second
 
-// seeEvery is how often a replica says that it has sinks in its configuration,
-// and staleAfter how long others believe it after the last time.
 const (
+	// seeEvery is how often a replica says that it has sinks in its
+	// configuration, and staleAfter how long others believe it after the last
+	// time.
 	seeEvery   = 9 * time.Second
 	staleAfter = 45 * time.Second
+	// watchGap is the time without a look at the sinks after which nothing
+	// follows from what was seen before.
+	watchGap = 10 * time.Second
 )
 
-// Sinks is what this replica knows of who is told events. It may be asked by
-// any number of goroutines, and answers without the database.
+// Sinks is what this replica knows of the sinks. Any number of goroutines may
+// ask it, and it answers without the database.
 //
 // A configured sink counts on every replica for as long as one of them has it
 // in its configuration: replicas may differ while they are restarted one by
-// one, and one that serves the API alone may have no sinks at all. It is kept
-// for some time after that, in case they were just all down.
+// one, and one that serves the API alone may have no sinks at all. The sink is
+// kept for some time after that, in case those replicas were all down.
 type Sinks struct {
 	store      storage.EventSinks
 	configured map[string]storage.EventSink
@@ -40,17 +44,18 @@ type Sinks struct {
 
 	mu      sync.Mutex // one load at a time
 	watched map[string]sighting
+	readAt  time.Time // when the sinks were last read
 	seenAt  time.Time // when ours were last said to be configured
 	known   atomic.Pointer[[]storage.EventSink]
 	changed chan struct{}
 }
 
-// sighting is since when a sink of another replica's has the same SeenAt, by
-// the clock of this one.
+// sighting is the SeenAt of another replica's sink, and since when it is the
+// same by the clock of this one.
 type sighting struct {
 	seen  time.Time
 	since time.Time
-	stale bool
+	stale bool // it was the same for staleAfter
 }
 
 // OpenSinks stores the configured sinks and reads all. Run keeps them up to
@@ -84,6 +89,7 @@ func (s *Sinks) Refresh(ctx context.Context) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	stored, err := s.read(ctx)
+	s.forgetSightings(err)
 	if err != nil {
 		return err
 	}
@@ -97,7 +103,7 @@ func (s *Sinks) Refresh(ctx context.Context) error {
 	s.known.Store(&stored)
 	select {
 	case s.changed <- struct{}{}:
-	default: // whoever waits has not looked yet
+	default: // the reader has not looked yet
 	}
 	return nil
 }
@@ -125,6 +131,22 @@ func (s *Sinks) read(ctx context.Context) ([]storage.EventSink, error) {
 	return s.store.EventSinks(ctx)
 }
 
+// forgetSightings begins to watch anew after the sinks could not be read for
+// some time: other replicas could not say in that time either that they have
+// a sink. One that is stale stays so until somebody has it again.
+func (s *Sinks) forgetSightings(err error) {
+	now := time.Now()
+	if err != nil || now.Sub(s.readAt) > watchGap {
+		for name, w := range s.watched {
+			w.since = now
+			s.watched[name] = w
+		}
+	}
+	if err == nil {
+		s.readAt = now
+	}
+}
+
 // stale says whether no running replica has the sink in its configuration.
 // Clocks of machines are not compared: it is watched here.
 func (s *Sinks) stale(ctx context.Context, k storage.EventSink) bool {
@@ -136,9 +158,9 @@ func (s *Sinks) stale(ctx context.Context, k storage.EventSink) bool {
 	if w.since.IsZero() || !w.seen.Equal(k.SeenAt) {
 		w = sighting{seen: k.SeenAt, since: now}
 	}
-	if stale := now.Sub(w.since) >= staleAfter; stale && !w.stale {
+	if !w.stale && now.Sub(w.since) >= staleAfter {
 		w.stale = true
-		s.log.WarnContext(ctx, "an event sink is in no running replica's configuration any more, and is told nothing", "sink", k.Name)
+		s.log.WarnContext(ctx, "an event sink is in no running replica's configuration any more, and gets no events", "sink", k.Name)
 	}
 	s.watched[k.Name] = w
 	return w.stale
