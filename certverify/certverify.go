@@ -12,6 +12,8 @@ import (
 	"fmt"
 	"slices"
 	"time"
+
+	"github.com/nanomdm/nanomdm/textinput"
 )
 
 // The reasons to refuse a certificate. Every error of [Verifier.Verify] matches
@@ -137,6 +139,7 @@ func New(rootsPEM, intermediatesPEM []byte, cfg Config) (*Verifier, error) {
 // certificates is strict where CertPool.AppendCertsFromPEM is silent: a CA that
 // was left out would show only as devices locked out.
 func certificates(data []byte) (certs []*x509.Certificate, err error) {
+	data = textinput.PEM(data)
 	begun := bytes.Count(data, []byte("-----BEGIN "))
 	for block, rest := pem.Decode(data); block != nil; block, rest = pem.Decode(rest) {
 		if block.Type != "CERTIFICATE" {

@@ -4,7 +4,7 @@
 //   - the Mdm-Signature header of a device ([ParseMdmSignature], [MdmSignature],
 //     and [CertificateCache], which spares parsing known certificates again),
 //   - the name of a certificate in storage and logs ([CertificateHash]),
-//   - certificates in PEM ([ParseCertificates]),
+//   - certificates in PEM ([ParseCertificates]), and what other data is ([NotPEM]),
 //   - an APNs push certificate with its key ([ParsePushPair], [PushPair],
 //     [PushTopic]),
 //   - values sealed at rest ([SealKeys]).
@@ -21,6 +21,11 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+
+	"golang.org/x/crypto/cryptobyte"
+	"golang.org/x/crypto/cryptobyte/asn1"
+
+	"github.com/nanomdm/nanomdm/textinput"
 )
 
 // CertificateHash returns the lower-case hexadecimal SHA-256 of the
@@ -31,6 +36,13 @@ func CertificateHash(cert *x509.Certificate) string {
 	return hex.EncodeToString(sum[:])
 }
 
+// Errors of [NotPEM]. Their text says how to convert the data.
+var (
+	ErrPKCS12         = errors.New("the data is PKCS #12, not PEM: convert it with openssl pkcs12 -in FILE.p12 -nodes -out FILE.pem (OpenSSL 3 may need -legacy, too)")
+	ErrDERCertificate = errors.New("the data is a certificate in DER, not PEM: convert it with openssl x509 -inform der -in FILE.cer -out FILE.pem")
+	ErrNoPEM          = fmt.Errorf("%w: the data holds no PEM block at all", ErrNoCertificate)
+)
+
 // ErrNoCertificate says that PEM input holds no CERTIFICATE block.
 var ErrNoCertificate = errors.New("no certificate in the PEM data (expected -----BEGIN CERTIFICATE-----)")
 
@@ -39,7 +51,7 @@ var ErrNoCertificate = errors.New("no certificate in the PEM data (expected ----
 // Without any certificate the error is [ErrNoCertificate].
 func ParseCertificates(pemData []byte) ([]*x509.Certificate, error) {
 	var certs []*x509.Certificate
-	for block, rest := pem.Decode(separatePEM(pemData)); block != nil; block, rest = pem.Decode(rest) {
+	for block, rest := pem.Decode(textinput.PEM(pemData)); block != nil; block, rest = pem.Decode(rest) {
 		if block.Type != pemCertificate {
 			continue
 		}
@@ -57,10 +69,29 @@ func ParseCertificates(pemData []byte) ([]*x509.Certificate, error) {
 
 const pemCertificate = "CERTIFICATE"
 
-// separatePEM puts an armour line that was glued to the end of the previous
-// one (files concatenated without a final newline) on a line of its own, where
-// encoding/pem looks for it. Base64 has no dash, so nothing else can match.
-func separatePEM(data []byte) []byte {
-	data = bytes.TrimPrefix(data, []byte("\xef\xbb\xbf"))
-	return bytes.ReplaceAll(data, []byte("----------BEGIN "), []byte("-----\n-----BEGIN "))
+// NotPEM explains PEM data without a block: the error is [ErrPKCS12],
+// [ErrDERCertificate] or [ErrNoPEM]. It is nil if there is a block.
+func NotPEM(data []byte) error {
+	if block, _ := pem.Decode(textinput.PEM(data)); block != nil {
+		return nil
+	}
+	if _, err := x509.ParseCertificate(data); err == nil {
+		return ErrDERCertificate
+	}
+	if isPKCS12(data) {
+		return ErrPKCS12
+	}
+	return ErrNoPEM
+}
+
+// isPKCS12 reports whether data begins as a PFX of RFC 7292, section 4: a
+// sequence whose first element is the version 3.
+func isPKCS12(data []byte) bool {
+	input := cryptobyte.String(data)
+	var pfx cryptobyte.String
+	var version int
+	if !input.ReadASN1(&pfx, asn1.SEQUENCE) { // BER of indefinite length
+		return bytes.HasPrefix(data, []byte{0x30, 0x80, 0x02, 0x01, 0x03, 0x30})
+	}
+	return pfx.ReadASN1Integer(&version) && version == 3
 }

@@ -10,6 +10,8 @@ import (
 	"fmt"
 	"strings"
 	"time"
+
+	"github.com/nanomdm/nanomdm/textinput"
 )
 
 // What can be wrong with a push certificate and its key. [ParsePushPair]
@@ -25,7 +27,6 @@ var (
 	ErrForeignTopic  = errors.New("the certificate's APNs topic is not for MDM (it must begin with " + topicPrefix + ")")
 	ErrPushExpired   = errors.New("the push certificate has expired")
 	ErrPushNotYet    = errors.New("the push certificate is not valid yet")
-	errNoPEMAtAll    = fmt.Errorf("%w: the data holds no PEM block at all", ErrNoCertificate)
 	oidSubjectUserID = asn1.ObjectIdentifier{0, 9, 2342, 19200300, 100, 1, 1}
 )
 
@@ -99,7 +100,7 @@ func ParsePushPair(pemData []byte, now time.Time) (*PushPair, error) {
 // splitPushPEM sorts the PEM blocks into certificates and the one key.
 func splitPushPEM(pemData []byte) (certs [][]byte, key *pem.Block, err error) {
 	blocks := 0
-	for block, rest := pem.Decode(separatePEM(pemData)); block != nil; block, rest = pem.Decode(rest) {
+	for block, rest := pem.Decode(textinput.PEM(pemData)); block != nil; block, rest = pem.Decode(rest) {
 		blocks++
 		switch {
 		case block.Type == pemCertificate:
@@ -114,7 +115,7 @@ func splitPushPEM(pemData []byte) (certs [][]byte, key *pem.Block, err error) {
 	}
 	switch {
 	case blocks == 0:
-		return nil, nil, errNoPEMAtAll
+		return nil, nil, NotPEM(pemData)
 	case len(certs) == 0:
 		return nil, nil, ErrNoCertificate
 	case key == nil:

@@ -107,21 +107,25 @@ func TestParsePushPairRefuses(t *testing.T) {
 		now  time.Time
 		want error
 	}{
-		"nothing":           {nil, testNow, ErrNoCertificate},
-		"no certificate":    {key, testNow, ErrNoCertificate},
-		"no key":            {cert, testNow, ErrNoKey},
-		"two keys":          {join(cert, key, key), testNow, ErrSeveralKeys},
-		"encrypted PKCS#8":  {join(cert, encodePEM("ENCRYPTED PRIVATE KEY", []byte("x"))), testNow, ErrEncryptedKey},
-		"encrypted PKCS#1":  {join(cert, procType), testNow, ErrEncryptedKey},
-		"mangled key":       {join(cert, encodePEM("RSA PRIVATE KEY", mangled)), testNow, ErrBadKey},
-		"unknown key type":  {join(cert, encodePEM("OPENSSH PRIVATE KEY", []byte("x"))), testNow, ErrBadKey},
-		"key mismatch":      {join(cert, pkcs8(t, rsaKey(t))), testNow, ErrKeyMismatch},
-		"key of other type": {join(cert, pkcs8(t, ecKey(t))), testNow, ErrKeyMismatch},
-		"no topic":          {join(pushCertificate(t, signer, ""), key), testNow, ErrNoTopic},
-		"foreign topic":     {join(pushCertificate(t, signer, "com.example.app"), key), testNow, ErrForeignTopic},
-		"only the prefix":   {join(pushCertificate(t, signer, topicPrefix), key), testNow, ErrForeignTopic},
-		"expired":           {join(cert, key), testNow.AddDate(1, 0, 0), ErrPushExpired},
-		"not yet valid":     {join(cert, key), testNow.AddDate(-1, 0, 0), ErrPushNotYet},
+		"nothing":            {nil, testNow, ErrNoCertificate},
+		"no certificate":     {key, testNow, ErrNoCertificate},
+		"PKCS #12":           {testPFX, testNow, ErrPKCS12},
+		"PKCS #12 in BER":    {[]byte("\x30\x80\x02\x01\x03\x30\x80"), testNow, ErrPKCS12},
+		"certificate in DER": {pemBytes(t, cert), testNow, ErrDERCertificate},
+		"text":               {[]byte("hello"), testNow, ErrNoPEM},
+		"no key":             {cert, testNow, ErrNoKey},
+		"two keys":           {join(cert, key, key), testNow, ErrSeveralKeys},
+		"encrypted PKCS#8":   {join(cert, encodePEM("ENCRYPTED PRIVATE KEY", []byte("x"))), testNow, ErrEncryptedKey},
+		"encrypted PKCS#1":   {join(cert, procType), testNow, ErrEncryptedKey},
+		"mangled key":        {join(cert, encodePEM("RSA PRIVATE KEY", mangled)), testNow, ErrBadKey},
+		"unknown key type":   {join(cert, encodePEM("OPENSSH PRIVATE KEY", []byte("x"))), testNow, ErrBadKey},
+		"key mismatch":       {join(cert, pkcs8(t, rsaKey(t))), testNow, ErrKeyMismatch},
+		"key of other type":  {join(cert, pkcs8(t, ecKey(t))), testNow, ErrKeyMismatch},
+		"no topic":           {join(pushCertificate(t, signer, ""), key), testNow, ErrNoTopic},
+		"foreign topic":      {join(pushCertificate(t, signer, "com.example.app"), key), testNow, ErrForeignTopic},
+		"only the prefix":    {join(pushCertificate(t, signer, topicPrefix), key), testNow, ErrForeignTopic},
+		"expired":            {join(cert, key), testNow.AddDate(1, 0, 0), ErrPushExpired},
+		"not yet valid":      {join(cert, key), testNow.AddDate(-1, 0, 0), ErrPushNotYet},
 	} {
 		t.Run(name, func(t *testing.T) {
 			_, err := ParsePushPair(test.data, test.now)
@@ -132,6 +136,15 @@ func TestParsePushPairRefuses(t *testing.T) {
 	}
 	_, err := ParsePushPair(join(encodePEM("CERTIFICATE", []byte("x")), key), testNow)
 	require.ErrorContains(t, err, "parsing certificate 1")
+}
+
+// testPFX begins as a file of openssl pkcs12 -export.
+var testPFX = []byte("\x30\x0d\x02\x01\x03\x30\x08\x06\x06\x2a\x86\x48\x86\xf7\x0d")
+
+func pemBytes(t *testing.T, data []byte) []byte {
+	block, _ := pem.Decode(data)
+	require.NotNil(t, block)
+	return block.Bytes
 }
 
 func TestParseCertificates(t *testing.T) {

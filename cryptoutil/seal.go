@@ -15,6 +15,8 @@ import (
 	"strings"
 
 	"golang.org/x/crypto/chacha20poly1305"
+
+	"github.com/nanomdm/nanomdm/textinput"
 )
 
 // SealKeySize is the size of a key that seals, in bytes.
@@ -43,7 +45,7 @@ type SealKeys struct {
 // never show it.
 func ParseSealKeys(data []byte) (*SealKeys, error) {
 	s := &SealKeys{byID: make(map[string]cipher.AEAD)}
-	lines := bufio.NewScanner(bytes.NewReader(data))
+	lines := bufio.NewScanner(bytes.NewReader(textinput.Text(data)))
 	for n := 1; lines.Scan(); n++ {
 		line := strings.TrimSpace(lines.Text())
 		if line == "" || line[0] == '#' {

@@ -55,6 +55,16 @@ func DecodeCheckin(body []byte) (Message, error) {
 	return r.checkin()
 }
 
+// DecodeMigration is [DecodeCheckin] for messages that another server kept or
+// made up: an Authenticate may lack its Topic, which the TokenUpdate brings.
+func DecodeMigration(body []byte) (Message, error) {
+	r := reader{topicOptional: true}
+	if err := r.read(body); err != nil {
+		return nil, err
+	}
+	return r.checkin()
+}
+
 // DecodeReport decodes the body of a command report. The report keeps body as
 // its Raw. The identity is not resolved. Errors wrap [ErrMalformed] or
 // [ErrMissingKey].
@@ -104,6 +114,8 @@ func seems(body []byte, name string) string {
 type reader struct {
 	document
 	err error
+	// topicOptional lets an Authenticate lack its Topic.
+	topicOptional bool
 }
 
 // read scans body, tolerantly if it is not sound.
@@ -281,9 +293,13 @@ func (r *reader) message(kind Kind) Message {
 }
 
 func (r *reader) authenticate() *Authenticate {
+	topic := r.need
+	if r.topicOptional {
+		topic = r.exact
+	}
 	return &Authenticate{
 		Enrollment:   r.enrollment(),
-		Topic:        r.need("Topic", r.Topic),
+		Topic:        topic("Topic", r.Topic),
 		Model:        r.text(r.Model),
 		ModelName:    r.text(r.ModelName),
 		DeviceName:   r.text(r.DeviceName),

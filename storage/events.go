@@ -260,8 +260,8 @@ type Delivery struct {
 	Error      string
 }
 
-// Lane is an enrollment with waiting events at a sink.
-type Lane struct {
+// WaitingEnrollment is an enrollment with waiting events at a sink.
+type WaitingEnrollment struct {
 	Enrollment string
 	First      int64 // number of its first waiting event
 	Attempts   int   // of that one
@@ -314,9 +314,9 @@ type Outbox interface {
 
 // Deliveries reads what a sink has not got.
 type Deliveries interface {
-	// WaitingLanes reads up to limit enrollments with waiting events, the
+	// WaitingEnrollments reads up to limit enrollments with waiting events, the
 	// earliest number first.
-	WaitingLanes(ctx context.Context, sink string, limit int) ([]Lane, error)
+	WaitingEnrollments(ctx context.Context, sink string, limit int) ([]WaitingEnrollment, error)
 	// WaitingEvents reads an enrollment's first waiting events, in order, as
 	// SinkPage does.
 	WaitingEvents(ctx context.Context, sink, enrollment string, limit int) ([]EventRecord, error)

@@ -77,14 +77,14 @@ type Pin struct {
 // Event is one fact for the outside, committed with the change that it
 // reports. The store adds the order inside the enrollment and the tally.
 type Event struct {
-	ID          string // UUID, unique
-	Topic       string // "mdm.TokenUpdate"
-	CreatedAt   time.Time
-	UDID        string
-	Enrollment  string // EnrollmentID of a User Enrollment
-	Status      string // reports only
-	CommandUUID string // reports only
-	Params      map[string]string
+	ID           string // UUID, unique
+	Topic        string // "mdm.TokenUpdate"
+	CreatedAt    time.Time
+	UDID         string
+	EnrollmentID string // of a User Enrollment
+	Status       string // reports only
+	CommandUUID  string // reports only
+	Params       map[string]string
 	// TraceParent is that of the request, to be sent along; at most 255
 	// characters.
 	TraceParent string
@@ -166,7 +166,9 @@ type Seen struct {
 // result and ends the queue row once; NotNow moves the row to notnow, if it
 // is still waiting. A repeated, late or unknown report changes no state and
 // is no error; the result of a row that an operator cancelled, or that
-// expired or was superseded, is stored as late. CommandUUID may be empty.
+// expired or was superseded, is stored as late. CommandUUID may be empty. A
+// report that cannot be read (mdm.StatusUnreadable) fails the row that it names,
+// or, if it names none, the one that the device was offered and has not answered.
 //
 // Idle is answered from queued and notnow rows in order, any other status
 // from queued rows only. A non-NotNow report that is answered empty while

@@ -111,6 +111,7 @@ func (p *process) call(ctx context.Context, method, path string, body []byte) ([
 		return nil, err
 	}
 	request.SetBasicAuth("nanomdm", apiKey)
+	request.Header.Set("Content-Type", "application/json") // sinks want it, enqueue takes it
 	reply, err := http.DefaultClient.Do(request)
 	if err != nil {
 		return nil, err

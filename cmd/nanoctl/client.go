@@ -110,6 +110,9 @@ func (c *client) do(ctx context.Context, method, path string, query url.Values, 
 	if a.body, err = io.ReadAll(io.LimitReader(resp.Body, maxAnswer)); err != nil {
 		return nil, fmt.Errorf("reading the answer: %w", err)
 	}
+	if resp.StatusCode == http.StatusNoContent { // the call was repeated
+		a.body = []byte("{}")
+	}
 	if resp.StatusCode >= 400 {
 		return a, refusal(resp, a.body)
 	}

@@ -124,6 +124,9 @@ func (d *daemon) api(method, path, user, key string, body []byte) (int, string, 
 	if user != "" {
 		req.SetBasicAuth(user, key)
 	}
+	if bytes.HasPrefix(body, []byte("{")) {
+		req.Header.Set("Content-Type", "application/json")
+	}
 	resp, err := http.DefaultClient.Do(req)
 	require.NoError(d.t, err)
 	defer resp.Body.Close()
@@ -165,12 +168,13 @@ func TestEnqueueStatuses(t *testing.T) {
 	}{
 		{"two ids", "PUT", "/v1/enqueue/D1,D2?nopush=1", command, 200, `"no_push"`},
 		{"the same bytes again", "POST", "/v1/enqueue/D1,D2?nopush=1", command, 200, `"C1"`},
-		{"other bytes", "PUT", "/v1/enqueue/D1?nopush=1", append(command, '\n'), 409, "other contents"},
+		{"other bytes", "PUT", "/v1/enqueue/D1?nopush=1", append(command, '\n'), 500, "other contents"},
 		{"one unknown id", "PUT", "/v1/enqueue/D1,nobody?nopush=1", mdmtest.NewCommand("C2", "ProfileList", nil), 207, "not enrolled"},
 		{"all unknown", "PUT", "/v1/enqueue/nobody?nopush=1", mdmtest.NewCommand("C3", "ProfileList", nil), 500, "not enrolled"},
-		{"not a plist", "PUT", "/v1/enqueue/D1", []byte("hello"), 400, "error"},
-		{"no command uuid", "PUT", "/v1/enqueue/D1", []byte(`<plist version="1.0"><dict><key>Command</key><dict><key>RequestType</key><string>X</string></dict></dict></plist>`), 400, "CommandUUID"},
-		{"no ids", "PUT", "/v1/enqueue/,", command, 400, "ids"},
+		{"not a plist", "PUT", "/v1/enqueue/D1", []byte("hello"), 500, "command_error"},
+		{"no command uuid", "PUT", "/v1/enqueue/D1", []byte(`<plist version="1.0"><dict><key>Command</key><dict><key>RequestType</key><string>X</string></dict></dict></plist>`), 500, "CommandUUID"},
+		{"no ids", "PUT", "/v1/enqueue/,", command, 500, "ids"},
+		{"a megabyte of ids", "PUT", "/v1/enqueue/D1," + strings.Repeat("00008030-001A2B3C4D5E6F70,", 38_000) + "?nopush=1", mdmtest.NewCommand("C4", "ProfileList", nil), 207, "not enrolled"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			status, body, _ := d.api(c.method, c.path, "nanomdm", testKey, c.body)

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"database/sql"
 	"io"
 	"net"
 	"net/http"
@@ -9,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -296,9 +298,6 @@ func TestStartsThatCannotSucceed(t *testing.T) {
 		require.Equal(t, 1, within(t, code), log.String())
 		require.Contains(t, log.String(), want)
 	}
-	t.Run("a folder that does not exist", func(t *testing.T) {
-		refused(t, "starting store", "-storage-dsn", filepath.Join(dir, "no", "such.db"))
-	})
 	t.Run("foreign tables", func(t *testing.T) {
 		file := filepath.Join(dir, "foreign.db")
 		sqliteExec(t, file, "CREATE TABLE enrollments (id TEXT)")
@@ -309,9 +308,6 @@ func TestStartsThatCannotSucceed(t *testing.T) {
 		sqliteExec(t, file, "CREATE TABLE nano_schema (version BIGINT, step BIGINT, applied_at BIGINT)")
 		sqliteExec(t, file, "INSERT INTO nano_schema VALUES (9999, 1, 1)")
 		refused(t, "made by a newer version", "-storage-dsn", file)
-	})
-	t.Run("a DSN that is none", func(t *testing.T) {
-		refused(t, "not a PostgreSQL URL", "-storage", "pgsql", "-storage-dsn", "postgres://u:hunter2@h:port/x")
 	})
 	t.Run("a wrong password", func(t *testing.T) {
 		dsn, cable := behind(t, "pgsql")
@@ -329,6 +325,22 @@ func TestStartsThatCannotSucceed(t *testing.T) {
 		u.Path = "/no_such_database"
 		refused(t, "does not exist", "-storage", "pgsql", "-storage-dsn", u.String())
 	})
+}
+
+// TestReadOnlyServer: a start that waits because the server takes no writes names
+// the setting.
+func TestReadOnlyServer(t *testing.T) {
+	t.Parallel()
+	dsn, cable := behind(t, "pgsql")
+	cable.mend()
+	db, err := sql.Open("pgx", dsn)
+	require.NoError(t, err)
+	defer db.Close()
+	_, err = db.ExecContext(t.Context(), `DO $$BEGIN EXECUTE format('ALTER DATABASE %I SET default_transaction_read_only = on', current_database()); END$$`)
+	require.NoError(t, err)
+	d := begin(t, nil, "-storage", "pgsql", "-storage-dsn", dsn)
+	require.Eventually(t, func() bool { return strings.Contains(d.log.String(), "default_transaction_read_only is on") }, 10*time.Second, 10*time.Millisecond)
+	d.stop()
 }
 
 func TestSystemdIsTold(t *testing.T) {

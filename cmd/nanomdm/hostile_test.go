@@ -679,19 +679,21 @@ func atoi(t *testing.T, s string) int {
 	return n
 }
 
-// A certificate header is refused where the mode does not use it, and counted.
+// A header with a certificate is refused where the mode does not use it, and
+// counted, whatever its name.
 func TestUnusedCertificateHeader(t *testing.T) {
 	d := start(t, "http")
 	dev := d.device("D1", mdmtest.Config{})
 	require.NoError(t, dev.Enroll(t.Context()))
-	for i, name := range []string{"Client-Cert", "x-forwarded-client-cert", "X-Amzn-Mtls-Clientcert-Leaf", "X-ARR-ClientCert"} {
+	forms := headerForms(dev.Identity().Cert)
+	for i, name := range []string{"Client-Cert", "X-Amzn-Mtls-Clientcert-Leaf", "X-Anything"} {
 		body := []byte(`<plist version="1.0"><dict><key>Status</key><string>Idle</string><key>UDID</key><string>D1</string></dict></plist>`)
 		signature, err := mdmtest.Sign(dev.Identity(), body, mdmtest.SignOptions{})
 		require.NoError(t, err)
 		req, err := http.NewRequest("PUT", d.url+"/mdm", bytes.NewReader(body))
 		require.NoError(t, err)
 		req.Header.Set("Mdm-Signature", signature)
-		req.Header.Set(name, "x")
+		req.Header.Set(name, forms[i])
 		resp, err := http.DefaultClient.Do(req)
 		require.NoError(t, err)
 		resp.Body.Close()

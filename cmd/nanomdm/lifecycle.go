@@ -24,7 +24,8 @@ const (
 	readTimeout       = time.Minute
 	writeTimeout      = 2 * time.Minute
 	idleTimeout       = 2 * time.Minute
-	maxHeaderBytes    = 64 << 10
+	maxHeaderBytes    = 64 << 10 // of devices alone
+	maxAPIHeaderBytes = 1 << 20  // with the API: NanoMDM's calls name enrollments in the URL
 )
 
 // component is a part of the daemon that lives as long as it does: the store,
@@ -124,7 +125,7 @@ func orUnexpected(err error) error {
 // serve adds an HTTP server on a listener, which it owns from then on. It
 // accepts from the moment run is called, so that probes are answered while
 // components start, and speaks TLS, with HTTP/2, if tlsConfig is not nil.
-func (s *server) serve(name string, listener net.Listener, handler http.Handler, tlsConfig *tls.Config) {
+func (s *server) serve(name string, listener net.Listener, handler http.Handler, tlsConfig *tls.Config, maxHeader int) {
 	ctx, cut := context.WithCancel(context.Background())
 	s.fronts = append(s.fronts, front{
 		name:     name,
@@ -137,7 +138,7 @@ func (s *server) serve(name string, listener net.Listener, handler http.Handler,
 			ReadTimeout:       readTimeout,
 			WriteTimeout:      writeTimeout,
 			IdleTimeout:       idleTimeout,
-			MaxHeaderBytes:    maxHeaderBytes,
+			MaxHeaderBytes:    maxHeader,
 			ErrorLog:          slog.NewLogLogger(s.log.Handler(), slog.LevelWarn),
 			BaseContext:       func(net.Listener) context.Context { return ctx },
 		},

@@ -64,7 +64,7 @@ func launch(t *testing.T, s *server, handler http.Handler) *running {
 	t.Helper()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	require.NoError(t, err)
-	s.serve("http", listener, handler, nil)
+	s.serve("http", listener, handler, nil, maxHeaderBytes)
 	r := &running{
 		url:     "http://" + listener.Addr().String(),
 		signals: make(chan os.Signal, 2),
@@ -355,7 +355,7 @@ func TestTLSSpeaksHTTP2(t *testing.T) {
 	s := newServer(quiet(), time.Minute, time.Minute)
 	s.serve("https", listener, http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
 		_, _ = io.WriteString(w, req.Proto)
-	}), &tls.Config{Certificates: []tls.Certificate{cert}})
+	}), &tls.Config{Certificates: []tls.Certificate{cert}}, maxHeaderBytes)
 	signals, code := make(chan os.Signal, 1), make(chan int, 1)
 	go func() { code <- s.run(t.Context(), signals) }()
 	roots := x509.NewCertPool()

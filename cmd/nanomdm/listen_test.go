@@ -103,8 +103,9 @@ func TestAPIListen(t *testing.T) {
 		"/healthz":        {200, 200},
 		"/readyz":         {200, 200},
 		"/mdm":            {405, 404},
-		"/v1/enqueue/D1":  {404, 405},
-		"/migration":      {404, 404},
+		"/v1/sinks/none":  {404, 404},
+		"/v1/events":      {404, 200},
+		"/migration":      {404, 400},
 		"/authproxy/file": {404, 404},
 	} {
 		require.Equal(t, want[0], get(d.url+path), "device side: %s", path)

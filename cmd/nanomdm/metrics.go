@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"crypto/x509"
-	"encoding/pem"
 	"time"
 
 	"github.com/nanomdm/nanomdm/http/metrics"
@@ -45,17 +44,17 @@ func (b *building) observe(store *sqlstore.Store) {
 		}
 		return nil
 	}})
-	b.metrics.Add(metrics.Source{Name: "census", Every: censusEvery, Collect: func(ctx context.Context, emit metrics.Emit) error {
-		census, err := store.Census(ctx)
+	b.metrics.Add(metrics.Source{Name: "waiting", Every: censusEvery, Collect: func(ctx context.Context, emit metrics.Emit) error {
+		waiting, err := store.WaitingCounts(ctx)
 		if err != nil {
 			return err
 		}
-		for state, backlog := range census.Waiting {
+		for state, backlog := range waiting.Waiting {
 			emit("nanomdm_queue_commands", float64(backlog.Count), state.String())
 			emit("nanomdm_queue_oldest_seconds", age(backlog.Oldest), state.String())
 		}
-		emit("nanomdm_push_owed_enrollments", float64(census.PushesOwed))
-		emit("nanomdm_events_unnumbered", float64(census.Unnumbered))
+		emit("nanomdm_push_owed_enrollments", float64(waiting.PushesOwed))
+		emit("nanomdm_events_unnumbered", float64(waiting.Unnumbered))
 		return nil
 	}})
 	b.metrics.Add(metrics.Source{Name: "webhook", Every: censusEvery, Collect: func(ctx context.Context, emit metrics.Emit) error {
@@ -138,13 +137,11 @@ func truth(b bool) float64 {
 	return 0
 }
 
-// earliest is when the first certificate of a PEM file that was accepted
-// expires.
-func earliest(file []byte) time.Time {
+// earliest returns when the first of the certificates expires.
+func earliest(certs []*x509.Certificate) time.Time {
 	var first time.Time
-	for block, rest := pem.Decode(file); block != nil; block, rest = pem.Decode(rest) {
-		cert, err := x509.ParseCertificate(block.Bytes)
-		if err == nil && (first.IsZero() || cert.NotAfter.Before(first)) {
+	for _, cert := range certs {
+		if first.IsZero() || cert.NotAfter.Before(first) {
 			first = cert.NotAfter
 		}
 	}

@@ -2,7 +2,7 @@ package main
 
 import (
 	"context"
-	"encoding/pem"
+	"crypto/x509"
 	"fmt"
 	"path/filepath"
 	"strings"
@@ -74,14 +74,13 @@ func TestEveryMetricIsServed(t *testing.T) {
 }
 
 func TestEarliestCertificate(t *testing.T) {
-	require.True(t, earliest([]byte("no PEM")).IsZero())
+	require.True(t, earliest(nil).IsZero())
 	ca, err := mdmtest.NewCA()
 	require.NoError(t, err)
 	soon := time.Now().Add(time.Hour).Truncate(time.Second)
 	id, err := ca.Issue("x", mdmtest.WithValidity(time.Now().Add(-time.Hour), soon))
 	require.NoError(t, err)
-	file := append(ca.PEM(), pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: id.Cert.Raw})...)
-	require.True(t, soon.Equal(earliest(file)))
+	require.True(t, soon.Equal(earliest([]*x509.Certificate{ca.Cert(), id.Cert})))
 }
 
 // A scrape, and both probes, while devices are busy.

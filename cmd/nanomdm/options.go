@@ -32,6 +32,7 @@ type options struct {
 	renewal       storage.Renewal
 
 	authenticateURL *url.URL
+	authenticateCA  string
 	authenticateKey secret
 
 	checkin         bool
@@ -39,15 +40,18 @@ type options struct {
 	uaZLDC          bool
 	returnToService string
 	dm              *url.URL
+	dmCA            string
 	dmSendHMACKey   secret
 	dmRecvHMACKey   secret
 	authProxyURL    *url.URL
+	authProxyCA     string
 
 	api       secret
 	migration bool
 
 	storage        string // sqlite, pgsql or mysql
 	storageDSN     secret
+	storageCA      string
 	storageOptions storageOptions
 	sealKeyFile    string
 	sealCommands   bool
@@ -68,6 +72,7 @@ type options struct {
 	webhookHMACKey    secret
 	webhookOldKey     secret
 	webhookConfig     string
+	webhookCA         string
 	webhookWorkers    int // 0: this replica sends nothing
 	webhookTimeout    time.Duration
 	webhookMaxAge     time.Duration
@@ -143,6 +148,7 @@ type option struct {
 	secret   bool   // also read from the file that -name-file names
 	oldName  string // this row is the old name of that option
 	file     bool   // the value names a file that must exist
+	private  bool   // the file holds keys
 	flagOnly bool   // not read from the environment
 
 	set func(string) error
@@ -161,7 +167,7 @@ func (o *options) table() []option {
 		{name: "tls-cert", arg: "FILE", group: groupListening, file: true, set: to(&o.tlsCert, parseText),
 			help:   "Serve TLS with this PEM certificate and its chain.",
 			detail: "Without it the daemon speaks plain HTTP and belongs behind a proxy that terminates TLS."},
-		{name: "tls-key", arg: "FILE", group: groupListening, file: true, set: to(&o.tlsKey, parseText),
+		{name: "tls-key", arg: "FILE", group: groupListening, file: true, private: true, set: to(&o.tlsKey, parseText),
 			help: "Unencrypted PEM private key of -tls-cert."},
 		{name: "trusted-proxies", arg: "LIST", group: groupListening, set: to(&o.trustedProxies, parsePrefixes),
 			help:   "Networks whose requests may set -cert-header, as 10.0.0.0/8,::1.",
@@ -192,6 +198,9 @@ func (o *options) table() []option {
 		{name: "authenticate-url", arg: "URL", group: groupIdentity, set: to(&o.authenticateURL, parseURL),
 			help:   "Ask this URL before a certificate is pinned to an enrollment.",
 			detail: "403 refuses: the device gets Apple's document for an unrecognized device. 200 and 204 agree, and while there is no answer devices that need one get 503. See [identity and keys](identity-and-keys.md)."},
+		{name: "authenticate-ca", arg: "FILE", group: groupIdentity, file: true, set: to(&o.authenticateCA, parseText),
+			help:   "PEM file of private CAs to trust for -authenticate-url.",
+			detail: "Beside the system's."},
 		{name: "authenticate-key", arg: "KEY", group: groupIdentity, secret: true, set: to(&o.authenticateKey, parseSecret),
 			help: "Sign questions to -authenticate-url in X-Hmac-Signature."},
 
@@ -206,6 +215,9 @@ func (o *options) table() []option {
 		{name: "dm", arg: "URL", group: groupProtocol, set: to(&o.dm, parseURL),
 			help:   "Base URL of the declarative management backend.",
 			detail: "The device's endpoint is appended to it, so that it ends with a slash: `https://kmfddm.example.org/`."},
+		{name: "dm-ca", arg: "FILE", group: groupProtocol, file: true, set: to(&o.dmCA, parseText),
+			help:   "PEM file of private CAs to trust for -dm.",
+			detail: "Beside the system's."},
 		{name: "dm-send-hmac-key", arg: "KEY", group: groupProtocol, secret: true, set: to(&o.dmSendHMACKey, parseSecret),
 			help: "Sign requests to the -dm backend in X-Hmac-Signature."},
 		{name: "dm-recv-hmac-key", arg: "KEY", group: groupProtocol, secret: true, set: to(&o.dmRecvHMACKey, parseSecret),
@@ -213,6 +225,9 @@ func (o *options) table() []option {
 		{name: "auth-proxy-url", arg: "URL", group: groupProtocol, set: to(&o.authProxyURL, parseURL),
 			help:   "Pass /authproxy/ of enrolled devices on to this URL.",
 			detail: "The target sees the enrollment in `X-Enrollment-ID` and the request in `X-Trace-ID`."},
+		{name: "auth-proxy-ca", arg: "FILE", group: groupProtocol, file: true, set: to(&o.authProxyCA, parseText),
+			help:   "PEM file of private CAs to trust for -auth-proxy-url.",
+			detail: "Beside the system's."},
 
 		{name: "api", arg: "KEY", group: groupAPI, secret: true, set: to(&o.api, parseSecret),
 			help:   "API key. Without it the API is off.",
@@ -226,6 +241,9 @@ func (o *options) table() []option {
 		{name: "storage-dsn", arg: "DSN", group: groupStorage, secret: true, set: to(&o.storageDSN, parseSecret),
 			help:   "Its data source name; for sqlite a file, nanomdm.db unless given.",
 			detail: "`sqlite`: a file name, or `:memory:`. `pgsql`: `postgres://user:password@host/name` or `host=... dbname=...`. `mysql`: `user:password@tcp(host:3306)/name`."},
+		{name: "storage-ca", arg: "FILE", group: groupStorage, file: true, set: to(&o.storageCA, parseText),
+			help:   "PEM file of private CAs to trust for the database server.",
+			detail: "Beside the system's. The connection then uses TLS and verifies the server's name; `sslmode=verify-ca` of PostgreSQL leaves the name out. A MySQL DSN needs no `tls` parameter then, or `tls=true`."},
 		{name: "storage-options", arg: "LIST", group: groupStorage, set: to(&o.storageOptions, parseStorageOptions),
 			help:   "Store settings as key=value,key=value.",
 			detail: "The keys are below."},
@@ -241,7 +259,7 @@ func (o *options) table() []option {
 		{name: "retain-audit", arg: "AGE", def: "0", group: groupStorage, set: to(&o.retainAudit, parseAge),
 			help:   "How long to keep the audit records of the API, as 365d.",
 			detail: "An age as above; 0 is for ever."},
-		{name: "seal-key-file", arg: "FILE", group: groupStorage, file: true, set: to(&o.sealKeyFile, parseText),
+		{name: "seal-key-file", arg: "FILE", group: groupStorage, file: true, private: true, set: to(&o.sealKeyFile, parseText),
 			help:   "Seal push keys and devices' tokens with the keys in this file.",
 			detail: "A key is 32 bytes in base64, one in a line, as `openssl rand -base64 32` prints them. The first one seals, all open. A database with values of a key that is not there is refused. See [identity and keys](identity-and-keys.md)."},
 		{name: "seal-commands", group: groupStorage, set: to(&o.sealCommands, parseSwitch),
@@ -275,9 +293,12 @@ func (o *options) table() []option {
 		{name: "webhook-old-key", arg: "KEY", group: groupWebhook, secret: true, set: to(&o.webhookOldKey, parseSecret),
 			help:   "Sign with this key, too, while receivers change theirs.",
 			detail: "In `webhook-signature` alone, which may hold several. Receivers that check `X-Hmac-Signature` have to change at the same moment."},
-		{name: "webhook-config", arg: "FILE", group: groupWebhook, file: true, set: to(&o.webhookConfig, parseText),
+		{name: "webhook-config", arg: "FILE", group: groupWebhook, file: true, private: true, set: to(&o.webhookConfig, parseText),
 			help:   "JSON file of further receivers, with keys and filters.",
 			detail: "Its form is in [webhooks](webhooks.md). It holds keys: keep others from reading it. Receivers can also be made through the API."},
+		{name: "webhook-ca", arg: "FILE", group: groupWebhook, file: true, set: to(&o.webhookCA, parseText),
+			help:   "PEM file of private CAs to trust for all receivers.",
+			detail: "Beside the system's."},
 		{name: "webhook-workers", arg: "N", def: "32", group: groupWebhook, set: to(&o.webhookWorkers, parseCountOrNone),
 			help:   "Events sent at once to each receiver; 0: none from here.",
 			detail: "One replica at a time sends. One with 0 leaves it, and the keeping of the event log, to the others."},
@@ -300,7 +321,7 @@ func (o *options) table() []option {
 			detail: "The first 16 KiB of each body do not count, so that large ones do not crowd polls out."},
 		{name: "max-requests", arg: "N", def: "4096", group: groupLimits, set: to(&o.maxRequests, parseCount),
 			help:   "Requests under way at once; beyond it 503.",
-			detail: "Counted apart for devices and for the API, so that neither starves the other."},
+			detail: "Counted apart for devices and for the API, so that neither starves the other. A device's certificate has at most 16 of them, and one client address half; a quarter of that may wait for their bodies. Name your proxies in `-trusted-proxies`, or their addresses are the clients'."},
 		{name: "drain-delay", arg: "TIME", def: "0", group: groupLimits, set: to(&o.drainDelay, parseDuration),
 			help:   "How long a stop is only announced at /readyz first.",
 			detail: "Requests are served as before meanwhile. Give load balancers the time that they take to notice."},

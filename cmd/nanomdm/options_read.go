@@ -8,9 +8,13 @@ import (
 	"io/fs"
 	"math"
 	"os"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
+
+	"github.com/nanomdm/nanomdm/storage/sqldb"
+	"github.com/nanomdm/nanomdm/textinput"
 )
 
 // mistakes is a bad configuration. Each element says what to change.
@@ -68,6 +72,7 @@ func parseOptions(args, environ []string, stat func(string) (fs.FileInfo, error)
 	}
 	c.checkListening(&o)
 	c.checkStorage(&o)
+	c.checkDSN(&o)
 	c.checkRoles(&o)
 	if len(c.mistakes) > 0 {
 		return o, c.warnings, c.mistakes
@@ -171,12 +176,12 @@ func (c *configuration) readEnviron(table []option, environ []string) {
 }
 
 // given returns the value of a flag name. An empty variable counts as not
-// given: that is how compose files and unit files leave one out.
+// given: compose files and unit files leave an option out that way.
 func (c *configuration) given(name string) (given, bool) {
 	if values := c.flags[name]; len(values) > 0 {
-		return given{values[len(values)-1], "-" + name, true}, true
+		return given{textinput.Value([]byte(values[len(values)-1])), "-" + name, true}, true
 	}
-	if value := c.environ[envName(name)]; value != "" {
+	if value := textinput.Value([]byte(c.environ[envName(name)])); value != "" {
 		return given{value, envName(name), false}, true
 	}
 	return given{}, false
@@ -192,7 +197,11 @@ func (c *configuration) isGiven(name string) bool {
 func (c *configuration) resolve(op *option) {
 	g, ok := c.given(op.name)
 	if op.secret {
-		g, ok = c.resolveSecret(op, g, ok)
+		if g, ok = c.resolveSecret(op, g, ok); ok {
+			if why := textinput.Suspicious(g.text); why != "" {
+				c.warn("the value of %s %s: is that meant?", g.label, why)
+			}
+		}
 	}
 	if !ok {
 		if op.def == "" {
@@ -204,6 +213,9 @@ func (c *configuration) resolve(op *option) {
 		if info, err := c.stat(g.text); err != nil || info.IsDir() {
 			c.mistake("%s: no such file: %s", g.label, g.text)
 			return
+		}
+		if op.private {
+			c.checkPrivate(g)
 		}
 	}
 	if err := op.set(g.text); err != nil {
@@ -231,12 +243,21 @@ func (c *configuration) resolveSecret(op *option, inline given, ok bool) (given,
 		c.mistake("%s: %v", file.label, err)
 		return given{}, false
 	}
-	value := strings.TrimSuffix(strings.TrimSuffix(string(text), "\n"), "\r")
+	c.checkPrivate(file)
+	value := textinput.Value(text)
 	if value == "" {
 		c.mistake("%s: %s is empty: write the value into it", file.label, file.text)
 		return given{}, false
 	}
 	return given{text: value, label: file.label}, true
+}
+
+// checkPrivate warns of a file with keys that every user of the machine can
+// read. It is no mistake: Kubernetes mounts secrets so unless told otherwise.
+func (c *configuration) checkPrivate(file given) {
+	if info, err := c.stat(file.text); err == nil && info.Mode().Perm()&0o004 != 0 {
+		c.warn("%s: every user can read %s: chmod it to 600, or in Kubernetes set the volume's defaultMode to 0400", file.label, file.text)
+	}
 }
 
 func (c *configuration) warnOnLine(op *option, g given) {
@@ -264,6 +285,9 @@ func (c *configuration) checkListening(o *options) {
 }
 
 func (c *configuration) checkRoles(o *options) {
+	if why := weakness(string(o.api)); why != "" {
+		c.warn("the key of -api can be guessed, %s: make one with openssl rand -base64 32", why)
+	}
 	apiGiven := c.isGiven("api-file") || o.api != ""
 	if !o.disableMDM && !c.isGiven("ca") {
 		c.mistake("-ca: name the PEM file of the CAs that issue device identities (or give -disable-mdm)")
@@ -317,6 +341,9 @@ func (c *configuration) checkStorage(o *options) {
 		if o.storageDSN == "" && !byFile {
 			o.storageDSN = sqliteFile
 		}
+		if o.storageCA != "" {
+			c.warn("-storage-ca does nothing with -storage sqlite")
+		}
 	case "pgsql", "mysql":
 		if o.storageDSN == "" && !byFile {
 			c.mistake("-storage %s needs to know the database: give -storage-dsn or -storage-dsn-file", o.storage)
@@ -326,6 +353,32 @@ func (c *configuration) checkStorage(o *options) {
 				c.warnOnLine(&option{name: "storage-dsn"}, g)
 			}
 		}
+	}
+}
+
+// checkDSN finds names that no database can be opened with, so that the daemon
+// does not wait for a server.
+func (c *configuration) checkDSN(o *options) {
+	if o.storage == "" || o.storageDSN == "" {
+		return
+	}
+	if err := sqldb.CheckDSN(o.storage, string(o.storageDSN)); err != nil {
+		c.mistake("-storage-dsn: %v", err)
+		return
+	}
+	if o.storage != "sqlite" {
+		return
+	}
+	name := sqldb.SQLiteFile(string(o.storageDSN))
+	if name == "" {
+		return // in memory
+	}
+	if info, err := c.stat(name); err == nil && info.IsDir() {
+		c.mistake("-storage-dsn: %s is a directory: name a file in it, such as %s", name, filepath.Join(name, sqliteFile))
+	}
+	dir := filepath.Dir(name)
+	if info, err := c.stat(dir); errors.Is(err, fs.ErrNotExist) || err == nil && !info.IsDir() {
+		c.mistake("-storage-dsn: the folder %s does not exist: make it first, for the user that the daemon runs as", dir)
 	}
 }
 

@@ -2,6 +2,9 @@ package main
 
 import (
 	"bytes"
+	"crypto/rand"
+	"encoding/base64"
+	"encoding/hex"
 	"flag"
 	"fmt"
 	"io/fs"
@@ -231,6 +234,102 @@ func TestUnknownEnvironment(t *testing.T) {
 	require.Equal(t, "NANOMDM_LISTNE in the environment is not an option and is ignored: did you mean NANOMDM_LISTEN?", warnings[2])
 }
 
+// longKey is a key of the API that no warning is about.
+const longKey = "hunter2-Vq3xT9wLk5ZpR7yB1nMc"
+
+// TestValuesAsToolsWriteThem: byte order marks, carriage returns and newlines at
+// the end of a value are no part of it, in files and in variables.
+func TestValuesAsToolsWriteThem(t *testing.T) {
+	dir := t.TempDir()
+	file := filepath.Join(dir, "key")
+	for _, form := range []string{"%s\n", "%s\r\n", "\xef\xbb\xbf%s", "\xef\xbb\xbf%s\r\n\r\n"} {
+		require.NoError(t, os.WriteFile(file, fmt.Appendf(nil, form, longKey), 0o600))
+		o, warnings := parse(t, []string{"-api-file", file}, []string{
+			"NANOMDM_CA=" + fmt.Sprintf(form, "ca.pem"), "NANOMDM_STORAGE=" + fmt.Sprintf(form, "pgsql"),
+			"NANOMDM_STORAGE_DSN=" + fmt.Sprintf(form, "postgres://u:p@h/d"), "NANOMDM_CLOCK_SKEW=" + fmt.Sprintf(form, "2m"),
+		})
+		require.Empty(t, warnings)
+		require.Equal(t, secret(longKey), o.api)
+		require.Equal(t, secret("postgres://u:p@h/d"), o.storageDSN)
+		require.Equal(t, "pgsql", o.storage)
+		require.Equal(t, 2*time.Minute, o.clockSkew)
+	}
+}
+
+func TestSuspiciousSecrets(t *testing.T) {
+	_, warnings := parse(t, []string{"-ca", "ca.pem"}, []string{"NANOMDM_API=\"" + longKey + "\""})
+	require.Equal(t, []string{"the value of NANOMDM_API begins with a quotation mark: is that meant?"}, warnings)
+	_, warnings = parse(t, []string{"-ca", "ca.pem", "-dm", "https://dm.example.org/"}, []string{"NANOMDM_DM_SEND_HMAC_KEY=k ", "NANOMDM_DM_RECV_HMAC_KEY= k"})
+	require.Equal(t, []string{
+		"the value of NANOMDM_DM_SEND_HMAC_KEY ends with white space: is that meant?",
+		"the value of NANOMDM_DM_RECV_HMAC_KEY begins with white space: is that meant?",
+	}, warnings)
+	_, warnings = parse(t, []string{"-ca", "ca.pem"}, []string{"NANOMDM_API=secret"})
+	require.Len(t, warnings, 1)
+	require.Contains(t, warnings[0], "the key of -api can be guessed, it has about 16 bits")
+	require.NotContains(t, warnings[0], "secret")
+}
+
+func TestWeakness(t *testing.T) {
+	for range 1000 {
+		raw := make([]byte, 16)
+		_, _ = rand.Read(raw)
+		for _, key := range []string{hex.EncodeToString(raw), base64.StdEncoding.EncodeToString(raw), rand.Text()} {
+			require.Empty(t, weakness(key), key)
+		}
+	}
+	for _, key := range []string{"nanomdm", "1234567890123456", strings.Repeat("a", 100), strings.Repeat("ab", 30)} {
+		require.NotEmpty(t, weakness(key), key)
+	}
+	require.Empty(t, weakness(""), "no key, no API")
+}
+
+func TestReadableKeyFiles(t *testing.T) {
+	dir := t.TempDir()
+	write := func(name string, mode fs.FileMode) string {
+		path := filepath.Join(dir, name)
+		require.NoError(t, os.WriteFile(path, []byte(longKey), 0o600))
+		require.NoError(t, os.Chmod(path, mode))
+		return path
+	}
+	shared, private, ca := write("shared", 0o644), write("private", 0o640), write("ca.pem", 0o644)
+	_, warnings, err := parseOptions([]string{"-ca", ca, "-api-file", shared, "-tls-cert", ca, "-tls-key", shared}, nil, os.Stat)
+	require.NoError(t, err)
+	require.Len(t, warnings, 2)
+	for _, w := range warnings {
+		require.Contains(t, w, "every user can read "+shared)
+	}
+	_, warnings, err = parseOptions([]string{"-ca", ca, "-api-file", private, "-seal-key-file", private}, nil, os.Stat)
+	require.NoError(t, err)
+	require.Empty(t, warnings)
+}
+
+// TestDSNMistakes: a name that no database can be opened with is a mistake of
+// usage, not a server that is away.
+func TestDSNMistakes(t *testing.T) {
+	dir := t.TempDir()
+	for _, tc := range []struct{ storage, dsn, want string }{
+		{"pgsql", "jdbc:postgresql://h/d", "JDBC"},
+		{"pgsql", "'postgres://u:hunter2@h/d'", "in quotation marks"},
+		{"pgsql", "postgressql://u:hunter2@h/d", "write postgres://"},
+		{"mysql", "postgres://u:hunter2@h/d", "or give -storage pgsql"},
+		{"mysql", "u:hunter2@tcp(h)/d?tls=custom", "-storage-ca"},
+		{"sqlite", dir, "is a directory: name a file in it, such as " + filepath.Join(dir, "nanomdm.db")},
+		{"sqlite", filepath.Join(dir, "no", "such.db"), "the folder " + filepath.Join(dir, "no") + " does not exist"},
+		{"sqlite", "file:" + filepath.Join(dir, "no", "such.db") + "?x=1", "the folder " + filepath.Join(dir, "no") + " does not exist"},
+	} {
+		t.Run(tc.storage+" "+tc.want, func(t *testing.T) {
+			var stdout, stderr strings.Builder
+			code := run(t.Context(), []string{"-disable-mdm", "-storage", tc.storage},
+				[]string{"NANOMDM_API=" + longKey, "NANOMDM_STORAGE_DSN=" + tc.dsn}, &stdout, &stderr, nil)
+			require.Equal(t, exitUsage, code)
+			require.Contains(t, stderr.String(), "-storage-dsn: ")
+			require.Contains(t, stderr.String(), tc.want)
+			require.NotContains(t, stderr.String(), "hunter2")
+		})
+	}
+}
+
 func TestSecrets(t *testing.T) {
 	dir := t.TempDir()
 	write := func(name, text string) string {
@@ -238,26 +337,26 @@ func TestSecrets(t *testing.T) {
 		require.NoError(t, os.WriteFile(path, []byte(text), 0o600))
 		return path
 	}
-	key, empty := write("key", "hunter2\n\n"), write("empty", "\n")
+	key, empty := write("key", longKey+"\n\n"), write("empty", "\n")
 	dsn := write("dsn", "postgres://u:hunter2@h/d\r\n")
 
 	t.Run("from files", func(t *testing.T) {
 		o, warnings := parse(t, []string{"-ca", "ca.pem", "-api-file", key, "-storage", "pgsql"},
 			[]string{"NANOMDM_STORAGE_DSN_FILE=" + dsn})
 		require.Empty(t, warnings)
-		require.Equal(t, secret("hunter2\n"), o.api, "one newline is the file's, the other the key's")
+		require.Equal(t, secret(longKey), o.api, "the newlines at the end are the file's")
 		require.Equal(t, secret("postgres://u:hunter2@h/d"), o.storageDSN)
 	})
 	t.Run("on the command line", func(t *testing.T) {
-		o, warnings := parse(t, []string{"-ca", "ca.pem", "-api", "hunter2", "-storage", "pgsql", "-dsn", "hunter2"}, nil)
-		require.Equal(t, secret("hunter2"), o.api)
+		o, warnings := parse(t, []string{"-ca", "ca.pem", "-api", longKey, "-storage", "pgsql", "-dsn", "postgres://u:hunter2@h/d"}, nil)
+		require.Equal(t, secret(longKey), o.api)
 		require.Equal(t, []string{
 			"-api on the command line shows in the list of processes: use -api-file or NANOMDM_API_FILE",
 			"-dsn on the command line shows in the list of processes: use -storage-dsn-file or NANOMDM_STORAGE_DSN_FILE",
 		}, warnings)
 	})
 	t.Run("in the environment", func(t *testing.T) {
-		_, warnings := parse(t, []string{"-ca", "ca.pem"}, []string{"NANOMDM_API=hunter2"})
+		_, warnings := parse(t, []string{"-ca", "ca.pem"}, []string{"NANOMDM_API=" + longKey})
 		require.Empty(t, warnings)
 	})
 	t.Run("mistakes", func(t *testing.T) {
@@ -276,8 +375,8 @@ func TestSecrets(t *testing.T) {
 		var b bytes.Buffer
 		newLogger(&b, false).Info("started", "api", o.api)
 		fmt.Fprintf(&b, "%v %+v %#v %s %q %x", o, o, o, o.api, o.api, o.api)
-		require.NotContains(t, b.String(), "hunter2")
-		require.NotContains(t, b.String(), fmt.Sprintf("%x", "hunter2"))
+		require.NotContains(t, b.String(), longKey)
+		require.NotContains(t, b.String(), fmt.Sprintf("%x", longKey))
 		require.Contains(t, b.String(), "api=[redacted]")
 	})
 }

@@ -24,70 +24,117 @@ import (
 	"github.com/nanomdm/nanomdm/mdm/mdmtest"
 )
 
+// proxy is a program with an example in docs/proxies.
+type proxy struct {
+	program string
+	example string
+	listen  string // what the example listens on
+	// frame makes a whole configuration of the example, for a folder.
+	frame func(example, dir string) string
+	args  func(config, dir string) []string
+	// header is the part of the example that sets the certificate header, and
+	// forms are others that operators use in its place.
+	header string
+	forms  map[string]string
+}
+
+var proxies = []proxy{
+	{
+		program: "nginx", example: "nginx.conf", listen: "listen 443",
+		frame: func(example, dir string) string {
+			temp := ""
+			for _, kind := range []string{"client_body", "proxy", "fastcgi", "uwsgi", "scgi"} {
+				temp += fmt.Sprintf("%s_temp_path %s/%s;\n", kind, dir, kind)
+			}
+			return "user root;\ndaemon off;\npid " + dir + "/pid;\nerror_log stderr;\nevents {}\nhttp {\naccess_log off;\n" + temp + example + "\n}\n"
+		},
+		args:   func(config, dir string) []string { return []string{"-p", dir, "-c", config} },
+		header: "$ssl_client_escaped_cert",
+		forms:  map[string]string{"ssl_client_cert": "$ssl_client_cert"},
+	},
+	{
+		program: "haproxy", example: "haproxy.cfg", listen: "bind :443",
+		frame:  func(example, _ string) string { return example },
+		args:   func(config, _ string) []string { return []string{"-db", "-f", config} },
+		header: ":%[ssl_c_der,base64]:",
+		forms: map[string]string{
+			"Base64":           "%[ssl_c_der,base64]",
+			"PEM in one line":  `-----BEGIN\ CERTIFICATE-----\ %[ssl_c_der,base64]\ -----END\ CERTIFICATE-----`,
+			"PEM in one piece": `-----BEGIN\ CERTIFICATE-----%[ssl_c_der,base64]-----END\ CERTIFICATE-----`,
+			"PEM with slashes": `-----BEGIN\ CERTIFICATE-----\\n%[ssl_c_der,base64]\\n-----END\ CERTIFICATE-----\\n`,
+		},
+	},
+	{
+		program: "apache2", example: "apache.conf", listen: "*:443",
+		frame: func(example, dir string) string {
+			modules := ""
+			for _, name := range []string{"mpm_event", "authz_core", "ssl", "headers", "proxy", "proxy_http"} {
+				modules += fmt.Sprintf("LoadModule %s_module /usr/lib/apache2/modules/mod_%s.so\n", name, name)
+			}
+			port := regexp.MustCompile(`<VirtualHost ([^>]+)>`).FindStringSubmatch(example)[1]
+			return modules + "ServerRoot " + dir + "\nServerName mdm.example.org\nListen " + port + "\nPidFile " + dir + "/pid\nErrorLog /dev/stderr\nMutex posixsem\n" + example
+		},
+		args:   func(config, _ string) []string { return []string{"-DFOREGROUND", "-f", config} },
+		header: `"expr=%{base64:%{SSL_CLIENT_CERT}}"`,
+		forms: map[string]string{
+			"SSL_CLIENT_CERT": `"%{SSL_CLIENT_CERT}s"`,
+			"escaped":         `"expr=%{escape:%{SSL_CLIENT_CERT}}"`,
+		},
+	},
+	{
+		program: "caddy", example: "Caddyfile", listen: "https://mdm.example.org",
+		frame: func(example, _ string) string {
+			return "{\n\tadmin off\n\tauto_https off\n\tdefault_bind 127.0.0.1\n}\n" + example
+		},
+		args: func(config, _ string) []string { return []string{"run", "--adapter", "caddyfile", "--config", config} },
+	},
+}
+
 // The examples of docs/proxies, as they are but for paths and the port, in
-// front of the daemon.
+// front of the daemon, and each other form of the certificate header.
 func TestProxiesOfTheDocumentation(t *testing.T) {
-	for _, c := range []struct {
-		program string
-		example string
-		listen  string // what the example listens on
-		// frame makes a whole configuration of the example, for a folder.
-		frame func(example, dir string) string
-		args  func(config, dir string) []string
-	}{
-		{
-			"nginx", "nginx.conf", "listen 443", func(example, dir string) string {
-				temp := ""
-				for _, kind := range []string{"client_body", "proxy", "fastcgi", "uwsgi", "scgi"} {
-					temp += fmt.Sprintf("%s_temp_path %s/%s;\n", kind, dir, kind)
-				}
-				return "user root;\ndaemon off;\npid " + dir + "/pid;\nerror_log stderr;\nevents {}\nhttp {\naccess_log off;\n" + temp + example + "\n}\n"
-			},
-			func(config, dir string) []string { return []string{"-p", dir, "-c", config} },
-		},
-		{
-			"haproxy", "haproxy.cfg", "bind :443", func(example, _ string) string { return example },
-			func(config, _ string) []string { return []string{"-db", "-f", config} },
-		},
-		{
-			"caddy", "Caddyfile", "https://mdm.example.org", func(example, _ string) string {
-				return "{\n\tadmin off\n\tauto_https off\n\tdefault_bind 127.0.0.1\n}\n" + example
-			},
-			func(config, _ string) []string {
-				return []string{"run", "--adapter", "caddyfile", "--config", config}
-			},
-		},
-	} {
-		t.Run(c.program, func(t *testing.T) {
-			program, err := exec.LookPath(c.program)
+	for _, p := range proxies {
+		t.Run(p.program, func(t *testing.T) {
+			program, err := exec.LookPath(p.program)
 			if err != nil {
 				if os.Getenv("CI") == "true" {
-					t.Fatalf("%s is not installed: in CI every proxy is tested", c.program)
+					t.Fatalf("%s is not installed: in CI every proxy is tested", p.program)
 				}
-				t.Skipf("no %s: install it, or run storage/engines/with-engines.sh go test ./...", c.program)
+				t.Skipf("no %s: install it, or run storage/engines/with-engines.sh go test ./...", p.program)
 			}
-			dir := t.TempDir()
-			socket := filepath.Join(dir, "mdm.sock")
-			d := start(t, "http", "-listen", "unix:"+socket, "-cert-header", "Client-Cert", "-debug")
-			serverCA := writeTLS(t, dir, d.ca)
-			address := freePort(t)
-
-			example, err := os.ReadFile(filepath.Join("../../docs/proxies", c.example))
-			require.NoError(t, err)
-			text := string(example)
-			require.Contains(t, text, c.listen)
-			port := address[strings.LastIndexByte(address, ':')+1:]
-			text = strings.ReplaceAll(text, c.listen, strings.Replace(strings.Replace(c.listen, "443", address, 1), ":127", "127", 1))
-			text = strings.ReplaceAll(text, "https://mdm.example.org", "https://mdm.example.org:"+port)
-			text = regexp.MustCompile(`/etc/[a-z]+/tls`).ReplaceAllString(text, dir)
-			text = strings.ReplaceAll(text, "/run/nanomdm/nanomdm.sock", socket)
-			config := filepath.Join(dir, "config")
-			require.NoError(t, os.WriteFile(config, []byte(c.frame(text, dir)), 0o600))
-			runProxy(t, address, dir, program, c.args(config, dir)...)
-
-			tryProxy(t, d, "https://mdm.example.org:"+port, address, serverCA)
+			t.Run("example", func(t *testing.T) { p.test(t, program, p.header) })
+			for name, form := range p.forms {
+				t.Run(name, func(t *testing.T) { p.test(t, program, form) })
+			}
 		})
 	}
+}
+
+// test runs the proxy with a form of the certificate header.
+func (p *proxy) test(t *testing.T, program, form string) {
+	dir := t.TempDir()
+	socket := filepath.Join(dir, "mdm.sock")
+	d := start(t, "http", "-listen", "unix:"+socket, "-cert-header", "Client-Cert", "-debug")
+	serverCA := writeTLS(t, dir, d.ca)
+	address := freePort(t)
+
+	example, err := os.ReadFile(filepath.Join("../../docs/proxies", p.example))
+	require.NoError(t, err)
+	text := string(example)
+	require.Contains(t, text, p.listen)
+	require.Contains(t, text, p.header)
+	text = strings.ReplaceAll(text, p.header, form)
+	port := address[strings.LastIndexByte(address, ':')+1:]
+	listen := strings.Replace(strings.Replace(p.listen, "*:443", address, 1), "443", address, 1)
+	text = strings.ReplaceAll(text, p.listen, strings.Replace(listen, ":127", "127", 1))
+	text = strings.ReplaceAll(text, "https://mdm.example.org", "https://mdm.example.org:"+port)
+	text = regexp.MustCompile(`/etc/[a-z0-9]+/tls`).ReplaceAllString(text, dir)
+	text = strings.ReplaceAll(text, "/run/nanomdm/nanomdm.sock", socket)
+	config := filepath.Join(dir, "config")
+	require.NoError(t, os.WriteFile(config, []byte(p.frame(text, dir)), 0o600))
+	runProxy(t, address, dir, program, p.args(config, dir)...)
+
+	tryProxy(t, d, "https://mdm.example.org:"+port, address, serverCA)
 }
 
 // tryProxy is what a proxy has to get right.

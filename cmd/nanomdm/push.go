@@ -4,8 +4,7 @@ import (
 	"context"
 	"crypto/rand"
 	"crypto/x509"
-	"fmt"
-	"os"
+	"log/slog"
 
 	"github.com/nanomdm/nanomdm/http/metrics"
 	"github.com/nanomdm/nanomdm/push"
@@ -54,18 +53,12 @@ func emitPush(emit metrics.Emit, stats push.Stats) {
 	emit("nanomdm_push_retries_total", float64(stats.APNs.Retries))
 }
 
-// loadAPNsCA reads -apns-ca; without it there is nil.
-func loadAPNsCA(o options) (*x509.CertPool, error) {
+// loadAPNsCA reads -apns-ca, which replaces the system's CAs. Without it there
+// is nil.
+func loadAPNsCA(o options, log *slog.Logger) (*x509.CertPool, error) {
 	if o.apnsCA == "" {
 		return nil, nil
 	}
-	pem, err := os.ReadFile(o.apnsCA)
-	if err != nil {
-		return nil, fmt.Errorf("-apns-ca: %w", err)
-	}
 	pool := x509.NewCertPool()
-	if !pool.AppendCertsFromPEM(pem) {
-		return nil, fmt.Errorf("-apns-ca: there is no certificate in %s", o.apnsCA)
-	}
-	return pool, nil
+	return pool, addRoots(pool, "apns-ca", o.apnsCA, log)
 }

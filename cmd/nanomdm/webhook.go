@@ -4,7 +4,6 @@ import (
 	"context"
 	"crypto/rand"
 	"fmt"
-	"os"
 	"slices"
 
 	"github.com/nanomdm/nanomdm/http/metrics"
@@ -12,6 +11,7 @@ import (
 	"github.com/nanomdm/nanomdm/service/webhook"
 	"github.com/nanomdm/nanomdm/storage"
 	"github.com/nanomdm/nanomdm/storage/sqlstore"
+	"github.com/nanomdm/nanomdm/textinput"
 )
 
 // loadSinks reads the configured sinks: of -webhook-url, which gets everything
@@ -20,9 +20,11 @@ import (
 func loadSinks(o options) ([]storage.EventSink, error) {
 	var sinks []storage.EventSink
 	if o.webhookConfig != "" {
-		text, err := os.ReadFile(o.webhookConfig)
+		text, err := textinput.ReadFile(o.webhookConfig)
 		if err == nil {
-			sinks, err = webhook.ParseConfig(text)
+			if sinks, err = webhook.ParseConfig(text); err != nil {
+				err = fmt.Errorf("%s: %w", o.webhookConfig, err)
+			}
 		}
 		if err != nil {
 			return nil, fmt.Errorf("-webhook-config: %w", err)
@@ -66,7 +68,7 @@ func (b *building) events(ctx context.Context, store *sqlstore.Store) (*webhook.
 	}
 	deliverer := webhook.NewDeliverer(store, sinks, rand.Text(), webhook.Config{
 		Workers: o.webhookWorkers, Timeout: o.webhookTimeout, MaxAge: o.webhookMaxAge, MaxBacklog: int64(o.webhookMaxBacklog),
-		Retention: retention, Notice: o.expiryNotice, Logger: b.log,
+		Retention: retention, Notice: o.expiryNotice, RootCAs: b.webhookCA, Logger: b.log,
 	})
 	b.s.background("events", deliverer.Run)
 	b.metrics.Add(metrics.Source{Name: "deliveries", Collect: func(_ context.Context, emit metrics.Emit) error {

@@ -9,7 +9,6 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
-	"os"
 	"strings"
 	"time"
 
@@ -22,12 +21,14 @@ import (
 	"github.com/nanomdm/nanomdm/http/metrics"
 	"github.com/nanomdm/nanomdm/http/requestlog"
 	"github.com/nanomdm/nanomdm/service"
+	"github.com/nanomdm/nanomdm/service/callout"
 	"github.com/nanomdm/nanomdm/service/certauth"
 	"github.com/nanomdm/nanomdm/service/core"
 	"github.com/nanomdm/nanomdm/service/dm"
 	"github.com/nanomdm/nanomdm/service/dump"
 	"github.com/nanomdm/nanomdm/storage"
 	"github.com/nanomdm/nanomdm/storage/sqlstore"
+	"github.com/nanomdm/nanomdm/textinput"
 )
 
 // building is the daemon while it is being put together: first what needs no
@@ -43,8 +44,9 @@ type building struct {
 	metrics *metrics.Metrics
 	systemd *notifier
 	sealer  storage.Sealer // nil: nothing is sealed
-	apnsCA  *x509.CertPool // nil: the system's
-	sinks   []storage.EventSink
+	// Pools of CAs; nil is the system's.
+	apnsCA, storageCA, webhookCA *x509.CertPool
+	sinks                        []storage.EventSink
 
 	front    *gate.Front // of devices, and of the API without -api-listen
 	apiFront *gate.Front // nil without -api-listen
@@ -67,7 +69,13 @@ func wire(o options, environ []string, log *slog.Logger, stdout io.Writer) (*ser
 	if b.sealer, err = loadSealer(o, log); err != nil {
 		return nil, err
 	}
-	if b.apnsCA, err = loadAPNsCA(o); err != nil {
+	if b.apnsCA, err = loadAPNsCA(o, log); err != nil {
+		return nil, err
+	}
+	if b.storageCA, err = loadRoots("storage-ca", o.storageCA, log); err != nil {
+		return nil, err
+	}
+	if b.webhookCA, err = loadRoots("webhook-ca", o.webhookCA, log); err != nil {
 		return nil, err
 	}
 	if b.sinks, err = loadSinks(o); err != nil {
@@ -80,7 +88,11 @@ func wire(o options, environ []string, log *slog.Logger, stdout io.Writer) (*ser
 	b.s = newServer(log, o.drainTimeout, stopTimeout)
 	b.s.drainDelay = o.drainDelay
 	b.front = b.gate.Front()
-	b.s.serve("http", listener, b.logged(b.front), side.tls)
+	maxHeader := maxHeaderBytes
+	if o.api != "" && o.apiListen == "" {
+		maxHeader = maxAPIHeaderBytes
+	}
+	b.s.serve("http", listener, b.logged(b.front), side.tls, maxHeader)
 	ready := []any{"version", version, "listen", listener.Addr().String(), "storage", o.storage, "api", o.api != ""}
 	if o.apiListen != "" {
 		apiListener, err := listen("api-listen", o.apiListen)
@@ -88,7 +100,7 @@ func wire(o options, environ []string, log *slog.Logger, stdout io.Writer) (*ser
 			return nil, errors.Join(err, listener.Close())
 		}
 		b.apiFront = b.gate.Front()
-		b.s.serve("api", apiListener, b.logged(b.apiFront), withoutClientAuth(side.tls))
+		b.s.serve("api", apiListener, b.logged(b.apiFront), withoutClientAuth(side.tls), maxAPIHeaderBytes)
 		ready = append(ready, "api_listen", apiListener.Addr().String())
 	}
 	b.s.started = func() {
@@ -129,6 +141,7 @@ func (b *building) addStore() {
 				ConnMaxLifetime: b.o.storageOptions.connMaxLifetime,
 				ConnMaxIdleTime: b.o.storageOptions.connMaxIdleTime,
 				MaxOpenConns:    b.o.storageOptions.maxOpenConns,
+				RootCAs:         b.storageCA,
 				Sealer:          b.sealer,
 				SealCommands:    b.o.sealCommands,
 				Committed:       b.metrics.Committed,
@@ -154,10 +167,10 @@ func (b *building) assemble(ctx context.Context, store *sqlstore.Store) error {
 	o, log, s, side := b.o, b.log, b.s, b.side
 	mux := http.NewServeMux() // the device side's
 	operators := mux
-	mux.Handle("GET /version", httpapi.Version(version))
+	mux.Handle("/version", httpapi.Version(version))
 	if b.apiFront != nil {
 		operators = http.NewServeMux()
-		operators.Handle("GET /version", httpapi.Version(version))
+		operators.Handle("/version", httpapi.Version(version))
 	}
 
 	pusher, err := b.push(store)
@@ -192,10 +205,12 @@ func (b *building) assemble(ctx context.Context, store *sqlstore.Store) error {
 			Retro: o.retro, Reenroll: o.reenroll, Renewal: o.renewal, Confirm: side.confirm,
 		}))
 		h := httpmdm.New(service.Chain(protocol, chain...), side.identity, httpmdm.Config{
-			MaxBody: o.maxBody, MaxInFlight: o.maxInFlight, Refused: b.metrics.Refused, Logger: log,
+			Pins: store, MaxBody: o.maxBody, MaxInFlight: o.maxInFlight, MaxRequests: o.maxRequests,
+			Refused:            b.metrics.Refused,
+			AuthProxyTransport: side.authProxy, Logger: log,
 		})
 		if o.migration {
-			operators.Handle("PUT /migration", api.Admin(h.Migration(protocol)))
+			operators.Handle("/migration", api.Migration(h.Migration(protocol)))
 		}
 		routes := map[string]http.Handler{"/mdm": h.MDM(httpmdm.Any)}
 		if o.checkin {
@@ -270,6 +285,7 @@ type deviceSide struct {
 	core       core.Config
 	confirm    certauth.Confirmer // nil without -authenticate-url
 	caNotAfter time.Time          // of the first of -ca to expire; zero without devices
+	authProxy  http.RoundTripper  // nil without -auth-proxy-url
 }
 
 func loadDeviceSide(o options, log *slog.Logger, checked func()) (*deviceSide, error) {
@@ -278,9 +294,9 @@ func loadDeviceSide(o options, log *slog.Logger, checked func()) (*deviceSide, e
 	fail := func(flag string, err error) { errs = append(errs, fmt.Errorf("-%s: %w", flag, err)) }
 
 	if o.tlsCert != "" {
-		cert, err := tls.LoadX509KeyPair(o.tlsCert, o.tlsKey)
+		cert, err := loadServerCertificate(o, log)
 		if err != nil {
-			fail("tls-cert", err)
+			errs = append(errs, err)
 		}
 		side.tls = &tls.Config{Certificates: []tls.Certificate{cert}, MinVersion: tls.VersionTLS12}
 		if o.tlsClientAuth {
@@ -293,14 +309,23 @@ func loadDeviceSide(o options, log *slog.Logger, checked func()) (*deviceSide, e
 		return side, errors.Join(errs...)
 	}
 
-	if verifier, notAfter, err := loadVerifier(o, checked); err != nil {
+	if o.reenroll == storage.ReenrollAllow {
+		log.Warn("any certificate of -ca may enroll a known device anew, and then gets its commands; -reenroll same-subject and deny are stricter")
+	}
+	if verifier, notAfter, err := loadVerifier(o, checked, log); err != nil {
 		errs = append(errs, err)
 	} else {
 		side.caNotAfter = notAfter
 		side.identity = chooseIdentity(o, verifier, log)
 	}
 	if o.dm != nil {
-		backend, err := dm.New(o.dm.String(), dm.Config{SendKey: []byte(o.dmSendHMACKey), RecvKey: []byte(o.dmRecvHMACKey)})
+		roots, err := loadRoots("dm-ca", o.dmCA, log)
+		if err != nil {
+			errs = append(errs, err)
+		}
+		backend, err := dm.New(o.dm.String(), dm.Config{
+			SendKey: []byte(o.dmSendHMACKey), RecvKey: []byte(o.dmRecvHMACKey), Client: callout.Client(callout.Transport(roots)),
+		})
 		if err != nil {
 			fail("dm", err)
 		} else {
@@ -308,12 +333,25 @@ func loadDeviceSide(o options, log *slog.Logger, checked func()) (*deviceSide, e
 		}
 	}
 	if o.authenticateURL != nil {
-		hook, err := certauth.NewHook(o.authenticateURL.String(), certauth.HookConfig{Key: []byte(o.authenticateKey)})
+		roots, err := loadRoots("authenticate-ca", o.authenticateCA, log)
+		if err != nil {
+			errs = append(errs, err)
+		}
+		hook, err := certauth.NewHook(o.authenticateURL.String(), certauth.HookConfig{
+			Key: []byte(o.authenticateKey), Client: callout.Client(callout.Transport(roots)),
+		})
 		if err != nil {
 			fail("authenticate-url", err)
 		} else {
 			side.confirm = hook
 		}
+	}
+	if o.authProxyURL != nil {
+		roots, err := loadRoots("auth-proxy-ca", o.authProxyCA, log)
+		if err != nil {
+			errs = append(errs, err)
+		}
+		side.authProxy = callout.Transport(roots)
 	}
 	if o.returnToService != "" {
 		var err error
@@ -324,22 +362,36 @@ func loadDeviceSide(o options, log *slog.Logger, checked func()) (*deviceSide, e
 	return side, errors.Join(errs...)
 }
 
-func loadVerifier(o options, checked func()) (*certverify.Verifier, time.Time, error) {
-	roots, err := os.ReadFile(o.ca)
+func loadVerifier(o options, checked func(), log *slog.Logger) (*certverify.Verifier, time.Time, error) {
+	roots, notAfter, err := loadCAs("ca", o.ca, log)
 	if err != nil {
-		return nil, time.Time{}, fmt.Errorf("-ca: %w", err)
+		return nil, time.Time{}, err
 	}
-	var intermediates []byte
+	var intermediates pemFile
 	if o.intermediate != "" {
-		if intermediates, err = os.ReadFile(o.intermediate); err != nil {
-			return nil, time.Time{}, fmt.Errorf("-intermediate: %w", err)
+		if intermediates, _, err = loadCAs("intermediate", o.intermediate, log); err != nil {
+			return nil, time.Time{}, err
 		}
 	}
-	verifier, err := certverify.New(roots, intermediates, certverify.Config{ClockSkew: o.clockSkew, Checked: checked})
+	verifier, err := certverify.New(roots.data, intermediates.data, certverify.Config{ClockSkew: o.clockSkew, Checked: checked})
 	if err != nil {
 		return nil, time.Time{}, fmt.Errorf("-ca, -intermediate: %w", err)
 	}
-	return verifier, earliest(roots), nil
+	return verifier, notAfter, nil
+}
+
+// loadCAs reads the CAs of an option's file, and returns when the first of them
+// expires.
+func loadCAs(option, path string, log *slog.Logger) (pemFile, time.Time, error) {
+	f, err := readPEMFile(option, path)
+	if err != nil {
+		return f, time.Time{}, err
+	}
+	certs, err := f.certificates()
+	if err != nil {
+		return f, time.Time{}, err
+	}
+	return f, earliest(certs), f.checkCAs(certs, time.Now(), log)
 }
 
 func chooseIdentity(o options, v httpmdm.Verifier, log *slog.Logger) *httpmdm.Identity {
@@ -358,7 +410,7 @@ func chooseIdentity(o options, v httpmdm.Verifier, log *slog.Logger) *httpmdm.Id
 
 // readDict reads a property list file that holds a dict.
 func readDict(path string) (map[string]any, error) {
-	data, err := os.ReadFile(path)
+	data, err := textinput.ReadFile(path)
 	if err != nil {
 		return nil, err
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net/http"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -64,6 +65,25 @@ func (a *API) audit(ctx context.Context, action, target, detail string, err erro
 	}
 }
 
+// deleteAnswerLost is the time in which a caller may repeat a deletion whose
+// answer was lost.
+const deleteAnswerLost = 24 * time.Hour
+
+// gone answers the deletion of what does not exist: 204 if the caller deleted
+// it a while ago and repeats the call, else missing.
+func (a *API) gone(ctx context.Context, action, target string, missing error) (int, any, error) {
+	records, err := a.store.AuditRecords(ctx, storage.AuditFilter{
+		Who: callerOf(ctx).name, Action: action, Target: target, From: a.cfg.Now().Add(-deleteAnswerLost),
+	}, storage.AuditKey{}, 100)
+	if err != nil {
+		return 0, nil, err
+	}
+	if slices.ContainsFunc(records, func(r storage.AuditRecord) bool { return r.Outcome == storage.AuditDone }) {
+		return http.StatusNoContent, nil, nil
+	}
+	return 0, nil, missing
+}
+
 // outcome is the text of an error in an audit record. It holds no more than
 // the caller's answer does.
 func outcome(err error) string {
@@ -109,7 +129,7 @@ func auditQuery(q *query) (f storage.AuditFilter, after storage.AuditKey, limit 
 }
 
 func (a *API) listAudit(ctx context.Context, r *http.Request) (int, any, error) {
-	f, after, limit, err := auditQuery(queryOf(r))
+	f, after, limit, err := auditQuery(a.queryOf(r))
 	if err != nil {
 		return 0, nil, err
 	}
@@ -123,7 +143,7 @@ func (a *API) listAudit(ctx context.Context, r *http.Request) (int, any, error) 
 	}{Audit: []auditInfo{}}
 	if len(records) > limit {
 		records = records[:limit]
-		page.Next = auditCursor(records[limit-1])
+		page.Next = a.cursors.audit(r, records[limit-1])
 	}
 	for _, rec := range records {
 		page.Audit = append(page.Audit, auditInfo(rec))
@@ -137,8 +157,8 @@ type auditPlace struct {
 	ID string `json:"i"`
 }
 
-func auditCursor(r storage.AuditRecord) string {
-	return cursor(auditPlace{r.At.UnixMicro(), r.ID})
+func (c *cursors) audit(request *http.Request, r storage.AuditRecord) string {
+	return c.seal(request, auditPlace{r.At.UnixMicro(), r.ID})
 }
 
 func (q *query) auditPlace() storage.AuditKey {
@@ -147,7 +167,7 @@ func (q *query) auditPlace() storage.AuditKey {
 		return storage.AuditKey{}
 	}
 	if textFault(p.ID) != "" {
-		q.fail("after: that is not a next of this list's")
+		q.failCursor()
 	}
 	return storage.AuditKey{At: time.UnixMicro(p.At).UTC(), ID: p.ID}
 }

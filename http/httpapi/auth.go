@@ -45,9 +45,10 @@ func parseRole(word string) role {
 
 // caller is the owner of the API key of a request.
 type caller struct {
-	// name is for the audit table.
-	name string
-	role role
+	// name is for the audit table. id is the key's own: a key that is made anew
+	// with the name of another has another id.
+	name, id string
+	role     role
 	// scope restricts the caller to some APNs topics.
 	scope storage.Scope
 }
@@ -72,32 +73,24 @@ func (a *API) require(need role, next http.Handler) http.Handler {
 		}
 		if c.role < need {
 			a.cfg.Refused(refusedForbidden)
-			writeJSON(w, http.StatusForbidden, errorBody{"this API key's role does not allow that"})
+			writeError(w, r, http.StatusForbidden, "this API key's role does not allow that")
 			return
 		}
 		next.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), callerKey{}, c)))
 	})
 }
 
-// requireUnbound is require for handlers that concern all APNs topics: it
-// refuses keys that are bound to some.
-func (a *API) requireUnbound(need role, next http.Handler) http.Handler {
-	return a.require(need, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+// requireUnbound, behind require, refuses keys that are bound to APNs topics.
+func (a *API) requireUnbound(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if len(callerOf(r.Context()).scope.Topics) > 0 {
 			a.cfg.Refused(refusedForbidden)
-			writeJSON(w, http.StatusForbidden, errorBody{"this API key is bound to APNs topics, and this endpoint concerns all of them"})
+			writeError(w, r, http.StatusForbidden, "this API key is bound to APNs topics, and this endpoint concerns all of them")
 			return
 		}
 		next.ServeHTTP(w, r)
-	}))
+	})
 }
-
-// Admin wraps a handler of another package so that only callers with the role
-// admin, for all topics, reach it.
-func (a *API) Admin(next http.Handler) http.Handler { return a.requireUnbound(roleAdmin, next) }
-
-// Reader is Admin for the role read.
-func (a *API) Reader(next http.Handler) http.Handler { return a.requireUnbound(roleRead, next) }
 
 var (
 	errNoKey    = errors.New("no API key")
@@ -111,10 +104,11 @@ func (errSlowDown) Error() string { return "too many wrong API keys from this ad
 
 // The arguments of Config.Refused.
 const (
-	refusedNoKey     = "no_key"
-	refusedWrongKey  = "wrong_key"
-	refusedSlowed    = "slowed"
-	refusedForbidden = "forbidden"
+	refusedNoKey       = "no_key"
+	refusedWrongKey    = "wrong_key"
+	refusedSlowed      = "slowed"
+	refusedForbidden   = "forbidden"
+	refusedCrossOrigin = "cross_origin"
 )
 
 // refuse answers a request that was not authenticated.
@@ -124,45 +118,42 @@ func (a *API) refuse(w http.ResponseWriter, r *http.Request, err error) {
 	case errors.As(err, &slow):
 		a.cfg.Refused(refusedSlowed)
 		w.Header().Set("Retry-After", strconv.Itoa(int(math.Ceil(slow.wait.Seconds()))))
-		writeJSON(w, http.StatusTooManyRequests, errorBody{slow.Error()})
+		writeError(w, r, http.StatusTooManyRequests, slow.Error())
 	case errors.Is(err, errNoKey), errors.Is(err, errWrongKey):
 		if errors.Is(err, errWrongKey) {
 			a.cfg.Refused(refusedWrongKey)
 		} else {
 			a.cfg.Refused(refusedNoKey)
 		}
-		w.Header().Set("WWW-Authenticate", `Basic realm="nanomdm"`)
-		writeJSON(w, http.StatusUnauthorized, errorBody{"API user or key is missing or wrong"})
+		if !fromBrowser(r) {
+			w.Header().Set("WWW-Authenticate", `Basic realm="nanomdm"`)
+		}
+		writeUnauthorized(w, r, "API user or key is missing or wrong")
 	default:
 		a.fail(w, r, err)
 	}
 }
 
-// authenticate finds out who calls. A key that did not come from the client's
-// address before is not even looked at while that address has too many
-// failures, so that guessing is slow; one that did come from there is never
-// held up by what others of its address do.
+// authenticate finds out who calls. It looks every key up: a right key is never
+// refused, however many wrong ones came from its address. Wrong keys of an
+// address that sent too many get 429.
 func (a *API) authenticate(r *http.Request) (caller, error) {
 	user, key, ok := credentials(r)
 	if !ok {
 		return caller{}, errNoKey
 	}
 	hash := storage.HashKey(key)
-	from := origin(requestlog.Client(r.Context()))
-	if wait := a.throttle.wait(from, hash); wait > 0 {
+	c, err := a.identify(r.Context(), user, key, hash)
+	if !errors.Is(err, errWrongKey) {
+		return c, err
+	}
+	if wait := a.throttle.failed(network(requestlog.Client(r.Context()))); wait > 0 {
 		return caller{}, errSlowDown{wait}
 	}
-	c, err := a.identify(r.Context(), user, key, hash)
-	switch {
-	case err == nil:
-		a.throttle.passed(from, hash)
-	case errors.Is(err, errWrongKey):
-		a.throttle.failed(from)
-		// Not the user: that is where a key ends up that was pasted wrong.
-		a.cfg.Logger.WarnContext(r.Context(), "wrong API user or key",
-			"request_id", requestlog.ID(r.Context()), "client", requestlog.Client(r.Context()))
-	}
-	return c, err
+	// The user stays out of the log: keys are pasted there by mistake.
+	a.cfg.Logger.WarnContext(r.Context(), "wrong API user or key",
+		"request_id", requestlog.ID(r.Context()), "client", requestlog.Client(r.Context()))
+	return caller{}, err
 }
 
 // anyUser stands for the missing user of Bearer authentication.
@@ -183,7 +174,7 @@ func credentials(r *http.Request) (user, key string, ok bool) {
 // nor its length show in the time that it takes.
 func (a *API) identify(ctx context.Context, user, key string, hash storage.KeyHash) (caller, error) {
 	if subtle.ConstantTimeCompare(hash[:], a.key[:]) == 1 && (user == anyUser || user == User) {
-		return caller{name: User, role: roleAdmin}, nil
+		return caller{name: User, id: User, role: roleAdmin}, nil
 	}
 	if user == User || !strings.HasPrefix(key, keyPrefix) || len(key) != keyLen {
 		return caller{}, errWrongKey
@@ -197,5 +188,5 @@ func (a *API) identify(ctx context.Context, user, key string, hash storage.KeyHa
 	case user != anyUser && user != k.Name:
 		return caller{}, errWrongKey
 	}
-	return caller{name: k.Name, role: parseRole(k.Role), scope: k.Scope}, nil
+	return caller{name: k.Name, id: keyID(k.Hash), role: parseRole(k.Role), scope: k.Scope}, nil
 }

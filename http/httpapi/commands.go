@@ -19,9 +19,6 @@ const (
 	// maxResultJSON bounds the results that are converted to JSON, in bytes;
 	// larger ones come raw only.
 	maxResultJSON = 4 << 20
-	// maxWaits bounds the calls that wait for a command to end; the rest get
-	// an answer at once.
-	maxWaits = 256
 	// The first and the longest pause between two polls of a command.
 	firstPoll = 100 * time.Millisecond
 	lastPoll  = 2 * time.Second
@@ -85,7 +82,7 @@ type queuePlace struct {
 }
 
 func (a *API) listQueue(ctx context.Context, r *http.Request) (int, any, error) {
-	q := queryOf(r)
+	q := a.queryOf(r)
 	state, limit := q.state(), q.limit()
 	var after queuePlace
 	q.cursor(&after)
@@ -103,7 +100,7 @@ func (a *API) listQueue(ctx context.Context, r *http.Request) (int, any, error) 
 	next := ""
 	if len(items) > limit {
 		items = items[:limit]
-		next = cursor(queuePlace{items[limit-1].Priority, items[limit-1].Seq})
+		next = a.cursors.seal(r, queuePlace{items[limit-1].Priority, items[limit-1].Seq})
 	}
 	return http.StatusOK, struct {
 		Queue []itemInfo `json:"queue"`
@@ -152,7 +149,7 @@ type commandPlace struct {
 }
 
 func (a *API) listCommands(ctx context.Context, r *http.Request) (int, any, error) {
-	q := queryOf(r)
+	q := a.queryOf(r)
 	f := storage.CommandFilter{
 		RequestType: q.text("request_type"), State: q.state(), CreatedAfter: q.time("created_after"), CreatedBefore: q.time("created_before"),
 	}
@@ -161,7 +158,7 @@ func (a *API) listCommands(ctx context.Context, r *http.Request) (int, any, erro
 	if p := (commandPlace{}); q.cursor(&p) {
 		after = storage.CommandKey{At: time.UnixMicro(p.At).UTC(), UUID: p.UUID}
 		if textFault(p.UUID) != "" {
-			q.fail("after: that is not a next of this list's")
+			q.failCursor()
 		}
 	}
 	if err := q.done(); err != nil {
@@ -179,7 +176,7 @@ func (a *API) listCommands(ctx context.Context, r *http.Request) (int, any, erro
 		page.Commands[i] = infoOfCommand(&list[i])
 	}
 	if next != (storage.CommandKey{}) {
-		page.Next = cursor(commandPlace{next.At.UnixMicro(), next.UUID})
+		page.Next = a.cursors.seal(r, commandPlace{next.At.UnixMicro(), next.UUID})
 	}
 	return http.StatusOK, page, nil
 }
@@ -198,11 +195,11 @@ type itemPlace struct {
 }
 
 func (a *API) showCommand(ctx context.Context, r *http.Request) (int, any, error) {
-	q := queryOf(r)
+	q := a.queryOf(r)
 	state, limit, wait := q.state(), q.limit(), q.wait()
 	var after itemPlace
 	if q.cursor(&after) && textFault(after.ID) != "" {
-		q.fail("after: that is not a next of this list's")
+		q.failCursor()
 	}
 	if err := q.done(); err != nil {
 		return 0, nil, err
@@ -213,6 +210,11 @@ func (a *API) showCommand(ctx context.Context, r *http.Request) (int, any, error
 		return 0, nil, noCommand(err)
 	}
 	if wait > 0 && waitsFor(c) {
+		end, err := a.waits.begin(callerOf(ctx))
+		if err != nil {
+			return 0, nil, err
+		}
+		defer end()
 		a.waitFor(ctx, scope, uuid, wait)
 		if c, err = a.store.Command(ctx, scope, uuid); err != nil {
 			return 0, nil, noCommand(err)
@@ -225,7 +227,7 @@ func (a *API) showCommand(ctx context.Context, r *http.Request) (int, any, error
 	answer := commandStatus{commandInfo: infoOfCommand(c), Done: !waitsFor(c)}
 	if len(items) > limit {
 		items = items[:limit]
-		answer.Next = cursor(itemPlace{items[limit-1].EnrollmentID})
+		answer.Next = a.cursors.seal(r, itemPlace{items[limit-1].EnrollmentID})
 	}
 	if answer.Enrollments, err = a.namedItems(ctx, items); err != nil {
 		return 0, nil, err
@@ -245,13 +247,8 @@ func noCommand(err error) error {
 }
 
 // waitFor returns when a command has ended for every enrollment, after
-// patience, when too many calls wait, when the caller is gone, or when the
-// server is about to stop. It polls, and holds nothing between two polls.
+// patience, when the caller is gone, or when the server is about to stop. It polls, and holds nothing between two polls.
 func (a *API) waitFor(ctx context.Context, scope storage.Scope, uuid string, patience time.Duration) {
-	defer a.waits.Add(-1)
-	if a.waits.Add(1) > maxWaits {
-		return
-	}
 	timeout := time.NewTimer(patience)
 	defer timeout.Stop()
 	poll := time.NewTimer(firstPoll)
@@ -290,7 +287,7 @@ type resultInfo struct {
 }
 
 func (a *API) showResult(ctx context.Context, r *http.Request) (int, any, error) {
-	q := queryOf(r)
+	q := a.queryOf(r)
 	raw := q.text("raw")
 	if err := q.done(); err != nil {
 		return 0, nil, err
@@ -311,7 +308,7 @@ func (a *API) showResult(ctx context.Context, r *http.Request) (int, any, error)
 		return 0, nil, err
 	}
 	if raw != "" || wantsXML(r) {
-		return http.StatusOK, rawBody{"application/xml; charset=utf-8", result.Raw}, nil
+		return http.StatusOK, attachment(result.Raw), nil
 	}
 	info := resultInfo{
 		EnrollmentID: id, CommandUUID: uuid, RequestType: item.RequestType, State: item.State.String(),
@@ -398,6 +395,8 @@ func (a *API) cancelItem(ctx context.Context, r *http.Request) (int, any, error)
 	switch {
 	case err != nil:
 		return 0, nil, a.auditRefusal(ctx, actCancel, uuid, noItem(err))
+	case was == storage.Cancelled:
+		return http.StatusNoContent, nil, nil // a repeated call
 	case was.Terminal():
 		return 0, nil, a.auditRefusal(ctx, actCancel, uuid, &problem{http.StatusConflict, "the command has ended for " + id + ": " + was.String()})
 	}

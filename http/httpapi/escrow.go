@@ -43,7 +43,7 @@ func (a *API) escrowKeyUnlock(w http.ResponseWriter, r *http.Request) {
 	defer resp.Body.Close()
 	header := w.Header()
 	for name, values := range resp.Header {
-		if !hopByHop[name] {
+		if _, set := header[name]; !set && !hopByHop[name] { // what closed set stays
 			header[name] = values
 		}
 	}
@@ -102,7 +102,7 @@ func (a *API) askEscrow(r *http.Request) (*http.Response, error) {
 }
 
 func noPushCert(topic string) error {
-	return &problem{http.StatusNotFound, "there is no push certificate for the topic " + topic}
+	return &problem{http.StatusInternalServerError, "there is no push certificate for the topic " + topic}
 }
 
 // pick copies parameters of a form.
@@ -137,7 +137,7 @@ func (a *API) postEscrow(r *http.Request, pair tls.Certificate, query, form url.
 	client.Timeout = escrowTimeout
 	resp, err := client.Do(req)
 	if err != nil {
-		return nil, &problem{http.StatusBadGateway, fmt.Sprintf("Apple's service did not answer: %v", callout.WithoutURL(err))}
+		return nil, &problem{http.StatusInternalServerError, fmt.Sprintf("Apple's service did not answer: %v", callout.WithoutURL(err))}
 	}
 	return resp, nil
 }

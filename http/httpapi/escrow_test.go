@@ -93,11 +93,11 @@ func TestEscrowKeyUnlock(t *testing.T) {
 	for _, name := range []string{"topic", "serial", "productType", "escrowKey", "orgName", "guid"} {
 		fails(main, 400, name+": it is missing", func(v url.Values) { v.Del(name) })
 	}
-	fails(main, 404, "no push certificate", func(v url.Values) { v.Set("topic", "x") })
-	fails(call{key: o.makeKey("bound", "admin", "x")}, 404, "no push certificate", func(url.Values) {})
+	fails(main, 500, "no push certificate", func(v url.Values) { v.Set("topic", "x") })
+	fails(call{key: o.makeKey("bound", "admin", "x")}, 500, "no push certificate", func(url.Values) {})
 	fails(call{key: o.makeKey("enqueue", "enqueue")}, 403, "role", func(url.Values) {})
 	apple.Close()
-	fails(main, 502, "Apple's service did not answer", func(url.Values) {})
+	fails(main, 500, "Apple's service did not answer", func(url.Values) {})
 
 	records, err := o.store.AuditRecords(t.Context(), storage.AuditFilter{Action: "escrowkey.unlock"}, storage.AuditKey{}, 10)
 	require.NoError(t, err)

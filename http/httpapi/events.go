@@ -19,9 +19,9 @@ import (
 
 const (
 	// longestWait bounds the wait of one call. The log is polled each
-	// lookEvery meanwhile.
+	// pollEvery meanwhile.
 	longestWait = time.Minute
-	lookEvery   = 500 * time.Millisecond
+	pollEvery   = 500 * time.Millisecond
 	// eventRows is how many events are read at once, and pageBytes the bytes
 	// of payload after which a page ends.
 	eventRows = 100
@@ -53,11 +53,11 @@ type eventPage struct {
 // listEvents reads the log from a cursor on. With wait it waits for the first
 // event.
 func (a *API) listEvents(ctx context.Context, r *http.Request) (int, any, error) {
-	q := queryOf(r)
+	q := a.queryOf(r)
 	limit, after, wait := q.limit(), int64(0), q.wait()
 	fromNow := q.text("after") == lastEvent
 	if !fromNow {
-		after = q.eventCursor("after")
+		after = q.eventCursor()
 	}
 	topics := q.texts("topic")
 	for _, topic := range topics {
@@ -74,50 +74,32 @@ func (a *API) listEvents(ctx context.Context, r *http.Request) (int, any, error)
 			return 0, nil, err
 		}
 	}
-	who := callerOf(ctx)
 	query := storage.EventQuery{After: after, Topics: topics}
-	deadline := time.Now().Add(wait)
-	for {
-		page, next, err := a.readEvents(ctx, who, query, limit)
+	patience, cancel := context.WithTimeout(ctx, wait)
+	defer cancel()
+	if wait > 0 {
+		end, err := a.waits.begin(callerOf(ctx))
 		if err != nil {
 			return 0, nil, err
 		}
-		left := time.Until(deadline)
-		if len(page) > 0 || left <= 0 || !a.eventsAfter(ctx, next, left) {
-			return http.StatusOK, eventPage{Events: page, Next: strconv.FormatInt(next, 10)}, nil
+		defer end()
+	}
+	for {
+		page, next, err := a.readEvents(r, query, limit)
+		if err != nil {
+			return 0, nil, err
+		}
+		if len(page) > 0 || wait == 0 || !a.log.wait(patience, next, a.cfg.Draining) {
+			return http.StatusOK, eventPage{Events: page, Next: a.cursors.event(r, next)}, nil
 		}
 		query.After = next
 	}
 }
 
-// eventsAfter waits until there are events after a number. It says no when it
-// has waited long enough, when the caller is gone, and when the server is
-// about to stop.
-func (a *API) eventsAfter(ctx context.Context, number int64, patience time.Duration) bool {
-	timeout := time.NewTimer(patience)
-	defer timeout.Stop()
-	ticker := time.NewTicker(lookEvery)
-	defer ticker.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return false
-		case <-a.cfg.Draining:
-			return false
-		case <-timeout.C:
-			return false
-		case <-ticker.C:
-		}
-		last, err := a.store.LastEvent(ctx)
-		if err != nil || last > number {
-			return true // the next read reports the fault
-		}
-	}
-}
-
 // readEvents makes a page of the log. Only admins get payloads that bear
 // tokens.
-func (a *API) readEvents(ctx context.Context, who caller, query storage.EventQuery, limit int) ([]loggedEvent, int64, error) {
+func (a *API) readEvents(r *http.Request, query storage.EventQuery, limit int) ([]loggedEvent, int64, error) {
+	ctx, who := r.Context(), callerOf(r.Context())
 	page, size := []loggedEvent{}, int64(0)
 	for range maxReads {
 		query.Limit = min(eventRows, limit-len(page))
@@ -138,7 +120,7 @@ func (a *API) readEvents(ctx context.Context, who caller, query storage.EventQue
 					return nil, 0, err
 				}
 			}
-			page = append(page, loggedEvent{webhook.NewEvent(e), strconv.FormatInt(e.Seq, 10)})
+			page = append(page, loggedEvent{webhook.NewEvent(e), a.cursors.event(r, e.Seq)})
 			query.After = e.Seq
 		}
 		ended := next == query.After && len(events) < query.Limit
@@ -150,17 +132,21 @@ func (a *API) readEvents(ctx context.Context, who caller, query storage.EventQue
 	return page, query.After, nil
 }
 
-// eventCursor reads a number of the log.
-func (q *query) eventCursor(name string) int64 {
-	text := q.text(name)
+// eventCursor reads a number of the log, which bound keys have sealed.
+func (q *query) eventCursor() (number int64) {
+	if len(callerOf(q.request.Context()).scope.Topics) > 0 {
+		q.cursor(&number)
+		return number
+	}
+	text := q.text(q.cursorName)
 	if text == "" {
 		return 0
 	}
-	n, err := strconv.ParseInt(text, 10, 64)
-	if err != nil || n < 0 {
-		q.fail("%s: %q is not a cursor of an event", name, text)
+	number, err := strconv.ParseInt(text, 10, 64)
+	if err != nil || number < 0 {
+		q.fail("%s: %q is not a cursor of an event", q.cursorName, text)
 	}
-	return n
+	return number
 }
 
 // wait reads the longest time that the caller waits.
@@ -383,12 +369,12 @@ func (a *API) deleteSink(ctx context.Context, r *http.Request) (int, any, error)
 	case err != nil:
 		return 0, nil, err
 	case k == nil:
-		return 0, nil, errNoSink
+		return a.gone(ctx, actDeleteSink, name, errNoSink)
 	case k.Configured && a.cfg.Now().Sub(k.SeenAt) < sinkSeen:
 		return 0, nil, &problem{http.StatusConflict, "that sink is in the configuration of a running replica, or was a moment ago; remove it there first"}
 	}
 	if err := a.store.DeleteEventSink(ctx, name); errors.Is(err, storage.ErrNotFound) {
-		return 0, nil, errNoSink
+		return a.gone(ctx, actDeleteSink, name, errNoSink)
 	} else if err != nil {
 		return 0, nil, err
 	}

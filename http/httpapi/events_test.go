@@ -98,7 +98,19 @@ func TestReadEvents(t *testing.T) {
 	o.get(bound, "/v1/events", &page)
 	require.Equal(t, "token0 token1 token2", page.ids())
 	require.Empty(t, page.Events[0].Checkin.Raw, "tokens are for admins")
-	require.Equal(t, "6", page.Next)
+	// A bound key's cursors do not tell how many events there are of all topics.
+	require.NotRegexp(t, `^\d+$`, page.Next)
+	require.NotRegexp(t, `^\d+$`, page.Events[0].Cursor)
+	rest := eventsPage{}
+	o.get(bound, "/v1/events?after="+page.Events[1].Cursor, &rest)
+	require.Equal(t, "token2", rest.ids())
+	require.Equal(t, page.Next, rest.Next, "a place has one cursor")
+	last := eventsPage{}
+	o.get(bound, "/v1/events?after="+page.Next, &last)
+	require.Empty(t, last.Events)
+	require.Equal(t, page.Next, last.Next)
+	status, _, _ := o.do(bound, "GET", "/v1/events?after=2", "")
+	require.Equal(t, 400, status, "a number is none of its cursors")
 
 	for query, text := range map[string]string{
 		"after=x": "after", "after=-1": "after", "limit=0": "limit", "topic=mdm.Nothing": "topic", "wait=2h": "wait", "wait=x": "wait", "sheep=1": "sheep",
@@ -269,8 +281,6 @@ func TestSinks(t *testing.T) {
 	for _, name := range []string{"configured", "hook"} {
 		status, answer, _ = o.do(o.admin(), "DELETE", "/v1/sinks/"+name, "")
 		require.Equal(t, 200, status, answer)
-		status, answer, _ = o.do(o.admin(), "DELETE", "/v1/sinks/"+name, "")
-		require.Equal(t, 404, status, answer)
 	}
 	status, _, _ = o.do(o.admin(), "GET", "/v1/sinks/hook", "")
 	require.Equal(t, 404, status)

@@ -1,16 +1,17 @@
 package httpapi
 
 import (
+	"strings"
 	"time"
 
 	"github.com/nanomdm/nanomdm/storage"
 )
 
-// AccusedForTest is how many addresses are remembered for wrong keys.
-func (a *API) AccusedForTest() int {
+// ThrottledForTest is the number of addresses remembered for wrong keys.
+func (a *API) ThrottledForTest() int {
 	a.throttle.mu.Lock()
 	defer a.throttle.mu.Unlock()
-	return len(a.throttle.accused)
+	return len(a.throttle.buckets)
 }
 
 // RouteForTest is what of a route is documented.
@@ -22,7 +23,13 @@ type RouteForTest struct {
 // RoutesForTest is the table of routes.
 func (a *API) RoutesForTest() (routes []RouteForTest) {
 	for _, r := range a.routes() {
-		routes = append(routes, RouteForTest{r.method, r.path, r.role.String(), r.unbound})
+		methods := []string{r.method}
+		if r.method == "" { // the methods that are documented
+			methods = []string{"GET", "PUT", "POST"}
+		}
+		for _, method := range methods {
+			routes = append(routes, RouteForTest{method, strings.ReplaceAll(r.path, "...}", "}"), r.role.String(), r.unbound})
+		}
 	}
 	return routes
 }

@@ -28,9 +28,12 @@ func sound(t *testing.T, texts ...string) {
 // FuzzQuery: whatever the parameters of a list are, they are an error of the
 // caller's or something that a store can be asked.
 func FuzzQuery(f *testing.F) {
+	c, err := newCursors("key")
+	require.NoError(f, err)
+	list := &http.Request{URL: new(url.URL)}
 	for _, seed := range []string{
-		"", "limit=10&after=" + cursor(place{By: "id", Key: "D1"}), "type=Device&enabled=true&waiting=false&topic=a&topic=b",
-		"after=" + auditCursor(storage.AuditRecord{ID: "a", At: time.Unix(1, 0)}) + "&from=2026-03-01T12:00:00Z&to=2026-03-01T12:00:00%2B02:00",
+		"", "limit=10&after=" + c.seal(list, place{By: "id", Key: "D1"}), "type=Device&enabled=true&waiting=false&topic=a&topic=b",
+		"after=" + c.audit(list, storage.AuditRecord{ID: "a", At: time.Unix(1, 0)}) + "&from=2026-03-01T12:00:00Z&to=2026-03-01T12:00:00%2B02:00",
 		"limit=-1", "limit=1e9", "a;b", "%zz", "who=%00", "action=%ff", "target=&target=", "last_seen_before=0001-01-01T00:00:00Z",
 		"push_status=owed&certificate_expires_before=9999-12-31T23:59:59Z", "after=AA", "after=" + base64.RawURLEncoding.EncodeToString([]byte(`{"b":"id","k":"\u0000"}`)),
 	} {
@@ -38,7 +41,7 @@ func FuzzQuery(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, raw string) {
 		r := &http.Request{URL: &url.URL{RawQuery: raw}}
-		q := queryOf(r)
+		q := newQuery(r, c)
 		filter, err := q.selector().filter()
 		limit, at := q.limit(), q.enrollmentPlace()
 		if err = errors.Join(err, q.done()); err == nil {
@@ -51,7 +54,7 @@ func FuzzQuery(f *testing.F) {
 			expectProblems(t, err)
 		}
 
-		q = queryOf(r)
+		q = newQuery(r, c)
 		records, after, limit, err := auditQuery(q)
 		if err != nil {
 			expectProblems(t, err)

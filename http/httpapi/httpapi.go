@@ -15,7 +15,6 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
-	"sync/atomic"
 	"time"
 
 	"github.com/nanomdm/nanomdm/http/requestlog"
@@ -27,7 +26,7 @@ type Config struct {
 	// MaxBody bounds a request's body, in bytes; default 16 MiB.
 	MaxBody int64
 	// Refused is called for each request whose key is refused, with one of
-	// no_key, wrong_key, slowed and forbidden; may be nil.
+	// no_key, wrong_key, slowed, forbidden and cross_origin; may be nil.
 	Refused func(reason string)
 	// EscrowURL is the service that removes Activation Lock from devices, and
 	// EscrowCAs are its roots; default Apple's URL and the system's roots.
@@ -54,7 +53,10 @@ type API struct {
 	store    Store
 	pusher   Pusher
 	cfg      Config
-	waits    atomic.Int64 // calls that wait for a command to end
+	origins  *http.CrossOriginProtection
+	cursors  *cursors
+	waits    waits
+	log      *logWatch
 }
 
 // Store is the part of the storage that the API uses.
@@ -95,19 +97,24 @@ func New(key string, store Store, pusher Pusher, cfg Config) (*API, error) {
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
+	c, err := newCursors(key)
+	if err != nil {
+		return nil, err
+	}
 	return &API{
+		cursors: c, log: newLogWatch(store.LastEvent),
 		key: storage.HashKey(key), keys: newKeyring(store, cfg.Now), throttle: newThrottle(cfg.Now),
-		store: store, pusher: pusher, cfg: cfg,
+		store: store, pusher: pusher, cfg: cfg, origins: http.NewCrossOriginProtection(),
 	}, nil
 }
 
-// Version answers GET /version, without authentication.
+// Version answers /version as NanoMDM does: any method, without authentication.
 func Version(version string) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-		writeJSON(w, http.StatusOK, struct {
-			Version string `json:"version"`
-		}{version})
-	})
+	body, _ := json.Marshal(map[string]string{"version": version}) // a text never fails
+	return closed(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", contentTypeJSON)
+		_, _ = w.Write(body) // as writeJSON
+	}))
 }
 
 // problem is an error with a status, whose text the caller may read.
@@ -122,10 +129,6 @@ func badRequest(format string, args ...any) error {
 	return &problem{http.StatusBadRequest, fmt.Sprintf(format, args...)}
 }
 
-type errorBody struct {
-	Error string `json:"error"`
-}
-
 // call handles a request and returns a status and the value to encode.
 type call func(ctx context.Context, r *http.Request) (status int, body any, err error)
 
@@ -138,21 +141,24 @@ func (a *API) endpoint(call call) http.Handler {
 			a.fail(w, r, err)
 			return
 		}
-		if raw, ok := body.(rawBody); ok {
-			w.Header().Set("Content-Type", raw.contentType)
+		if raw, ok := body.(attachment); ok {
+			w.Header().Set("Content-Type", "application/octet-stream")
+			w.Header().Set("Content-Disposition", `attachment; filename="result.plist"`)
 			w.WriteHeader(status)
-			_, _ = w.Write(raw.data) // as writeJSON
+			_, _ = w.Write(raw) // as writeJSON
+			return
+		}
+		if status == http.StatusNoContent {
+			w.WriteHeader(status)
 			return
 		}
 		writeJSON(w, status, body)
 	})
 }
 
-// rawBody is an answer that is not JSON.
-type rawBody struct {
-	contentType string
-	data        []byte
-}
+// attachment is an answer with bytes that a device chose. No type that a
+// browser renders goes with it.
+type attachment []byte
 
 // fail is the one place that maps errors to statuses. An error without a
 // mapping goes to the log, and the caller gets the request's id.
@@ -163,32 +169,38 @@ func (a *API) fail(w http.ResponseWriter, r *http.Request, err error) {
 	)
 	switch {
 	case errors.As(err, &p):
-		writeJSON(w, p.status, errorBody{p.text})
+		if p.status == http.StatusServiceUnavailable {
+			w.Header().Set("Retry-After", "5")
+		}
+		writeFailure(w, r, p.status, p.text)
 	case errors.As(err, &tooLarge):
-		writeJSON(w, http.StatusRequestEntityTooLarge, errorBody{fmt.Sprintf("body is larger than %d bytes", tooLarge.Limit)})
+		writeFailure(w, r, http.StatusRequestEntityTooLarge, fmt.Sprintf("the body is larger than %d bytes, the limit that -max-body sets", tooLarge.Limit))
 	case errors.Is(err, storage.ErrPlace):
-		writeJSON(w, http.StatusBadRequest, errorBody{"after: that is not a next of this list's"})
+		writeFailure(w, r, http.StatusBadRequest, "after: that is not a next of this list's")
 	case errors.Is(err, storage.ErrConflict):
-		writeJSON(w, http.StatusConflict, errorBody{err.Error()})
+		writeFailure(w, r, http.StatusConflict, err.Error())
 	case errors.Is(err, storage.ErrNotFound):
-		writeJSON(w, http.StatusNotFound, errorBody{err.Error()})
+		writeFailure(w, r, http.StatusNotFound, err.Error())
 	case errors.Is(err, storage.ErrUnavailable):
 		w.Header().Set("Retry-After", "5")
-		writeJSON(w, http.StatusServiceUnavailable, errorBody{"the database does not answer; try again"})
+		writeFailure(w, r, http.StatusServiceUnavailable, "the database does not answer; try again")
 	case errors.Is(err, storage.ErrBusy), errors.Is(err, storage.ErrClosed),
 		errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
 		w.Header().Set("Retry-After", "5")
-		writeJSON(w, http.StatusServiceUnavailable, errorBody{"the server is busy; try again"})
+		writeFailure(w, r, http.StatusServiceUnavailable, "the server is busy; try again")
 	default:
 		id := requestlog.ID(r.Context())
 		a.cfg.Logger.ErrorContext(r.Context(), "API request failed", "request_id", id, "path", r.URL.Path, "error", err)
-		writeJSON(w, http.StatusInternalServerError, errorBody{"internal error; see the log for request " + id})
+		writeFailure(w, r, http.StatusInternalServerError, "internal error; see the log for request "+id)
 	}
 }
 
+// contentTypeJSON is NanoMDM's; JSON is UTF-8 without saying so.
+const contentTypeJSON = "application/json"
+
 // writeJSON writes v the way NanoMDM does, indented by tabs.
 func writeJSON(w http.ResponseWriter, status int, v any) {
-	w.Header().Set("Content-Type", "application/json; charset=utf-8")
+	w.Header().Set("Content-Type", contentTypeJSON)
 	w.WriteHeader(status)
 	enc := json.NewEncoder(w)
 	enc.SetIndent("", "\t")

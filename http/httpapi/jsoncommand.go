@@ -16,7 +16,7 @@ import (
 // enqueueJSON queues a command that comes as JSON. Keys that are not the call's
 // own are the command's.
 func (a *API) enqueueJSON(ctx context.Context, r *http.Request) (int, any, error) {
-	q := queryOf(r)
+	q := a.queryOf(r)
 	o := &enqueueRequest{async: q.async(), strict: q.strict(), extended: true}
 	if err := q.done(); err != nil {
 		return 0, nil, err

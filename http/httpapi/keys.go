@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/base64"
+	"encoding/hex"
 	"errors"
 	"net/http"
 	"regexp"
@@ -81,6 +82,9 @@ func (k *keyring) forget() {
 	clear(k.copies)
 	k.revoked++
 }
+
+// keyID identifies a key among all that ever had its name.
+func keyID(hash storage.KeyHash) string { return keyPrefix + hex.EncodeToString(hash[:16]) }
 
 // keyInfo is a key as JSON.
 type keyInfo struct {
@@ -193,7 +197,7 @@ func (a *API) deleteKey(ctx context.Context, r *http.Request) (int, any, error) 
 	}
 	err := a.store.DeleteAPIKey(ctx, name)
 	if errors.Is(err, storage.ErrNotFound) {
-		return 0, nil, &problem{http.StatusNotFound, "no key of that name"}
+		return a.gone(ctx, actDeleteKey, name, &problem{http.StatusNotFound, "no key of that name"})
 	}
 	if err != nil {
 		return 0, nil, err

@@ -296,6 +296,9 @@ func documented(t *testing.T, method, path, body string, status int, header http
 	path, _, _ = strings.Cut(path, "?")
 	op := d.find(method, path)
 	if op == nil {
+		if get := d.find("GET", path); get != nil && get.NanoMDM {
+			return // it takes methods that are not documented
+		}
 		if strings.HasPrefix(path, "/v1/") {
 			require.GreaterOrEqual(t, status, 400, "%s %s is not documented", method, path)
 		}

@@ -34,24 +34,28 @@ func (a *API) push(ctx context.Context, res *result, ids []string, owed, async b
 		}
 		a.cfg.Logger.WarnContext(ctx, "pushes are left to the sweep", "request_id", requestlog.ID(ctx), "pushes", len(ids), "error", err)
 	}
+	var dead []string
 	for _, id := range ids {
 		r, s := results[id], res.Status[id]
 		text := pushErrorText(r.Err)
-		ours := r.Err != nil && text == "" || errors.Is(r.Err, push.ErrClosed)
+		if errors.Is(r.Err, storage.ErrTokenDead) {
+			dead = append(dead, id)
+		}
+		internal := r.Err != nil && text == "" || errors.Is(r.Err, push.ErrClosed)
 		switch {
-		case err != nil, r.Owed, owed && ours:
+		case err != nil, r.Owed, owed && internal:
 			s.PushOwed = true
 		case r.Err == nil:
 			s.PushResult = r.APNsID
 		case text == "":
 			return r.Err
 		default:
-			s.PushError = text
+			s.PushError, s.PushResult = text, refusedID(r.Err)
 		}
 		res.Status[id] = s
 	}
 	a.sayDisabled(ctx, res)
-	return nil
+	return a.addRefusedIDs(ctx, res, dead)
 }
 
 // pushErrorText is the text of an error for the caller; empty for errors that
@@ -67,6 +71,31 @@ func pushErrorText(err error) string {
 		}
 	}
 	return ""
+}
+
+// refusedID is the id of a push that APNs refused; empty for other errors.
+func refusedID(err error) string {
+	if refused := (*push.Refused)(nil); errors.As(err, &refused) && refused.Outcome.Status != 0 {
+		return refused.Outcome.APNsID
+	}
+	return ""
+}
+
+// addRefusedIDs adds the ids of the pushes by which APNs declared tokens dead:
+// the store knows them, and there was no other push.
+func (a *API) addRefusedIDs(ctx context.Context, res *result, dead []string) error {
+	for ids := range slices.Chunk(dead, maxPageItems) {
+		list, err := a.store.Enrollments(ctx, callerOf(ctx).scope, ids)
+		if err != nil {
+			return err
+		}
+		for i := range list {
+			s := res.Status[list[i].ID]
+			s.PushResult = list[i].Push.LastAPNsID
+			res.Status[list[i].ID] = s
+		}
+	}
+	return nil
 }
 
 // wake carries out a call that only pushes.
@@ -102,7 +131,7 @@ func (a *API) pushIDs(ctx context.Context, r *http.Request) (int, any, error) {
 	if err != nil {
 		return 0, nil, err
 	}
-	q := queryOf(r)
+	q := a.queryOf(r)
 	async := q.async()
 	if q.err != nil {
 		return 0, nil, q.err
@@ -118,7 +147,7 @@ const pushAsync = "async"
 func (q *query) async() bool { return q.word("push", pushAsync) != "" }
 
 func (a *API) pushMany(ctx context.Context, r *http.Request) (int, any, error) {
-	q := queryOf(r)
+	q := a.queryOf(r)
 	async := q.async()
 	if err := q.done(); err != nil {
 		return 0, nil, err

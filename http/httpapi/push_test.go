@@ -62,13 +62,13 @@ func TestPush(t *testing.T) {
 		{"POST", "/v1/push/A,A", "", 200},
 		{"GET", "/v1/push/A,nobody", "", 207},
 		{"GET", "/v1/push/nobody?unknown=1", "", 500},
-		{"GET", "/v1/push/,", "", 400},
+		{"GET", "/v1/push/,", "", 500},
 		{"POST", "/v1/push", `{"ids":["A","B"]}`, 200},
 		{"POST", "/v1/push", `{"ids":["A","nobody"]}`, 207},
 		{"POST", "/v1/push", `{"ids":[]}`, 400},
 		{"POST", "/v1/push", `{"udids":["A"]}`, 400},
 		{"POST", "/v1/push", `{"ids":["A"]} {}`, 400},
-		{"POST", "/v1/push", `ids`, 400},
+		{"POST", "/v1/push", `ids`, 415},
 		{"POST", "/v1/push?push=later", `{"ids":["A"]}`, 400},
 	} {
 		o.advance(time.Millisecond) // so that records have an order
@@ -219,7 +219,7 @@ func TestPushCert(t *testing.T) {
 	status, _, _ = o.do(o.admin(), "GET", "/v1/pushcert", "")
 	require.Equal(t, 400, status)
 	status, _, _ = o.do(o.admin(), "GET", "/v1/pushcert?topic=x", "")
-	require.Equal(t, 404, status)
+	require.Equal(t, 500, status)
 
 	// A key that is bound to a topic handles that one.
 	o.advance(time.Millisecond)
@@ -227,7 +227,7 @@ func TestPushCert(t *testing.T) {
 	status, _, _ = o.do(bound, "PUT", "/v1/pushcert", string(good.cert)+string(good.key))
 	require.Equal(t, 403, status)
 	status, _, _ = o.do(bound, "GET", "/v1/pushcert?topic="+topic, "")
-	require.Equal(t, 404, status)
+	require.Equal(t, 500, status)
 	status, text, _ = o.do(bound, "GET", "/v1/pushcerts", "")
 	require.Equal(t, 200, status)
 	require.JSONEq(t, `{"pushcerts":[],"stranded":[]}`, text)

@@ -2,8 +2,6 @@ package httpapi
 
 import (
 	"context"
-	"encoding/base64"
-	"encoding/json"
 	"maps"
 	"net/http"
 	"net/url"
@@ -23,14 +21,20 @@ const (
 // query reads the parameters of a request. Each method reads one of them and
 // keeps the first error; done returns that, or refuses unknown parameters.
 type query struct {
-	values url.Values
-	known  map[string]bool
-	err    error
+	values  url.Values
+	known   map[string]bool
+	err     error
+	request *http.Request
+	cursors *cursors
+	// cursorName is the parameter with the cursor.
+	cursorName string
 }
 
-func queryOf(r *http.Request) *query {
+func (a *API) queryOf(r *http.Request) *query { return newQuery(r, a.cursors) }
+
+func newQuery(r *http.Request, c *cursors) *query {
 	values, err := url.ParseQuery(r.URL.RawQuery)
-	q := &query{values: values, known: make(map[string]bool)}
+	q := &query{values: values, known: make(map[string]bool), request: r, cursors: c, cursorName: "after"}
 	if err != nil {
 		q.fail("the query cannot be read: %v", err)
 	}
@@ -116,28 +120,20 @@ func (q *query) number(name string, usual, least, most int) int {
 // limit reads the number of items of a page.
 func (q *query) limit() int { return q.number("limit", pageItems, 1, maxPageItems) }
 
-// cursor encodes the place where the next page of a list begins.
-func cursor(place any) string {
-	plain, _ := json.Marshal(place) // it has texts and numbers only
-	return base64.RawURLEncoding.EncodeToString(plain)
-}
-
-// cursor reads the parameter after into place and reports whether it was
+// cursor reads a cursor of this list into place and reports whether it was
 // given.
 func (q *query) cursor(place any) bool {
-	text := q.text("after")
+	text := q.text(q.cursorName)
 	if text == "" {
 		return false
 	}
-	plain, err := base64.RawURLEncoding.DecodeString(text)
-	if err == nil {
-		err = json.Unmarshal(plain, place)
-	}
-	if err != nil {
-		q.fail("after: that is not a next of this list's")
+	if !q.cursors.open(q.request, text, place) {
+		q.failCursor()
 	}
 	return true
 }
+
+func (q *query) failCursor() { q.fail("%s: that is not a next of this list's", q.cursorName) }
 
 // time reads a time; zero if the parameter is missing.
 func (q *query) time(name string) time.Time {
@@ -171,7 +167,7 @@ func (q *query) done() error {
 // noQuery refuses query parameters.
 func noQuery(next call) call {
 	return func(ctx context.Context, r *http.Request) (int, any, error) {
-		if err := queryOf(r).done(); err != nil {
+		if err := newQuery(r, nil).done(); err != nil {
 			return 0, nil, err
 		}
 		return next(ctx, r)

@@ -17,7 +17,7 @@ const (
 // reseal rewrites a batch of values that are sealed with an older key, or not
 // at all. The caller repeats it with after=NEXT until next is missing.
 func (a *API) reseal(ctx context.Context, r *http.Request) (int, any, error) {
-	q := queryOf(r)
+	q := a.queryOf(r)
 	limit := q.number("limit", resealRows, 1, maxResealRows)
 	after := q.text("after")
 	if err := q.done(); err != nil {

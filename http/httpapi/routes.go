@@ -8,14 +8,24 @@ import (
 
 // route is one endpoint. A test compares the routes with docs/openapi.yaml.
 type route struct {
+	// method is empty for an endpoint that takes any method, as NanoMDM's do.
 	method, path string
 	// role is the least role that reaches the handler.
 	role role
 	// unbound routes concern all APNs topics and refuse keys that are bound to
 	// some. The handlers of other routes keep to callerOf's scope.
 	unbound bool
+	// form is the form of errors.
+	form    errorForm
 	handler http.Handler
 }
+
+// changes reports whether requests have an effect. Of NanoMDM's endpoints GET
+// has one, too.
+func (r route) changes() bool { return r.method != http.MethodGet || r.role > roleRead }
+
+// pattern is the route's pattern for http.ServeMux.
+func (r route) pattern() string { return strings.TrimSpace(r.method + " " + r.path) }
 
 // routes lists the endpoints behind an API key. NanoMDM's own endpoints ignore
 // unknown query parameters, as NanoMDM does; the others refuse them.
@@ -37,8 +47,7 @@ func (a *API) routes() []route {
 		{method: "GET", path: "/v1/stats", role: roleRead, handler: a.endpoint(noQuery(a.stats))},
 
 		// Commands.
-		{method: "PUT", path: "/v1/enqueue/{ids}", role: roleEnqueue, handler: a.endpoint(a.enqueueIDs)},
-		{method: "POST", path: "/v1/enqueue/{ids}", role: roleEnqueue, handler: a.endpoint(a.enqueueIDs)},
+		{path: "/v1/enqueue/{ids...}", role: roleEnqueue, form: formCommand, handler: slow(a.endpoint(a.enqueueIDs))},
 		{method: "POST", path: "/v1/enqueue", role: roleEnqueue, handler: slow(a.endpoint(a.enqueue))},
 		{method: "POST", path: "/v1/commands", role: roleEnqueue, handler: slow(a.endpoint(a.enqueueJSON))},
 
@@ -50,13 +59,11 @@ func (a *API) routes() []route {
 		{method: "POST", path: "/v1/commands/{uuid}/enrollments/{id}/requeue", role: roleEnqueue, handler: a.endpoint(noQuery(a.requeue))},
 
 		// Push.
-		{method: "GET", path: "/v1/push/{ids}", role: rolePush, handler: a.endpoint(a.pushIDs)},
-		{method: "PUT", path: "/v1/push/{ids}", role: rolePush, handler: a.endpoint(a.pushIDs)},
-		{method: "POST", path: "/v1/push/{ids}", role: rolePush, handler: a.endpoint(a.pushIDs)},
+		{path: "/v1/push/{ids...}", role: rolePush, form: formPush, handler: slow(a.endpoint(a.pushIDs))},
 		{method: "POST", path: "/v1/push", role: rolePush, handler: slow(a.endpoint(a.pushMany))},
-		{method: "PUT", path: "/v1/pushcert", role: roleAdmin, handler: a.endpoint(a.storePushCert)},
-		{method: "GET", path: "/v1/pushcert", role: roleRead, handler: a.endpoint(a.showPushCert)},
-		{method: "POST", path: "/v1/escrowkeyunlock", role: roleAdmin, handler: http.HandlerFunc(a.escrowKeyUnlock)},
+		{method: "PUT", path: "/v1/pushcert", role: roleAdmin, form: formNanoMDM, handler: a.endpoint(a.storePushCert)},
+		{method: "GET", path: "/v1/pushcert", role: roleRead, form: formNanoMDM, handler: a.endpoint(a.showPushCert)},
+		{path: "/v1/escrowkeyunlock", role: roleAdmin, form: formNanoMDM, handler: http.HandlerFunc(a.escrowKeyUnlock)},
 		{method: "GET", path: "/v1/pushcerts", role: roleRead, handler: a.endpoint(noQuery(a.listPushCerts))},
 
 		// Events.
@@ -80,13 +87,37 @@ func (a *API) routes() []route {
 // request under /v1/.
 func (a *API) Register(mux *http.ServeMux) {
 	for _, r := range a.routes() {
-		require := a.require
-		if r.unbound {
-			require = a.requireUnbound
-		}
-		mux.Handle(r.method+" "+r.path, require(r.role, r.handler))
+		mux.Handle(r.pattern(), a.guard(r))
 	}
-	mux.Handle(anyOther, noRoute(mux))
+	mux.Handle(anyOther, closed(noRoute(mux)))
+}
+
+// guard puts a route's handler behind the checks of its requests.
+func (a *API) guard(r route) http.Handler {
+	h := r.handler
+	if r.unbound {
+		h = a.requireUnbound(h)
+	}
+	h = a.require(r.role, h)
+	if r.changes() {
+		if r.form == formOwn {
+			h = jsonOnly(h)
+		}
+		h = a.sameOrigin(h)
+	}
+	return closed(withForm(r.form, h))
+}
+
+// Migration puts the handler of /migration, which another package serves,
+// behind the role admin.
+func (a *API) Migration(next http.Handler) http.Handler {
+	return a.guard(route{role: roleAdmin, unbound: true, form: formText, handler: next})
+}
+
+// Reader lets callers with the role read, for all topics, read from a handler
+// of another package.
+func (a *API) Reader(next http.Handler) http.Handler {
+	return a.guard(route{method: http.MethodGet, role: roleRead, unbound: true, handler: next})
 }
 
 const anyOther = "/v1/"
@@ -104,13 +135,13 @@ func noRoute(mux *http.ServeMux) http.Handler {
 			}
 		}
 		if len(allowed) == 0 {
-			writeJSON(w, http.StatusNotFound, errorBody{"there is no such endpoint"})
+			writeError(w, r, http.StatusNotFound, "there is no such endpoint")
 			return
 		}
 		if slices.Contains(allowed, "GET") {
 			allowed = append(allowed, "HEAD")
 		}
 		w.Header().Set("Allow", strings.Join(allowed, ", "))
-		writeJSON(w, http.StatusMethodNotAllowed, errorBody{r.Method + " is not for this endpoint; there is " + andList(allowed)})
+		writeError(w, r, http.StatusMethodNotAllowed, r.Method+" is not for this endpoint; there is "+andList(allowed))
 	})
 }

@@ -3,6 +3,7 @@ package httpapi
 import (
 	"context"
 	"fmt"
+	"net/http"
 	"slices"
 	"strings"
 	"time"
@@ -126,7 +127,7 @@ type place struct {
 	ID  string `json:"i,omitempty"`
 }
 
-func enrollmentCursor(k storage.EnrollmentKey) string {
+func (c *cursors) enrollment(r *http.Request, k storage.EnrollmentKey) string {
 	if k == (storage.EnrollmentKey{}) {
 		return ""
 	}
@@ -134,7 +135,7 @@ func enrollmentCursor(k storage.EnrollmentKey) string {
 	if !k.At.IsZero() {
 		p.At = k.At.UnixMicro()
 	}
-	return cursor(p)
+	return c.seal(r, p)
 }
 
 // enrollmentPlace reads the parameter after of a list of enrollments.
@@ -144,7 +145,7 @@ func (q *query) enrollmentPlace() storage.EnrollmentKey {
 		return storage.EnrollmentKey{}
 	}
 	if p.By == "" || strings.ContainsRune(p.Key+p.ID, 0) {
-		q.fail("after: that is not a next of this list's")
+		q.failCursor()
 	}
 	k := storage.EnrollmentKey{By: p.By, Key: p.Key, ID: p.ID}
 	if p.At != 0 {

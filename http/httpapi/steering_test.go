@@ -130,7 +130,7 @@ func TestDeleteEnrollment(t *testing.T) {
 	o.asks(o.admin(), 200, "GET", "/v1/enrollments/mac", "")
 	o.asks(o.admin(), 200, "DELETE", "/v1/enrollments/mac?confirm=mac", "")
 	o.asks(o.admin(), 404, "GET", "/v1/enrollments/mac", "")
-	o.asks(o.admin(), 404, "DELETE", "/v1/enrollments/mac?confirm=mac", "")
+	o.asks(o.admin(), 404, "DELETE", "/v1/enrollments/mac?confirm=other", "")
 	unconfirmed := "mac confirm: repeat the enrollment's id, mac, to delete it"
 	require.Equal(t, []string{unconfirmed, unconfirmed, unconfirmed, "mac done", "mac no enrollment has that id or serial number"}, o.deeds("enrollment.delete"))
 }
@@ -317,7 +317,8 @@ func TestShowResult(t *testing.T) {
 	status, answer, header := o.do(o.admin(), "GET", path+"?raw=1", "")
 	require.Equal(t, 200, status)
 	require.Equal(t, raw, answer)
-	require.Equal(t, "application/xml; charset=utf-8", header.Get("Content-Type"))
+	require.Equal(t, "application/octet-stream", header.Get("Content-Type"))
+	require.Contains(t, header.Get("Content-Disposition"), "attachment")
 	for accept, xml := range map[string]bool{"application/xml": true, "text/html, application/xml;q=0.9": true, "*/*": false, "application/json, application/xml": false, "": false} {
 		r := httptest.NewRequestWithContext(t.Context(), "GET", path, nil)
 		r.SetBasicAuth(httpapi.User, mainKey)
@@ -432,6 +433,7 @@ func TestTenants(t *testing.T) {
 		"GET /v1/stats":                                     {},
 		"PUT /v1/enqueue/{ids}":                             {body: command("new")},
 		"POST /v1/enqueue/{ids}":                            {body: command("new")},
+		"GET /v1/enqueue/{ids}":                             {body: command("new")},
 		"POST /v1/enqueue":                                  {body: `{"ids": ["{who}"], "plist": "` + base64.StdEncoding.EncodeToString([]byte(command("new"))) + `"}`},
 		"POST /v1/commands":                                 {body: `{"ids": ["{who}"], "request_type": "ProfileList", "command_uuid": "new"}`},
 		"GET /v1/commands":                                  {},
@@ -448,6 +450,8 @@ func TestTenants(t *testing.T) {
 		"GET /v1/pushcert":                                  {query: "?topic={who}"},
 		"GET /v1/pushcerts":                                 {},
 		"POST /v1/escrowkeyunlock":                          {},
+		"PUT /v1/escrowkeyunlock":                           {},
+		"GET /v1/escrowkeyunlock":                           {},
 		"GET /v1/events":                                    {},
 	}
 	o := newOperators(t)

@@ -4,33 +4,25 @@ import (
 	"net/netip"
 	"sync"
 	"time"
-
-	"github.com/nanomdm/nanomdm/storage"
 )
 
-// How many wrong keys an address may send, and how fast it regains them.
 const (
+	// failureBurst is the number of wrong keys that an address may send at
+	// once; it regains one each failureEvery.
 	failureBurst = 10
 	failureEvery = 5 * time.Second
-
-	// throttled bounds the addresses that are remembered, and the pairs of
-	// address and key. Each takes some 100 bytes.
-	throttled = 8192
-	// proven is how long a key that was right is known of an address.
-	proven = time.Hour
+	// maxThrottled bounds the remembered addresses, some 100 bytes each.
+	maxThrottled = 8192
 )
 
-// throttle slows the guessing of keys, by address. Its memory is bounded: when
-// it is full it forgets arbitrary addresses, which lets some guesses through
-// and never keeps a right key out. What proves addresses is kept apart from
-// what accuses them, and only right keys write there, so that no flood of
-// wrong ones makes it forget who is welcome. Safe for concurrent use.
+// throttle counts wrong keys by address. It judges wrong keys only, so that a
+// right one gets in beside any number of wrong ones. Its memory is bounded: it
+// forgets arbitrary addresses when it is full. Safe for concurrent use.
 type throttle struct {
 	now func() time.Time
 
 	mu      sync.Mutex
-	accused map[netip.Prefix]failures
-	welcome map[pass]time.Time // until when
+	buckets map[netip.Prefix]failures
 }
 
 // failures is a leaky bucket: count goes down by one each failureEvery.
@@ -39,19 +31,14 @@ type failures struct {
 	at    time.Time
 }
 
-type pass struct {
-	from netip.Prefix
-	key  storage.KeyHash
-}
-
 func newThrottle(now func() time.Time) *throttle {
-	return &throttle{now: now, accused: make(map[netip.Prefix]failures), welcome: make(map[pass]time.Time)}
+	return &throttle{now: now, buckets: make(map[netip.Prefix]failures)}
 }
 
-// origin is the network that one client has at least: its address with IPv4,
-// the /64 with IPv6. Clients without an address, as of a Unix socket, share
-// the zero one.
-func origin(client string) netip.Prefix {
+// network is the smallest network of one client: its address with IPv4, the
+// /64 with IPv6. Clients without an address, as of a Unix socket, share the
+// zero one.
+func network(client string) netip.Prefix {
 	addr, err := netip.ParseAddr(client)
 	if err != nil {
 		return netip.Prefix{}
@@ -65,39 +52,19 @@ func origin(client string) netip.Prefix {
 	return p
 }
 
-// wait says for how long an address may not try this key; 0 if it may.
-func (t *throttle) wait(from netip.Prefix, key storage.KeyHash) time.Duration {
+// failed counts a wrong key. It returns the time after which the address may
+// send another; 0 while its burst lasts.
+func (t *throttle) failed(from netip.Prefix) time.Duration {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	now := t.now()
-	if until, ok := t.welcome[pass{from, key}]; ok && now.Before(until) {
-		return 0
+	f := t.buckets[from].leak(now)
+	wait := time.Duration(max(0, f.count-(failureBurst-1)) * float64(failureEvery))
+	if wait == 0 {
+		f.count++
 	}
-	f, ok := t.accused[from]
-	if !ok {
-		return 0
-	}
-	f = f.leak(now)
-	if f.count <= failureBurst-1 {
-		return 0
-	}
-	return time.Duration((f.count - (failureBurst - 1)) * float64(failureEvery))
-}
-
-// failed counts a wrong key.
-func (t *throttle) failed(from netip.Prefix) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	f := t.accused[from].leak(t.now())
-	f.count = min(f.count+1, failureBurst)
-	put(t.accused, from, f)
-}
-
-// passed notes a right key.
-func (t *throttle) passed(from netip.Prefix, key storage.KeyHash) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	put(t.welcome, pass{from, key}, t.now().Add(proven))
+	t.put(from, f)
+	return wait
 }
 
 func (f failures) leak(now time.Time) failures {
@@ -105,13 +72,12 @@ func (f failures) leak(now time.Time) failures {
 	return failures{count: max(0, f.count-max(0, gone)), at: now}
 }
 
-// put sets a value of a map that is kept within bounds.
-func put[K comparable, V any](m map[K]V, key K, value V) {
-	if _, replaces := m[key]; !replaces && len(m) >= throttled {
-		for other := range m {
-			delete(m, other)
+func (t *throttle) put(from netip.Prefix, f failures) {
+	if _, replaces := t.buckets[from]; !replaces && len(t.buckets) >= maxThrottled {
+		for other := range t.buckets {
+			delete(t.buckets, other)
 			break
 		}
 	}
-	m[key] = value
+	t.buckets[from] = f
 }

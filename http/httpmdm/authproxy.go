@@ -26,6 +26,7 @@ type deviceKey struct{}
 // prefix is cut from the path. A target that fails is a 502.
 func (h *Handler) AuthProxy(prefix string, target *url.URL, pins storage.PinnedEnrollments) http.Handler {
 	proxy := &httputil.ReverseProxy{
+		Transport: h.cfg.AuthProxyTransport,
 		Rewrite: func(p *httputil.ProxyRequest) {
 			p.SetURL(target)
 			p.SetXForwarded()
@@ -50,7 +51,7 @@ func (h *Handler) AuthProxy(prefix string, target *url.URL, pins storage.PinnedE
 			h.fail(w, r, "", err)
 			return
 		}
-		body, release, err := h.readBody(w, r)
+		body, release, err := h.readBody(w, r, id.certificate)
 		defer release()
 		if err == nil {
 			err = id.verifyBody(body)

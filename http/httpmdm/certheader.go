@@ -1,9 +1,9 @@
 package httpmdm
 
 import (
+	"bytes"
 	"crypto/x509"
 	"encoding/base64"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"net/url"
@@ -34,12 +34,18 @@ const (
 //	-----BEGIN%20CERTIFI...    percent-encoded PEM, one or a chain, where "+" may be
 //	                           literal (nginx, AWS ALB, Apache) or stand for the
 //	                           spaces of the armour (form encoding)
+//	-----BEGIN CERTIFICATE...  PEM as it is, whose line breaks became blanks, tabs
+//	                           or the two characters \n, or are gone (nginx
+//	                           $ssl_client_cert, Apache %{SSL_CLIENT_CERT}s, HAProxy)
 //	Hash=...;Cert="..."        Envoy's x-forwarded-client-cert
-//	MIIB...=,MIIB...=          Base64 of DER, one or a chain, also percent-encoded
-//	                           (HAProxy, Caddy, Cloudflare, Azure, Traefik)
+//	MIIB...=,MIIB...=          Base64 of DER or of PEM, one or a chain, also
+//	                           percent-encoded (HAProxy, Caddy, Cloudflare, Azure,
+//	                           Traefik)
 //
-// A header that is absent or empty is errNoCertificate, anything else that does
-// not hold a certificate errCertHeader.
+// In a chain each certificate must be the issuer of the one before: a proxy that
+// appends its certificate to what the client sent makes a list that is none. A
+// header that is absent or empty, or that holds Apache's word for nothing, is
+// errNoCertificate, anything else that does not hold a certificate errCertHeader.
 func parseCertHeader(values []string) (leaf *x509.Certificate, chain []*x509.Certificate, err error) {
 	if len(values) == 0 {
 		return nil, nil, errNoCertificate
@@ -49,17 +55,36 @@ func parseCertHeader(values []string) (leaf *x509.Certificate, chain []*x509.Cer
 		return nil, nil, fmt.Errorf("%w: repeated %d times", errCertHeader, len(values))
 	}
 	value := strings.Trim(values[0], " \t")
-	if value == "" {
+	if value == "" || value == "(null)" {
 		return nil, nil, errNoCertificate
 	}
 	if len(value) > maxCertHeader {
 		return nil, nil, fmt.Errorf("%w: longer than %d bytes", errCertHeader, maxCertHeader)
 	}
 	certs, err := decodeCertHeader(value)
+	if err == nil {
+		err = checkOrder(certs)
+	}
 	if err != nil {
-		return nil, nil, fmt.Errorf("%w: %w", errCertHeader, err)
+		return nil, nil, fmt.Errorf("%w: %w; it is %d bytes that begin with %.24q, but should be one of: %s",
+			errCertHeader, err, len(value), value, certHeaderForms)
 	}
 	return certs[0], certs[1:], nil
+}
+
+// certHeaderForms tells operators what a header may hold.
+const certHeaderForms = `percent-encoded PEM, PEM with its line breaks as blanks or left out, Base64 of DER or of PEM, ` +
+	`:Base64: (RFC 9440), or Hash=...;Cert="..." (Envoy)`
+
+// checkOrder checks that each certificate could be the issuer of the one before.
+// Signatures are the verifier's business.
+func checkOrder(certs []*x509.Certificate) error {
+	for i, issuer := range certs[1:] {
+		if !issuer.IsCA || !bytes.Equal(certs[i].RawIssuer, issuer.RawSubject) {
+			return errors.New("a further certificate that did not issue the one before")
+		}
+	}
+	return nil
 }
 
 // decodeCertHeader returns at least one certificate, the client's own first.
@@ -69,7 +94,11 @@ func decodeCertHeader(value string) ([]*x509.Certificate, error) {
 		if !ok {
 			return nil, errors.New("RFC 9440 byte sequence does not end in a colon")
 		}
-		cert, err := parseBase64Cert(inner)
+		der, err := base64.StdEncoding.DecodeString(inner)
+		if err != nil {
+			return nil, err
+		}
+		cert, err := x509.ParseCertificate(der)
 		return []*x509.Certificate{cert}, err
 	}
 	if isXFCC(value) {
@@ -91,59 +120,79 @@ func parseBase64Certs(list string) (certs []*x509.Certificate, err error) {
 		return nil, errTooManyCerts
 	}
 	for _, part := range parts {
-		cert, err := parseBase64Cert(strings.Trim(part, " \t"))
+		found, err := parseBase64Part(part)
 		if err != nil {
 			return nil, err
 		}
-		certs = append(certs, cert)
+		if certs = append(certs, found...); len(certs) > maxCertHeaderCerts {
+			return nil, errTooManyCerts
+		}
 	}
 	return certs, nil
 }
 
 var errTooManyCerts = fmt.Errorf("more than %d certificates", maxCertHeaderCerts)
 
-func parseBase64Cert(s string) (*x509.Certificate, error) {
-	// The decoder skips line breaks, which have no place here.
-	if strings.ContainsAny(s, "\r\n") {
-		return nil, errors.New("line break in Base64")
-	}
-	der, err := base64.StdEncoding.DecodeString(s)
+// parseBase64Part reads Base64 of one certificate, or of PEM with one or more.
+func parseBase64Part(s string) ([]*x509.Certificate, error) {
+	data, err := base64.StdEncoding.DecodeString(withoutBreaks(s))
 	if err != nil {
 		return nil, err
 	}
-	return x509.ParseCertificate(der)
+	if bytes.HasPrefix(data, []byte("-----")) {
+		return parsePEMCerts(string(data))
+	}
+	cert, err := x509.ParseCertificate(data)
+	if err != nil {
+		return nil, err
+	}
+	return []*x509.Certificate{cert}, nil
 }
 
-// parsePEMCerts reads PEM that holds certificates and white space only.
+// withoutBreaks removes white space, and line breaks that became a backslash and
+// a letter.
+func withoutBreaks(s string) string {
+	return lineBreaks.Replace(s)
+}
+
+var lineBreaks = strings.NewReplacer(" ", "", "\t", "", "\r", "", "\n", "", `\r`, "", `\n`, "")
+
+const (
+	pemBegin = "-----BEGINCERTIFICATE-----"
+	pemEnd   = "-----ENDCERTIFICATE-----"
+)
+
+// parsePEMCerts reads PEM that holds certificates and white space only. The line
+// breaks may be gone, or have become something else: armour and Base64 do not
+// need them.
 func parsePEMCerts(text string) (certs []*x509.Certificate, err error) {
 	// Form encoding leaves "+" where the armour has a space; in the Base64
 	// between, a "+" is a "+" in every encoding by now.
-	text = strings.ReplaceAll(text, "-----BEGIN+CERTIFICATE-----", "-----BEGIN CERTIFICATE-----")
-	text = strings.ReplaceAll(text, "-----END+CERTIFICATE-----", "-----END CERTIFICATE-----")
-	begun := strings.Count(text, "-----BEGIN ")
-	for rest := strings.TrimSpace(text); rest != ""; {
-		// The decoder skips whatever comes before a block that it can read.
-		if !strings.HasPrefix(rest, "-----BEGIN ") {
-			return nil, errors.New("something other than certificates in PEM")
-		}
-		block, after := pem.Decode([]byte(rest))
-		switch {
-		case block == nil:
-			return nil, errors.New("broken PEM")
-		case block.Type != "CERTIFICATE" || len(block.Headers) > 0:
-			return nil, errors.New("a PEM block that is not a certificate")
-		case len(certs) == maxCertHeaderCerts:
+	text = strings.ReplaceAll(text, "-----BEGIN+CERTIFICATE-----", pemBegin)
+	text = strings.ReplaceAll(text, "-----END+CERTIFICATE-----", pemEnd)
+	for rest := withoutBreaks(text); rest != ""; {
+		if len(certs) == maxCertHeaderCerts {
 			return nil, errTooManyCerts
 		}
-		cert, err := x509.ParseCertificate(block.Bytes)
+		block, ok := strings.CutPrefix(rest, pemBegin)
+		if !ok {
+			return nil, errors.New("something other than certificates in PEM")
+		}
+		if block, rest, ok = strings.Cut(block, pemEnd); !ok {
+			return nil, errors.New("PEM without its end")
+		}
+		der, err := base64.StdEncoding.DecodeString(block)
+		if err != nil {
+			return nil, fmt.Errorf("broken PEM: %w", err)
+		}
+		cert, err := x509.ParseCertificate(der)
 		if err != nil {
 			return nil, err
 		}
 		certs = append(certs, cert)
-		rest = strings.TrimSpace(string(after))
 	}
-	if len(certs) == 0 || len(certs) != begun {
-		return nil, errors.New("broken PEM")
+	if len(certs) == 0 {
+		return nil, errors.New("PEM without a certificate")
 	}
 	return certs, nil
 }

@@ -21,23 +21,46 @@ import (
 // headerCert returns a certificate whose Base64 contains "+" and "/", which is
 // what the encodings differ about.
 func headerCert(t testing.TB) *x509.Certificate {
+	leaf, _ := headerCerts(t)
+	return leaf
+}
+
+// headerCerts returns such a certificate and its issuer's.
+func headerCerts(t testing.TB) (leaf, issuer *x509.Certificate) {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	require.NoError(t, err)
-	for serial := int64(1); ; serial++ {
-		template := &x509.Certificate{
-			SerialNumber: big.NewInt(serial),
-			Subject:      pkix.Name{CommonName: "MDM Identity"},
-			NotAfter:     time.Date(2040, 1, 1, 0, 0, 0, 0, time.UTC),
-		}
-		der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	create := func(template, parent *x509.Certificate) *x509.Certificate {
+		der, err := x509.CreateCertificate(rand.Reader, template, parent, key.Public(), key)
 		require.NoError(t, err)
-		if text := base64.StdEncoding.EncodeToString(der); strings.Contains(text, "+") && strings.Contains(text, "/") {
-			cert, err := x509.ParseCertificate(der)
-			require.NoError(t, err)
-			return cert
+		cert, err := x509.ParseCertificate(der)
+		require.NoError(t, err)
+		return cert
+	}
+	end := time.Date(2040, 1, 1, 0, 0, 0, 0, time.UTC)
+	ca := &x509.Certificate{
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "Device CA"}, NotAfter: end, IsCA: true, BasicConstraintsValid: true,
+	}
+	issuer = create(ca, ca)
+	for serial := int64(2); ; serial++ {
+		leaf = create(&x509.Certificate{SerialNumber: big.NewInt(serial), Subject: pkix.Name{CommonName: "MDM Identity"}, NotAfter: end}, issuer)
+		if text := bare(leaf); strings.Contains(text, "+") && strings.Contains(text, "/") {
+			return leaf, issuer
 		}
 	}
+}
+
+// selfSigned returns a certificate that is nobody's issuer and has no other.
+func selfSigned(t testing.TB) *x509.Certificate {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	require.NoError(t, err)
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "MDM Identity"}}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	require.NoError(t, err)
+	cert, err := x509.ParseCertificate(der)
+	require.NoError(t, err)
+	return cert
 }
 
 func bare(cert *x509.Certificate) string { return base64.StdEncoding.EncodeToString(cert.Raw) }
@@ -60,7 +83,7 @@ func escape(s, safe string) string {
 }
 
 func TestParseCertHeader(t *testing.T) {
-	leaf, issuer := headerCert(t), headerCert(t)
+	leaf, issuer := headerCerts(t)
 	xfccCert := func(cert *x509.Certificate) string { return `Cert="` + escape(armoured(cert), "") + `"` }
 	for name, test := range map[string]struct {
 		value string
@@ -81,6 +104,19 @@ func TestParseCertHeader(t *testing.T) {
 		"Google Cloud client_cert_leaf":   {":" + bare(leaf) + ":", false},
 		"Cloudflare":                      {bare(leaf), false},
 		"Azure App Service":               {bare(leaf), false},
+		"line breaks are blanks":          {strings.ReplaceAll(armoured(leaf), "\n", " "), false},
+		"line breaks are tabs":            {strings.ReplaceAll(armoured(leaf), "\n", "\t"), false},
+		"line breaks and tabs as blanks":  {strings.ReplaceAll(armoured(leaf, issuer), "\n", "  "), true},
+		"line breaks are gone":            {strings.ReplaceAll(armoured(leaf), "\n", ""), false},
+		"line breaks are gone, chain":     {strings.ReplaceAll(armoured(leaf, issuer), "\n", ""), true},
+		"line breaks are backslashes":     {strings.ReplaceAll(armoured(leaf), "\n", `\n`), false},
+		"line breaks are two backslashes": {strings.ReplaceAll(armoured(leaf, issuer), "\n", `\r\n`), true},
+		"HAProxy, PEM in one line":        {"-----BEGIN CERTIFICATE----- " + bare(leaf) + " -----END CERTIFICATE-----", false},
+		"Base64 of PEM":                   {base64.StdEncoding.EncodeToString([]byte(armoured(leaf))), false},
+		"Base64 of PEM, chain":            {base64.StdEncoding.EncodeToString([]byte(armoured(leaf, issuer))), true},
+		"Base64 in lines":                 {bare(leaf)[:64] + " " + bare(leaf)[64:], false},
+		"Base64 in lines, escaped":        {escape(bare(leaf)[:64]+"\n"+bare(leaf)[64:], ""), false},
+		"PEM, glued":                      {escape(strings.TrimSpace(armoured(leaf))+armoured(issuer), ""), true},
 		"Apache escape":                   {escape(armoured(leaf), "+/"), false},
 		"form encoding":                   {url.QueryEscape(armoured(leaf)), false},
 		"form encoding, chain":            {url.QueryEscape(armoured(leaf, issuer)), true},
@@ -108,7 +144,7 @@ func TestParseCertHeader(t *testing.T) {
 }
 
 func TestParseCertHeaderAbsent(t *testing.T) {
-	for _, values := range [][]string{nil, {}, {""}, {" \t"}} {
+	for _, values := range [][]string{nil, {}, {""}, {" \t"}, {"(null)"}} {
 		_, _, err := parseCertHeader(values)
 		require.ErrorIs(t, err, errNoCertificate)
 		require.NotErrorIs(t, err, errCertHeader)
@@ -116,7 +152,8 @@ func TestParseCertHeaderAbsent(t *testing.T) {
 }
 
 func TestParseCertHeaderRefuses(t *testing.T) {
-	leaf, other := headerCert(t), headerCert(t)
+	leaf, issuer := headerCerts(t)
+	sibling, other := headerCert(t), selfSigned(t)
 	whole, text := bare(leaf), armoured(leaf)
 	cert := `Cert="` + escape(text, "") + `"`
 	otherCert := `Cert="` + escape(armoured(other), "") + `"`
@@ -126,15 +163,20 @@ func TestParseCertHeaderRefuses(t *testing.T) {
 		"repeated, empty":              {"", ""},
 		"oversize":                     {strings.Repeat("A", maxCertHeader+1)},
 		"words":                        {"hello"},
-		"none":                         {"(null)"},
 		"broken escape":                {"%zz"},
 		"DER in URL alphabet":          {strings.NewReplacer("+", "-", "/", "_").Replace(whole)},
 		"DER and more":                 {trailing},
 		"Base64 and more":              {whole + "!"},
 		"Base64 cut":                   {whole[:len(whole)-8]},
-		"line break in Base64":         {whole[:8] + "%0A" + whole[8:]},
 		"empty second certificate":     {whole + ","},
 		"second certificate broken":    {whole + ",MIIB"},
+		"two devices":                  {whole + "," + bare(other)},
+		"two devices, PEM":             {escape(text+armoured(other), "")},
+		"two devices of one CA":        {whole + "," + bare(sibling)},
+		"device, CA, device":           {whole + "," + bare(issuer) + "," + bare(sibling)},
+		"CA that did not issue it":     {bare(other) + "," + whole},
+		"issuer first":                 {bare(issuer) + "," + whole},
+		"backslash in Base64":          {whole[:8] + `\x` + whole[8:]},
 		"too many certificates":        {strings.Repeat(whole+",", maxCertHeaderCerts) + whole},
 		"RFC 9440, open":               {":" + whole},
 		"RFC 9440, only a colon":       {":"},
@@ -146,7 +188,6 @@ func TestParseCertHeaderRefuses(t *testing.T) {
 		"PEM, text after":              {escape(text+"x", "")},
 		"PEM, cut":                     {escape(text[:len(text)-9], "")},
 		"PEM, broken before a good":    {escape("-----BEGIN CERTIFICATE-----\n!\n-----END CERTIFICATE-----\n"+text, "")},
-		"PEM, glued":                   {escape(strings.TrimSpace(text)+text, "")},
 		"PEM, other block":             {escape(strings.ReplaceAll(text, "CERTIFICATE", "PUBLIC KEY"), "")},
 		"PEM, headers":                 {escape(strings.Replace(text, "-----\n", "-----\nA: b\n\n", 1), "")},
 		"PEM, too many":                {escape(strings.Repeat(text, maxCertHeaderCerts+1), "")},
@@ -173,12 +214,15 @@ func TestParseCertHeaderRefuses(t *testing.T) {
 			require.Nil(t, chain)
 		})
 	}
+	_, _, err := parseCertHeader([]string{"CN=D1,O=Example Corporation of Somewhere"})
+	require.ErrorContains(t, err, `40 bytes that begin with "CN=D1,O=Example Corporat"`)
+	require.ErrorContains(t, err, "should be one of: percent-encoded PEM")
 }
 
 // FuzzParseCertHeader: no panic, a certificate or an error but never both or
 // neither, and what was accepted is one of the certificates that went in.
 func FuzzParseCertHeader(f *testing.F) {
-	leaf, issuer := headerCert(f), headerCert(f)
+	leaf, issuer := headerCerts(f)
 	f.Add(":" + bare(leaf) + ":")
 	f.Add(bare(leaf) + "," + bare(issuer))
 	f.Add(escape(armoured(leaf, issuer), "+=/"))
@@ -205,7 +249,7 @@ func FuzzParseCertHeader(f *testing.F) {
 // as a chain. What is accepted names one device: if both stand there as the
 // client's own, in whatever element, neither is taken.
 func FuzzXFCC(f *testing.F) {
-	one, two := headerCert(f), headerCert(f)
+	one, two := headerCerts(f)
 	for _, seed := range []string{
 		`Cert="{C}"`, `Hash=1;Cert="{C}";Chain="{K}"`, `Cert="{C}",Cert="{D}"`, `By=a;Cert={C};Subject="x\";Cert={D}"`, `Chain="{K}"`,
 		`Cert="{C}";Cert="{D}"`, `Cert="{C}";Chain="{D}"`, `URI=a;DNS=b;cert="{C}" , CERT="{C}"`, `Cert="{C}{D}"`, `Cert="\{C}"`, `Subject="Cert={C}";Hash=a`,

@@ -9,19 +9,19 @@
 package httpmdm
 
 import (
+	"bytes"
 	"context"
+	"crypto/x509"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"net/http"
-	"os"
 	"strconv"
 	"strings"
-	"time"
 
 	"golang.org/x/sync/semaphore"
 
+	"github.com/nanomdm/nanomdm/cryptoutil"
 	"github.com/nanomdm/nanomdm/http/requestlog"
 	"github.com/nanomdm/nanomdm/mdm"
 	"github.com/nanomdm/nanomdm/service"
@@ -40,6 +40,9 @@ const (
 
 // Config holds what is optional.
 type Config struct {
+	// Pins finds who sends a report that cannot be read, so that its command
+	// ends; nil refuses such reports.
+	Pins storage.PinnedEnrollments
 	// MaxBody bounds one request's body, in bytes; default 16 MiB.
 	MaxBody int64
 	// MaxInFlight bounds the bytes of all bodies held at once, beyond the
@@ -47,9 +50,15 @@ type Config struct {
 	// and most reports are smaller, so that those who send much do not crowd
 	// them out. Default 256 MiB, at least MaxBody.
 	MaxInFlight int64
+	// MaxRequests is how many requests the daemon lets in at once. Half of them
+	// may be of one client address, or wait for their bodies. Default 4096.
+	MaxRequests int
 	// Refused is called for each request that is not answered by the service
 	// chain, with one of Reasons; may be nil.
 	Refused func(reason string)
+	// AuthProxyTransport makes the requests of AuthProxy. Default:
+	// http.DefaultTransport.
+	AuthProxyTransport http.RoundTripper
 	// Logger; default discards.
 	Logger *slog.Logger
 }
@@ -66,6 +75,7 @@ const (
 	ReasonSlow         = "slow_body"
 	ReasonMalformed    = "malformed"
 	ReasonOverload     = "overload" // -max-in-flight
+	ReasonCrowded      = "crowded"  // too many of one certificate or client
 	ReasonUnavailable  = "unavailable"
 	ReasonUnrecognized = "unrecognized_device" // -authenticate-url refused it
 	ReasonOther        = "other"               // another middleware's StatusError
@@ -76,22 +86,9 @@ const (
 func Reasons() []string {
 	return []string{
 		ReasonMethod, ReasonIdentity, ReasonPeer, ReasonUnusedHeader, ReasonPin, ReasonNotEnrolled, ReasonTooLarge,
-		ReasonSlow, ReasonMalformed, ReasonOverload, ReasonUnavailable, ReasonUnrecognized, ReasonOther, ReasonError,
+		ReasonSlow, ReasonMalformed, ReasonOverload, ReasonCrowded, ReasonUnavailable, ReasonUnrecognized, ReasonOther, ReasonError,
 	}
 }
-
-// How long a body may take: some time to begin with, and more as more has
-// come, so that large results of slow links get through and a client that
-// trickles is cut.
-const (
-	bodyGrace   = 15 * time.Second
-	bodyMinRate = 16 << 10 // bytes per second
-	bodyLongest = 90 * time.Second
-)
-
-// firstRead is how much of a body is read before more memory is taken, in
-// bytes; most messages fit.
-const firstRead = 16 << 10
 
 // Handler makes the http.Handlers of the device side.
 type Handler struct {
@@ -99,6 +96,7 @@ type Handler struct {
 	identity *Identity
 	cfg      Config
 	budget   *semaphore.Weighted
+	places   *places
 }
 
 // New makes a Handler. identity tells who sends; next gets what was decoded.
@@ -110,10 +108,13 @@ func New(next service.Handler, identity *Identity, cfg Config) *Handler {
 		cfg.MaxInFlight = 256 << 20
 	}
 	cfg.MaxInFlight = max(cfg.MaxInFlight, cfg.MaxBody)
+	if cfg.MaxRequests <= 0 {
+		cfg.MaxRequests = 4096
+	}
 	if cfg.Logger == nil {
 		cfg.Logger = slog.New(slog.DiscardHandler)
 	}
-	return &Handler{next: next, identity: identity, cfg: cfg, budget: semaphore.NewWeighted(cfg.MaxInFlight)}
+	return &Handler{next: next, identity: identity, cfg: cfg, budget: semaphore.NewWeighted(cfg.MaxInFlight), places: newPlaces(newPlaceLimits(cfg))}
 }
 
 // errors of the transport itself; the rest comes from identity, mdm, service
@@ -140,7 +141,7 @@ func (h *Handler) MDM(role Role) http.Handler {
 			h.fail(w, r, "", err)
 			return
 		}
-		body, release, err := h.readBody(w, r)
+		body, release, err := h.readBody(w, r, id.certificate)
 		defer release()
 		if err != nil {
 			h.fail(w, r, "", err)
@@ -150,12 +151,11 @@ func (h *Handler) MDM(role Role) http.Handler {
 			h.fail(w, r, "", err)
 			return
 		}
-		req, err := decode(r, role, body)
+		req, err := h.request(r, role, body, id.certificate)
 		if err != nil {
 			h.fail(w, r, "", err)
 			return
 		}
-		req.Certificate = id.certificate
 		resp, err := h.next.Handle(r.Context(), req)
 		if err != nil {
 			h.fail(w, r, req.Enroll.ID, err)
@@ -165,100 +165,71 @@ func (h *Handler) MDM(role Role) http.Handler {
 	})
 }
 
-// Migration returns the handler of /migration: check-ins without a
-// certificate, from an exporter that has shown the API key. The caller wraps
-// it in that check.
-func (h *Handler) Migration(next service.Handler) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		body, release, err := h.readBody(w, r)
-		defer release()
-		if err != nil {
-			h.fail(w, r, "", err)
-			return
-		}
-		req, err := decode(r, Checkins, body)
-		if err == nil {
-			switch req.Message.(type) {
-			case *mdm.Authenticate, *mdm.TokenUpdate:
-			default:
-				err = badRequest(fmt.Errorf("%w: migration takes Authenticate and TokenUpdate", errRole))
-			}
-		}
-		if err != nil {
-			h.fail(w, r, "", err)
-			return
-		}
-		resp, err := next.Handle(r.Context(), req)
-		if err != nil {
-			h.fail(w, r, req.Enroll.ID, err)
-			return
-		}
-		reply(w, resp)
-	})
+// request makes the request of a device's body. A report that cannot be read is
+// one that says so, if the certificate tells whose it is: the device would repeat
+// it for ever, and nothing else would reach it.
+func (h *Handler) request(r *http.Request, role Role, body []byte, cert *x509.Certificate) (*service.Request, error) {
+	msg, err := decode(r, role, body)
+	var req *service.Request
+	if err == nil {
+		req, err = resolve(r, msg)
+	}
+	if err != nil && h.cfg.Pins != nil && isReport(r, role, body, msg) {
+		req, err = h.unreadable(r, body, cert, err)
+	}
+	if err != nil {
+		return nil, err
+	}
+	req.Certificate = cert
+	return req, nil
 }
 
-// readBody reads the whole body. The bytes that it holds beyond firstRead are
-// taken from the budget as they arrive, so that a client that announces much
-// and sends little costs little. release gives them back and must always be called.
-func (h *Handler) readBody(w http.ResponseWriter, r *http.Request) (body []byte, release func(), err error) {
-	var held int64
-	release = func() { h.budget.Release(held) }
-	if enc := r.Header.Get("Content-Encoding"); enc != "" && !strings.EqualFold(enc, "identity") {
-		return nil, release, badRequest(errEncoding)
+// isReport reports whether a body that was refused is one of the command
+// connection. msg is nil if it could not be decoded.
+func isReport(r *http.Request, role Role, body []byte, msg mdm.Message) bool {
+	switch {
+	case msg != nil:
+		return msg.Kind() == mdm.KindReport && role != Checkins
+	case bytes.Contains(body, []byte("<key>MessageType</key>")):
+		return false
 	}
-	if r.ContentLength > h.cfg.MaxBody {
-		return nil, release, tooLarge
-	}
-	room := int64(firstRead)
-	if r.ContentLength >= 0 {
-		room = min(room, r.ContentLength+1) // one more, to see the end without growing
-	}
-	limited := http.MaxBytesReader(w, r.Body, h.cfg.MaxBody)
-	control, start := http.NewResponseController(w), time.Now()
-	for {
-		// A ResponseWriter of tests may have no deadline to set.
-		_ = control.SetReadDeadline(start.Add(min(bodyLongest, bodyGrace+time.Duration(room)*time.Second/bodyMinRate)))
-		if more := room - firstRead - held; more > 0 {
-			if !h.budget.TryAcquire(more) {
-				return nil, release, errOverload
-			}
-			held += more
-		}
-		body = append(make([]byte, 0, room), body...)
-		var n int
-		for err == nil && len(body) < cap(body) {
-			n, err = limited.Read(body[len(body):cap(body)])
-			body = body[:len(body)+n]
-		}
-		if err != nil {
-			break
-		}
-		room *= 4
-		if r.ContentLength >= 0 {
-			room = min(room, r.ContentLength+1)
-		}
-	}
-	if errors.Is(err, io.EOF) {
-		// The deadline would end the request's context.
-		_ = control.SetReadDeadline(time.Time{})
-		return body, release, nil
-	}
-	if over := (*http.MaxBytesError)(nil); errors.As(err, &over) {
-		return nil, release, tooLarge
-	}
-	if errors.Is(err, os.ErrDeadlineExceeded) {
-		return nil, release, errSlow
-	}
-	return nil, release, badRequest(fmt.Errorf("reading body: %w", err))
+	return role == Reports && mediaType(r) != mdm.ContentTypeCheckin || role == Any && mediaType(r) == mdm.ContentTypeCommand
 }
 
-func decode(r *http.Request, role Role, body []byte) (*service.Request, error) {
-	mediaType, _, _ := strings.Cut(r.Header.Get("Content-Type"), ";")
+// unreadable makes the request of a report that cannot be read, for cause.
+func (h *Handler) unreadable(r *http.Request, body []byte, cert *x509.Certificate, cause error) (*service.Request, error) {
+	device, err := h.cfg.Pins.EnrollmentByCertificate(r.Context(), cryptoutil.CertificateHash(cert))
+	if errors.Is(err, storage.ErrNotFound) {
+		return nil, cause
+	} else if err != nil {
+		return nil, err
+	}
+	report := mdm.Unreadable(body)
+	req, err := resolve(r, report)
+	if err != nil || req.Enroll.DeviceID() != device {
+		report.Enrollment = mdm.Enrollment{UDID: device}
+		if req, err = resolve(r, report); err != nil {
+			return nil, err
+		}
+	}
+	h.cfg.Logger.WarnContext(r.Context(), "unreadable report", "request_id", req.ID, "enrollment_id", req.Enroll.ID,
+		"command_uuid", report.CommandUUID, "bytes", len(body), "error", cause)
+	return req, nil
+}
+
+// mediaType is that of the request, without parameters and in lower case.
+func mediaType(r *http.Request) string {
+	media, _, _ := strings.Cut(r.Header.Get("Content-Type"), ";")
+	return strings.ToLower(strings.TrimSpace(media))
+}
+
+// decode decodes a message that belongs on a path of that role.
+func decode(r *http.Request, role Role, body []byte) (mdm.Message, error) {
 	var (
 		msg mdm.Message
 		err error
 	)
-	switch strings.ToLower(strings.TrimSpace(mediaType)) {
+	switch mediaType(r) {
 	case mdm.ContentTypeCheckin:
 		msg, err = mdm.DecodeCheckin(body)
 	case mdm.ContentTypeCommand:
@@ -276,6 +247,11 @@ func decode(r *http.Request, role Role, body []byte) (*service.Request, error) {
 	if (role == Checkins && isReport) || (role == Reports && !isReport) {
 		return nil, badRequest(errRole)
 	}
+	return msg, nil
+}
+
+// resolve makes a request of a message, whose identity keys it resolves.
+func resolve(r *http.Request, msg mdm.Message) (*service.Request, error) {
 	enroll, err := msg.Identity().Resolve()
 	if err != nil {
 		return nil, badRequest(err)
@@ -310,9 +286,17 @@ func reply(w http.ResponseWriter, resp *service.Response) {
 // retryAfter is what an overloaded server asks of devices, in seconds.
 const retryAfter = "5"
 
-// fail is the one place that maps errors to what a device sees: a status and
-// no text but Apple's own. The cause goes to the log.
+// fail answers a device: a status and no text but Apple's own.
 func (h *Handler) fail(w http.ResponseWriter, r *http.Request, enrollID string, err error) {
+	status := h.note(w, r, enrollID, err)
+	var se *service.StatusError
+	errors.As(err, &se)
+	reply(w, refusal(status, se))
+}
+
+// note is the one place that maps errors to statuses. It counts and logs the
+// refusal and sets the headers that belong to the status.
+func (h *Handler) note(w http.ResponseWriter, r *http.Request, enrollID string, err error) int {
 	status, level := http.StatusInternalServerError, slog.LevelError
 	var se *service.StatusError
 	switch {
@@ -331,12 +315,12 @@ func (h *Handler) fail(w http.ResponseWriter, r *http.Request, enrollID string, 
 		h.cfg.Refused(why)
 	}
 	switch why {
-	case ReasonMethod, ReasonIdentity, ReasonPeer, ReasonUnusedHeader, ReasonTooLarge, ReasonSlow, ReasonOverload:
+	case ReasonMethod, ReasonIdentity, ReasonPeer, ReasonUnusedHeader, ReasonTooLarge, ReasonSlow, ReasonOverload, ReasonCrowded:
 		w.Header().Set("Connection", "close") // the body was not read, and is not waited for
 	}
 	h.cfg.Logger.Log(r.Context(), level, "device request refused", "request_id", requestlog.ID(r.Context()),
 		"status", status, "enrollment_id", enrollID, "error", err)
-	reply(w, refusal(status, se))
+	return status
 }
 
 // refusal is the reply to what failed: a status, and Apple's document where
@@ -374,6 +358,8 @@ func reason(err error) string {
 		return ReasonSlow
 	case errors.Is(err, errOverload):
 		return ReasonOverload
+	case errors.Is(err, errCrowded):
+		return ReasonCrowded
 	case errors.As(err, &se):
 		switch {
 		case se.Document != nil && se.Document.Code == mdm.CodeUnrecognizedDevice:

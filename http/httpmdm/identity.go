@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/http"
 	"net/netip"
+	"strings"
 
 	"github.com/nanomdm/nanomdm/cryptoutil"
 	"github.com/nanomdm/nanomdm/http/requestlog"
@@ -90,24 +91,37 @@ func (i *Identity) fromHeaders(r *http.Request) (*sender, error) {
 	return s, nil
 }
 
-// certificateHeaders are the headers in which proxies commonly pass client
-// certificates on, in canonical form.
-var certificateHeaders = [...]string{
-	"Client-Cert", "X-Client-Cert", "X-Ssl-Client-Cert", "Ssl-Client-Cert", "X-Ssl-Cert",
-	"X-Forwarded-Client-Cert", "X-Forwarded-Tls-Client-Cert",
-	"X-Amzn-Mtls-Clientcert", "X-Amzn-Mtls-Clientcert-Leaf",
-	"Cf-Client-Cert-Der-Base64", "X-Arr-Clientcert",
+// carriesCertificate returns the name of a header that holds a certificate, empty
+// if there is none. The name does not matter: proxies are free to choose it.
+func carriesCertificate(h http.Header) string {
+	for name, values := range h {
+		if name == signatureHeader {
+			continue
+		}
+		for _, value := range values {
+			if len(value) < shortestCertificate || len(value) > maxCertHeader || !isXFCC(value) && !strings.ContainsAny(value[:1], "-:ML%") {
+				continue
+			}
+			if _, err := decodeCertHeader(value); err == nil {
+				return name
+			}
+		}
+	}
+	return ""
 }
+
+// shortestCertificate is fewer characters than any certificate takes in a header.
+const shortestCertificate = 200
+
+const signatureHeader = "Mdm-Signature"
 
 // extract refuses a certificate header that the mode does not look at: either
 // somebody tries it on, or a proxy does its part and the daemon was not told,
 // which must not go unseen.
 func (i *Identity) extract(r *http.Request) (*sender, []*x509.Certificate, error) {
 	if i.mode != modeHeader {
-		for _, name := range certificateHeaders {
-			if _, there := r.Header[name]; there {
-				return nil, nil, fmt.Errorf("%s: %w", name, errUnusedHeader)
-			}
+		if name := carriesCertificate(r.Header); name != "" {
+			return nil, nil, fmt.Errorf("%s: %w", name, errUnusedHeader)
 		}
 	}
 	switch i.mode {
@@ -127,7 +141,7 @@ func (i *Identity) extract(r *http.Request) (*sender, []*x509.Certificate, error
 		certs := r.TLS.PeerCertificates
 		return &sender{certificate: certs[0]}, certs[1:], nil
 	}
-	values := r.Header.Values("Mdm-Signature")
+	values := r.Header.Values(signatureHeader)
 	switch {
 	case len(values) == 0 || values[0] == "":
 		return nil, nil, errNoSignature

@@ -7,10 +7,12 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"fmt"
 	"io"
 	"math/big"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -19,6 +21,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/nanomdm/nanomdm/certverify"
+	"github.com/nanomdm/nanomdm/http/gate"
 	"github.com/nanomdm/nanomdm/http/httpmdm"
 	"github.com/nanomdm/nanomdm/mdm/mdmtest"
 )
@@ -106,4 +109,41 @@ func TestStrangersCostNoSignatureChecks(t *testing.T) {
 			})
 		}
 	}
+}
+
+// Forged requests with the public certificate of a device wait for bodies that
+// never come: the device itself and others are served meanwhile.
+func TestForgedRequestsDoNotCrowdDevicesOut(t *testing.T) {
+	const forged, places = 300, 64
+	var crowded, turned atomic.Int64
+	s := newSite(t, siteConfig{
+		http: httpmdm.Config{MaxRequests: places, Refused: func(reason string) {
+			if reason == httpmdm.ReasonCrowded {
+				crowded.Add(1)
+			}
+		}},
+		start: func(srv *httptest.Server) {
+			srv.Config.Handler = gate.Limit(places, func() { turned.Add(1) }, srv.Config.Handler)
+			srv.Start()
+		},
+	})
+	victim, other := s.enrolled("VICTIM", mdmtest.Config{}), s.enrolled("OTHER", mdmtest.Config{})
+	signature, err := mdmtest.Sign(victim.Identity(), []byte("recorded"), mdmtest.SignOptions{})
+	require.NoError(t, err)
+	target, err := url.Parse(s.url)
+	require.NoError(t, err)
+	for range forged {
+		conn := dial(t, target.Host)
+		_, err := fmt.Fprintf(conn, "PUT /mdm HTTP/1.1\r\nHost: x\r\nMdm-Signature: %s\r\nContent-Length: 1000\r\n\r\n", signature)
+		require.NoError(t, err)
+	}
+	require.Eventually(t, func() bool { return crowded.Load()+turned.Load() >= forged-16 }, 30*time.Second, time.Millisecond)
+	turnedBefore := turned.Load()
+	for range 20 {
+		for _, d := range []*mdmtest.Device{victim, other} {
+			status, _ := s.polls(d)
+			require.Equal(t, 200, status)
+		}
+	}
+	require.Equal(t, turnedBefore, turned.Load())
 }

@@ -122,7 +122,8 @@ func messageLabel(msg mdm.Message) string {
 		return string(msg.Kind())
 	}
 	switch report.Status {
-	case mdm.StatusIdle, mdm.StatusAcknowledged, mdm.StatusError, mdm.StatusCommandFormatError, mdm.StatusNotNow:
+	case mdm.StatusIdle, mdm.StatusAcknowledged, mdm.StatusError, mdm.StatusCommandFormatError, mdm.StatusNotNow,
+		mdm.StatusUnreadable:
 		return string(report.Status)
 	}
 	return "OtherReport"

@@ -45,7 +45,7 @@ func Table() []Metric {
 		{"nanomdm_http_turned_away_total", Counter, []string{"side", "reason"}, "Requests answered 503 at the door: side is device or api, reason is limit (-max-requests) or database.", groupHTTP},
 		{"nanomdm_http_panics_total", Counter, nil, "Panics of handlers, each answered 500. Any is a bug.", groupHTTP},
 
-		{"nanomdm_api_refusals_total", Counter, []string{"reason"}, "API requests refused for their key: no_key, wrong_key, slowed (too many wrong ones from the address), forbidden (the role or topics of a right one).", groupHTTP},
+		{"nanomdm_api_refusals_total", Counter, []string{"reason"}, "API requests refused for their key: no_key, wrong_key, slowed (too many wrong ones from the address), forbidden (the role or topics of a right one), cross_origin (a page of another origin made the request).", groupHTTP},
 
 		{"nanomdm_store_up", Gauge, nil, "1 while the database answers and its schema is current.", groupStore},
 		{"nanomdm_store_statements_total", Counter, nil, "SQL statements sent.", groupStore},

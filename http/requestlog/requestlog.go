@@ -45,6 +45,22 @@ func ID(ctx context.Context) string { return of(ctx).id }
 // a peer without an address whose word is all there is.
 func Client(ctx context.Context) string { return of(ctx).client }
 
+// ClientNetwork returns the network by which a client is limited: its address with
+// IPv4, the /64 with IPv6, of which a customer has at least one. It is not valid
+// if the client has no address.
+func ClientNetwork(ctx context.Context) netip.Prefix {
+	addr, err := netip.ParseAddr(Client(ctx))
+	if err != nil {
+		return netip.Prefix{}
+	}
+	bits := addr.BitLen()
+	if addr.Is6() {
+		bits = 64
+	}
+	p, _ := addr.Prefix(bits) // an address has as many bits
+	return p
+}
+
 // TraceParent returns the request's valid traceparent header, to be passed on
 // with requests that are made because of it, or "".
 func TraceParent(ctx context.Context) string { return of(ctx).traceParent }

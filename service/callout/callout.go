@@ -8,6 +8,8 @@ package callout
 import (
 	"crypto/hmac"
 	"crypto/sha256"
+	"crypto/tls"
+	"crypto/x509"
 	"encoding/base64"
 	"errors"
 	"net/http"
@@ -32,6 +34,18 @@ func Client(transport http.RoundTripper) *http.Client {
 		Transport:     transport,
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}
+}
+
+// Transport returns http.DefaultTransport, or a copy of it that verifies servers
+// by roots. Nil roots are the system's.
+func Transport(roots *x509.CertPool) http.RoundTripper {
+	standard, ok := http.DefaultTransport.(*http.Transport)
+	if roots == nil || !ok {
+		return http.DefaultTransport
+	}
+	transport := standard.Clone()
+	transport.TLSClientConfig = &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12}
+	return transport
 }
 
 // MAC is the HMAC-SHA256 of the parts, one after the other.

@@ -1,6 +1,7 @@
 package callout_test
 
 import (
+	"crypto/x509"
 	"io"
 	"net/http"
 	"net/http/httptest"
@@ -42,6 +43,20 @@ func TestClientFollowsNoRedirect(t *testing.T) {
 		require.Equal(t, status, resp.StatusCode)
 		srv.Close()
 	}
+}
+
+func TestTransportWithPrivateCA(t *testing.T) {
+	server := httptest.NewTLSServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
+	defer server.Close()
+	_, err := callout.Client(callout.Transport(nil)).Get(server.URL)
+	require.ErrorContains(t, err, "x509", "the system does not know the server's CA")
+	roots := x509.NewCertPool()
+	roots.AddCert(server.Certificate())
+	client := callout.Client(callout.Transport(roots))
+	defer client.CloseIdleConnections()
+	resp, err := client.Get(server.URL)
+	require.NoError(t, err)
+	require.NoError(t, resp.Body.Close())
 }
 
 func TestErrorsDoNotShowTheURL(t *testing.T) {

@@ -38,7 +38,7 @@ type Config struct {
 	RecvKey []byte
 	// Timeout bounds one callout; default 30 s.
 	Timeout time.Duration
-	// Client makes the requests; default a client of its own.
+	// Client makes the requests. Default: callout.Client with the system's CAs.
 	Client *http.Client
 }
 

@@ -2,6 +2,7 @@ package webhook
 
 import (
 	"context"
+	"crypto/x509"
 	"errors"
 	"log/slog"
 	"maps"
@@ -74,6 +75,8 @@ type Config struct {
 	// LeaseTTL is how long after a replica died another one takes over, 10
 	// seconds if zero; the same on all replicas.
 	LeaseTTL time.Duration
+	// RootCAs verifies receivers. Default: the system's.
+	RootCAs *x509.CertPool
 	// Logger takes alarms; nothing is logged if nil.
 	Logger *slog.Logger
 }
@@ -182,7 +185,7 @@ func (d *Deliverer) Run(ctx context.Context) error {
 
 // work is one term of the lease.
 func (d *Deliverer) work(ctx context.Context, current func() storage.Lease) error {
-	d.send = newSender(d.store, d.cfg.Timeout, d.cfg.Workers, d.dial)
+	d.send = newSender(d.store, d.cfg.Timeout, d.cfg.Workers, d.cfg.RootCAs, d.dial)
 	defer d.send.close()
 	var wg sync.WaitGroup
 	wg.Go(func() { d.number(ctx, current) })

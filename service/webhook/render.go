@@ -68,16 +68,16 @@ func NewEvent(r *storage.EventRecord) Event {
 	ids := IDs{ID: r.Enroll.ID, Type: r.Enroll.Type, ParentID: r.Enroll.ParentID}
 	switch {
 	case storage.ServerTopic(r.Topic):
-		e.Server = &ServerSideEvent{UDID: r.UDID, EnrollmentID: r.Enrollment, APNsTopic: r.APNsTopic,
+		e.Server = &ServerSideEvent{UDID: r.UDID, EnrollmentID: r.EnrollmentID, APNsTopic: r.APNsTopic,
 			CommandUUID: r.CommandUUID, RequestType: r.RequestType, Detail: r.Params}
 		if ids.ID != "" {
 			e.Server.IDs = &ids
 		}
 	case r.Topic == storage.TopicConnect:
-		e.Acknowledge = &ReportEvent{IDs: ids, UDID: r.UDID, EnrollmentID: r.Enrollment, Status: r.Status,
+		e.Acknowledge = &ReportEvent{IDs: ids, UDID: r.UDID, EnrollmentID: r.EnrollmentID, Status: r.Status,
 			CommandUUID: r.CommandUUID, Params: r.Params, RawPayload: r.Raw}
 	default:
-		e.Checkin = &CheckinEvent{IDs: ids, UDID: r.UDID, EnrollmentID: r.Enrollment, Params: r.Params, RawPayload: r.Raw}
+		e.Checkin = &CheckinEvent{IDs: ids, UDID: r.UDID, EnrollmentID: r.EnrollmentID, Params: r.Params, RawPayload: r.Raw}
 		if r.Topic == storage.TopicTokenUpdate {
 			e.Checkin.Tally = &r.Tally
 		}

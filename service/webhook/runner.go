@@ -200,8 +200,8 @@ func (r *runner) load(ctx context.Context) bool {
 				r.out = newOutcomes(k.Cursor)
 			}
 		}
-		var waiting []storage.Lane
-		waiting, err = r.d.store.WaitingLanes(ctx, r.sink.Name, maxBlocked+pageRows)
+		var waiting []storage.WaitingEnrollment
+		waiting, err = r.d.store.WaitingEnrollments(ctx, r.sink.Name, maxBlocked+pageRows)
 		for _, e := range waiting {
 			r.backlog.block(e.Enrollment, e.NextAt)
 		}

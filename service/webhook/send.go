@@ -3,6 +3,8 @@ package webhook
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
@@ -61,7 +63,7 @@ type sender struct {
 // dialer makes connections.
 type dialer func(ctx context.Context, network, address string) (net.Conn, error)
 
-func newSender(log storage.EventLog, timeout time.Duration, workers int, dial dialer) *sender {
+func newSender(log storage.EventLog, timeout time.Duration, workers int, roots *x509.CertPool, dial dialer) *sender {
 	if dial == nil {
 		dial = (&net.Dialer{Timeout: 10 * time.Second, KeepAlive: 30 * time.Second}).DialContext
 	}
@@ -72,6 +74,7 @@ func newSender(log storage.EventLog, timeout time.Duration, workers int, dial di
 		client: callout.Client(&http.Transport{
 			Proxy:                  http.ProxyFromEnvironment,
 			DialContext:            dial,
+			TLSClientConfig:        &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12},
 			TLSHandshakeTimeout:    10 * time.Second,
 			ForceAttemptHTTP2:      true,
 			MaxIdleConnsPerHost:    workers,

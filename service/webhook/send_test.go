@@ -36,7 +36,7 @@ func TestEventIsOneWrite(t *testing.T) {
 	}))
 	defer receiver.Close()
 	var writes atomic.Int64
-	s := newSender(nil, 10*time.Second, 1, func(ctx context.Context, network, address string) (net.Conn, error) {
+	s := newSender(nil, 10*time.Second, 1, nil, func(ctx context.Context, network, address string) (net.Conn, error) {
 		conn, err := new(net.Dialer).DialContext(ctx, network, address)
 		return countingConn{conn, &writes}, err
 	})

@@ -111,7 +111,7 @@ func TestConsumers(t *testing.T) {
 					return err == nil
 				}, 20*time.Second, 20*time.Millisecond)
 
-				s := newSender(nil, 10*time.Second, 1, nil)
+				s := newSender(nil, 10*time.Second, 1, nil, nil)
 				defer s.close()
 				r := examples()[6]
 				post := func(keys ...string) *failure {
@@ -251,7 +251,7 @@ func TestNothingIsWrittenForNobody(t *testing.T) {
 		}))
 		w.enroll("A")
 		w.report("A", "C")
-		n, err := w.store.Census(t.Context())
+		n, err := w.store.WaitingCounts(t.Context())
 		require.NoError(t, err)
 		require.Zero(t, n.Unnumbered, "neither what no filter takes, nor tokens for those who are not trusted with them")
 	})

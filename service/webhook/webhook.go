@@ -77,13 +77,13 @@ func Middleware(sinks *Sinks, wake func()) service.Middleware {
 func event(r *service.Request, topic string) storage.Event {
 	who := r.Message.Identity()
 	e := storage.Event{
-		Topic:       topic,
-		CreatedAt:   time.Now().UTC(),
-		UDID:        short(who.UDID),
-		Enrollment:  short(who.EnrollmentID),
-		Params:      r.Params,
-		TraceParent: r.TraceParent,
-		Raw:         r.Message.RawBytes(),
+		Topic:        topic,
+		CreatedAt:    time.Now().UTC(),
+		UDID:         short(who.UDID),
+		EnrollmentID: short(who.EnrollmentID),
+		Params:       r.Params,
+		TraceParent:  r.TraceParent,
+		Raw:          r.Message.RawBytes(),
 	}
 	switch m := r.Message.(type) {
 	case *mdm.Report:

@@ -358,7 +358,7 @@ func (w *world) backlog() storage.SinkBacklog {
 func (w *world) drained(within time.Duration) {
 	w.t.Helper()
 	for begun := time.Now(); ; time.Sleep(100 * time.Millisecond) {
-		n, err := w.store.Census(w.t.Context())
+		n, err := w.store.WaitingCounts(w.t.Context())
 		require.NoError(w.t, err)
 		if b := w.backlog(); n.Unnumbered+b.Behind+b.Waiting+b.Again == 0 {
 			return

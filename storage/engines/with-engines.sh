@@ -18,7 +18,7 @@
 # MariaDB of the running release; MySQL, which no Debian release holds, from
 # unstable in a folder of its own, kept in ${XDG_CACHE_HOME:-~/.cache}.
 # Delete that folder to get a newer MySQL. The proxies that tests run (nginx,
-# HAProxy, Caddy) and Prometheus' promtool are installed, too.
+# HAProxy, Apache, Caddy) and Prometheus' promtool are installed, too.
 #
 #   ENGINES_DURABLE=1           keep the engines' default durability. Without it
 #                               they skip fsync: right for tests, wrong for
@@ -257,12 +257,12 @@ debian_mirror() {
 		awk '$1 == "Debian/Debian" && $2 ~ /^https?:/ { print $2; exit }'
 }
 
-# prepare_tools: nginx, HAProxy and Caddy run in tests with the examples of
+# prepare_tools: nginx, HAProxy, Apache and Caddy run in tests with the examples of
 # docs/proxies, and Prometheus' promtool reads the alert rules. A test that
 # misses its tool is skipped, and fails if CI=true.
 prepare_tools() {
 	local missing=() p
-	for p in nginx haproxy caddy; do
+	for p in nginx haproxy apache2 caddy; do
 		command -v "$p" >/dev/null || missing+=("$p")
 	done
 	command -v promtool >/dev/null || missing+=(prometheus)

@@ -15,6 +15,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/nanomdm/nanomdm/backoff"
 	"github.com/nanomdm/nanomdm/storage"
 )
 
@@ -105,7 +106,7 @@ func (k *keeper) acquire(ctx context.Context) (since time.Time, err error) {
 		if !seenAt.IsZero() {
 			wait = min(wait, max(k.ttl-time.Since(seenAt), time.Millisecond))
 		}
-		if err := pause(ctx, wait); err != nil {
+		if err := backoff.Sleep(ctx, wait); err != nil {
 			return time.Time{}, err
 		}
 	}
@@ -156,17 +157,5 @@ func (k *keeper) release(ctx context.Context) {
 	defer cancel()
 	if err := k.store.ReleaseLease(ctx, *k.current.Load()); err != nil {
 		k.log.WarnContext(ctx, "cannot release the lease; others wait for its time to live", "error", err)
-	}
-}
-
-// pause waits for d or the end of ctx.
-func pause(ctx context.Context, d time.Duration) error {
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	select {
-	case <-timer.C:
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
 	}
 }

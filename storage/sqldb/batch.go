@@ -1,7 +1,6 @@
 package sqldb
 
 import (
-	"cmp"
 	"context"
 	"fmt"
 	"strings"
@@ -55,22 +54,15 @@ func (t *Tx) flush(ctx context.Context) error {
 	return t.Dialect.execBatch(ctx, t.conn, deferred)
 }
 
-// BatchQuery is a query and the function that reads its rows.
+// BatchQuery is a query and the function that reads each of its rows.
 type BatchQuery struct {
 	Action string // for errors: "reading enrollments"
 	Text   string
 	Args   []any
-	Read   func(Rows) error
+	Read   func(Row) error
 }
 
 func (q *BatchQuery) failed(err error) error { return fmt.Errorf("%s: %w", q.Action, err) }
-
-// Rows are the rows of a BatchQuery.
-type Rows interface {
-	Next() bool
-	Scan(into ...any) error
-	Err() error
-}
 
 // QueryBatch runs queries, one after the other, behind the deferred
 // statements. Where the engine can do it, everything costs one round trip. No
@@ -87,12 +79,7 @@ func (t *Tx) QueryBatch(ctx context.Context, queries ...BatchQuery) error {
 		return t.Dialect.queryBatch(ctx, t.conn, deferred, queries)
 	}
 	for _, q := range queries {
-		rows, err := t.Query(ctx, q.Text, q.Args...)
-		if err != nil {
-			return q.failed(err)
-		}
-		err = cmp.Or(q.Read(rows), rows.Err())
-		if err := cmp.Or(err, rows.Close()); err != nil {
+		if err := t.Query(ctx, q.Text, q.Args...).Each(q.Read); err != nil {
 			return q.failed(err)
 		}
 	}

@@ -10,6 +10,7 @@ package sqldb
 
 import (
 	"context"
+	"crypto/x509"
 	"database/sql"
 	"errors"
 	"fmt"
@@ -41,6 +42,9 @@ type Config struct {
 	// MaxOpenConns bounds the connections to a database server, 24 if zero,
 	// and with SQLite the readers.
 	MaxOpenConns int
+	// RootCAs verifies a database server, whose connections then use TLS. If
+	// nil, the DSN alone decides about TLS.
+	RootCAs *x509.CertPool
 }
 
 const (

@@ -157,19 +157,15 @@ func (db *DB) readArrayTypes(ctx context.Context) error {
 	}
 	types := make(map[string]string)
 	err := db.Read(ctx, func(ctx context.Context, t *Tx) error {
-		rows, err := t.Query(ctx, db.dialect.arrayColumns)
-		if err != nil {
-			return err
-		}
-		defer rows.Close()
-		for rows.Next() {
+		err := t.Query(ctx, db.dialect.arrayColumns).Each(func(row Row) error {
 			var column, arrayType string
-			if err := rows.Scan(&column, &arrayType); err != nil {
+			if err := row.Scan(&column, &arrayType); err != nil {
 				return err
 			}
 			types[column] = arrayType
-		}
-		return rows.Err()
+			return nil
+		})
+		return err
 	})
 	if err != nil {
 		return fmt.Errorf("reading the columns' types: %w", err)

@@ -3,7 +3,6 @@ package sqldb
 import (
 	"cmp"
 	"context"
-	"database/sql"
 	"encoding/json"
 	"slices"
 	"strings"
@@ -54,7 +53,7 @@ func (t *Tx) Among(ids []string) (is string, args []any) {
 // where there are locks, and reads columns of them. PostgreSQL looks each id
 // up: a plan for all of them that was made while the table was small would go
 // on reading all of it.
-func (t *Tx) QueryLocked(ctx context.Context, columns, table string, ids []string) (*sql.Rows, error) {
+func (t *Tx) QueryLocked(ctx context.Context, columns, table string, ids []string) Result {
 	q, args := t.LockText(columns, table, ids)
 	return t.Query(ctx, q, args...)
 }

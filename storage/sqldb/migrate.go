@@ -202,27 +202,23 @@ func (db *DB) Migrate(ctx context.Context, m *Migrations) error {
 func (db *DB) checkRecorded(ctx context.Context, m *Migrations) (recorded int, err error) {
 	err = db.Read(ctx, func(ctx context.Context, t *Tx) error {
 		recorded = 0
-		rows, err := t.Query(ctx, `SELECT version, checksum FROM nano_migrations ORDER BY version`)
-		if err != nil {
-			return err
-		}
-		defer rows.Close()
-		for rows.Next() {
+		err := t.Query(ctx, `SELECT version, checksum FROM nano_migrations ORDER BY version`).Each(func(row Row) error {
 			var version int
 			var sum string
-			if err := rows.Scan(&version, &sum); err != nil {
+			if err := row.Scan(&version, &sum); err != nil {
 				return err
 			}
 			if version < 1 || version > len(m.Checksums) {
-				continue // a newer release's; see missingSteps
+				return nil // a newer release's; see missingSteps
 			}
 			if known := m.Checksums[version-1]; sum != known {
 				return fmt.Errorf("its migration %d has checksum %s, the one of this program has %s: "+
 					"another program, or an edited migration, made this schema", version, sum, known)
 			}
 			recorded++
-		}
-		return rows.Err()
+			return nil
+		})
+		return err
 	})
 	return recorded, err
 }
@@ -286,19 +282,15 @@ func (db *DB) prepareSchema(ctx context.Context, m *Migrations) error {
 func (db *DB) tables(ctx context.Context) (names []string, err error) {
 	err = db.Read(ctx, func(ctx context.Context, t *Tx) error {
 		names = nil
-		rows, err := t.Query(ctx, db.dialect.tables)
-		if err != nil {
-			return err
-		}
-		defer rows.Close()
-		for rows.Next() {
+		err := t.Query(ctx, db.dialect.tables).Each(func(row Row) error {
 			var name string
-			if err := rows.Scan(&name); err != nil {
+			if err := row.Scan(&name); err != nil {
 				return err
 			}
 			names = append(names, name)
-		}
-		return rows.Err()
+			return nil
+		})
+		return err
 	})
 	return names, err
 }
@@ -315,25 +307,22 @@ func (db *DB) missingSteps(ctx context.Context, m *Migrations, all []step) (miss
 		if known := m.Newest(); version > known {
 			return fmt.Errorf("it has schema %d, made by a newer version of this program; this one knows %d", version, known)
 		}
-		rows, err := t.Query(ctx, `SELECT version, step FROM nano_schema`)
+		done := make(map[[2]int64]bool)
+		err = t.Query(ctx, `SELECT version, step FROM nano_schema`).Each(func(row Row) error {
+			var key [2]int64
+			err := row.Scan(&key[0], &key[1])
+			done[key] = true
+			return err
+		})
 		if err != nil {
 			return err
-		}
-		defer rows.Close()
-		done := make(map[[2]int64]bool)
-		for rows.Next() {
-			var key [2]int64
-			if err := rows.Scan(&key[0], &key[1]); err != nil {
-				return err
-			}
-			done[key] = true
 		}
 		for _, st := range all {
 			if !done[[2]int64{st.version, st.number}] {
 				missing = append(missing, st)
 			}
 		}
-		return rows.Err()
+		return nil
 	})
 	return missing, err
 }

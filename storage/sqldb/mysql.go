@@ -21,10 +21,12 @@ var (
 // openMySQL asks the server who it is with a first connection, and makes the
 // pool's connections accordingly.
 func openMySQL(ctx context.Context, cfg Config) (*pools, error) {
-	mc, err := mysql.ParseDSN(cfg.DSN)
+	mc, err := parseMySQL(cfg.DSN)
 	if err != nil {
-		// Not wrapped: some errors quote what may be a piece of the password.
-		return nil, errors.New("the data source name is not user:password@tcp(host:port)/name?param=value, as go-sql-driver/mysql has it")
+		return nil, err
+	}
+	if err := trustMySQL(mc, cfg.RootCAs); err != nil {
+		return nil, err
 	}
 	mc.Logger = &mysql.NopLogger{} // what it says comes back as errors, too
 	mc.ParseTime = false
@@ -116,6 +118,9 @@ func askMySQL(ctx context.Context, cfg Config, mc *mysql.Config) (mysqlServer, e
 	if err != nil {
 		return server, err
 	}
+	if err := checkMySQLWrites(ctx, db, server.mariadb); err != nil {
+		return server, err
+	}
 	if server.mariadb {
 		if server.galera, err = isGalera(ctx, db); err != nil {
 			return server, fmt.Errorf("connecting: %w", err)
@@ -139,6 +144,23 @@ func isGalera(ctx context.Context, db *sql.DB) (bool, error) {
 		return false, nil
 	}
 	return value == "ON", err
+}
+
+// checkMySQLWrites names the setting by which the server refuses writes. The
+// driver reports such a refusal as a bad connection, without a reason.
+func checkMySQLWrites(ctx context.Context, db *sql.DB, mariadb bool) error {
+	setting := "super_read_only"
+	if mariadb {
+		setting = "read_only"
+	}
+	var on bool
+	if err := db.QueryRowContext(ctx, "SELECT @@global."+setting).Scan(&on); err != nil {
+		return fmt.Errorf("connecting: %w", err)
+	}
+	if on {
+		return fmt.Errorf("%w: the server takes no writes, its %s is on: it is a replica, or a primary after a failover; name the primary in -storage-dsn", ErrUnavailable, setting)
+	}
+	return nil
 }
 
 // checkMySQLVersion reads what SELECT VERSION() says, such as 8.4.3 or

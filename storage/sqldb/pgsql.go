@@ -22,11 +22,13 @@ const pgsqlOldest = 130000
 const dialTimeout = 10 * time.Second
 
 func openPgSQL(ctx context.Context, cfg Config) (*pools, error) {
-	pc, err := pgx.ParseConfig(cfg.DSN)
+	pc, err := parsePgSQL(cfg.DSN)
 	if err != nil {
-		// pgx's message repeats the DSN, with the password only partly
-		// masked for keyword strings.
-		return nil, errors.New("the data source name is not a PostgreSQL URL or keyword string")
+		return nil, err
+	}
+	dropParams(pc, cfg.Logger)
+	if err := trustPgSQL(pc, cfg.RootCAs); err != nil {
+		return nil, err
 	}
 	if pc.ConnectTimeout == 0 {
 		pc.ConnectTimeout = dialTimeout
@@ -59,11 +61,18 @@ func sizePool(db *sql.DB, cfg Config) {
 
 func checkPgSQL(ctx context.Context, cfg Config, db *sql.DB) error {
 	var version int
-	var encoding, durable string
-	err := db.QueryRowContext(ctx, `SELECT current_setting('server_version_num')::int,
-		current_setting('server_encoding'), current_setting('synchronous_commit')`).Scan(&version, &encoding, &durable)
-	if err != nil {
+	var encoding, durable, readOnly string
+	var standby bool
+	err := db.QueryRowContext(ctx, `SELECT current_setting('server_version_num')::int, current_setting('server_encoding'),
+		current_setting('synchronous_commit'), current_setting('default_transaction_read_only'), pg_is_in_recovery()`).
+		Scan(&version, &encoding, &durable, &readOnly, &standby)
+	switch {
+	case err != nil:
 		return fmt.Errorf("connecting: %w", err)
+	case standby:
+		return fmt.Errorf("%w: the server is a standby, which takes no writes: name all servers in -storage-dsn, with target_session_attrs=read-write", ErrUnavailable)
+	case readOnly == "on":
+		return fmt.Errorf("%w: the server takes no writes, default_transaction_read_only is on for this database or role", ErrUnavailable)
 	}
 	if version < pgsqlOldest {
 		return fmt.Errorf("PostgreSQL %d is too old, %d is the oldest that is served", version/10000, pgsqlOldest/10000)
@@ -220,7 +229,9 @@ func pgsqlQueryBatch(ctx context.Context, conn *sql.Conn, deferred []statement, 
 			if err != nil {
 				return q.failed(err)
 			}
-			err = q.Read(pgsqlRows{rows})
+			for err == nil && rows.Next() {
+				err = q.Read(pgsqlRow{rows})
+			}
 			rows.Close()
 			if err := cmp.Or(err, rows.Err()); err != nil {
 				return q.failed(err)
@@ -230,11 +241,11 @@ func pgsqlQueryBatch(ctx context.Context, conn *sql.Conn, deferred []statement, 
 	})
 }
 
-// pgsqlRows are rows of the driver itself.
-type pgsqlRows struct{ pgx.Rows }
+// pgsqlRow is a row of the driver itself.
+type pgsqlRow struct{ pgx.Rows }
 
 // Scan is that of database/sql, in that a number is also true or false.
-func (r pgsqlRows) Scan(into ...any) error {
+func (r pgsqlRow) Scan(into ...any) error {
 	for i, v := range into {
 		if v, ok := v.(*bool); ok {
 			into[i] = (*flag)(v)

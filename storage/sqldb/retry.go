@@ -6,10 +6,13 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"time"
+
+	"github.com/nanomdm/nanomdm/backoff"
 )
 
 // Retries of one transaction: pauses of up to 5 ms, 10 ms, ... 640 ms, about
-// two seconds in all.
+// two seconds in all. They are spread more widely than backoff.Policy does,
+// since transactions that met in a deadlock should not meet again.
 const (
 	maxAttempts = 9
 	firstPause  = 5 * time.Millisecond
@@ -34,22 +37,10 @@ func (db *DB) retry(ctx context.Context, try func() (again bool, err error)) err
 		}
 		db.retries.Add(1)
 		db.log.DebugContext(ctx, "repeating a transaction", "attempt", attempt, "error", err)
-		if !sleep(ctx, rand.N(pause)+pause/8) {
+		if backoff.Sleep(ctx, rand.N(pause)+pause/8) != nil {
 			return db.classify(err)
 		}
 		pause *= 2
-	}
-}
-
-// sleep waits, and says whether it did so to the end.
-func sleep(ctx context.Context, d time.Duration) bool {
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	select {
-	case <-timer.C:
-		return true
-	case <-ctx.Done():
-		return false
 	}
 }
 

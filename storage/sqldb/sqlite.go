@@ -7,12 +7,15 @@ import (
 	"errors"
 	"fmt"
 	"net/url"
+	"os"
 	"runtime"
 	"slices"
 	"strings"
 
 	"modernc.org/sqlite"
 	sqlite3 "modernc.org/sqlite/lib"
+
+	"github.com/nanomdm/nanomdm/backoff"
 )
 
 // memory is the DSN of a database that lives as long as its Store.
@@ -44,6 +47,9 @@ func openSQLite(ctx context.Context, cfg Config) (*pools, error) {
 		return openMemory(ctx, d, params)
 	}
 	name = strings.TrimPrefix(name, "file:")
+	if err := createPrivate(name); err != nil {
+		return nil, err
+	}
 	write, err := sqlitePool(name, params, "immediate")
 	if err != nil {
 		return nil, err
@@ -62,6 +68,31 @@ func openSQLite(ctx context.Context, cfg Config) (*pools, error) {
 	read.SetMaxOpenConns(readers)
 	read.SetMaxIdleConns(readers)
 	return &pools{dialect: d, write: write, read: read}, nil
+}
+
+// createPrivate makes a file that does not exist yet for its owner alone. SQLite
+// gives the files beside it the same mode. Other failures are left to SQLite,
+// which knows names that no file system does.
+func createPrivate(name string) error {
+	f, err := os.OpenFile(name, os.O_CREATE|os.O_EXCL|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil
+	}
+	return f.Close()
+}
+
+// SQLiteFile returns the path of the file that a data source name of SQLite's
+// names, or "" for a database in memory.
+func SQLiteFile(dsn string) string {
+	name, _, _ := strings.Cut(dsn, "?")
+	if name == memory {
+		return ""
+	}
+	name = strings.TrimPrefix(name, "file:")
+	if rest, ok := strings.CutPrefix(name, "//"); ok {
+		return rest // file:///path: an empty host
+	}
+	return name
 }
 
 // withDefaults adds those of sqlitePragmas that are not given. The driver runs
@@ -129,7 +160,7 @@ func checkSQLite(ctx context.Context, cfg Config, db *sql.DB) error {
 	var mode string
 	err := db.QueryRowContext(ctx, "PRAGMA journal_mode").Scan(&mode)
 	for busy := sqliteDialect().retryable; busy(err) && ctx.Err() == nil; {
-		sleep(ctx, firstPause)
+		_ = backoff.Sleep(ctx, firstPause) // the loop looks at ctx
 		err = db.QueryRowContext(ctx, "PRAGMA journal_mode").Scan(&mode)
 	}
 	if err != nil {

@@ -5,6 +5,7 @@ import (
 	"context"
 	"database/sql"
 	"database/sql/driver"
+	"errors"
 	"fmt"
 	"sync/atomic"
 	"time"
@@ -190,35 +191,85 @@ func (t *Tx) Exec(ctx context.Context, q string, args ...any) (int64, error) {
 	return res.RowsAffected()
 }
 
-// Query runs a statement that returns rows. The caller closes them and looks
-// at Err.
-func (t *Tx) Query(ctx context.Context, q string, args ...any) (*sql.Rows, error) {
+// Query runs a statement that returns rows.
+func (t *Tx) Query(ctx context.Context, q string, args ...any) Result {
 	if err := t.flush(ctx); err != nil {
-		return nil, err
+		return Result{err: err}
 	}
 	t.sent.Add(1)
 	q, args = t.Dialect.Rebind(q), storedArgs(args)
+	var r Result
 	if stmt := t.stmt(ctx, q); stmt != nil {
-		return stmt.QueryContext(ctx, args...)
+		r.rows, r.err = stmt.QueryContext(ctx, args...)
+	} else {
+		r.rows, r.err = t.q.QueryContext(ctx, q, args...)
 	}
-	return t.q.QueryContext(ctx, q, args...)
+	return r
 }
 
 // QueryRow runs a statement that returns at most one row; Scan reports
 // sql.ErrNoRows if none.
 func (t *Tx) QueryRow(ctx context.Context, q string, args ...any) Row {
-	rows, err := t.Query(ctx, q, args...)
-	return Row{rows, err}
+	return t.Query(ctx, q, args...)
 }
 
-// Row is the first of some rows; it must be scanned.
-type Row struct {
+// Row is one row of a result.
+type Row interface {
+	Scan(into ...any) error
+}
+
+// Result is the rows of a query, or its error. Either Each or Scan must be
+// called, once.
+type Result struct {
 	rows *sql.Rows
 	err  error
 }
 
-// Scan reads the row, and ends the statement.
-func (r Row) Scan(into ...any) error {
+// Stop is returned by a function of Each that wants no more rows.
+var Stop = errors.New("no more rows are wanted")
+
+// Each calls a function for each row, up to its first error, and ends the
+// statement.
+func (r Result) Each(read func(Row) error) error {
+	if r.err != nil {
+		return r.err
+	}
+	defer r.rows.Close()
+	for r.rows.Next() {
+		if err := read(r.rows); errors.Is(err, Stop) {
+			return r.rows.Close()
+		} else if err != nil {
+			return err
+		}
+	}
+	return cmp.Or(r.rows.Err(), r.rows.Close())
+}
+
+// Collect returns the values that a function reads, one from each row.
+func Collect[T any](r Result, read func(Row, *T) error) ([]T, error) {
+	var all []T
+	err := r.Each(func(row Row) error {
+		var v T
+		if err := read(row, &v); err != nil {
+			return err
+		}
+		all = append(all, v)
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	return all, nil
+}
+
+// Column returns the values of the first column.
+func Column[T any](r Result) ([]T, error) {
+	return Collect(r, func(row Row, v *T) error { return row.Scan(v) })
+}
+
+// Scan reads the first row and ends the statement; sql.ErrNoRows if there is
+// none.
+func (r Result) Scan(into ...any) error {
 	if r.err != nil {
 		return r.err
 	}

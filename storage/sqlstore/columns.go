@@ -42,10 +42,15 @@ func storable(name string) bool {
 // maxText is the width of the columns for short texts, in characters.
 const maxText = 255
 
+// legible makes a text one that every engine stores.
+func legible(s string) string {
+	return strings.ReplaceAll(strings.ToValidUTF8(s, "\uFFFD"), "\x00", "")
+}
+
 // clip makes a text that a device chose fit its column. Such texts are for
 // people to read; the message is kept whole beside them.
 func clip(s string) string {
-	s = strings.ReplaceAll(strings.ToValidUTF8(s, "\uFFFD"), "\x00", "")
+	s = legible(s)
 	if len(s) <= maxText || utf8.RuneCountInString(s) <= maxText {
 		return s
 	}

@@ -12,9 +12,9 @@ import (
 	"github.com/nanomdm/nanomdm/storage"
 )
 
-// firstSilence is how long a device that was offered a command, or has one
+// silenceTimeout is how long a device that was offered a command, or has one
 // that it refused for now, may stay silent before the sweep wakes it.
-const firstSilence = 3 * time.Minute
+const silenceTimeout = 3 * time.Minute
 
 // silenceSlack is how much earlier the sweep may look at it, so that a visit of
 // many messages plans that once, not with each of them. It finds that the device
@@ -37,13 +37,13 @@ func (s *Store) startBatches() {
 	cfg := batchConfig{rows: batchRows, bytes: batchBytes, waiting: batchWaiting, hopeless: hopeless}
 	reads, writes, _ := s.db.Parallel()
 	cfg.inFlight = reads
-	s.polls = newBatcher(cfg, inTime(s.cfg.Polled, s.poll))
+	s.polls = newBatcher(cfg, withTimeout(s.cfg.Polled, s.poll))
 	cfg.inFlight = writes
-	s.changes = newBatcher(cfg, inTime(s.cfg.Committed, s.change))
+	s.changes = newBatcher(cfg, withTimeout(s.cfg.Committed, s.change))
 }
 
-// inTime bounds a batch of devices' messages, and tells its size.
-func inTime(tell func(messages int), run func(context.Context, []*opRun) error) func(context.Context, []*opRun) error {
+// withTimeout bounds a batch of devices' messages, and tells its size.
+func withTimeout(tell func(messages int), run func(context.Context, []*opRun) error) func(context.Context, []*opRun) error {
 	return func(ctx context.Context, batch []*opRun) error {
 		if tell != nil {
 			tell(len(batch))
@@ -74,11 +74,14 @@ var (
 // what others write at the same time, and what only reads shares its
 // statements with others' reads.
 func (s *Store) Apply(ctx context.Context, op storage.Op) (*storage.Outcome, error) {
+	op, err := s.attributed(ctx, op)
+	if err != nil {
+		return nil, err
+	}
 	p := newOpRun(op)
 	if p.kind == nil {
 		return nil, fmt.Errorf("applying a device's message: %T is not in the table of operations", op)
 	}
-	err := error(nil)
 	if p.readOnly() {
 		err = s.polls.do(ctx, p, p.bytes())
 	}

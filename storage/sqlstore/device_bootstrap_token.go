@@ -5,6 +5,7 @@ import (
 	"fmt"
 
 	"github.com/nanomdm/nanomdm/storage"
+	"github.com/nanomdm/nanomdm/storage/sqldb"
 )
 
 var (
@@ -42,24 +43,21 @@ func readBootstrapTokens(ctx context.Context, t *tx, batch []*opRun) error {
 		devices[i] = p.device
 	}
 	is, args := t.Among(devices)
-	rows, err := t.Query(ctx, "SELECT id, bootstrap_token FROM nano_devices WHERE id "+is, args...)
-	if err != nil {
-		return fmt.Errorf("reading bootstrap tokens: %w", err)
-	}
-	defer rows.Close()
 	tokens := make(map[string][]byte, len(batch))
 	unreadable := make(map[string]error)
-	for rows.Next() {
+	err := t.Query(ctx, "SELECT id, bootstrap_token FROM nano_devices WHERE id "+is, args...).Each(func(row sqldb.Row) error {
 		var id string
 		var token []byte
-		if err := rows.Scan(&id, &token); err != nil {
-			return fmt.Errorf("reading bootstrap tokens: %w", err)
+		if err := row.Scan(&id, &token); err != nil {
+			return err
 		}
+		var err error
 		if tokens[id], err = t.opened(bootstrapTokenColumn, id, token); err != nil {
 			unreadable[id] = err
 		}
-	}
-	if err := rows.Err(); err != nil {
+		return nil
+	})
+	if err != nil {
 		return fmt.Errorf("reading bootstrap tokens: %w", err)
 	}
 	for _, p := range batch {

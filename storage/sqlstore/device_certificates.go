@@ -48,22 +48,17 @@ func readCertificates(ctx context.Context, t *tx, batch []*opRun) (*certificates
 	if err != nil {
 		return nil, fmt.Errorf("reading certificates: %w", err)
 	}
-	rows, err := t.Query(ctx, t.texts.certificateLookup, pairs...)
-	if err != nil {
-		return nil, fmt.Errorf("reading certificates: %w", err)
-	}
-	defer rows.Close()
 	c := &certificates{
 		byHash:  make(map[string]certificate),
 		live:    make(map[string]bool),
 		devices: make(map[string]bool),
 	}
-	for rows.Next() {
+	err = t.Query(ctx, t.texts.certificateLookup, pairs...).Each(func(row sqldb.Row) error {
 		var device, hash string
 		var known, owner, live, enrollment sql.Null[string]
 		var retired sql.Null[int64]
-		if err := rows.Scan(&device, &hash, &known, &owner, &retired, &live, &enrollment); err != nil {
-			return nil, fmt.Errorf("reading certificates: %w", err)
+		if err := row.Scan(&device, &hash, &known, &owner, &retired, &live, &enrollment); err != nil {
+			return err
 		}
 		if known.Valid {
 			c.devices[device] = true
@@ -77,11 +72,9 @@ func readCertificates(ctx context.Context, t *tx, batch []*opRun) (*certificates
 		if enrollment.Valid {
 			c.enrollments = append(c.enrollments, enrollment.V)
 		}
-	}
-	if err := rows.Err(); err != nil {
-		return nil, fmt.Errorf("reading certificates: %w", err)
-	}
-	if err := rows.Close(); err != nil {
+		return nil
+	})
+	if err != nil {
 		return nil, fmt.Errorf("reading certificates: %w", err)
 	}
 	return c, c.readClaims(ctx, t, batch)
@@ -190,7 +183,7 @@ func lockDevices(ctx context.Context, t *tx, batch []*opRun) (*certificates, err
 		devices[i] = p.device
 	}
 	for {
-		locked, err := lockLater(ctx, t, "nano_devices", devices)
+		locked, err := lockDeferred(ctx, t, "nano_devices", devices)
 		if err != nil {
 			return nil, err
 		}

@@ -7,6 +7,7 @@ import (
 
 	"github.com/nanomdm/nanomdm/mdm"
 	"github.com/nanomdm/nanomdm/storage"
+	"github.com/nanomdm/nanomdm/storage/sqldb"
 )
 
 // poll answers a batch of operations that only read: one statement when no
@@ -137,7 +138,7 @@ func idle(p *opRun) bool {
 func (a *activity) settle(now int64, state *enrollmentState) {
 	switch {
 	case state.queued.Valid || state.notnow.Valid:
-		a.setPushAt, a.pushAt = true, now+firstSilence.Microseconds()
+		a.setPushAt, a.pushAt = true, now+silenceTimeout.Microseconds()
 		early := a.pushAt - state.pushAt.V
 		a.planned = state.paid >= state.owed && 0 <= early && early <= silenceSlack.Microseconds()
 	case state.pushAt.Valid:
@@ -160,21 +161,17 @@ func readPlaces(ctx context.Context, t *tx, keys []keyPair) (map[keyPair]place, 
 		return nil, nil
 	}
 	where, args := queueRows.Among(t.Tx, keys)
-	rows, err := t.Query(ctx, "SELECT id, command_uuid, priority, seq FROM nano_enrollment_queue"+t.Dialect.Index("PRIMARY")+" WHERE "+where, args...)
-	if err != nil {
-		return nil, fmt.Errorf("reading queue rows: %w", err)
-	}
-	defer rows.Close()
 	places := make(map[keyPair]place, len(keys))
-	for rows.Next() {
+	err := t.Query(ctx, "SELECT id, command_uuid, priority, seq FROM nano_enrollment_queue"+t.Dialect.Index("PRIMARY")+" WHERE "+where, args...).Each(func(row sqldb.Row) error {
 		var k keyPair
 		var at place
-		if err := rows.Scan(&k.ID, &k.Item, &at.priority, &at.seq); err != nil {
-			return nil, fmt.Errorf("reading queue rows: %w", err)
+		if err := row.Scan(&k.ID, &k.Item, &at.priority, &at.seq); err != nil {
+			return err
 		}
 		places[k] = at
-	}
-	if err := rows.Err(); err != nil {
+		return nil
+	})
+	if err != nil {
 		return nil, fmt.Errorf("reading queue rows: %w", err)
 	}
 	return places, nil
@@ -195,22 +192,19 @@ func readCommands(ctx context.Context, t *tx, due map[*opRun]string) error {
 		}
 	}
 	is, args := t.Among(uuids)
-	rows, err := t.Query(ctx, "SELECT command_uuid, request_type, command FROM nano_commands WHERE command_uuid "+is, args...)
-	if err != nil {
-		return fmt.Errorf("reading commands: %w", err)
-	}
-	defer rows.Close()
-	for rows.Next() {
+	err := t.Query(ctx, "SELECT command_uuid, request_type, command FROM nano_commands WHERE command_uuid "+is, args...).Each(func(row sqldb.Row) error {
 		c := new(mdm.Command)
-		if err := rows.Scan(&c.CommandUUID, &c.RequestType, &c.Raw); err != nil {
-			return fmt.Errorf("reading commands: %w", err)
+		if err := row.Scan(&c.CommandUUID, &c.RequestType, &c.Raw); err != nil {
+			return err
 		}
+		var err error
 		if c.Raw, err = t.opened(commandColumn, c.CommandUUID, c.Raw); err != nil {
 			unreadable[c.CommandUUID] = err
 		}
 		commands[c.CommandUUID] = c
-	}
-	if err := rows.Err(); err != nil {
+		return nil
+	})
+	if err != nil {
 		return fmt.Errorf("reading commands: %w", err)
 	}
 	for p, uuid := range due {

@@ -24,7 +24,7 @@ func terminalState(s mdm.Status) storage.State {
 	switch s {
 	case mdm.StatusAcknowledged:
 		return storage.Acknowledged
-	case mdm.StatusError:
+	case mdm.StatusError, mdm.StatusUnreadable:
 		return storage.Failed
 	}
 	return storage.FormatError
@@ -103,17 +103,15 @@ func lockQueueRows(ctx context.Context, t *tx, keys []keyPair) (map[keyPair]queu
 // lockQuery locks rows in key order and reads them, with what events tell of
 // their commands if they are told.
 func lockQuery(t *tx, keys []keyPair, told bool, into map[keyPair]queueRow) sqldb.BatchQuery {
-	read := func(rows sqldb.Rows) error {
-		for rows.Next() {
-			var k keyPair
-			var row queueRow
-			var requestType sql.Null[string]
-			if err := rows.Scan(&k.ID, &k.Item, &row.state, &requestType); err != nil {
-				return err
-			}
-			row.requestType = requestType.V
-			into[k] = row
+	read := func(row sqldb.Row) error {
+		var k keyPair
+		var q queueRow
+		var requestType sql.Null[string]
+		if err := row.Scan(&k.ID, &k.Item, &q.state, &requestType); err != nil {
+			return err
 		}
+		q.requestType = requestType.V
+		into[k] = q
 		return nil
 	}
 	text, args := t.lockedRowsText(keys, told)
@@ -222,21 +220,17 @@ func storedResults(ctx context.Context, t *tx, reports []*opRun) (map[keyPair]st
 		keys[i], _ = reportedKey(p)
 	}
 	where, args := queueRows.Among(t.Tx, keys)
-	rows, err := t.Query(ctx, "SELECT id, command_uuid, status FROM nano_command_results"+t.Dialect.Index("PRIMARY")+" WHERE "+where, args...)
-	if err != nil {
-		return nil, fmt.Errorf("reading results: %w", err)
-	}
-	defer rows.Close()
 	stored := make(map[keyPair]string)
-	for rows.Next() {
+	err := t.Query(ctx, "SELECT id, command_uuid, status FROM nano_command_results"+t.Dialect.Index("PRIMARY")+" WHERE "+where, args...).Each(func(row sqldb.Row) error {
 		var k keyPair
 		var status string
-		if err := rows.Scan(&k.ID, &k.Item, &status); err != nil {
-			return nil, fmt.Errorf("reading results: %w", err)
+		if err := row.Scan(&k.ID, &k.Item, &status); err != nil {
+			return err
 		}
 		stored[k] = status
-	}
-	if err := rows.Err(); err != nil {
+		return nil
+	})
+	if err != nil {
 		return nil, fmt.Errorf("reading results: %w", err)
 	}
 	return stored, nil
@@ -265,7 +259,7 @@ func insertResults(ctx context.Context, t *tx, reports []*opRun, rows map[keyPai
 // they report, and owes a push to devices that would not come back for what
 // they refused before.
 func answer(ctx context.Context, t *tx, reports []*opRun, states map[string]*enrollmentState) error {
-	var debts []string
+	var owed []string
 	for _, p := range reports {
 		state := states[p.id()]
 		if state == nil {
@@ -277,18 +271,18 @@ func answer(ctx context.Context, t *tx, reports []*opRun, states map[string]*enr
 		}
 		// A device asks again by itself only if NotNow is the last it said.
 		if r := p.op.(*storage.Report); r.Status != mdm.StatusNotNow && r.Status != mdm.StatusIdle {
-			debts = append(debts, state.id)
+			owed = append(owed, state.id)
 		}
 	}
 	if err := offer(ctx, t, reports, states); err != nil {
 		return err
 	}
 	for _, p := range reports {
-		if slices.Contains(debts, p.id()) {
+		if slices.Contains(owed, p.id()) {
 			p.note.setPushAt = false
 		}
 	}
-	return owePushes(ctx, t, debts)
+	return owePushes(ctx, t, owed)
 }
 
 // owePushes makes a push owed at once.
@@ -300,9 +294,7 @@ func owePushes(ctx context.Context, t *tx, ids []string) error {
 		return err
 	}
 	is, args := t.Among(ids)
-	// MySQL assigns from left to right, so last_seq must come last.
-	err := t.ExecDeferred(ctx, `UPDATE nano_enrollment_push
-SET owed_seq = last_seq + 1, push_at = ?, last_seq = last_seq + 1 WHERE id `+is, append([]any{t.Now}, args...)...)
+	err := t.ExecDeferred(ctx, "UPDATE nano_enrollment_push SET "+owePushAt+" WHERE id "+is, append([]any{t.Now}, args...)...)
 	if err != nil {
 		return fmt.Errorf("owing pushes: %w", err)
 	}

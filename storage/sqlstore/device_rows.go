@@ -5,6 +5,8 @@ import (
 	"database/sql"
 	"fmt"
 	"slices"
+
+	"github.com/nanomdm/nanomdm/storage/sqldb"
 )
 
 // enrollment is a row of nano_enrollments as a change finds it.
@@ -27,22 +29,18 @@ func readEnrollments(ctx context.Context, t *tx, ids []string) (*enrollments, er
 	if len(ids) == 0 {
 		return all, nil
 	}
-	rows, err := t.QueryLocked(ctx, "id, device_id, token_update_tally, renewal_until, enrolled_at", "nano_enrollments", ids)
-	if err != nil {
-		return nil, fmt.Errorf("locking enrollments: %w", err)
-	}
-	defer rows.Close()
-	for rows.Next() {
+	err := t.QueryLocked(ctx, "id, device_id, token_update_tally, renewal_until, enrolled_at", "nano_enrollments", ids).Each(func(row sqldb.Row) error {
 		e := new(enrollment)
 		var renewal sql.Null[int64]
-		if err := rows.Scan(&e.id, &e.device, &e.tally, &renewal, &e.enrolledAt); err != nil {
-			return nil, fmt.Errorf("locking enrollments: %w", err)
+		if err := row.Scan(&e.id, &e.device, &e.tally, &renewal, &e.enrolledAt); err != nil {
+			return err
 		}
 		e.renewing = renewal.Valid && renewal.V > t.Now
 		all.byID[e.id] = e
 		all.byDevice[e.device] = append(all.byDevice[e.device], e)
-	}
-	if err := rows.Err(); err != nil {
+		return nil
+	})
+	if err != nil {
 		return nil, fmt.Errorf("locking enrollments: %w", err)
 	}
 	return all, nil

@@ -68,20 +68,18 @@ func statesQuery(t *tx, keys []keyPair, into map[string]*enrollmentState) (sqldb
 	if err != nil {
 		return sqldb.BatchQuery{}, fmt.Errorf("reading enrollments: %w", err)
 	}
-	read := func(rows sqldb.Rows) error {
-		for rows.Next() {
-			var s enrollmentState
-			var enabled, disabled bool
-			var pinned sql.Null[string]
-			var owed, paid sql.Null[int64]
-			err := rows.Scan(&s.id, &s.topic, &enabled, &disabled, &pinned, &owed, &paid, &s.pushAt, &s.queued, &s.notnow)
-			if err != nil {
-				return err
-			}
-			s.active = enabled && !disabled
-			s.pinned, s.owed, s.paid = pinned.V, owed.V, paid.V
-			into[s.id] = &s
+	read := func(row sqldb.Row) error {
+		var s enrollmentState
+		var enabled, disabled bool
+		var pinned sql.Null[string]
+		var owed, paid sql.Null[int64]
+		err := row.Scan(&s.id, &s.topic, &enabled, &disabled, &pinned, &owed, &paid, &s.pushAt, &s.queued, &s.notnow)
+		if err != nil {
+			return err
 		}
+		s.active = enabled && !disabled
+		s.pinned, s.owed, s.paid = pinned.V, owed.V, paid.V
+		into[s.id] = &s
 		return nil
 	}
 	return sqldb.BatchQuery{Action: "reading enrollments", Text: t.texts.enrollmentState, Args: append([]any{t.Now, t.Now}, pairs...), Read: read}, nil

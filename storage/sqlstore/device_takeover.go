@@ -47,26 +47,22 @@ func (c *certificates) readClaims(ctx context.Context, t *tx, batch []*opRun) er
 		return nil
 	}
 	place, args := sqldb.InList(devices)
-	rows, err := t.Query(ctx, `SELECT d.id, d.serial_number, e.renewal_until, a.certificate FROM nano_devices d
+	c.claims = make(map[string]claim)
+	err := t.Query(ctx, `SELECT d.id, d.serial_number, e.renewal_until, a.certificate FROM nano_devices d
 LEFT JOIN nano_enrollments e ON e.id = d.id
 LEFT JOIN nano_cert_auth_associations a ON a.id = d.id AND a.retired_at IS NULL
-WHERE d.id IN `+place, args...)
-	if err != nil {
-		return fmt.Errorf("reading what may be taken over: %w", err)
-	}
-	defer rows.Close()
-	c.claims = make(map[string]claim)
-	for rows.Next() {
+WHERE d.id IN `+place, args...).Each(func(row sqldb.Row) error {
 		var device string
 		var k claim
 		var renewal sql.Null[int64]
-		if err := rows.Scan(&device, &k.serial, &renewal, &k.certificate); err != nil {
-			return fmt.Errorf("reading what may be taken over: %w", err)
+		if err := row.Scan(&device, &k.serial, &renewal, &k.certificate); err != nil {
+			return err
 		}
 		k.renewing = renewal.Valid && renewal.V > t.Now
 		c.claims[device] = k
-	}
-	if err := rows.Err(); err != nil {
+		return nil
+	})
+	if err != nil {
 		return fmt.Errorf("reading what may be taken over: %w", err)
 	}
 	return nil

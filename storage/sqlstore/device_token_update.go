@@ -74,12 +74,12 @@ func updateTokens(ctx context.Context, t *tx, batch []*opRun, r *opRound) error 
 	if err != nil {
 		return fmt.Errorf("storing enrollments: %w", err)
 	}
-	return revive(ctx, t, ids, repeating)
+	return makePushable(ctx, t, ids, repeating)
 }
 
-// revive makes enrollments with a new token pushable, and has what is owed to
+// makePushable makes enrollments with a new token pushable, and has what is owed to
 // those that had one before pushed at once.
-func revive(ctx context.Context, t *tx, ids, repeating []string) error {
+func makePushable(ctx context.Context, t *tx, ids, repeating []string) error {
 	args := make([]any, 0, len(ids))
 	for _, id := range ids {
 		args = append(args, id)
@@ -92,7 +92,7 @@ func revive(ctx context.Context, t *tx, ids, repeating []string) error {
 		return nil
 	}
 	is, args := t.Among(repeating)
-	_, err = t.Exec(ctx, `UPDATE nano_enrollment_push SET push_at = ? WHERE owed_seq > paid_seq AND id `+is, append([]any{t.Now}, args...)...)
+	_, err = t.Exec(ctx, "UPDATE nano_enrollment_push SET push_at = ? WHERE "+pushOwed+" AND id "+is, append([]any{t.Now}, args...)...)
 	if err != nil {
 		return fmt.Errorf("planning pushes: %w", err)
 	}

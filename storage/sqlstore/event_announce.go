@@ -9,6 +9,7 @@ import (
 
 	"github.com/nanomdm/nanomdm/mdm"
 	"github.com/nanomdm/nanomdm/storage"
+	"github.com/nanomdm/nanomdm/storage/sqldb"
 )
 
 // announcement is an event that no device sent.
@@ -62,7 +63,7 @@ func announceSome(ctx context.Context, t *tx, list []announcement) error {
 	for _, a := range list {
 		ids = append(ids, a.enrollment)
 	}
-	to, err := addressees(ctx, t, ids)
+	to, err := eventEnrollments(ctx, t, ids)
 	if err != nil {
 		return err
 	}
@@ -80,7 +81,7 @@ func announceSome(ctx context.Context, t *tx, list []announcement) error {
 			}
 			switch of.typ {
 			case mdm.UserEnrollment, mdm.UserEnrollmentDevice:
-				e.Enrollment = of.deviceID
+				e.EnrollmentID = of.deviceID
 			default:
 				e.UDID = of.deviceID
 			}
@@ -90,31 +91,27 @@ func announceSome(ctx context.Context, t *tx, list []announcement) error {
 	return putEvents(ctx, t, events)
 }
 
-// addressee is what an event takes from its enrollment.
-type addressee struct {
+// eventEnrollment is what an event takes from its enrollment.
+type eventEnrollment struct {
 	typ      mdm.EnrollType
 	deviceID string
 	topic    string
 }
 
-// addressees reads enrollments. Those that do not exist are missing.
-func addressees(ctx context.Context, t *tx, ids []string) (map[string]*addressee, error) {
+// eventEnrollments reads enrollments. Those that do not exist are missing.
+func eventEnrollments(ctx context.Context, t *tx, ids []string) (map[string]*eventEnrollment, error) {
 	is, args := t.Among(ids)
-	rows, err := t.Query(ctx, `SELECT id, type, device_id, topic FROM nano_enrollments WHERE id `+is, args...)
-	if err != nil {
-		return nil, err
-	}
-	defer rows.Close()
-	to := make(map[string]*addressee, len(ids))
-	for rows.Next() {
+	to := make(map[string]*eventEnrollment, len(ids))
+	err := t.Query(ctx, `SELECT id, type, device_id, topic FROM nano_enrollments WHERE id `+is, args...).Each(func(row sqldb.Row) error {
 		var id string
-		a := new(addressee)
-		if err := rows.Scan(&id, &a.typ, &a.deviceID, &a.topic); err != nil {
-			return nil, err
+		a := new(eventEnrollment)
+		if err := row.Scan(&id, &a.typ, &a.deviceID, &a.topic); err != nil {
+			return err
 		}
 		to[id] = a
-	}
-	return to, rows.Err()
+		return nil
+	})
+	return to, err
 }
 
 // eventID makes a UUID of version 7 (RFC 9562): as it begins with the time,
@@ -191,17 +188,12 @@ func (s *Store) NoteExpiring(ctx context.Context, l storage.Lease, before time.T
 }
 
 func expiringSoon(ctx context.Context, t *tx, topic, query string, args ...any) ([]expiring, error) {
-	rows, err := t.Query(ctx, query, args...)
-	if err != nil {
-		return nil, err
-	}
-	defer rows.Close()
 	var found []expiring
-	for rows.Next() {
+	err := t.Query(ctx, query, args...).Each(func(row sqldb.Row) error {
 		var key, of string
 		x := expiring{a: announcement{topic: topic}}
-		if err := rows.Scan(&key, &of, &x.notAfter); err != nil {
-			return nil, err
+		if err := row.Scan(&key, &of, &x.notAfter); err != nil {
+			return err
 		}
 		end := fromMicros(x.notAfter).Format(time.RFC3339)
 		x.notice, x.a.detail = key, map[string]string{"not_after": end}
@@ -213,15 +205,14 @@ func expiringSoon(ctx context.Context, t *tx, topic, query string, args ...any) 
 			x.a.detail["certificate_sha256"] = key
 		}
 		found = append(found, x)
-	}
-	return found, rows.Err()
+		return nil
+	})
+	return found, err
 }
 
 // notice remembers a name, and says whether it was new.
 func notice(ctx context.Context, t *tx, name string) (fresh bool, err error) {
-	if len(name) > maxText {
-		name = name[:maxText]
-	}
+	name = clip(name)
 	var n int64
 	if err := t.QueryRow(ctx, `SELECT COUNT(*) FROM nano_event_notices WHERE name = ?`, name).Scan(&n); err != nil || n > 0 {
 		return false, err

@@ -9,6 +9,7 @@ import (
 	"slices"
 
 	"github.com/nanomdm/nanomdm/storage"
+	"github.com/nanomdm/nanomdm/storage/sqldb"
 )
 
 const (
@@ -34,21 +35,20 @@ type numberedBatch struct {
 // batchesAfter reads which batches have events after a number: so many that
 // they hold limit of those, or all that there are.
 func batchesAfter(ctx context.Context, t *tx, after int64, limit int) (list []numberedBatch, err error) {
-	rows, err := t.Query(ctx, `SELECT batch_id, seq, size, newest FROM nano_event_batches`+t.Dialect.Index("nano_event_batches_seq")+
-		` WHERE seq > ? ORDER BY seq LIMIT ?`, after, limit)
-	if err != nil {
-		return nil, err
-	}
-	defer rows.Close()
-	for events := int64(0); events < int64(limit) && rows.Next(); {
+	events := int64(0)
+	err = t.Query(ctx, `SELECT batch_id, seq, size, newest FROM nano_event_batches`+t.Dialect.Index("nano_event_batches_seq")+
+		` WHERE seq > ? ORDER BY seq LIMIT ?`, after, limit).Each(func(row sqldb.Row) error {
 		var b numberedBatch
-		if err := rows.Scan(&b.id, &b.last, &b.size, &b.newest); err != nil {
-			return nil, err
+		if err := row.Scan(&b.id, &b.last, &b.size, &b.newest); err != nil {
+			return err
 		}
 		list = append(list, b)
-		events += min(b.size, b.last-after)
-	}
-	return list, cmp.Or(rows.Err(), rows.Close())
+		if events += min(b.size, b.last-after); events >= int64(limit) {
+			return sqldb.Stop
+		}
+		return nil
+	})
+	return list, err
 }
 
 // eventBatch is what a numbered batch tells.
@@ -110,24 +110,21 @@ func readBatches(ctx context.Context, t *tx, ids []string, payloads bool) (list 
 }
 
 func scanBatches(ctx context.Context, t *tx, list []eventBatch, q string, args []any) ([]eventBatch, error) {
-	rows, err := t.Query(ctx, q, args...)
-	if err != nil {
-		return nil, err
-	}
-	defer rows.Close()
-	for rows.Next() {
+	err := t.Query(ctx, q, args...).Each(func(row sqldb.Row) error {
 		var b eventBatch
 		var details []byte
-		if err := rows.Scan(&b.id, &b.last, &details, &b.payloads); err != nil {
-			return nil, err
+		if err := row.Scan(&b.id, &b.last, &details, &b.payloads); err != nil {
+			return err
 		}
-		if b.events, err = unsqueezeDetails(details); err != nil {
+		var err error
+		if b.events, err = decompressDetails(details); err != nil {
 			b.events, b.cut = nil, true // those behind it must not wait for it
 		}
-		b.payloads, _ = unsqueeze(b.payloads, eventBytes) // what is lost is noticed by whoever wants it
+		b.payloads, _ = decompress(b.payloads, eventBytes) // what is lost is noticed by whoever wants it
 		list = append(list, b)
-	}
-	return list, rows.Err()
+		return nil
+	})
+	return list, err
 }
 
 // idsOf are the ids of batches.
@@ -186,26 +183,22 @@ func (s *Store) addApart(ctx context.Context, t *tx, events []storage.EventRecor
 }
 
 func (s *Store) scanApart(ctx context.Context, t *tx, left map[string][]*storage.EventRecord, args []any) error {
-	rows, err := t.Query(ctx, `SELECT p.event_id, p.payload FROM `+t.Dialect.PairTable("id", "command_uuid")+t.Dialect.Lookup(false, "nano_event_payloads", "p", "p.event_id = r.id"), args...)
-	if err != nil {
-		return err
-	}
-	defer rows.Close()
-	for rows.Next() {
+	err := t.Query(ctx, `SELECT p.event_id, p.payload FROM `+t.Dialect.PairTable("id", "command_uuid")+t.Dialect.Lookup(false, "nano_event_payloads", "p", "p.event_id = r.id"), args...).Each(func(row sqldb.Row) error {
 		var id string
 		var value []byte
-		if err := rows.Scan(&id, &value); err != nil {
+		if err := row.Scan(&id, &value); err != nil {
 			return err
 		}
 		raw, err := s.openApart(t, id, value)
 		if err != nil {
-			continue // one that is lost must not hold up the others
+			return nil // one that is lost must not hold up the others
 		}
 		for _, r := range left[id] {
 			r.Raw, r.RawSize = raw, int64(len(value))
 		}
-	}
-	return rows.Err()
+		return nil
+	})
+	return err
 }
 
 // openApart opens a payload that has a row of its own.

@@ -1,13 +1,11 @@
 package sqlstore
 
 import (
-	"cmp"
 	"context"
 	"database/sql"
 	"errors"
 	"fmt"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 
@@ -102,22 +100,19 @@ type unnumberedBatch struct {
 // unnumbered reads the batches that are to be numbered next, in order: with
 // up to limit events, or a single one.
 func unnumbered(ctx context.Context, t *tx, limit int) (batches []unnumberedBatch, err error) {
-	rows, err := t.Query(ctx, `SELECT batch_id, size FROM nano_event_batches WHERE seq = 0 ORDER BY stamp, batch_id LIMIT ?`, limit)
-	if err != nil {
-		return nil, err
-	}
-	defer rows.Close()
-	for events := 0; rows.Next(); {
+	events := 0
+	err = t.Query(ctx, `SELECT batch_id, size FROM nano_event_batches WHERE seq = 0 ORDER BY stamp, batch_id LIMIT ?`, limit).Each(func(row sqldb.Row) error {
 		var b unnumberedBatch
-		if err := rows.Scan(&b.id, &b.size); err != nil {
-			return nil, err
+		if err := row.Scan(&b.id, &b.size); err != nil {
+			return err
 		}
 		if events += b.size; events > limit && len(batches) > 0 {
-			return batches, rows.Close()
+			return sqldb.Stop
 		}
 		batches = append(batches, b)
-	}
-	return batches, rows.Err()
+		return nil
+	})
+	return batches, err
 }
 
 // numberStatement numbers n batches: the first n pairs of arguments are their
@@ -256,323 +251,6 @@ func putDeliveries(ctx context.Context, t *tx, sink string, deliveries []storage
 		if err := t.Upsert(ctx, "nano_event_deliveries", deliveryColumns[:], []string{"sink", "seq"}, deliverySets[:], args); err != nil {
 			return err
 		}
-	}
-	return nil
-}
-
-// WaitingLanes implements storage.Deliveries.
-func (s *Store) WaitingLanes(ctx context.Context, sink string, limit int) ([]storage.Lane, error) {
-	var lanes []storage.Lane
-	err := s.read(ctx, func(ctx context.Context, t *tx) error {
-		lanes = nil
-		// Only the first row of a lane has a time and attempts.
-		rows, err := t.Query(ctx, `SELECT enrollment_id, MIN(seq), MAX(attempts), MAX(next_at) FROM nano_event_deliveries
-			WHERE sink = ? AND state = ? GROUP BY enrollment_id ORDER BY MIN(seq) LIMIT ?`, sink, int(storage.DeliveryWaiting), limit)
-		if err != nil {
-			return err
-		}
-		defer rows.Close()
-		for rows.Next() {
-			var lane storage.Lane
-			var next sql.Null[int64]
-			if err := rows.Scan(&lane.Enrollment, &lane.First, &lane.Attempts, &next); err != nil {
-				return err
-			}
-			lane.NextAt = fromMicros(next.V)
-			lanes = append(lanes, lane)
-		}
-		return rows.Err()
-	})
-	if err != nil {
-		return nil, fmt.Errorf("reading what waits for sink %s: %w", sink, err)
-	}
-	return lanes, nil
-}
-
-// WaitingEvents implements storage.Deliveries.
-func (s *Store) WaitingEvents(ctx context.Context, sink, enrollment string, limit int) ([]storage.EventRecord, error) {
-	return s.deliveries(ctx, `WHERE sink = ? AND state = ? AND enrollment_id = ? ORDER BY seq LIMIT ?`,
-		sink, int(storage.DeliveryWaiting), enrollment, limit)
-}
-
-// RedeliveredEvents implements storage.Deliveries.
-func (s *Store) RedeliveredEvents(ctx context.Context, sink string, limit int) ([]storage.EventRecord, error) {
-	return s.deliveries(ctx, `WHERE sink = ? AND state = ? AND next_at <= ? ORDER BY next_at, seq LIMIT ?`,
-		sink, int(storage.DeliveryAgain), micros(s.now()), limit)
-}
-
-// deliveries reads the events of deliveries, in the order of those.
-func (s *Store) deliveries(ctx context.Context, where string, args ...any) ([]storage.EventRecord, error) {
-	var events []storage.EventRecord
-	err := s.read(ctx, func(ctx context.Context, t *tx) error {
-		rows, err := deliveryRecords(ctx, t, where, slices.Clone(args)...)
-		if err != nil || len(rows) == 0 {
-			events = nil
-			return err
-		}
-		place := make(map[int64]int, len(rows))
-		for i := range rows {
-			place[rows[i].seq] = i
-		}
-		events, err = s.eventsOf(ctx, t, batchesOfRows(rows), func(_ *eventDetails, seq int64) bool {
-			_, wanted := place[seq]
-			return wanted
-		})
-		if err != nil {
-			return err
-		}
-		slices.SortFunc(events, func(a, b storage.EventRecord) int { return cmp.Compare(place[a.Seq], place[b.Seq]) })
-		for i := range events {
-			events[i].Attempts = rows[place[events[i].Seq]].attempts
-		}
-		return s.addApart(ctx, t, events)
-	})
-	if err != nil {
-		return nil, fmt.Errorf("reading deliveries: %w", err)
-	}
-	return events, nil
-}
-
-// deliveryRow is one of nano_event_deliveries.
-type deliveryRow struct {
-	seq      int64
-	batch    string
-	state    storage.DeliveryState
-	attempts int
-}
-
-func deliveryRecords(ctx context.Context, t *tx, where string, args ...any) (list []deliveryRow, err error) {
-	rows, err := t.Query(ctx, `SELECT seq, batch_id, state, attempts FROM nano_event_deliveries `+where, args...)
-	if err != nil {
-		return nil, err
-	}
-	defer rows.Close()
-	for rows.Next() {
-		var r deliveryRow
-		if err := rows.Scan(&r.seq, &r.batch, &r.state, &r.attempts); err != nil {
-			return nil, err
-		}
-		list = append(list, r)
-	}
-	return list, rows.Err()
-}
-
-func statesOf(rows []deliveryRow) map[int64]storage.DeliveryState {
-	states := make(map[int64]storage.DeliveryState, len(rows))
-	for _, r := range rows {
-		states[r.seq] = r.state
-	}
-	return states
-}
-
-func numbersOf(rows []deliveryRow) []int64 {
-	seqs := make([]int64, len(rows))
-	for i := range rows {
-		seqs[i] = rows[i].seq
-	}
-	return seqs
-}
-
-// batchesOfRows are the ids of their batches, each once.
-func batchesOfRows(rows []deliveryRow) []string {
-	ids := make([]string, len(rows))
-	for i := range rows {
-		ids[i] = rows[i].batch
-	}
-	slices.Sort(ids)
-	return slices.Compact(ids)
-}
-
-// Redeliver implements storage.Redeliverer.
-func (s *Store) Redeliver(ctx context.Context, r storage.Redelivery) (int64, error) {
-	sinks, err := s.EventSinks(ctx)
-	if err != nil {
-		return 0, err
-	}
-	i := slices.IndexFunc(sinks, func(k storage.EventSink) bool { return k.Name == r.Sink })
-	if i < 0 {
-		return 0, fmt.Errorf("sink %s: %w", r.Sink, storage.ErrNotFound)
-	}
-	sink := &sinks[i]
-	// What is behind the cursor comes by itself.
-	through := sink.Cursor
-	if r.Through > 0 {
-		through = min(through, r.Through)
-	}
-	var total int64
-	for after := r.After; after < through; {
-		n, next, err := s.redeliverSome(ctx, sink, r, total, after, through)
-		if err != nil {
-			return total, fmt.Errorf("asking for events again: %w", err)
-		}
-		total += n
-		if next == 0 || r.Limit > 0 && total >= int64(r.Limit) {
-			break
-		}
-		after = next
-	}
-	return total, nil
-}
-
-// redeliverSome marks events of the next numbers that there are, up to next,
-// which is 0 at the end.
-func (s *Store) redeliverSome(ctx context.Context, sink *storage.EventSink, r storage.Redelivery, total, after, through int64) (n, next int64, err error) {
-	err = s.write(ctx, func(ctx context.Context, t *tx) error {
-		n, next = 0, 0
-		read := redeliverable
-		if r.Dead {
-			read = deadLetters
-		}
-		list, end, err := read(ctx, t, r.Sink, after, through)
-		if err != nil {
-			return err
-		}
-		var put []storage.Delivery
-		batches := make(map[int64]string)
-		for i := 0; i < len(list) && (r.Limit == 0 || total+int64(len(put)) < int64(r.Limit)); i++ {
-			e := &list[i]
-			gone := e.RawSize < 0 && !storage.ServerTopic(e.Topic)
-			if gone || e.state == storage.DeliveryWaiting || !sink.Match(&e.EventRecord) {
-				continue
-			}
-			batches[e.Seq] = e.batch
-			put = append(put, storage.Delivery{Seq: e.Seq, Enrollment: e.Enroll.ID, CreatedAt: e.CreatedAt,
-				State: storage.DeliveryAgain, NextAt: fromMicros(t.Now)})
-		}
-		n, next = int64(len(put)), end
-		return putDeliveries(ctx, t, r.Sink, put, batches)
-	})
-	return n, next, err
-}
-
-// loggedEvent is an event of the log, and how it stands with a sink: state is
-// 0 if that has it.
-type loggedEvent struct {
-	storage.EventRecord
-	batch string
-	state storage.DeliveryState
-}
-
-// redeliverable reads what comes next in a range of the log, up to end, which
-// is 0 if there is nothing.
-func redeliverable(ctx context.Context, t *tx, sink string, after, through int64) (list []loggedEvent, end int64, err error) {
-	found, err := batchesAfter(ctx, t, after, redeliverRows)
-	if err != nil || len(found) == 0 {
-		return nil, 0, err
-	}
-	end = min(through, found[len(found)-1].last)
-	rows, err := deliveryRecords(ctx, t, `WHERE sink = ? AND seq > ? AND seq <= ?`, sink, after, end)
-	if err != nil {
-		return nil, 0, err
-	}
-	list, err = loggedEvents(ctx, t, idsOf(found), statesOf(rows), func(seq int64) bool { return seq > after && seq <= end })
-	return list, end, err
-}
-
-// deadLetters reads those of a sink that come next, up to end, which is 0 if
-// there are no more.
-func deadLetters(ctx context.Context, t *tx, sink string, after, through int64) (list []loggedEvent, end int64, err error) {
-	rows, err := deliveryRecords(ctx, t, `WHERE sink = ? AND seq > ? AND seq <= ? AND state IN (`+
-		strconv.Itoa(int(storage.DeliveryDead))+`, `+strconv.Itoa(int(storage.DeliveryDropped))+`) ORDER BY seq LIMIT ?`, sink, after, through, redeliverRows)
-	if err != nil || len(rows) == 0 {
-		return nil, 0, err
-	}
-	if len(rows) == redeliverRows {
-		end = rows[len(rows)-1].seq
-	}
-	states := statesOf(rows)
-	list, err = loggedEvents(ctx, t, batchesOfRows(rows), states, func(seq int64) bool { return states[seq] != 0 })
-	return list, end, err
-}
-
-// loggedEvents reads events of batches without their payloads. states are by
-// their numbers.
-func loggedEvents(ctx context.Context, t *tx, ids []string, states map[int64]storage.DeliveryState, wanted func(seq int64) bool) (list []loggedEvent, err error) {
-	batches, err := readBatches(ctx, t, ids, false)
-	if err != nil {
-		return nil, err
-	}
-	for i := range batches {
-		b := &batches[i]
-		for at := range b.events {
-			if seq := b.number(at); wanted(seq) {
-				list = append(list, loggedEvent{EventRecord: b.events[at].record(seq), batch: b.id, state: states[seq]})
-			}
-		}
-	}
-	return list, nil
-}
-
-// EventBacklogs implements storage.Deliveries.
-func (s *Store) EventBacklogs(ctx context.Context) ([]storage.SinkBacklog, error) {
-	sinks, err := s.EventSinks(ctx)
-	if err != nil {
-		return nil, err
-	}
-	var backlogs []storage.SinkBacklog
-	err = s.read(ctx, func(ctx context.Context, t *tx) error {
-		backlogs = nil
-		last, err := lastNumber(ctx, t, "")
-		if err != nil {
-			return err
-		}
-		for _, sink := range sinks {
-			if sink.URL == "" || !sink.Enabled {
-				continue
-			}
-			b := storage.SinkBacklog{Sink: sink.Name, Behind: max(0, last-sink.Cursor)}
-			if b.Oldest, err = oldestUnsettled(ctx, t, &sink); err != nil {
-				return err
-			}
-			if err := countDeliveries(ctx, t, &b); err != nil {
-				return err
-			}
-			backlogs = append(backlogs, b)
-		}
-		return nil
-	})
-	if err != nil {
-		return nil, fmt.Errorf("counting what waits for sinks: %w", err)
-	}
-	return backlogs, nil
-}
-
-// oldestUnsettled is when the oldest event that a sink has before it, or that
-// waits for it, came in; zero if there is none.
-func oldestUnsettled(ctx context.Context, t *tx, sink *storage.EventSink) (time.Time, error) {
-	var first sql.Null[int64]
-	err := t.QueryRow(ctx, `SELECT MIN(seq) FROM nano_event_deliveries WHERE sink = ? AND state = ?`, sink.Name, int(storage.DeliveryWaiting)).Scan(&first)
-	if err != nil {
-		return time.Time{}, err
-	}
-	from := sink.Cursor + 1
-	if first.Valid {
-		from = min(from, first.V)
-	}
-	list, err := batchesAfter(ctx, t, from-1, 1)
-	if err != nil || len(list) == 0 {
-		return time.Time{}, err
-	}
-	events, err := loggedEvents(ctx, t, idsOf(list), nil, func(seq int64) bool { return seq >= from })
-	if err != nil || len(events) == 0 {
-		return time.Time{}, err
-	}
-	return events[0].CreatedAt, nil
-}
-
-// countDeliveries counts the rows of each state, as far as it is worth it.
-func countDeliveries(ctx context.Context, t *tx, b *storage.SinkBacklog) error {
-	for state, into := range map[storage.DeliveryState]*int64{
-		storage.DeliveryWaiting: &b.Waiting, storage.DeliveryAgain: &b.Again, storage.DeliveryDead: &b.Dead,
-		storage.DeliveryDropped: &b.Dropped, storage.DeliveryGone: &b.Dropped,
-	} {
-		var n int64
-		err := t.QueryRow(ctx, `SELECT COUNT(*) FROM (SELECT 1 AS one FROM nano_event_deliveries WHERE sink = ? AND state = ? LIMIT ?) AS counted`,
-			b.Sink, int(state), storage.MaxCounted).Scan(&n)
-		if err != nil {
-			return err
-		}
-		*into = min(*into+n, storage.MaxCounted)
 	}
 	return nil
 }

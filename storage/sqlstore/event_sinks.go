@@ -38,33 +38,27 @@ func (s *Store) EventSinks(ctx context.Context) ([]storage.EventSink, error) {
 }
 
 func readSinks(ctx context.Context, t *tx) ([]storage.EventSink, error) {
-	rows, err := t.Query(ctx, `SELECT name, configured, seen_at, config, enabled, reason, cursor_seq, created_at, updated_at FROM nano_event_sinks ORDER BY name`)
-	if err != nil {
-		return nil, err
-	}
-	defer rows.Close()
-	var sinks []storage.EventSink
-	for rows.Next() {
-		var k storage.EventSink
+	return sqldb.Collect(t.Query(ctx, `SELECT name, configured, seen_at, config, enabled, reason, cursor_seq, created_at, updated_at
+FROM nano_event_sinks ORDER BY name`), func(row sqldb.Row, k *storage.EventSink) error {
 		var config []byte
 		var reason sql.Null[string]
 		var seen, created, updated int64
-		if err := rows.Scan(&k.Name, &k.Configured, &seen, &config, &k.Enabled, &reason, &k.Cursor, &created, &updated); err != nil {
-			return nil, err
+		if err := row.Scan(&k.Name, &k.Configured, &seen, &config, &k.Enabled, &reason, &k.Cursor, &created, &updated); err != nil {
+			return err
 		}
-		if config, err = t.opened(sinkColumn, k.Name, config); err != nil {
-			return nil, err
+		config, err := t.opened(sinkColumn, k.Name, config)
+		if err != nil {
+			return err
 		}
 		var c sinkConfig
 		if err := json.Unmarshal(config, &c); err != nil {
-			return nil, fmt.Errorf("the configuration of sink %s: %w", k.Name, err)
+			return fmt.Errorf("the configuration of sink %s: %w", k.Name, err)
 		}
 		k.URL, k.Keys, k.Tokens, k.Filter, k.OnError = c.URL, c.Keys, c.Tokens, c.Filter, c.OnError
 		k.Reason = reason.V
 		k.SeenAt, k.CreatedAt, k.UpdatedAt = fromMicros(seen), fromMicros(created), fromMicros(updated)
-		sinks = append(sinks, k)
-	}
-	return sinks, rows.Err()
+		return nil
+	})
 }
 
 // PutEventSink implements storage.EventSinks.

@@ -101,7 +101,7 @@ func dropPayloads(ctx context.Context, t *tx, rows []deliveryRow) error {
 		if err != nil {
 			return err
 		}
-		if err := t.ExecDeferred(ctx, `UPDATE nano_events SET details = ?, payloads = ? WHERE batch_id = ?`, squeeze(details), squeeze(kept), b.id); err != nil {
+		if err := t.ExecDeferred(ctx, `UPDATE nano_events SET details = ?, payloads = ? WHERE batch_id = ?`, compress(details), compress(kept), b.id); err != nil {
 			return err
 		}
 	}

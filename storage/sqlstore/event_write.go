@@ -17,9 +17,9 @@ const (
 	// of the payloads that stand with it, and of the parameters of their URLs.
 	eventRows  = 256
 	eventBytes = 64 << 10
-	// mostWithin is the largest payload, in bytes, that stands with its batch:
+	// maxInlinePayload is the largest payload, in bytes, that stands with its batch:
 	// who wants one event of a batch reads all of it.
-	mostWithin = 16 << 10
+	maxInlinePayload = 16 << 10
 )
 
 // facts are what an operation knows for its events.
@@ -69,7 +69,7 @@ func insertEvents(ctx context.Context, t *tx, events []outEvent) error {
 		}
 	}
 	if len(ids) > 0 {
-		to, err := addressees(ctx, t, ids)
+		to, err := eventEnrollments(ctx, t, ids)
 		if err != nil {
 			return fmt.Errorf("reading enrollments: %w", err)
 		}
@@ -109,10 +109,10 @@ type eventDetails struct {
 func (e *outEvent) details() eventDetails {
 	d := eventDetails{
 		ID: e.ID, Enrollment: e.enroll.ID, Type: e.enroll.Type, Parent: e.enroll.ParentID,
-		Topic: e.Topic, UDID: clip(e.UDID), EnrollmentID: clip(e.Enrollment), APNsTopic: clip(e.topic), RequestType: clip(e.requestType),
+		Topic: e.Topic, UDID: clip(e.UDID), EnrollmentID: clip(e.EnrollmentID), APNsTopic: clip(e.topic), RequestType: clip(e.requestType),
 		Status: clip(e.Status), CommandUUID: clip(e.CommandUUID), Tally: e.tally, Params: e.Params, TraceParent: clip(e.TraceParent),
 		CreatedAt: micros(e.CreatedAt), Size: len(e.Raw),
-		Apart: len(e.Raw) > mostWithin || len(e.Raw) > 0 && storage.BearsTokens(e.Topic),
+		Apart: len(e.Raw) > maxInlinePayload || len(e.Raw) > 0 && storage.BearsTokens(e.Topic),
 	}
 	if e.Raw == nil {
 		d.Size = -1
@@ -124,7 +124,7 @@ func (e *outEvent) details() eventDetails {
 func (d *eventDetails) record(seq int64) storage.EventRecord {
 	return storage.EventRecord{
 		Event: storage.Event{
-			ID: d.ID, Topic: d.Topic, CreatedAt: fromMicros(d.CreatedAt), UDID: d.UDID, Enrollment: d.EnrollmentID,
+			ID: d.ID, Topic: d.Topic, CreatedAt: fromMicros(d.CreatedAt), UDID: d.UDID, EnrollmentID: d.EnrollmentID,
 			Status: d.Status, CommandUUID: d.CommandUUID, Params: d.Params, TraceParent: d.TraceParent,
 		},
 		Seq: seq, Enroll: mdm.EnrollID{Type: d.Type, ID: d.Enrollment, ParentID: d.Parent},
@@ -192,7 +192,7 @@ func storeBatch(ctx context.Context, t *tx, details []eventDetails, payloads []b
 		}
 	}
 	id := eventID(t.Now)
-	if err := t.ExecDeferred(ctx, "INSERT INTO nano_events (batch_id, details, payloads) VALUES (?, ?, ?)", id, squeeze(text), squeeze(payloads)); err != nil {
+	if err := t.ExecDeferred(ctx, "INSERT INTO nano_events (batch_id, details, payloads) VALUES (?, ?, ?)", id, compress(text), compress(payloads)); err != nil {
 		return err
 	}
 	return t.ExecDeferred(ctx, `INSERT INTO nano_event_batches (batch_id, stamp, size, newest)
@@ -200,26 +200,26 @@ SELECT ?, `+t.Dialect.Greatest()+`(`+t.Dialect.IntPlaceholder()+`, COALESCE(MAX(
 		id, t.Now, len(details), newest)
 }
 
-// mostOfBatch bounds what is made room for when details of a batch are read, in
+// maxBatchSize bounds what is made room for when details of a batch are read, in
 // bytes. As JSON, eventRows of them with all that their columns may have, and the
 // longest parameters that fit into a request, take less than half of it.
-const mostOfBatch = 16 << 20
+const maxBatchSize = 16 << 20
 
-// squeeze compresses what a batch has, as a block of S2. JSON and property lists,
+// compress compresses what a batch has, as a block of S2. JSON and property lists,
 // and those of the reports of one batch above all, are mostly repetition, and bytes
 // cost databases, their logs and their disks more than this does; DEFLATE makes them
 // a tenth to a quarter smaller for seven to fourteen times the time, which reports
 // wait for.
-func squeeze(value []byte) []byte {
+func compress(value []byte) []byte {
 	if len(value) == 0 {
 		return nil
 	}
 	return s2.Encode(nil, value)
 }
 
-// unsqueeze returns what was compressed. What it says of its size is no reason to
+// decompress returns what was compressed. What it says of its size is no reason to
 // make room for more than most.
-func unsqueeze(value []byte, most int) ([]byte, error) {
+func decompress(value []byte, most int) ([]byte, error) {
 	if len(value) == 0 {
 		return nil, nil
 	}
@@ -233,9 +233,9 @@ func unsqueeze(value []byte, most int) ([]byte, error) {
 	return s2.Decode(nil, value)
 }
 
-// unsqueezeDetails reads the events of a batch.
-func unsqueezeDetails(value []byte) (events []eventDetails, err error) {
-	text, err := unsqueeze(value, mostOfBatch)
+// decompressDetails reads the events of a batch.
+func decompressDetails(value []byte) (events []eventDetails, err error) {
+	text, err := decompress(value, maxBatchSize)
 	if err != nil {
 		return nil, err
 	}

@@ -114,7 +114,7 @@ func (s *Store) ListQueriesForTest() (list []ListQueryForTest) {
 	q, args = queueQuery(s.db.Dialect(), "D000007", storage.Acknowledged, storage.QueueKey{}, 100)
 	add("a queue by state", "nano_enrollment_queue_next", q, args)
 	for _, state := range storage.States() {
-		add("rows in state "+state.String(), "nano_enrollment_queue_(next|finished_at|command_uuid)", rowsInState(s.db.Dialect(), "q.created_at", state), []any{censusLimit})
+		add("rows in state "+state.String(), "nano_enrollment_queue_(next|finished_at|command_uuid)", rowsInState(s.db.Dialect(), "q.created_at", state), []any{countLimit})
 	}
 	return list
 }

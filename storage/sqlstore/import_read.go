@@ -22,18 +22,8 @@ type exporting struct {
 	users    map[string]*storage.UserRecord
 }
 
-func (e *exporting) scan(ctx context.Context, action, text string, args []any, read func(rows *sql.Rows) error) error {
-	rows, err := e.t.Query(ctx, text, args...)
-	if err != nil {
-		return fmt.Errorf("%s: %w", action, err)
-	}
-	defer rows.Close()
-	for rows.Next() {
-		if err := read(rows); err != nil {
-			return fmt.Errorf("%s: %w", action, err)
-		}
-	}
-	if err := rows.Err(); err != nil {
+func (e *exporting) scan(ctx context.Context, action, text string, args []any, read func(row sqldb.Row) error) error {
+	if err := e.t.Query(ctx, text, args...).Each(read); err != nil {
 		return fmt.Errorf("%s: %w", action, err)
 	}
 	return nil
@@ -62,11 +52,11 @@ func (s *Store) ExportCommands(ctx context.Context, after string, limit int) (li
 		list = nil
 		e := &exporting{t: t}
 		return e.scan(ctx, "reading commands", "SELECT command_uuid, request_type, command, created_at FROM nano_commands WHERE command_uuid > ? ORDER BY command_uuid LIMIT ?",
-			[]any{after, limit}, func(rows *sql.Rows) error {
+			[]any{after, limit}, func(row sqldb.Row) error {
 				var c storage.CommandRecord
 				var raw []byte
 				var at int64
-				if err := rows.Scan(&c.UUID, &c.RequestType, &raw, &at); err != nil {
+				if err := row.Scan(&c.UUID, &c.RequestType, &raw, &at); err != nil {
 					return err
 				}
 				c.CreatedAt = fromMicros(at)
@@ -84,9 +74,9 @@ func (s *Store) ExportDeviceIDs(ctx context.Context, after string, limit int) (i
 	err = s.read(ctx, func(ctx context.Context, t *tx) error {
 		ids = nil
 		e := &exporting{t: t}
-		return e.scan(ctx, "listing devices", "SELECT id FROM nano_devices WHERE id > ? ORDER BY id LIMIT ?", []any{after, limit}, func(rows *sql.Rows) error {
+		return e.scan(ctx, "listing devices", "SELECT id FROM nano_devices WHERE id > ? ORDER BY id LIMIT ?", []any{after, limit}, func(row sqldb.Row) error {
 			var id string
-			err := rows.Scan(&id)
+			err := row.Scan(&id)
 			ids = append(ids, id)
 			return err
 		})
@@ -146,11 +136,11 @@ func (e *exporting) readDevices(ctx context.Context, ids []string) error {
 	is, args := e.t.Among(ids)
 	return e.scan(ctx, "reading devices", `SELECT id, serial_number, model, model_name, device_name, os_version, build_version, product_name, imei, meid,
 authenticate, authenticate_at, token_update, token_update_at, unlock_token, unlock_token_at, bootstrap_token, bootstrap_token_at FROM nano_devices WHERE id `+is, args,
-		func(rows *sql.Rows) error {
+		func(row sqldb.Row) error {
 			d := new(storage.DeviceRecord)
 			var authenticatedAt int64
 			var updatedAt, unlockAt, bootstrapAt sql.Null[int64]
-			if err := rows.Scan(&d.Channel.ID, &d.SerialNumber, &d.Model, &d.ModelName, &d.DeviceName, &d.OSVersion, &d.BuildVersion, &d.ProductName, &d.IMEI, &d.MEID,
+			if err := row.Scan(&d.Channel.ID, &d.SerialNumber, &d.Model, &d.ModelName, &d.DeviceName, &d.OSVersion, &d.BuildVersion, &d.ProductName, &d.IMEI, &d.MEID,
 				&d.Authenticate.Raw, &authenticatedAt, &d.TokenUpdate.Raw, &updatedAt, &d.UnlockToken.Value, &unlockAt, &d.BootstrapToken.Value, &bootstrapAt); err != nil {
 				return err
 			}
@@ -178,10 +168,10 @@ func (e *exporting) open(key string, columns map[string]*[]byte) error {
 func (e *exporting) readUsers(ctx context.Context, ids []string) error {
 	is, args := e.t.Among(ids)
 	return e.scan(ctx, "reading users", `SELECT id, user_id, user_short_name, user_long_name, token_update, token_update_at, user_authenticate, user_authenticate_at
-FROM nano_users WHERE device_id `+is, args, func(rows *sql.Rows) error {
+FROM nano_users WHERE device_id `+is, args, func(row sqldb.Row) error {
 		u := new(storage.UserRecord)
 		var updatedAt, authenticatedAt sql.Null[int64]
-		if err := rows.Scan(&u.Channel.ID, &u.UserID, &u.UserShortName, &u.UserLongName, &u.TokenUpdate.Raw, &updatedAt, &u.UserAuthenticate.Raw, &authenticatedAt); err != nil {
+		if err := row.Scan(&u.Channel.ID, &u.UserID, &u.UserShortName, &u.UserLongName, &u.TokenUpdate.Raw, &updatedAt, &u.UserAuthenticate.Raw, &authenticatedAt); err != nil {
 			return err
 		}
 		u.TokenUpdate.At, u.UserAuthenticate.At = fromMicros(updatedAt.V), fromMicros(authenticatedAt.V)
@@ -195,11 +185,11 @@ func (e *exporting) readEnrollments(ctx context.Context, ids []string) error {
 	is, args := e.t.Among(ids)
 	return e.scan(ctx, "reading enrollments", `SELECT e.id, e.type, e.topic, e.push_magic, e.token, e.token_at, e.enabled, e.operator_disabled, e.token_update_tally,
 e.awaiting_configuration, e.renewal_until, e.enrolled_at, a.last_seen_at FROM nano_enrollments e LEFT JOIN nano_enrollment_activity a ON a.id = e.id WHERE e.device_id `+is, args,
-		func(rows *sql.Rows) error {
+		func(row sqldb.Row) error {
 			var c storage.ChannelRecord
 			var typ string
 			var tokenAt, renewal, enrolledAt, seenAt sql.Null[int64]
-			if err := rows.Scan(&c.ID, &typ, &c.Topic, &c.PushMagic, &c.Token, &tokenAt, &c.Enabled, &c.OperatorDisabled, &c.Tally,
+			if err := row.Scan(&c.ID, &typ, &c.Topic, &c.PushMagic, &c.Token, &tokenAt, &c.Enabled, &c.OperatorDisabled, &c.Tally,
 				&c.AwaitingConfiguration, &renewal, &enrolledAt, &seenAt); err != nil {
 				return err
 			}
@@ -215,12 +205,12 @@ e.awaiting_configuration, e.renewal_until, e.enrolled_at, a.last_seen_at FROM na
 func (e *exporting) readPins(ctx context.Context, ids []string) error {
 	is, args := e.t.Among(ids)
 	return e.scan(ctx, "reading certificate associations", "SELECT id, sha256, certificate, not_after, created_at, retired_at FROM nano_cert_auth_associations WHERE id "+is+" ORDER BY created_at, sha256", args,
-		func(rows *sql.Rows) error {
+		func(row sqldb.Row) error {
 			var id string
 			var p storage.PinRecord
 			var createdAt int64
 			var notAfter, retired sql.Null[int64]
-			if err := rows.Scan(&id, &p.SHA256, &p.Certificate, &notAfter, &createdAt, &retired); err != nil {
+			if err := row.Scan(&id, &p.SHA256, &p.Certificate, &notAfter, &createdAt, &retired); err != nil {
 				return err
 			}
 			p.NotAfter, p.CreatedAt, p.RetiredAt = fromMicros(notAfter.V), fromMicros(createdAt), fromMicros(retired.V)
@@ -244,12 +234,12 @@ func (e *exporting) readQueues(ctx context.Context, ids []string) error {
 	var items []numbered
 	err := e.scan(ctx, "reading queues", `SELECT q.id, q.command_uuid, q.seq, q.priority, q.state, q.supersede_key, q.created_at, q.not_before, q.expires_at, q.finished_at, q.notnow_count, q.notnow_at
 FROM nano_enrollment_queue q`+e.t.Dialect.Index("nano_enrollment_queue_next")+" WHERE q.state IN "+states+" AND q.id "+is, append(stateArgs, args...),
-		func(rows *sql.Rows) error {
+		func(row sqldb.Row) error {
 			var n numbered
 			var key sql.NullString
 			var createdAt int64
 			var notBefore, expiresAt, finishedAt, notNowAt sql.Null[int64]
-			if err := rows.Scan(&n.id, &n.CommandUUID, &n.seq, &n.Priority, &n.State, &key, &createdAt, &notBefore, &expiresAt, &finishedAt, &n.NotNowCount, &notNowAt); err != nil {
+			if err := row.Scan(&n.id, &n.CommandUUID, &n.seq, &n.Priority, &n.State, &key, &createdAt, &notBefore, &expiresAt, &finishedAt, &n.NotNowCount, &notNowAt); err != nil {
 				return err
 			}
 			n.SupersedeKey, n.CreatedAt, n.NotBefore = key.String, fromMicros(createdAt), fromMicros(notBefore.V)
@@ -282,11 +272,11 @@ func (e *exporting) readResults(ctx context.Context, ids []string) (map[keyPair]
 	is, args := e.t.Among(ids)
 	results := make(map[keyPair]*storage.CommandResult)
 	err := e.scan(ctx, "reading results", "SELECT id, command_uuid, status, result, late, created_at FROM nano_command_results WHERE id "+is, args,
-		func(rows *sql.Rows) error {
+		func(row sqldb.Row) error {
 			var key keyPair
 			var r storage.CommandResult
 			var at int64
-			if err := rows.Scan(&key.ID, &key.Item, &r.Status, &r.Raw, &r.Late, &at); err != nil {
+			if err := row.Scan(&key.ID, &key.Item, &r.Status, &r.Raw, &r.Late, &at); err != nil {
 				return err
 			}
 			r.CreatedAt = fromMicros(at)

@@ -115,20 +115,15 @@ func (t *tx) commandsByUUID(ctx context.Context, uuids []string) (map[string][]b
 	is, args := t.Among(uuids)
 	there := make(map[string][]byte)
 	err := t.QueryBatch(ctx, sqldb.BatchQuery{Action: "reading commands", Text: "SELECT command_uuid, command FROM nano_commands WHERE command_uuid " + is, Args: args,
-		Read: func(rows sqldb.Rows) error {
-			for rows.Next() {
-				var uuid string
-				var raw []byte
-				if err := rows.Scan(&uuid, &raw); err != nil {
-					return err
-				}
-				plain, err := t.opened(commandColumn, uuid, raw)
-				if err != nil {
-					return err
-				}
-				there[uuid] = bytes.Clone(plain)
+		Read: func(row sqldb.Row) error {
+			var uuid string
+			var raw []byte
+			if err := row.Scan(&uuid, &raw); err != nil {
+				return err
 			}
-			return nil
+			plain, err := t.opened(commandColumn, uuid, raw)
+			there[uuid] = bytes.Clone(plain)
+			return err
 		}})
 	return there, err
 }
@@ -215,15 +210,8 @@ func (i *importing) ids() []string {
 }
 
 // scan reads the rows of a query.
-func (i *importing) scan(ctx context.Context, action, text string, args []any, read func(rows sqldb.Rows) error) error {
-	return i.t.QueryBatch(ctx, sqldb.BatchQuery{Action: action, Text: text, Args: args, Read: func(rows sqldb.Rows) error {
-		for rows.Next() {
-			if err := read(rows); err != nil {
-				return err
-			}
-		}
-		return nil
-	}})
+func (i *importing) scan(ctx context.Context, action, text string, args []any, read func(row sqldb.Row) error) error {
+	return i.t.QueryBatch(ctx, sqldb.BatchQuery{Action: action, Text: text, Args: args, Read: read})
 }
 
 // readDevices locks the devices and leaves out those that spoke to this
@@ -231,11 +219,11 @@ func (i *importing) scan(ctx context.Context, action, text string, args []any, r
 func (i *importing) readDevices(ctx context.Context) error {
 	i.known = make(map[string]knownDevice)
 	text, args := i.t.LockText("id, authenticate_at, token_update_at, bootstrap_token_at", "nano_devices", i.ids())
-	err := i.scan(ctx, "locking devices", text, args, func(rows sqldb.Rows) error {
+	err := i.scan(ctx, "locking devices", text, args, func(row sqldb.Row) error {
 		var id string
 		var authenticated int64
 		var updated, bootstrap sql.Null[int64]
-		if err := rows.Scan(&id, &authenticated, &updated, &bootstrap); err != nil {
+		if err := row.Scan(&id, &authenticated, &updated, &bootstrap); err != nil {
 			return err
 		}
 		i.known[id] = knownDevice{max(authenticated, updated.V), bootstrap.V}
@@ -267,10 +255,10 @@ func (i *importing) readChannels(ctx context.Context) error {
 		return nil
 	}
 	text, args := i.t.LockText("id, created_at", "nano_enrollments", ids)
-	err := i.scan(ctx, "locking enrollments", text, args, func(rows sqldb.Rows) error {
+	err := i.scan(ctx, "locking enrollments", text, args, func(row sqldb.Row) error {
 		var id string
 		var at int64
-		err := rows.Scan(&id, &at)
+		err := row.Scan(&id, &at)
 		i.stamps[id] = at
 		return err
 	})
@@ -278,10 +266,10 @@ func (i *importing) readChannels(ctx context.Context) error {
 		return err
 	}
 	text, args = i.t.LockText("id, token_update_at", "nano_users", ids)
-	err = i.scan(ctx, "locking users", text, args, func(rows sqldb.Rows) error {
+	err = i.scan(ctx, "locking users", text, args, func(row sqldb.Row) error {
 		var id string
 		var at sql.Null[int64]
-		err := rows.Scan(&id, &at)
+		err := row.Scan(&id, &at)
 		i.users[id] = at.V
 		return err
 	})
@@ -289,10 +277,10 @@ func (i *importing) readChannels(ctx context.Context) error {
 		return err
 	}
 	text, args = i.t.LockText("id, last_seq, owed_seq, paid_seq, push_at", "nano_enrollment_push", ids)
-	err = i.scan(ctx, "locking push rows", text, args, func(rows sqldb.Rows) error {
+	err = i.scan(ctx, "locking push rows", text, args, func(row sqldb.Row) error {
 		var id string
 		var p knownPush
-		err := rows.Scan(&id, &p.last, &p.owed, &p.paid, &p.pushAt)
+		err := row.Scan(&id, &p.last, &p.owed, &p.paid, &p.pushAt)
 		i.push[id] = p
 		return err
 	})
@@ -324,9 +312,9 @@ func (i *importing) readCommands(ctx context.Context) error {
 	slices.Sort(uuids)
 	for chunk := range slices.Chunk(slices.Compact(uuids), importRows) {
 		is, args := i.t.Among(chunk)
-		err := i.scan(ctx, "looking for commands", "SELECT command_uuid FROM nano_commands WHERE command_uuid "+is, args, func(rows sqldb.Rows) error {
+		err := i.scan(ctx, "looking for commands", "SELECT command_uuid FROM nano_commands WHERE command_uuid "+is, args, func(row sqldb.Row) error {
 			var uuid string
-			err := rows.Scan(&uuid)
+			err := row.Scan(&uuid)
 			i.commands[uuid] = true
 			return err
 		})
@@ -488,10 +476,10 @@ func (i *importing) readPins(ctx context.Context) (byHash map[string]knownPin, r
 			hashes = append(hashes, p.SHA256)
 		}
 	}
-	read := func(rows sqldb.Rows) error {
+	read := func(row sqldb.Row) error {
 		var hash string
 		var p knownPin
-		err := rows.Scan(&hash, &p.device, &p.retired)
+		err := row.Scan(&hash, &p.device, &p.retired)
 		byHash[hash] = p
 		if !p.retired.Valid && !named[hash] {
 			renewed[p.device] = true
@@ -534,10 +522,10 @@ func (i *importing) readItems(ctx context.Context) (map[keyPair]knownItem, error
 			keys = append(keys, keyPair{ID: c.ID, Item: item.CommandUUID})
 		}
 	}
-	read := func(rows sqldb.Rows) error {
+	read := func(row sqldb.Row) error {
 		var key keyPair
 		var item knownItem
-		err := rows.Scan(&key.ID, &key.Item, &item.state, &item.createdAt)
+		err := row.Scan(&key.ID, &key.Item, &item.state, &item.createdAt)
 		items[key] = item
 		return err
 	}

@@ -3,6 +3,8 @@ package sqlstore
 import (
 	"context"
 	"fmt"
+
+	"github.com/nanomdm/nanomdm/storage/sqldb"
 )
 
 // lock locks the rows of a table that exist, in key order, and returns their
@@ -11,27 +13,16 @@ func lock(ctx context.Context, t *tx, table string, ids []string) (locked []stri
 	if len(ids) == 0 || t.Dialect.ForUpdate() == "" {
 		return nil, nil
 	}
-	rows, err := t.QueryLocked(ctx, "id", table, ids)
+	locked, err = sqldb.Column[string](t.QueryLocked(ctx, "id", table, ids))
 	if err != nil {
-		return nil, fmt.Errorf("locking rows of %s: %w", table, err)
-	}
-	defer rows.Close()
-	for rows.Next() {
-		var id string
-		if err := rows.Scan(&id); err != nil {
-			return nil, fmt.Errorf("locking rows of %s: %w", table, err)
-		}
-		locked = append(locked, id)
-	}
-	if err := rows.Err(); err != nil {
 		return nil, fmt.Errorf("locking rows of %s: %w", table, err)
 	}
 	return locked, nil
 }
 
-// lockLater is lock, at the latest with the next statement that returns
+// lockDeferred is lock, at the latest with the next statement that returns
 // something. How many rows it locked is known after that.
-func lockLater(ctx context.Context, t *tx, table string, ids []string) (locked *int, err error) {
+func lockDeferred(ctx context.Context, t *tx, table string, ids []string) (locked *int, err error) {
 	if locked, ok := t.LockDeferred(table, ids); ok {
 		return locked, nil
 	}

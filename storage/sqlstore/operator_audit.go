@@ -2,7 +2,6 @@ package sqlstore
 
 import (
 	"context"
-	"database/sql"
 	"fmt"
 	"slices"
 	"strings"
@@ -32,7 +31,7 @@ func (s *Store) AppendAudit(ctx context.Context, r *storage.AuditRecord) error {
 // audit appends a record in the caller's transaction.
 func audit(ctx context.Context, t *tx, r *storage.AuditRecord) error {
 	r.ID, r.At = eventID(t.Now), fromMicros(t.Now)
-	detail := strings.ReplaceAll(strings.ToValidUTF8(r.Detail, "\uFFFD"), "\x00", "")
+	detail := legible(r.Detail)
 	if len(detail) > maxAuditDetail {
 		detail = strings.ToValidUTF8(detail[:maxAuditDetail], "") + "…"
 	}
@@ -45,8 +44,8 @@ VALUES (?, ?, ?, ?, ?, ?, ?, ?)`, r.ID, t.Now, clip(r.Who), clip(r.Action), clip
 func (s *Store) AuditRecords(ctx context.Context, f storage.AuditFilter, after storage.AuditKey, limit int) (records []storage.AuditRecord, err error) {
 	where, args := auditWhere(f, after)
 	err = s.read(ctx, func(ctx context.Context, t *tx) error {
-		records, err = scanAudit(t.Query(ctx, `SELECT id, created_at, who, action, target, detail, outcome, request_id FROM nano_audit`+
-			t.Dialect.Index(auditIndex(f))+where+` ORDER BY created_at DESC, id DESC LIMIT ?`, append(slices.Clone(args), limit)...))
+		records, err = sqldb.Collect(t.Query(ctx, `SELECT id, created_at, who, action, target, detail, outcome, request_id FROM nano_audit`+
+			t.Dialect.Index(auditIndex(f))+where+` ORDER BY created_at DESC, id DESC LIMIT ?`, append(slices.Clone(args), limit)...), scanAudit)
 		return err
 	})
 	if err != nil {
@@ -92,29 +91,20 @@ func auditWhere(f storage.AuditFilter, after storage.AuditKey) (where string, ar
 	return " WHERE " + strings.Join(conditions, " AND "), args
 }
 
-func scanAudit(rows *sql.Rows, err error) ([]storage.AuditRecord, error) {
-	if err != nil {
-		return nil, err
+func scanAudit(row sqldb.Row, r *storage.AuditRecord) error {
+	var at int64
+	if err := row.Scan(&r.ID, &at, &r.Who, &r.Action, &r.Target, &r.Detail, &r.Outcome, &r.RequestID); err != nil {
+		return err
 	}
-	defer rows.Close()
-	var records []storage.AuditRecord
-	for rows.Next() {
-		var r storage.AuditRecord
-		var at int64
-		if err := rows.Scan(&r.ID, &at, &r.Who, &r.Action, &r.Target, &r.Detail, &r.Outcome, &r.RequestID); err != nil {
-			return nil, err
-		}
-		r.At = fromMicros(at)
-		records = append(records, r)
-	}
-	return records, rows.Err()
+	r.At = fromMicros(at)
+	return nil
 }
 
 // RemoveAudit implements storage.AuditUpkeep.
 func (s *Store) RemoveAudit(ctx context.Context, l storage.Lease, before time.Time, limit int) (removed int, err error) {
 	err = s.sweep(ctx, l, func(ctx context.Context, t *tx) error {
 		removed = 0
-		old, err := textColumn(ctx, t, "SELECT id FROM nano_audit WHERE created_at < ? ORDER BY created_at LIMIT ?", micros(before), limit)
+		old, err := sqldb.Column[string](t.Query(ctx, "SELECT id FROM nano_audit WHERE created_at < ? ORDER BY created_at LIMIT ?", micros(before), limit))
 		if err != nil || len(old) == 0 {
 			return err
 		}
@@ -128,21 +118,4 @@ func (s *Store) RemoveAudit(ctx context.Context, l storage.Lease, before time.Ti
 		return 0, fmt.Errorf("removing audit records: %w", err)
 	}
 	return removed, nil
-}
-
-// textColumn runs a query for one column of names.
-func textColumn(ctx context.Context, t *tx, q string, args ...any) (values []string, err error) {
-	rows, err := t.Query(ctx, q, args...)
-	if err != nil {
-		return nil, err
-	}
-	defer rows.Close()
-	for rows.Next() {
-		var value string
-		if err := rows.Scan(&value); err != nil {
-			return nil, err
-		}
-		values = append(values, value)
-	}
-	return values, rows.Err()
 }

@@ -11,13 +11,13 @@ import (
 	"github.com/nanomdm/nanomdm/storage/sqldb"
 )
 
-// censusLimit bounds how many rows one number of a census is counted from, so
+// countLimit bounds how many rows one count is counted from, so
 // that a backlog of millions costs no more than one of this size.
-const censusLimit = 100_000
+const countLimit = 100_000
 
-// Census is what waits in the database, counted for whoever watches it. Each
+// WaitingCounts are the commands, pushes and events that wait. Each
 // count stops at 100,000.
-type Census struct {
+type WaitingCounts struct {
 	// Waiting are the commands that wait, by state: Scheduled, Queued and
 	// NotNow are always there.
 	Waiting map[storage.State]Backlog
@@ -33,32 +33,29 @@ type Backlog struct {
 	Oldest time.Time
 }
 
-// Census counts. It is meant to be called every some seconds, not for each
+// WaitingCounts counts. It is meant to be called every some seconds, not for each
 // request.
-func (s *Store) Census(ctx context.Context) (Census, error) {
-	c := Census{Waiting: make(map[storage.State]Backlog)}
+func (s *Store) WaitingCounts(ctx context.Context) (WaitingCounts, error) {
+	c := WaitingCounts{Waiting: make(map[storage.State]Backlog)}
 	err := s.read(ctx, func(ctx context.Context, t *tx) error {
 		for _, state := range []storage.State{storage.Scheduled, storage.Queued, storage.NotNow} {
 			var n, oldest int64
 			err := t.QueryRow(ctx, "SELECT COUNT(*), COALESCE(MIN(created_at), 0) FROM ("+rowsInState(t.Dialect, "q.created_at", state)+") waiting",
-				censusLimit).Scan(&n, &oldest)
+				countLimit).Scan(&n, &oldest)
 			if err != nil {
 				return err
 			}
 			c.Waiting[state] = Backlog{Count: n, Oldest: fromMicros(oldest)}
 		}
-		// A debt has a time at which the sweep looks, so the index on push_at
-		// keeps those who are owed nothing out of this.
-		err := t.QueryRow(ctx, `SELECT COUNT(*) FROM (SELECT id FROM nano_enrollment_push
-			WHERE push_at IS NOT NULL AND paid_seq < owed_seq LIMIT ?) owed`, censusLimit).Scan(&c.PushesOwed)
+		err := t.QueryRow(ctx, "SELECT COUNT(*) FROM (SELECT id FROM nano_enrollment_push WHERE "+pushOwedIndexed+" LIMIT ?) owed", countLimit).Scan(&c.PushesOwed)
 		if err != nil {
 			return err
 		}
 		return t.QueryRow(ctx, `SELECT COALESCE(SUM(size), 0) FROM (SELECT size FROM nano_event_batches WHERE seq = 0 LIMIT ?) unnumbered`,
-			censusLimit).Scan(&c.Unnumbered)
+			countLimit).Scan(&c.Unnumbered)
 	})
 	if err != nil {
-		return Census{}, fmt.Errorf("counting what waits: %w", err)
+		return WaitingCounts{}, fmt.Errorf("counting what waits: %w", err)
 	}
 	return c, nil
 }
@@ -77,7 +74,7 @@ func (s *Store) CertificatesExpiring(ctx context.Context, before ...time.Time) (
 	err := s.read(ctx, func(ctx context.Context, t *tx) error {
 		for i, at := range before {
 			err := t.QueryRow(ctx, `SELECT COUNT(*) FROM (SELECT sha256 FROM nano_cert_auth_associations
-				WHERE not_after < ? AND retired_at IS NULL LIMIT ?) expiring`, micros(at), censusLimit).Scan(&counts[i])
+				WHERE not_after < ? AND retired_at IS NULL LIMIT ?) expiring`, micros(at), countLimit).Scan(&counts[i])
 			if err != nil {
 				return err
 			}
@@ -113,20 +110,16 @@ func (s *Store) PushCertificatesExpiry(ctx context.Context) (map[string]time.Tim
 	var expiry map[string]time.Time
 	err := s.read(ctx, func(ctx context.Context, t *tx) error {
 		expiry = make(map[string]time.Time)
-		rows, err := t.Query(ctx, `SELECT topic, not_after FROM nano_push_certs ORDER BY not_after LIMIT 1000`)
-		if err != nil {
-			return err
-		}
-		defer rows.Close()
-		for rows.Next() {
+		err := t.Query(ctx, `SELECT topic, not_after FROM nano_push_certs ORDER BY not_after LIMIT 1000`).Each(func(row sqldb.Row) error {
 			var topic string
 			var at int64
-			if err := rows.Scan(&topic, &at); err != nil {
+			if err := row.Scan(&topic, &at); err != nil {
 				return err
 			}
 			expiry[topic] = fromMicros(at)
-		}
-		return rows.Err()
+			return nil
+		})
+		return err
 	})
 	if err != nil {
 		return nil, fmt.Errorf("reading when push certificates expire: %w", err)

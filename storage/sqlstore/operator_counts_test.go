@@ -14,7 +14,7 @@ import (
 	"github.com/nanomdm/nanomdm/storage/storagetest"
 )
 
-func TestCensus(t *testing.T) {
+func TestWaitingCounts(t *testing.T) {
 	for _, engine := range storagetest.Engines(t) {
 		t.Run(engine.Name, func(t *testing.T) {
 			now := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
@@ -26,11 +26,11 @@ func TestCensus(t *testing.T) {
 			require.NoError(t, err)
 			t.Cleanup(func() { require.NoError(t, store.Close()) })
 
-			census, err := store.Census(t.Context())
+			waiting, err := store.WaitingCounts(t.Context())
 			require.NoError(t, err)
-			require.Equal(t, sqlstore.Census{Waiting: map[storage.State]sqlstore.Backlog{
+			require.Equal(t, sqlstore.WaitingCounts{Waiting: map[storage.State]sqlstore.Backlog{
 				storage.Scheduled: {}, storage.Queued: {}, storage.NotNow: {},
-			}}, census)
+			}}, waiting)
 
 			enroll := mdm.EnrollID{ID: "D1", Type: mdm.Device}
 			src := storage.Source{Enroll: enroll, Pin: &storage.Pin{Hash: "aa", Certificate: []byte{1}, NotAfter: now.Add(24 * time.Hour)}}
@@ -46,10 +46,10 @@ func TestCensus(t *testing.T) {
 				require.Empty(t, failed)
 				now = now.Add(time.Minute)
 			}
-			census, err = store.Census(t.Context())
+			waiting, err = store.WaitingCounts(t.Context())
 			require.NoError(t, err)
-			require.Equal(t, sqlstore.Backlog{Count: 2, Oldest: now.Add(-2 * time.Minute)}, census.Waiting[storage.Queued])
-			require.EqualValues(t, 1, census.PushesOwed)
+			require.Equal(t, sqlstore.Backlog{Count: 2, Oldest: now.Add(-2 * time.Minute)}, waiting.Waiting[storage.Queued])
+			require.EqualValues(t, 1, waiting.PushesOwed)
 
 			counts, err := store.CertificatesExpiring(t.Context(), now, now.Add(48*time.Hour))
 			require.NoError(t, err)

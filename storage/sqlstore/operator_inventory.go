@@ -54,78 +54,6 @@ func eachOf(devices bool, parts ...part) source {
 	return source{index: parts[0].index, devices: devices, parts: parts}
 }
 
-// sourceOf chooses the index for a filter, the most selective first as far as
-// that can be told without looking.
-func sourceOf(scope storage.Scope, f storage.EnrollmentFilter) source {
-	equal := func(table, column, value string) part {
-		return part{table: table, index: table + "_" + column, where: column + " = ?", args: []any{value}}
-	}
-	switch {
-	case f.Serial != "":
-		return eachOf(true, equal("nano_devices", "serial_number", f.Serial))
-	case f.User != "":
-		return eachOf(false, equal("nano_users", "user_short_name", f.User), equal("nano_users", "user_id", f.User))
-	case f.Push == storage.PushOwed, f.Push == storage.PushUnanswered:
-		const table = "nano_enrollment_push"
-		return oneOf(part{table: table, index: table + "_push_at", at: "push_at", where: "push_at IS NOT NULL"})
-	case f.Push != "":
-		var parts []part
-		for _, class := range refusedClasses(f.Push) {
-			p := equal("nano_enrollment_push", "last_push_class", class)
-			p.where += " AND last_push_class <> 'accepted'" // as the index has it
-			parts = append(parts, p)
-		}
-		return eachOf(false, parts...)
-	case f.Waiting != nil && *f.Waiting:
-		var parts []part
-		for _, state := range waitingStates {
-			parts = append(parts, part{table: "nano_enrollment_queue", index: "nano_enrollment_queue_next",
-				where: "state = ?", args: []any{int(state)}})
-		}
-		return eachOf(false, parts...)
-	case !f.CertificateExpiresBefore.IsZero():
-		const table = "nano_cert_auth_associations"
-		return eachOf(true, part{table: table, index: table + "_not_after", at: "not_after",
-			where: "retired_at IS NULL AND not_after < ?", args: []any{micros(f.CertificateExpiresBefore)}, order: "retired_at"})
-	case !f.LastSeenBefore.IsZero(), !f.LastSeenAfter.IsZero():
-		const table = "nano_enrollment_activity"
-		p := part{table: table, index: table + "_last_seen_at", at: "last_seen_at", where: "last_seen_at >= ?", args: []any{micros(f.LastSeenAfter)}}
-		if !f.LastSeenBefore.IsZero() {
-			p.where += " AND last_seen_at < ?"
-			p.args = append(p.args, micros(f.LastSeenBefore))
-		}
-		return oneOf(p)
-	case f.Model != "":
-		return eachOf(true, equal("nano_devices", "model", f.Model), equal("nano_devices", "model_name", f.Model), equal("nano_devices", "product_name", f.Model))
-	case f.OSVersion != "":
-		return eachOf(true, equal("nano_devices", "os_version", f.OSVersion))
-	case f.Topic != "":
-		return oneOf(equal("nano_enrollments", "topic", f.Topic))
-	case len(scope.Topics) > 0 && len(scope.Topics) <= scopeBranches:
-		var parts []part
-		for _, topic := range scope.Topics {
-			parts = append(parts, equal("nano_enrollments", "topic", topic))
-		}
-		return eachOf(false, parts...)
-	case f.Type != "", f.Enabled != nil:
-		types := mdm.EnrollTypes()
-		if f.Type != "" {
-			types = []mdm.EnrollType{f.Type}
-		}
-		var parts []part
-		for _, typ := range types {
-			for _, flags := range [][2]int{{1, 0}, {0, 0}, {0, 1}, {1, 1}} {
-				if f.Enabled == nil || (flags == [2]int{1, 0}) == *f.Enabled {
-					parts = append(parts, part{table: "nano_enrollments", index: "nano_enrollments_type",
-						where: "type = ? AND enabled = ? AND operator_disabled = ?", args: []any{string(typ), flags[0], flags[1]}})
-				}
-			}
-		}
-		return eachOf(false, parts...)
-	}
-	return source{index: "id", parts: []part{{table: "nano_enrollments", where: "1 = 1"}}}
-}
-
 func refusedClasses(s storage.PushStatus) []string {
 	if s == storage.PushRefused {
 		return storage.RefusedPushes()
@@ -224,29 +152,24 @@ type candidates struct {
 
 func readCandidates(ctx context.Context, t *tx, src source, after storage.EnrollmentKey, limit int) (candidates, error) {
 	q, args := src.query(t.Dialect, after, limit)
-	rows, err := t.Query(ctx, q, args...)
-	if err != nil {
-		return candidates{}, err
-	}
-	defer rows.Close()
 	c := candidates{last: after}
 	var keys []storage.EnrollmentKey
-	for rows.Next() {
+	err := t.Query(ctx, q, args...).Each(func(row sqldb.Row) error {
 		var at int64
 		key := storage.EnrollmentKey{By: src.index}
-		if err := rows.Scan(&at, &key.Key); err != nil {
-			return candidates{}, err
+		if err := row.Scan(&at, &key.Key); err != nil {
+			return err
 		}
 		c.looked++
 		key.At = fromMicros(at)
 		if n := len(keys); n == 0 || keys[n-1].Key != key.Key {
 			keys = append(keys, key)
 		}
-	}
-	if err := rows.Err(); err != nil {
+		return nil
+	})
+	if err != nil {
 		return candidates{}, err
 	}
-	rows.Close()
 	c.end = c.looked < limit
 	if len(keys) == 0 {
 		return c, nil
@@ -285,20 +208,16 @@ func channelsOf(ctx context.Context, t *tx, devices []storage.EnrollmentKey) (ma
 		ids[i] = d.Key
 	}
 	place, args := sqldb.InList(ids)
-	rows, err := t.Query(ctx, "SELECT device_id, id FROM nano_enrollments WHERE device_id IN "+place+" ORDER BY device_id, id", args...)
-	if err != nil {
-		return nil, err
-	}
-	defer rows.Close()
 	channels := make(map[string][]string, len(devices))
-	for rows.Next() {
+	err := t.Query(ctx, "SELECT device_id, id FROM nano_enrollments WHERE device_id IN "+place+" ORDER BY device_id, id", args...).Each(func(row sqldb.Row) error {
 		var device, id string
-		if err := rows.Scan(&device, &id); err != nil {
-			return nil, err
+		if err := row.Scan(&device, &id); err != nil {
+			return err
 		}
 		channels[device] = append(channels[device], id)
-	}
-	return channels, rows.Err()
+		return nil
+	})
+	return channels, err
 }
 
 // choose says which candidates the whole filter lets through.
@@ -314,7 +233,7 @@ func choose(ctx context.Context, t *tx, scope storage.Scope, f storage.Enrollmen
 			ids[i] = k.ID
 		}
 		place, more := sqldb.InList(ids)
-		found, err := textColumn(ctx, t, "SELECT e.id FROM "+from+" WHERE e.id IN "+place+where, append(more, args...)...)
+		found, err := sqldb.Column[string](t.Query(ctx, "SELECT e.id FROM "+from+" WHERE e.id IN "+place+where, append(more, args...)...))
 		if err != nil {
 			return nil, err
 		}
@@ -323,99 +242,6 @@ func choose(ctx context.Context, t *tx, scope storage.Scope, f storage.Enrollmen
 		}
 	}
 	return chosen, nil
-}
-
-// conditions is the whole filter, and the tables that it needs.
-func conditions(scope storage.Scope, f storage.EnrollmentFilter) (from, where string, args []any) {
-	from = "nano_enrollments e"
-	var b strings.Builder
-	joined := make(map[string]bool)
-	join := func(table, alias, key string) {
-		if !joined[alias] {
-			from += " JOIN " + table + " " + alias + " ON " + alias + ".id = e." + key
-		}
-		joined[alias] = true
-	}
-	add := func(condition string, values ...any) {
-		b.WriteString(" AND " + condition)
-		args = append(args, values...)
-	}
-	device := func(condition string, values ...any) {
-		join("nano_devices", "d", "device_id")
-		add(condition, values...)
-	}
-	inScope(scope, add)
-	if f.Type != "" {
-		add("e.type = ?", string(f.Type))
-	}
-	if f.Enabled != nil {
-		add(map[bool]string{
-			true:  "e.enabled = 1 AND e.operator_disabled = 0",
-			false: "(e.enabled = 0 OR e.operator_disabled = 1)",
-		}[*f.Enabled])
-	}
-	if f.Topic != "" {
-		add("e.topic = ?", f.Topic)
-	}
-	if f.Serial != "" {
-		device("d.serial_number = ?", f.Serial)
-	}
-	if f.Model != "" {
-		device("(d.model = ? OR d.model_name = ? OR d.product_name = ?)", f.Model, f.Model, f.Model)
-	}
-	if f.OSVersion != "" {
-		device("d.os_version = ?", f.OSVersion)
-	}
-	if f.User != "" {
-		join("nano_users", "u", "id")
-		add("(u.user_short_name = ? OR u.user_id = ?)", f.User, f.User)
-	}
-	if !f.LastSeenBefore.IsZero() {
-		join("nano_enrollment_activity", "a", "id")
-		add("a.last_seen_at < ?", micros(f.LastSeenBefore))
-	}
-	if !f.LastSeenAfter.IsZero() {
-		join("nano_enrollment_activity", "a", "id")
-		add("a.last_seen_at >= ?", micros(f.LastSeenAfter))
-	}
-	if f.Waiting != nil {
-		add(map[bool]string{true: "EXISTS ", false: "NOT EXISTS "}[*f.Waiting] +
-			fmt.Sprintf("(SELECT 1 FROM nano_enrollment_queue q WHERE q.id = e.id AND q.state IN (%d, %d, %d))",
-				storage.Scheduled, storage.Queued, storage.NotNow))
-	}
-	if f.Push != "" {
-		join("nano_enrollment_push", "p", "id")
-		pushCondition(f.Push, add)
-	}
-	if !f.CertificateExpiresBefore.IsZero() {
-		add(`EXISTS (SELECT 1 FROM nano_cert_auth_associations c WHERE c.id = e.device_id AND c.retired_at IS NULL AND c.not_after < ?)`,
-			micros(f.CertificateExpiresBefore))
-	}
-	return from, b.String(), args
-}
-
-func pushCondition(status storage.PushStatus, add func(string, ...any)) {
-	switch status {
-	case storage.PushOwed:
-		add("p.push_at IS NOT NULL AND p.paid_seq < p.owed_seq")
-	case storage.PushUnanswered:
-		add(`p.push_at IS NOT NULL AND p.last_push_class = 'accepted'
-AND NOT EXISTS (SELECT 1 FROM nano_enrollment_activity w WHERE w.id = e.id AND w.last_seen_at > p.last_push_at)`)
-	case storage.PushTokenDead:
-		add("p.token_dead_at IS NOT NULL")
-	case storage.PushRefused:
-		add("p.last_push_class <> 'accepted'")
-	default:
-		add("p.last_push_class = ?", string(status))
-	}
-}
-
-// inScope adds the condition of a scope on the enrollments e.
-func inScope(scope storage.Scope, add func(string, ...any)) {
-	if len(scope.Topics) > 0 {
-		place, args := sqldb.InList(scope.Topics)
-		add("e.topic IN "+place, args...)
-	}
 }
 
 // Enrollments implements storage.Enrollments.
@@ -469,23 +295,19 @@ WHERE e.id IN ` + place
 		q += " AND " + condition
 		args = append(args, more...)
 	})
-	rows, err := t.Query(ctx, q, args...)
-	if err != nil {
-		return nil, err
-	}
-	defer rows.Close()
 	byID := make(map[string]*storage.Enrollment, len(ids))
-	for rows.Next() {
-		e, err := scanEnrollment(rows)
+	err := t.Query(ctx, q, args...).Each(func(row sqldb.Row) error {
+		e, err := scanEnrollment(row)
 		if err != nil {
-			return nil, err
+			return err
 		}
 		byID[e.ID] = e
-	}
-	return byID, rows.Err()
+		return nil
+	})
+	return byID, err
 }
 
-func scanEnrollment(rows *sql.Rows) (*storage.Enrollment, error) {
+func scanEnrollment(row sqldb.Row) (*storage.Enrollment, error) {
 	e := &storage.Enrollment{Queue: make(map[storage.State]int64)}
 	var (
 		begun, created                            int64
@@ -497,7 +319,7 @@ func scanEnrollment(rows *sql.Rows) (*storage.Enrollment, error) {
 		der                                       []byte
 		typ                                       string
 	)
-	err := rows.Scan(&e.ID, &e.DeviceID, &typ, &e.Topic, &e.Enabled, &e.OperatorDisabled, &e.Tally, &e.AwaitingConfiguration,
+	err := row.Scan(&e.ID, &e.DeviceID, &typ, &e.Topic, &e.Enabled, &e.OperatorDisabled, &e.Tally, &e.AwaitingConfiguration,
 		&begun, &enrolled, &created, &renewal, &seen,
 		&e.SerialNumber, &e.DeviceName, &e.Model, &e.ModelName, &e.ProductName, &e.OSVersion, &e.BuildVersion, &e.IMEI, &e.MEID,
 		&e.HasBootstrapToken, &e.HasUnlockToken,
@@ -532,22 +354,18 @@ func countWaiting(ctx context.Context, t *tx, byID map[string]*storage.Enrollmen
 	}
 	slices.Sort(ids)
 	place, args := sqldb.InList(ids)
-	rows, err := t.Query(ctx, "SELECT id, state, COUNT(*) FROM nano_enrollment_queue"+t.Dialect.Index("nano_enrollment_queue_next")+
-		fmt.Sprintf(" WHERE state IN (%d, %d, %d) AND id IN ", storage.Scheduled, storage.Queued, storage.NotNow)+place+" GROUP BY id, state", args...)
-	if err != nil {
-		return err
-	}
-	defer rows.Close()
-	for rows.Next() {
+	err := t.Query(ctx, "SELECT id, state, COUNT(*) FROM nano_enrollment_queue"+t.Dialect.Index("nano_enrollment_queue_next")+
+		fmt.Sprintf(" WHERE state IN (%d, %d, %d) AND id IN ", storage.Scheduled, storage.Queued, storage.NotNow)+place+" GROUP BY id, state", args...).Each(func(row sqldb.Row) error {
 		var id string
 		var state storage.State
 		var n int64
-		if err := rows.Scan(&id, &state, &n); err != nil {
+		if err := row.Scan(&id, &state, &n); err != nil {
 			return err
 		}
 		byID[id].Queue[state] = n
-	}
-	return rows.Err()
+		return nil
+	})
+	return err
 }
 
 // UserChannels implements storage.Enrollments.
@@ -561,7 +379,7 @@ func (s *Store) UserChannels(ctx context.Context, scope storage.Scope, device st
 		args = append(args, more...)
 	})
 	err = s.read(ctx, func(ctx context.Context, t *tx) error {
-		ids, err = textColumn(ctx, t, q+" ORDER BY e.id LIMIT ?", append(slices.Clone(args), limit)...)
+		ids, err = sqldb.Column[string](t.Query(ctx, q+" ORDER BY e.id LIMIT ?", append(slices.Clone(args), limit)...))
 		return err
 	})
 	if err != nil {

@@ -2,13 +2,13 @@ package sqlstore
 
 import (
 	"context"
-	"database/sql"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
 
 	"github.com/nanomdm/nanomdm/storage"
+	"github.com/nanomdm/nanomdm/storage/sqldb"
 )
 
 var _ storage.APIKeys = (*Store)(nil)
@@ -66,40 +66,31 @@ func (s *Store) APIKeys(ctx context.Context) ([]storage.APIKey, error) {
 
 func (s *Store) apiKeys(ctx context.Context, where string, args ...any) (keys []storage.APIKey, err error) {
 	err = s.read(ctx, func(ctx context.Context, t *tx) error {
-		keys, err = scanAPIKeys(t.Query(ctx, apiKeyColumns+where, args...))
+		keys, err = sqldb.Collect(t.Query(ctx, apiKeyColumns+where, args...), scanAPIKey)
 		return err
 	})
 	return keys, err
 }
 
-func scanAPIKeys(rows *sql.Rows, err error) ([]storage.APIKey, error) {
-	if err != nil {
-		return nil, err
+func scanAPIKey(row sqldb.Row, k *storage.APIKey) error {
+	var topics []byte
+	var hash string
+	var created int64
+	if err := row.Scan(&k.Name, &k.Role, &topics, &hash, &created, &k.CreatedBy); err != nil {
+		return err
 	}
-	defer rows.Close()
-	var keys []storage.APIKey
-	for rows.Next() {
-		var k storage.APIKey
-		var topics []byte
-		var hash string
-		var created int64
-		if err := rows.Scan(&k.Name, &k.Role, &topics, &hash, &created, &k.CreatedBy); err != nil {
-			return nil, err
-		}
-		k.CreatedAt = fromMicros(created)
-		sum, err := hex.DecodeString(hash)
-		if err != nil || len(sum) != len(k.Hash) {
-			return nil, errors.New("the hash of key " + k.Name + " is broken")
-		}
-		k.Hash = storage.KeyHash(sum)
-		if string(topics) != allTopics {
-			if err := json.Unmarshal(topics, &k.Scope.Topics); err != nil || len(k.Scope.Topics) == 0 {
-				return nil, errors.New("the topics of key " + k.Name + " are broken")
-			}
-		}
-		keys = append(keys, k)
+	k.CreatedAt = fromMicros(created)
+	sum, err := hex.DecodeString(hash)
+	if err != nil || len(sum) != len(k.Hash) {
+		return errors.New("the hash of key " + k.Name + " is broken")
 	}
-	return keys, rows.Err()
+	k.Hash = storage.KeyHash(sum)
+	if string(topics) != allTopics {
+		if err := json.Unmarshal(topics, &k.Scope.Topics); err != nil || len(k.Scope.Topics) == 0 {
+			return errors.New("the topics of key " + k.Name + " are broken")
+		}
+	}
+	return nil
 }
 
 // DeleteAPIKey implements storage.APIKeys.

@@ -8,6 +8,7 @@ import (
 
 	"github.com/nanomdm/nanomdm/mdm"
 	"github.com/nanomdm/nanomdm/storage"
+	"github.com/nanomdm/nanomdm/storage/sqldb"
 )
 
 var _ storage.Inventory = (*Store)(nil)
@@ -20,23 +21,23 @@ const (
 	keptTimes  = 20
 )
 
-// headcount is how many enrollments there are of each kind.
-type headcount struct {
+// enrollmentCounts is how many enrollments there are of each kind.
+type enrollmentCounts struct {
 	turn  chan struct{} // of one; whoever fills it may use the rest
-	heads []heads
+	kept  []enrollmentCount
 	until time.Time
 }
 
-// heads are the enrollments of one kind.
-type heads struct {
+// enrollmentCount is the number of enrollments of one kind.
+type enrollmentCount struct {
 	topic             string
 	typ               mdm.EnrollType
 	enabled, disabled bool // disabled by an operator
 	n                 int64
 }
 
-// headcount counts all enrollments, or says what it counted a moment ago.
-func (s *Store) headcount(ctx context.Context) ([]heads, error) {
+// enrollmentCounts counts all enrollments, or says what it counted a moment ago.
+func (s *Store) enrollmentCounts(ctx context.Context) ([]enrollmentCount, error) {
 	c := &s.counted
 	select {
 	case c.turn <- struct{}{}:
@@ -46,38 +47,34 @@ func (s *Store) headcount(ctx context.Context) ([]heads, error) {
 	}
 	began := s.now()
 	if began.Before(c.until) {
-		return c.heads, nil
+		return c.kept, nil
 	}
-	var all []heads
+	var all []enrollmentCount
 	err := s.read(ctx, func(ctx context.Context, t *tx) error {
 		all = nil
-		rows, err := t.Query(ctx, `SELECT topic, type, enabled, operator_disabled, COUNT(*) FROM nano_enrollments
-GROUP BY topic, type, enabled, operator_disabled`)
-		if err != nil {
-			return err
-		}
-		defer rows.Close()
-		for rows.Next() {
-			var h heads
-			if err := rows.Scan(&h.topic, &h.typ, &h.enabled, &h.disabled, &h.n); err != nil {
+		err := t.Query(ctx, `SELECT topic, type, enabled, operator_disabled, COUNT(*) FROM nano_enrollments
+GROUP BY topic, type, enabled, operator_disabled`).Each(func(row sqldb.Row) error {
+			var h enrollmentCount
+			if err := row.Scan(&h.topic, &h.typ, &h.enabled, &h.disabled, &h.n); err != nil {
 				return err
 			}
 			all = append(all, h)
-		}
-		return rows.Err()
+			return nil
+		})
+		return err
 	})
 	if err != nil {
 		return nil, err
 	}
 	if took := s.now().Sub(began); took >= keptIfTook {
-		c.heads, c.until = all, began.Add(keptTimes*took)
+		c.kept, c.until = all, began.Add(keptTimes*took)
 	}
 	return all, nil
 }
 
 // enabledByTopic counts enabled enrollments.
 func (s *Store) enabledByTopic(ctx context.Context) (map[string]int64, error) {
-	all, err := s.headcount(ctx)
+	all, err := s.enrollmentCounts(ctx)
 	counts := make(map[string]int64)
 	for _, h := range all {
 		if h.enabled {
@@ -91,7 +88,7 @@ func (s *Store) enabledByTopic(ctx context.Context) (map[string]int64, error) {
 // own, since together they may take long.
 func (s *Store) Statistics(ctx context.Context, scope storage.Scope) (*storage.Statistics, error) {
 	st := &storage.Statistics{ByType: make(map[mdm.EnrollType]int64)}
-	all, err := s.headcount(ctx)
+	all, err := s.enrollmentCounts(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("counting enrollments: %w", err)
 	}
@@ -174,8 +171,8 @@ func countPushes(ctx context.Context, t *tx, scope storage.Scope, st *storage.St
 func (s *Store) PushCertState(ctx context.Context, topic string) (*storage.PushCertInfo, error) {
 	var infos []storage.PushCertInfo
 	err := s.read(ctx, func(ctx context.Context, t *tx) (err error) {
-		infos, err = scanPushCertInfos(t.Query(ctx, `SELECT topic, not_after, version, updated_at, last_class, last_at
-FROM nano_push_certs WHERE topic = ?`, topic))
+		infos, err = sqldb.Collect(t.Query(ctx, `SELECT topic, not_after, version, updated_at, last_class, last_at
+FROM nano_push_certs WHERE topic = ?`, topic), scanPushCertInfo)
 		if err == nil && len(infos) == 0 {
 			err = storage.ErrNotFound
 		}

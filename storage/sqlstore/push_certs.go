@@ -35,7 +35,7 @@ func (s *Store) StorePushCert(ctx context.Context, c *storage.PushCert) error {
 	return nil
 }
 
-// hasten makes the debts to a topic's enrollments due now.
+// hasten makes the pushes owed to a topic's enrollments due now.
 func (s *Store) hasten(ctx context.Context, topic string) error {
 	for after := ""; ; {
 		var ids []string
@@ -48,7 +48,7 @@ func (s *Store) hasten(ctx context.Context, topic string) error {
 				return err
 			}
 			place, args := sqldb.InList(ids)
-			_, err = t.Exec(ctx, "UPDATE nano_enrollment_push SET push_at = ? WHERE push_at > ? AND paid_seq < owed_seq AND id IN "+place,
+			_, err = t.Exec(ctx, "UPDATE nano_enrollment_push SET push_at = ? WHERE push_at > ? AND "+pushOwed+" AND id IN "+place,
 				append([]any{t.Now, t.Now}, args...)...)
 			return err
 		})
@@ -60,20 +60,16 @@ func (s *Store) hasten(ctx context.Context, topic string) error {
 }
 
 func enrollmentsOfTopic(ctx context.Context, t *tx, topic, after string) ([]string, error) {
-	rows, err := t.Query(ctx, "SELECT id FROM nano_enrollments WHERE topic = ? AND id > ? ORDER BY id LIMIT ?", topic, after, pushRows)
-	if err != nil {
-		return nil, err
-	}
-	defer rows.Close()
 	var ids []string
-	for rows.Next() {
+	err := t.Query(ctx, "SELECT id FROM nano_enrollments WHERE topic = ? AND id > ? ORDER BY id LIMIT ?", topic, after, pushRows).Each(func(row sqldb.Row) error {
 		var id string
-		if err := rows.Scan(&id); err != nil {
-			return nil, err
+		if err := row.Scan(&id); err != nil {
+			return err
 		}
 		ids = append(ids, id)
-	}
-	return ids, rows.Err()
+		return nil
+	})
+	return ids, err
 }
 
 // PushCert implements storage.PushCerts.
@@ -127,8 +123,8 @@ func (s *Store) PushCertInfos(ctx context.Context, scope storage.Scope) (infos [
 		return nil, fmt.Errorf("counting the enrollments of push certificates: %w", err)
 	}
 	err = s.read(ctx, func(ctx context.Context, t *tx) error {
-		infos, err = scanPushCertInfos(t.Query(ctx, "SELECT topic, not_after, version, updated_at, last_class, last_at FROM nano_push_certs"+
-			where+" ORDER BY topic", slices.Clone(args)...))
+		infos, err = sqldb.Collect(t.Query(ctx, "SELECT topic, not_after, version, updated_at, last_class, last_at FROM nano_push_certs"+
+			where+" ORDER BY topic", slices.Clone(args)...), scanPushCertInfo)
 		return err
 	})
 	if err != nil {
@@ -140,24 +136,15 @@ func (s *Store) PushCertInfos(ctx context.Context, scope storage.Scope) (infos [
 	return infos, nil
 }
 
-func scanPushCertInfos(rows *sql.Rows, err error) ([]storage.PushCertInfo, error) {
-	if err != nil {
-		return nil, err
+func scanPushCertInfo(row sqldb.Row, i *storage.PushCertInfo) error {
+	var notAfter, updatedAt int64
+	var class sql.Null[string]
+	var lastAt sql.Null[int64]
+	if err := row.Scan(&i.Topic, &notAfter, &i.Version, &updatedAt, &class, &lastAt); err != nil {
+		return err
 	}
-	defer rows.Close()
-	var infos []storage.PushCertInfo
-	for rows.Next() {
-		var i storage.PushCertInfo
-		var notAfter, updatedAt int64
-		var class sql.Null[string]
-		var lastAt sql.Null[int64]
-		if err := rows.Scan(&i.Topic, &notAfter, &i.Version, &updatedAt, &class, &lastAt); err != nil {
-			return nil, err
-		}
-		i.NotAfter, i.UpdatedAt, i.LastClass, i.LastAt = fromMicros(notAfter), fromMicros(updatedAt), class.V, fromMicros(lastAt.V)
-		infos = append(infos, i)
-	}
-	return infos, rows.Err()
+	i.NotAfter, i.UpdatedAt, i.LastClass, i.LastAt = fromMicros(notAfter), fromMicros(updatedAt), class.V, fromMicros(lastAt.V)
+	return nil
 }
 
 // RecordPushCertOutcome implements storage.PushCerts.
@@ -179,7 +166,7 @@ func (s *Store) StrandedEnrollments(ctx context.Context) (map[string]int64, erro
 		return nil, fmt.Errorf("counting enrollments without a push certificate: %w", err)
 	}
 	err = s.read(ctx, func(ctx context.Context, t *tx) error {
-		topics, err := textColumn(ctx, t, "SELECT topic FROM nano_push_certs")
+		topics, err := sqldb.Column[string](t.Query(ctx, "SELECT topic FROM nano_push_certs"))
 		for _, topic := range topics {
 			delete(counts, topic)
 		}

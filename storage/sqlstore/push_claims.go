@@ -20,7 +20,7 @@ const (
 	// pushRows is how many enrollments one transaction about pushes takes.
 	pushRows = 500
 	// claimWindow is how many times its limit ClaimDuePushes looks at, to find
-	// debts among silent devices.
+	// owed among silent devices.
 	claimWindow = 4
 	// barred is when the sweep looks again at a debt to an enrollment that may
 	// not be pushed now: an operator disabled it, or it is enrolling anew.
@@ -45,7 +45,7 @@ p.attempts, p.last_push_class, p.last_push_at, p.token_dead_at, a.last_seen_at`
 LEFT JOIN nano_enrollment_activity a ON a.id = e.id WHERE `
 )
 
-func scanPushRow(rows *sql.Rows, more ...any) (pushRow, error) {
+func scanPushRow(row sqldb.Row, more ...any) (pushRow, error) {
 	var (
 		r                           pushRow
 		enabled, disabled           bool
@@ -53,7 +53,7 @@ func scanPushRow(rows *sql.Rows, more ...any) (pushRow, error) {
 		tokenAt, pushed, dead, seen sql.Null[int64]
 		owed, paid, attempts        sql.Null[int64]
 	)
-	err := rows.Scan(append([]any{&r.ID, &r.Topic, &r.Magic, &r.Token, &tokenAt, &enabled, &disabled, &owed, &paid,
+	err := row.Scan(append([]any{&r.ID, &r.Topic, &r.Magic, &r.Token, &tokenAt, &enabled, &disabled, &owed, &paid,
 		&attempts, &class, &pushed, &dead, &seen}, more...)...)
 	r.TokenAt, r.Owed, r.Paid = fromMicros(tokenAt.V), owed.V, paid.V
 	r.enabled, r.dead, r.pushedAt, r.seenAt = enabled && !disabled, dead.Valid, pushed.V, seen.V
@@ -114,29 +114,25 @@ func pushTargets(ctx context.Context, t *tx, scope storage.Scope, ids []string) 
 		q += " AND e.topic IN " + topics
 		args = append(args, more...)
 	}
-	rows, err := t.Query(ctx, q, args...)
-	if err != nil {
-		return nil, nil, err
-	}
-	defer rows.Close()
 	failed := make(map[string]error)
 	for _, id := range ids {
 		failed[id] = storage.ErrNotEnrolled
 	}
 	targets := make([]storage.PushTarget, 0, len(ids))
-	for rows.Next() {
-		r, err := scanPushRow(rows)
+	err := t.Query(ctx, q, args...).Each(func(row sqldb.Row) error {
+		r, err := scanPushRow(row)
 		if err != nil {
-			return nil, nil, err
+			return err
 		}
 		if why := r.refusal(); why != nil {
 			failed[r.ID] = why
-			continue
+			return nil
 		}
 		delete(failed, r.ID)
 		targets = append(targets, r.PushTarget)
-	}
-	return targets, failed, rows.Err()
+		return nil
+	})
+	return targets, failed, err
 }
 
 // OwePush implements storage.Pushes.
@@ -158,9 +154,7 @@ func (s *Store) OwePush(ctx context.Context, scope storage.Scope, ids []string, 
 				ids[i] = targets[i].ID
 			}
 			place, args := sqldb.InList(ids)
-			// MySQL assigns from left to right, so last_seq must come last.
-			_, err = t.Exec(ctx, `UPDATE nano_enrollment_push SET owed_seq = last_seq + 1,
-push_at = CASE WHEN push_at < ? THEN push_at ELSE ? END, last_seq = last_seq + 1 WHERE id IN `+place,
+			_, err = t.Exec(ctx, "UPDATE nano_enrollment_push SET "+owePushBy+" WHERE id IN "+place,
 				append([]any{micros(at), micros(at)}, args...)...)
 			return err
 		})
@@ -213,24 +207,14 @@ func (s *Store) ClaimDuePushes(ctx context.Context, l storage.Lease, c storage.P
 func dueRows(ctx context.Context, t *tx, now int64, limit int) ([]pushRow, error) {
 	waits := fmt.Sprintf(`, EXISTS (SELECT 1 FROM nano_enrollment_queue q WHERE q.id = e.id AND q.state IN (%d, %d) AND (q.expires_at IS NULL OR q.expires_at > ?))`,
 		storage.Queued, storage.NotNow)
-	rows, err := t.Query(ctx, pushColumns+waits+` FROM (SELECT id, owed_seq, paid_seq, attempts, last_push_class, last_push_at, token_dead_at, push_at
+	return sqldb.Collect(t.Query(ctx, pushColumns+waits+` FROM (SELECT id, owed_seq, paid_seq, attempts, last_push_class, last_push_at, token_dead_at, push_at
 FROM nano_enrollment_push WHERE push_at <= ? ORDER BY push_at LIMIT ?) p JOIN nano_enrollments e ON e.id = p.id`+pushTables+"1 = 1 ORDER BY p.push_at",
-		t.Now, now, limit)
-	if err != nil {
-		return nil, err
-	}
-	defer rows.Close()
-	var due []pushRow
-	for rows.Next() {
+		t.Now, now, limit), func(row sqldb.Row, r *pushRow) (err error) {
 		var waits bool
-		r, err := scanPushRow(rows, &waits)
-		if err != nil {
-			return nil, err
-		}
+		*r, err = scanPushRow(row, &waits)
 		r.waits = waits
-		due = append(due, r)
-	}
-	return due, rows.Err()
+		return err
+	})
 }
 
 // stillDue locks the rows in key order and drops those that were settled
@@ -247,23 +231,12 @@ func stillDue(ctx context.Context, t *tx, now int64, due []pushRow) ([]pushRow, 
 	still := make(map[string]bool, len(ids))
 	for chunk := range slices.Chunk(ids, pushRows) {
 		place, args := sqldb.InList(chunk)
-		rows, err := t.Query(ctx, "SELECT id FROM nano_enrollment_push WHERE id IN "+place+" AND push_at <= ? ORDER BY id"+t.Dialect.ForUpdate(), append(args, now)...)
+		locked, err := sqldb.Column[string](t.Query(ctx, "SELECT id FROM nano_enrollment_push WHERE id IN "+place+" AND push_at <= ? ORDER BY id"+t.Dialect.ForUpdate(), append(args, now)...))
 		if err != nil {
 			return nil, fmt.Errorf("locking pushes that are due: %w", err)
 		}
-		err = func() error {
-			defer rows.Close()
-			for rows.Next() {
-				var id string
-				if err := rows.Scan(&id); err != nil {
-					return err
-				}
-				still[id] = true
-			}
-			return rows.Err()
-		}()
-		if err != nil {
-			return nil, fmt.Errorf("locking pushes that are due: %w", err)
+		for _, id := range locked {
+			still[id] = true
 		}
 	}
 	return slices.DeleteFunc(due, func(r pushRow) bool { return !still[r.ID] }), nil
@@ -274,13 +247,13 @@ func stillDue(ctx context.Context, t *tx, now int64, due []pushRow) ([]pushRow, 
 type pushPlan struct {
 	targets []storage.PushTarget
 	moves   map[int64][]string
-	left    bool // debts found no room
+	left    bool // owed found no room
 }
 
 func (p *pushPlan) move(r *pushRow, to int64) { p.moves[to] = append(p.moves[to], r.ID) }
 
 // skipped says until when the topics are put off that are passed over. A
-// certificate that is stored later finds the debts put off, and brings them
+// certificate that is stored later finds the pushes put off, and brings them
 // back.
 func skipped(ctx context.Context, t *tx, c storage.PushClaim) (map[string]int64, error) {
 	if len(c.Skip) == 0 {
@@ -291,22 +264,18 @@ func skipped(ctx context.Context, t *tx, c storage.PushClaim) (map[string]int64,
 		until[topic] = micros(c.SkipUntil)
 	}
 	place, args := sqldb.InList(slices.Sorted(maps.Keys(c.Skip)))
-	rows, err := t.Query(ctx, "SELECT topic, version FROM nano_push_certs WHERE topic IN "+place, args...)
-	if err != nil {
-		return nil, err
-	}
-	defer rows.Close()
-	for rows.Next() {
+	err := t.Query(ctx, "SELECT topic, version FROM nano_push_certs WHERE topic IN "+place, args...).Each(func(row sqldb.Row) error {
 		var topic string
 		var version int64
-		if err := rows.Scan(&topic, &version); err != nil {
-			return nil, err
+		if err := row.Scan(&topic, &version); err != nil {
+			return err
 		}
 		if version != c.Skip[topic] {
 			until[topic] = micros(c.RenewedUntil)
 		}
-	}
-	return until, rows.Err()
+		return nil
+	})
+	return until, err
 }
 
 func planPushes(due []pushRow, c storage.PushClaim, skip map[string]int64) pushPlan {
@@ -423,43 +392,34 @@ func recordPushes(ctx context.Context, t *tx, ids []string, records map[string]*
 // enrollment that is gone is left out.
 func lockPushed(ctx context.Context, t *tx, ids []string) ([]pushedRow, error) {
 	place, args := sqldb.InList(ids)
-	rows, err := t.Query(ctx, "SELECT id, last_seq, owed_seq, paid_seq, push_at, token_dead_at FROM nano_enrollment_push WHERE id IN "+
-		place+" ORDER BY id"+t.Dialect.ForUpdate(), args...)
-	if err != nil {
-		return nil, err
-	}
-	defer rows.Close()
 	var standing []pushedRow
 	at := make(map[string]int)
-	for rows.Next() {
+	err := t.Query(ctx, "SELECT id, last_seq, owed_seq, paid_seq, push_at, token_dead_at FROM nano_enrollment_push WHERE id IN "+
+		place+" ORDER BY id"+t.Dialect.ForUpdate(), args...).Each(func(row sqldb.Row) error {
 		var r pushedRow
-		if err := rows.Scan(&r.id, &r.last, &r.owed, &r.paid, &r.pushAt, &r.deadAt); err != nil {
-			return nil, err
+		if err := row.Scan(&r.id, &r.last, &r.owed, &r.paid, &r.pushAt, &r.deadAt); err != nil {
+			return err
 		}
 		at[r.id] = len(standing)
 		standing = append(standing, r)
-	}
-	if err := rows.Err(); err != nil {
-		return nil, err
-	}
-	rows.Close()
-	rows, err = t.Query(ctx, `SELECT e.id, COALESCE(e.token_at, 0), COALESCE(a.last_seen_at, 0) FROM nano_enrollments e
-LEFT JOIN nano_enrollment_activity a ON a.id = e.id WHERE e.id IN `+place, args...)
+		return nil
+	})
 	if err != nil {
 		return nil, err
 	}
-	defer rows.Close()
-	for rows.Next() {
+	err = t.Query(ctx, `SELECT e.id, COALESCE(e.token_at, 0), COALESCE(a.last_seen_at, 0) FROM nano_enrollments e
+LEFT JOIN nano_enrollment_activity a ON a.id = e.id WHERE e.id IN `+place, args...).Each(func(row sqldb.Row) error {
 		var id string
 		var tokenAt, seenAt int64
-		if err := rows.Scan(&id, &tokenAt, &seenAt); err != nil {
-			return nil, err
+		if err := row.Scan(&id, &tokenAt, &seenAt); err != nil {
+			return err
 		}
 		if i, ok := at[id]; ok {
 			standing[i].tokenAt, standing[i].lastSeenAt = tokenAt, seenAt
 		}
-	}
-	return standing, rows.Err()
+		return nil
+	})
+	return standing, err
 }
 
 // apply changes the row as the record says.
@@ -501,20 +461,15 @@ func pushStates(ctx context.Context, t *tx, scope storage.Scope, ids []string, s
 		where.WriteString(" AND e.topic IN " + topics)
 		args = append(args, more...)
 	}
-	rows, err := t.Query(ctx, `SELECT p.id, p.owed_seq, p.paid_seq, p.attempts, p.push_at, p.last_push_at, p.last_push_class, p.last_push_status,
+	err := t.Query(ctx, `SELECT p.id, p.owed_seq, p.paid_seq, p.attempts, p.push_at, p.last_push_at, p.last_push_class, p.last_push_status,
 p.last_push_reason, p.last_apns_id, p.token_dead_at, a.last_seen_at
 FROM nano_enrollment_push p JOIN nano_enrollments e ON e.id = p.id
-LEFT JOIN nano_enrollment_activity a ON a.id = p.id WHERE `+where.String(), args...)
-	if err != nil {
-		return err
-	}
-	defer rows.Close()
-	for rows.Next() {
+LEFT JOIN nano_enrollment_activity a ON a.id = p.id WHERE `+where.String(), args...).Each(func(row sqldb.Row) error {
 		var id string
 		var owed, paid, attempts int64
 		var next, last, status, dead, seen sql.Null[int64]
 		var class, reason, apnsID sql.Null[string]
-		if err := rows.Scan(&id, &owed, &paid, &attempts, &next, &last, &class, &status, &reason, &apnsID, &dead, &seen); err != nil {
+		if err := row.Scan(&id, &owed, &paid, &attempts, &next, &last, &class, &status, &reason, &apnsID, &dead, &seen); err != nil {
 			return err
 		}
 		if seen.V > last.V {
@@ -524,14 +479,15 @@ LEFT JOIN nano_enrollment_activity a ON a.id = p.id WHERE `+where.String(), args
 			Owed: paid < owed, Attempts: int(attempts), LastAt: fromMicros(last.V), LastClass: class.V, LastStatus: int(status.V),
 			LastReason: reason.V, LastAPNsID: apnsID.V, NextAt: fromMicros(next.V), TokenDeadAt: fromMicros(dead.V),
 		}
-	}
-	return rows.Err()
+		return nil
+	})
+	return err
 }
 
 // CountOwedPushes implements storage.Pushes.
 func (s *Store) CountOwedPushes(ctx context.Context) (n int64, err error) {
 	err = s.read(ctx, func(ctx context.Context, t *tx) error {
-		return t.QueryRow(ctx, "SELECT COUNT(*) FROM nano_enrollment_push WHERE push_at IS NOT NULL AND paid_seq < owed_seq").Scan(&n)
+		return t.QueryRow(ctx, "SELECT COUNT(*) FROM nano_enrollment_push WHERE "+pushOwedIndexed).Scan(&n)
 	})
 	if err != nil {
 		return 0, fmt.Errorf("counting pushes owed: %w", err)

@@ -15,6 +15,7 @@ import (
 
 	"github.com/nanomdm/nanomdm/mdm"
 	"github.com/nanomdm/nanomdm/storage"
+	"github.com/nanomdm/nanomdm/storage/sqldb"
 )
 
 var _ storage.Enqueuer = (*Store)(nil)
@@ -160,21 +161,17 @@ func enqueue(ctx context.Context, t *tx, scope storage.Scope, e *storage.Enqueue
 
 // lockNumbers locks push rows and reads the last number of each queue.
 func lockNumbers(ctx context.Context, t *tx, ids []string) (map[string]int64, error) {
-	rows, err := t.QueryLocked(ctx, "id, last_seq", "nano_enrollment_push", ids)
-	if err != nil {
-		return nil, fmt.Errorf("locking push rows: %w", err)
-	}
-	defer rows.Close()
 	numbers := make(map[string]int64, len(ids))
-	for rows.Next() {
+	err := t.QueryLocked(ctx, "id, last_seq", "nano_enrollment_push", ids).Each(func(row sqldb.Row) error {
 		var id string
 		var last int64
-		if err := rows.Scan(&id, &last); err != nil {
-			return nil, fmt.Errorf("locking push rows: %w", err)
+		if err := row.Scan(&id, &last); err != nil {
+			return err
 		}
 		numbers[id] = last
-	}
-	if err := rows.Err(); err != nil {
+		return nil
+	})
+	if err != nil {
 		return nil, fmt.Errorf("locking push rows: %w", err)
 	}
 	return numbers, nil
@@ -186,24 +183,20 @@ func lockNumbers(ctx context.Context, t *tx, ids []string) (map[string]int64, er
 // the index of enabled enrollments or of a topic's, which is the fleet.
 func enrolledAmong(ctx context.Context, t *tx, scope storage.Scope, ids []string, uuid string) (has map[string]bool, err error) {
 	q, args := t.enrolledText(ids, uuid)
-	rows, err := t.Query(ctx, q, args...)
-	if err != nil {
-		return nil, fmt.Errorf("reading enrollments: %w", err)
-	}
-	defer rows.Close()
 	has = make(map[string]bool, len(ids))
-	for rows.Next() {
+	err = t.Query(ctx, q, args...).Each(func(row sqldb.Row) error {
 		var id, topic string
 		var enabled bool
 		var item sql.Null[string]
-		if err := rows.Scan(&id, &enabled, &topic, &item); err != nil {
-			return nil, fmt.Errorf("reading enrollments: %w", err)
+		if err := row.Scan(&id, &enabled, &topic, &item); err != nil {
+			return err
 		}
 		if enabled && (len(scope.Topics) == 0 || slices.Contains(scope.Topics, topic)) {
 			has[id] = item.Valid
 		}
-	}
-	if err := rows.Err(); err != nil {
+		return nil
+	})
+	if err != nil {
 		return nil, fmt.Errorf("reading enrollments: %w", err)
 	}
 	return has, nil
@@ -281,7 +274,7 @@ WHERE supersede_key = ? AND state IN (%d, %d, %d) AND id `, t.Dialect.Index("nan
 }
 
 // insertItems inserts queue rows behind the last numbers and raises numbers and
-// debts. A scheduled row takes a number, too: it tells the order of those that
+// pushes owed. A scheduled row takes a number, too: it tells the order of those that
 // are due at one time.
 func insertItems(ctx context.Context, t *tx, e *storage.Enqueue, ids []string, last map[string]int64) error {
 	cols := []string{"id", "seq", "command_uuid", "priority", "state", "created_at"}
@@ -304,16 +297,13 @@ func insertItems(ctx context.Context, t *tx, e *storage.Enqueue, ids []string, l
 	if err := t.Insert(ctx, "nano_enrollment_queue", cols, items); err != nil {
 		return fmt.Errorf("storing queue rows: %w", err)
 	}
-	// MySQL assigns from left to right, so last_seq must come last.
-	set, args := "", []any(nil)
+	set, args := takeNumber, []any(nil)
 	if !scheduled && !e.NoPush {
-		// A time that is nearer stays, or a queue that grows all the time
-		// would keep the sweep off.
-		set = "owed_seq = last_seq + 1, push_at = CASE WHEN push_at < ? THEN push_at ELSE ? END, "
+		set = owePushBy
 		at := t.Now + firstPush.Microseconds()
 		args = append(args, at, at)
 	}
-	q, idArgs := t.UpdateLockedText("nano_enrollment_push", set+"last_seq = last_seq + 1", ids)
+	q, idArgs := t.UpdateLockedText("nano_enrollment_push", set, ids)
 	if _, err := t.Exec(ctx, q, append(args, idArgs...)...); err != nil {
 		return fmt.Errorf("owing pushes: %w", err)
 	}

@@ -36,26 +36,17 @@ const (
 const itemColumns = `q.id, q.command_uuid, q.state, q.seq, q.priority, q.created_at, q.not_before, q.expires_at, q.finished_at,
 q.attempts, q.notnow_count, q.notnow_at, q.supersede_key`
 
-func scanItems(rows *sql.Rows, err error) ([]storage.QueueItem, error) {
-	if err != nil {
-		return nil, err
+func scanItem(row sqldb.Row, i *storage.QueueItem) error {
+	var created int64
+	var notBefore, expires, finished, notNow sql.Null[int64]
+	var key sql.Null[string]
+	if err := row.Scan(&i.EnrollmentID, &i.CommandUUID, &i.State, &i.Seq, &i.Priority, &created, &notBefore, &expires, &finished,
+		&i.Attempts, &i.NotNowCount, &notNow, &key); err != nil {
+		return err
 	}
-	defer rows.Close()
-	var items []storage.QueueItem
-	for rows.Next() {
-		var i storage.QueueItem
-		var created int64
-		var notBefore, expires, finished, notNow sql.Null[int64]
-		var key sql.Null[string]
-		if err := rows.Scan(&i.EnrollmentID, &i.CommandUUID, &i.State, &i.Seq, &i.Priority, &created, &notBefore, &expires, &finished,
-			&i.Attempts, &i.NotNowCount, &notNow, &key); err != nil {
-			return nil, err
-		}
-		i.CreatedAt, i.NotBefore, i.ExpiresAt = fromMicros(created), fromMicros(notBefore.V), fromMicros(expires.V)
-		i.FinishedAt, i.NotNowAt, i.SupersedeKey = fromMicros(finished.V), fromMicros(notNow.V), key.V
-		items = append(items, i)
-	}
-	return items, rows.Err()
+	i.CreatedAt, i.NotBefore, i.ExpiresAt = fromMicros(created), fromMicros(notBefore.V), fromMicros(expires.V)
+	i.FinishedAt, i.NotNowAt, i.SupersedeKey = fromMicros(finished.V), fromMicros(notNow.V), key.V
+	return nil
 }
 
 // nameItems fills in the request types.
@@ -68,22 +59,16 @@ func nameItems(ctx context.Context, t *tx, items []storage.QueueItem) error {
 		types[items[i].CommandUUID] = ""
 	}
 	place, args := sqldb.InList(slices.Sorted(maps.Keys(types)))
-	rows, err := t.Query(ctx, "SELECT command_uuid, request_type FROM nano_commands WHERE command_uuid IN "+place, args...)
-	if err != nil {
-		return err
-	}
-	defer rows.Close()
-	for rows.Next() {
+	err := t.Query(ctx, "SELECT command_uuid, request_type FROM nano_commands WHERE command_uuid IN "+place, args...).Each(func(row sqldb.Row) error {
 		var uuid, requestType string
-		if err := rows.Scan(&uuid, &requestType); err != nil {
-			return err
-		}
+		err := row.Scan(&uuid, &requestType)
 		types[uuid] = requestType
-	}
+		return err
+	})
 	for i := range items {
 		items[i].RequestType = types[items[i].CommandUUID]
 	}
-	return rows.Err()
+	return err
 }
 
 // scoped is a condition on enrollments e, empty if the scope sees everything.
@@ -110,7 +95,7 @@ func (s *Store) Queue(ctx context.Context, scope storage.Scope, id string, state
 		if _, err := findEnrollment(ctx, t, scope, id); err != nil {
 			return err
 		}
-		if items, err = scanItems(t.Query(ctx, q, slices.Clone(args)...)); err != nil {
+		if items, err = sqldb.Collect(t.Query(ctx, q, slices.Clone(args)...), scanItem); err != nil {
 			return err
 		}
 		return nameItems(ctx, t, items)
@@ -152,7 +137,7 @@ func (s *Store) QueueItem(ctx context.Context, scope storage.Scope, id, uuid str
 		if _, err := findEnrollment(ctx, t, scope, id); err != nil || !storable(uuid) {
 			return cmp.Or(err, storage.ErrNotFound)
 		}
-		items, err = scanItems(t.Query(ctx, "SELECT "+itemColumns+" FROM nano_enrollment_queue q WHERE q.id = ? AND q.command_uuid = ?", id, uuid))
+		items, err = sqldb.Collect(t.Query(ctx, "SELECT "+itemColumns+" FROM nano_enrollment_queue q WHERE q.id = ? AND q.command_uuid = ?", id, uuid), scanItem)
 		if err != nil {
 			return err
 		}
@@ -203,7 +188,7 @@ func (s *Store) FindCommands(ctx context.Context, scope storage.Scope, f storage
 		var found []storage.CommandInfo
 		var chosen map[string]bool
 		err := s.read(ctx, func(ctx context.Context, t *tx) (err error) {
-			if found, err = scanCommands(t.Query(ctx, q, slices.Clone(args)...)); err != nil {
+			if found, err = sqldb.Collect(t.Query(ctx, q, slices.Clone(args)...), scanCommand); err != nil {
 				return err
 			}
 			chosen, err = chooseCommands(ctx, t, scope, f.State, found)
@@ -253,25 +238,21 @@ func (s *Store) rareCommands(ctx context.Context, state storage.State) (uuids []
 	}
 	err = s.read(ctx, func(ctx context.Context, t *tx) error {
 		uuids = []string{}
-		rows, err := t.Query(ctx, rareQuery(s.db.Dialect(), state), rareRows+1, rareCommands+1)
-		if err != nil {
-			return err
-		}
-		defer rows.Close()
 		var total int64
-		for rows.Next() {
+		err := t.Query(ctx, rareQuery(s.db.Dialect(), state), rareRows+1, rareCommands+1).Each(func(row sqldb.Row) error {
 			var uuid string
 			var n int64
-			if err := rows.Scan(&uuid, &n); err != nil {
+			if err := row.Scan(&uuid, &n); err != nil {
 				return err
 			}
 			uuids = append(uuids, uuid)
 			total += n
-		}
+			return nil
+		})
 		if total > rareRows || len(uuids) > rareCommands {
 			uuids = nil
 		}
-		return rows.Err()
+		return err
 	})
 	return uuids, err
 }
@@ -313,22 +294,14 @@ func commandsQuery(d *sqldb.Dialect, f storage.CommandFilter, rare []string, aft
 		" ORDER BY created_at DESC, command_uuid DESC LIMIT ?", append(args, limit)
 }
 
-func scanCommands(rows *sql.Rows, err error) ([]storage.CommandInfo, error) {
-	if err != nil {
-		return nil, err
+func scanCommand(row sqldb.Row, c *storage.CommandInfo) error {
+	*c = storage.CommandInfo{States: make(map[storage.State]int64)}
+	var at int64
+	if err := row.Scan(&c.UUID, &c.RequestType, &at); err != nil {
+		return err
 	}
-	defer rows.Close()
-	var list []storage.CommandInfo
-	for rows.Next() {
-		c := storage.CommandInfo{States: make(map[storage.State]int64)}
-		var at int64
-		if err := rows.Scan(&c.UUID, &c.RequestType, &at); err != nil {
-			return nil, err
-		}
-		c.CreatedAt = fromMicros(at)
-		list = append(list, c)
-	}
-	return list, rows.Err()
+	c.CreatedAt = fromMicros(at)
+	return nil
 }
 
 // chooseCommands says which commands are for somebody in the scope, and in a
@@ -347,7 +320,7 @@ func chooseCommands(ctx context.Context, t *tx, scope storage.Scope, state stora
 	if condition != "" {
 		q = chooseScoped(condition, state)
 	}
-	found, err := textColumn(ctx, t, "SELECT c.command_uuid FROM nano_commands c WHERE "+q+" AND c.command_uuid IN "+place, append(topics, args...)...)
+	found, err := sqldb.Column[string](t.Query(ctx, "SELECT c.command_uuid FROM nano_commands c WHERE "+q+" AND c.command_uuid IN "+place, append(topics, args...)...))
 	if err != nil {
 		return nil, err
 	}
@@ -390,28 +363,23 @@ func countSome(ctx context.Context, t *tx, scope storage.Scope, list []storage.C
 WHERE q.command_uuid = ? LIMIT %d) c GROUP BY c.state`, i, join, commandsCounted+1))
 		args = append(append(args, topics...), list[i].UUID)
 	}
-	rows, err := t.Query(ctx, strings.Join(parts, "\nUNION ALL "), args...)
-	if err != nil {
-		return err
-	}
-	defer rows.Close()
 	for i := range list {
 		list[i].States, list[i].Counted = make(map[storage.State]int64), 0
 	}
 	counted := make([]int64, len(list))
-	for rows.Next() {
+	return t.Query(ctx, strings.Join(parts, "\nUNION ALL "), args...).Each(func(row sqldb.Row) error {
 		var i int
 		var state storage.State
 		var n int64
-		if err := rows.Scan(&i, &state, &n); err != nil {
+		if err := row.Scan(&i, &state, &n); err != nil {
 			return err
 		}
 		list[i].States[state] = n
 		if counted[i] += n; counted[i] > commandsCounted {
 			list[i].Counted = counted[i]
 		}
-	}
-	return rows.Err()
+		return nil
+	})
 }
 
 // Command implements storage.Commands.
@@ -431,7 +399,7 @@ func readCommand(ctx context.Context, t *tx, scope storage.Scope, uuid string) (
 	if !storable(uuid) {
 		return nil, storage.ErrNotFound
 	}
-	list, err := scanCommands(t.Query(ctx, "SELECT command_uuid, request_type, created_at FROM nano_commands WHERE command_uuid = ?", uuid))
+	list, err := sqldb.Collect(t.Query(ctx, "SELECT command_uuid, request_type, created_at FROM nano_commands WHERE command_uuid = ?", uuid), scanCommand)
 	if err != nil {
 		return nil, err
 	}
@@ -439,23 +407,22 @@ func readCommand(ctx context.Context, t *tx, scope storage.Scope, uuid string) (
 		return nil, storage.ErrNotFound
 	}
 	from, args := commandRows(t.Dialect, scope, uuid)
-	rows, err := t.Query(ctx, "SELECT q.state, COUNT(*) FROM "+from+" AND q.state IN ("+everyState()+") GROUP BY q.state", args...)
+	err = t.Query(ctx, "SELECT q.state, COUNT(*) FROM "+from+" AND q.state IN ("+everyState()+") GROUP BY q.state", args...).Each(func(row sqldb.Row) error {
+		var state storage.State
+		var n int64
+		if err := row.Scan(&state, &n); err != nil {
+			return err
+		}
+		list[0].States[state] = n
+		return nil
+	})
 	if err != nil {
 		return nil, err
 	}
-	defer rows.Close()
-	for rows.Next() {
-		var state storage.State
-		var n int64
-		if err := rows.Scan(&state, &n); err != nil {
-			return nil, err
-		}
-		list[0].States[state] = n
-	}
 	if len(list[0].States) == 0 && len(scope.Topics) > 0 {
-		return nil, cmp.Or(rows.Err(), storage.ErrNotFound)
+		return nil, storage.ErrNotFound
 	}
-	return &list[0], rows.Err()
+	return &list[0], nil
 }
 
 // commandRows is the rows of a command that a scope sees.
@@ -476,7 +443,7 @@ func (s *Store) CommandItems(ctx context.Context, scope storage.Scope, uuid stri
 	q, args := itemsQuery(s.db.Dialect(), scope, uuid, state, after, limit)
 	err = s.read(ctx, func(ctx context.Context, t *tx) error {
 		items = nil
-		ids, err := textColumn(ctx, t, q, slices.Clone(args)...)
+		ids, err := sqldb.Column[string](t.Query(ctx, q, slices.Clone(args)...))
 		if err != nil || len(ids) == 0 {
 			return err
 		}
@@ -486,7 +453,7 @@ func (s *Store) CommandItems(ctx context.Context, scope storage.Scope, uuid stri
 			keys[i] = keyPair{ID: id, Item: uuid}
 		}
 		where, args := queueRows.Among(t.Tx, keys)
-		items, err = scanItems(t.Query(ctx, "SELECT "+itemColumns+" FROM nano_enrollment_queue q"+t.Dialect.Index("PRIMARY")+" WHERE "+where+" ORDER BY q.id", args...))
+		items, err = sqldb.Collect(t.Query(ctx, "SELECT "+itemColumns+" FROM nano_enrollment_queue q"+t.Dialect.Index("PRIMARY")+" WHERE "+where+" ORDER BY q.id", args...), scanItem)
 		if err != nil {
 			return err
 		}

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/nanomdm/nanomdm/storage"
+	"github.com/nanomdm/nanomdm/storage/sqldb"
 )
 
 var _ storage.EnqueueUpkeep = (*Store)(nil)
@@ -162,19 +163,9 @@ func (s *Store) ForgetEnqueued(ctx context.Context, l storage.Lease, before time
 }
 
 func oldCalls(ctx context.Context, t *tx, before int64, limit int) (old []call, err error) {
-	rows, err := t.Query(ctx, "SELECT caller, name FROM nano_enqueue_calls WHERE created_at < ? ORDER BY created_at LIMIT ?", before, limit)
-	if err != nil {
-		return nil, err
-	}
-	defer rows.Close()
-	for rows.Next() {
-		var c call
-		if err := rows.Scan(&c.caller, &c.key); err != nil {
-			return nil, err
-		}
-		old = append(old, c)
-	}
+	old, err = sqldb.Collect(t.Query(ctx, "SELECT caller, name FROM nano_enqueue_calls WHERE created_at < ? ORDER BY created_at LIMIT ?", before, limit),
+		func(row sqldb.Row, c *call) error { return row.Scan(&c.caller, &c.key) })
 	// Locked in the order of keys, as everywhere.
 	slices.SortFunc(old, func(a, b call) int { return cmp.Or(cmp.Compare(a.caller, b.caller), cmp.Compare(a.key, b.key)) })
-	return old, rows.Err()
+	return old, err
 }

@@ -166,21 +166,17 @@ func (s *Store) checkSeal(ctx context.Context) error {
 }
 
 func sealChecks(ctx context.Context, t *tx) (map[string][]byte, error) {
-	rows, err := t.Query(ctx, "SELECT id, value FROM nano_seal ORDER BY id")
-	if err != nil {
-		return nil, err
-	}
-	defer rows.Close()
 	checks := make(map[string][]byte)
-	for rows.Next() {
+	err := t.Query(ctx, "SELECT id, value FROM nano_seal ORDER BY id").Each(func(row sqldb.Row) error {
 		var id string
 		var value []byte
-		if err := rows.Scan(&id, &value); err != nil {
-			return nil, err
+		if err := row.Scan(&id, &value); err != nil {
+			return err
 		}
 		checks[id] = value
-	}
-	return checks, rows.Err()
+		return nil
+	})
+	return checks, err
 }
 
 var _ storage.Resealer = (*Store)(nil)
@@ -341,22 +337,12 @@ func staleRows(ctx context.Context, t *tx, table sealedTable, after string, limi
 		q.WriteString(" THEN NULL ELSE " + column + " END")
 	}
 	q.WriteString(" FROM " + table.name + " WHERE " + table.key + " > ? ORDER BY " + table.key + " LIMIT ?")
-	rows, err := t.Query(ctx, q.String(), append(args, after, limit)...)
-	if err != nil {
-		return nil, err
-	}
-	defer rows.Close()
-	var list []staleRow
-	for rows.Next() {
-		row := staleRow{values: make([][]byte, len(table.columns))}
-		into := []any{&row.key}
-		for i := range row.values {
-			into = append(into, &row.values[i])
+	return sqldb.Collect(t.Query(ctx, q.String(), append(args, after, limit)...), func(row sqldb.Row, stale *staleRow) error {
+		stale.values = make([][]byte, len(table.columns))
+		into := []any{&stale.key}
+		for i := range stale.values {
+			into = append(into, &stale.values[i])
 		}
-		if err := rows.Scan(into...); err != nil {
-			return nil, err
-		}
-		list = append(list, row)
-	}
-	return list, rows.Err()
+		return row.Scan(into...)
+	})
 }

@@ -14,6 +14,7 @@ package sqlstore
 import (
 	"cmp"
 	"context"
+	"crypto/x509"
 	"database/sql"
 	"errors"
 	"fmt"
@@ -46,6 +47,9 @@ type Config struct {
 	// seconds). SQLite's are kept.
 	ConnMaxLifetime time.Duration
 	ConnMaxIdleTime time.Duration
+	// RootCAs verifies a database server, whose connections then use TLS. If
+	// nil, the DSN alone decides about TLS.
+	RootCAs *x509.CertPool
 	// MaxOpenConns bounds the connections to a database server, 24 if zero,
 	// and with SQLite the readers.
 	MaxOpenConns int
@@ -77,19 +81,19 @@ const (
 // Store is an open database. Every method may be called concurrently, and any
 // number of Stores, in any number of processes, may share one database.
 type Store struct {
-	cfg        Config
-	db         *sqldb.DB
-	now        func() time.Time
-	log        *slog.Logger
-	act        *activityLog
-	polls      *batcher[*opRun]
-	changes    *batcher[*opRun]
-	seal       *sealing
-	texts      deviceTexts
-	unreadable atomic.Int64 // what Stats calls EventsUnreadable
-	counted    headcount
-	held       sync.Map // names of leases that were taken and not lost or released
-	swept      swept
+	cfg           Config
+	db            *sqldb.DB
+	now           func() time.Time
+	log           *slog.Logger
+	act           *activityLog
+	polls         *batcher[*opRun]
+	changes       *batcher[*opRun]
+	seal          *sealing
+	texts         deviceTexts
+	unreadable    atomic.Int64 // what Stats calls EventsUnreadable
+	counted       enrollmentCounts
+	held          sync.Map // names of leases that were taken and not lost or released
+	sweepCounters sweepCounters
 
 	closeOnce sync.Once
 	closeErr  error
@@ -141,14 +145,14 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 	}
 	db, err := sqldb.Open(ctx, sqldb.Config{
 		Driver: cfg.Driver, DSN: cfg.DSN, Now: cfg.Now, Logger: cfg.Logger,
-		ConnMaxLifetime: cfg.ConnMaxLifetime, ConnMaxIdleTime: cfg.ConnMaxIdleTime, MaxOpenConns: cfg.MaxOpenConns,
+		ConnMaxLifetime: cfg.ConnMaxLifetime, ConnMaxIdleTime: cfg.ConnMaxIdleTime, MaxOpenConns: cfg.MaxOpenConns, RootCAs: cfg.RootCAs,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("opening the %s database: %w", cfg.Driver, storageError(err))
 	}
 	s := &Store{
 		cfg: cfg, db: db, now: cfg.Now, log: cfg.Logger, seal: newSealing(cfg),
-		texts: newDeviceTexts(db.Dialect()), counted: headcount{turn: make(chan struct{}, 1)},
+		texts: newDeviceTexts(db.Dialect()), counted: enrollmentCounts{turn: make(chan struct{}, 1)},
 	}
 	db.Prepare(s.texts.enrollmentState, s.texts.certificateLookup)
 	if err := cmp.Or(s.migrate(ctx), s.checkSeal(ctx)); err != nil {
@@ -177,9 +181,9 @@ func (s *Store) Stats() Stats {
 		Leases:     s.leasesHeld(),
 		Retries:    s.db.Retries(), ActivityDropped: s.act.dropped.Load(),
 		EventsDropped: s.act.eventsDropped.Load(), EventsUnreadable: s.unreadable.Load(),
-		Promoted: s.swept.promoted.Load(), Expired: s.swept.expired.Load(),
-		RemovedRows: s.swept.rows.Load(), RemovedResults: s.swept.results.Load(),
-		RemovedCommands: s.swept.commands.Load(), RemovedResultBytes: s.swept.resultBytes.Load(),
+		Promoted: s.sweepCounters.promoted.Load(), Expired: s.sweepCounters.expired.Load(),
+		RemovedRows: s.sweepCounters.rows.Load(), RemovedResults: s.sweepCounters.results.Load(),
+		RemovedCommands: s.sweepCounters.commands.Load(), RemovedResultBytes: s.sweepCounters.resultBytes.Load(),
 	}
 }
 

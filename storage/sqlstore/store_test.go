@@ -29,7 +29,7 @@ func TestOpenRefuses(t *testing.T) {
 		{"unknown driver", sqlstore.Config{Driver: "oracle", DSN: "x"}, `"oracle"`},
 		{"a directory that is not there", sqlstore.Config{Driver: "sqlite", DSN: filepath.Join(t.TempDir(), "no", "such.db")}, "opening the file"},
 		{"a DSN that cannot be read", sqlstore.Config{Driver: "pgsql", DSN: "host=x password=hunter2 port=nonsense"}, "not a PostgreSQL URL"},
-		{"a MySQL DSN that cannot be read", sqlstore.Config{Driver: "mysql", DSN: "u:hunter2@tcp(x)nonsense"}, "as go-sql-driver/mysql has it"},
+		{"a MySQL DSN that cannot be read", sqlstore.Config{Driver: "mysql", DSN: "u:hunter2@tcp(x)nonsense"}, "is not user:password@tcp("},
 		{"nobody listens", sqlstore.Config{Driver: "mysql", DSN: "u:hunter2@tcp(127.0.0.1:1)/x"}, "connecting"},
 		{"nobody listens there either", sqlstore.Config{Driver: "pgsql", DSN: "postgres://u:hunter2@127.0.0.1:1/x"}, "connecting"},
 	} {
@@ -208,7 +208,7 @@ func TestClosed(t *testing.T) {
 // TestLostServer ends every connection under an idle store: the next call
 // finds a new one.
 func TestLostServer(t *testing.T) {
-	kill := map[string]string{
+	markDeleted := map[string]string{
 		"pgsql":   "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()",
 		"mysql":   "SELECT CONCAT('KILL ', id) FROM information_schema.processlist WHERE db = DATABASE() AND id <> CONNECTION_ID()",
 		"mariadb": "SELECT CONCAT('KILL ', id) FROM information_schema.processlist WHERE db = DATABASE() AND id <> CONNECTION_ID()",
@@ -216,7 +216,7 @@ func TestLostServer(t *testing.T) {
 	servers(t, func(t *testing.T, h *storagetest.Harness) {
 		_, err := h.Store.TakeLease(t.Context(), storage.Lease{Name: "x"}, "a")
 		require.NoError(t, err)
-		for _, statement := range h.Strings(t, kill[h.Engine.Name]) {
+		for _, statement := range h.Strings(t, markDeleted[h.Engine.Name]) {
 			if strings.HasPrefix(statement, "KILL") {
 				h.Exec(t, statement)
 			}

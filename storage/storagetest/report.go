@@ -24,6 +24,7 @@ func reportTests() []subtest {
 		{"a repeated report changes nothing", reportRepeated},
 		{"a report for an unknown command changes nothing", reportUnknown},
 		{"the result of a row that was ended is stored as late, once", reportLate},
+		{"a report that cannot be read ends the command that was offered", reportUnreadable},
 		{"a poll pays for the push and plans the next one", reportPays},
 		{"a poll writes nothing by itself", reportPollIsLight},
 		{"a large result is kept whole", reportLarge},
@@ -67,6 +68,36 @@ func reportTerminal(t *testing.T, h *Harness) {
 		require.Equal(t, []string{uuid + " " + uuid},
 			h.Strings(t, "SELECT result FROM nano_command_results WHERE id = 'D' AND command_uuid = ? AND status = ? AND late = 0 AND created_at = ?", uuid, uuid, now.UnixMicro()))
 	}
+}
+
+func reportUnreadable(t *testing.T, h *Harness) {
+	d := h.device("D").with("A").enrolls(t)
+	h.enqueue(t, []string{"D"}, "1", "2", "3", "4", "5")
+	unreadable := func(uuid string) string {
+		out, err := d.apply(t, &storage.Report{Src: d.source(), Status: mdm.StatusUnreadable, CommandUUID: uuid, Raw: []byte("\xff\x00 odd")})
+		require.NoError(t, err)
+		if out.Command == nil {
+			return ""
+		}
+		return out.Command.CommandUUID
+	}
+	require.Equal(t, "1", unreadable(""), "nothing was offered, so nothing ends")
+	require.Equal(t, "2", unreadable(""))
+	require.NoError(t, h.Store.Flush(t.Context()))
+	require.Equal(t, "3", unreadable(""), "an offer that was written counts, as one of another replica is")
+	require.Equal(t, "3", unreadable("nobody's"))
+	require.Equal(t, "3", unreadable("4"), "the one that it names")
+	require.Equal(t, "1 error, 2 error, 3 queued, 4 error, 5 queued", queueStates(t, h, "D"))
+	for _, uuid := range []string{"1", "2", "4"} {
+		r, err := h.Store.CommandResult(t.Context(), storage.Scope{}, "D", uuid)
+		require.NoError(t, err)
+		require.Equal(t, "Unreadable", r.Status)
+		require.Equal(t, []byte("\xff\x00 odd"), r.Raw)
+	}
+	thief := d.with("B")
+	_, err := thief.apply(t, &storage.Report{Src: thief.source(), Status: mdm.StatusUnreadable, CommandUUID: "3"})
+	require.ErrorIs(t, err, storage.ErrIdentity)
+	require.Equal(t, "3", d.polls(t))
 }
 
 func reportOtherStatus(t *testing.T, h *Harness) {

@@ -1,0 +1,272 @@
+package sqlstore
+
+import (
+	"fmt"
+	"strings"
+
+	"github.com/nanomdm/nanomdm/mdm"
+	"github.com/nanomdm/nanomdm/storage"
+	"github.com/nanomdm/nanomdm/storage/sqldb"
+)
+
+// filterRow is a row of the table of filters of enrollments.
+type filterRow struct {
+	// given says whether the filter is asked for.
+	given func(storage.Scope, storage.EnrollmentFilter) bool
+	// source is the index that finds candidates, false where none would help;
+	// nil is never.
+	source func(storage.Scope, storage.EnrollmentFilter) (source, bool)
+	// condition adds what the enrollments e have to meet, and the tables for it.
+	condition func(*conditionBuilder, storage.Scope, storage.EnrollmentFilter)
+}
+
+// enrollmentFilters is the table, the most selective index first as far as
+// that can be told without looking.
+var enrollmentFilters = [...]filterRow{
+	{
+		given: func(_ storage.Scope, f storage.EnrollmentFilter) bool { return f.Serial != "" },
+		source: func(_ storage.Scope, f storage.EnrollmentFilter) (source, bool) {
+			return eachOf(true, equalTo("nano_devices", "serial_number", f.Serial)), true
+		},
+		condition: func(b *conditionBuilder, _ storage.Scope, f storage.EnrollmentFilter) {
+			b.device("d.serial_number = ?", f.Serial)
+		},
+	},
+	{
+		given: func(_ storage.Scope, f storage.EnrollmentFilter) bool { return f.User != "" },
+		source: func(_ storage.Scope, f storage.EnrollmentFilter) (source, bool) {
+			return eachOf(false, equalTo("nano_users", "user_short_name", f.User), equalTo("nano_users", "user_id", f.User)), true
+		},
+		condition: func(b *conditionBuilder, _ storage.Scope, f storage.EnrollmentFilter) {
+			b.join("nano_users", "u", "id")
+			b.add("(u.user_short_name = ? OR u.user_id = ?)", f.User, f.User)
+		},
+	},
+	{
+		given:  func(_ storage.Scope, f storage.EnrollmentFilter) bool { return f.Push != "" },
+		source: pushSource,
+		condition: func(b *conditionBuilder, _ storage.Scope, f storage.EnrollmentFilter) {
+			b.join("nano_enrollment_push", "p", "id")
+			pushCondition(b, f.Push)
+		},
+	},
+	{
+		given: func(_ storage.Scope, f storage.EnrollmentFilter) bool { return f.Waiting != nil },
+		source: func(_ storage.Scope, f storage.EnrollmentFilter) (source, bool) {
+			var parts []part
+			for _, state := range waitingStates {
+				parts = append(parts, part{table: "nano_enrollment_queue", index: "nano_enrollment_queue_next",
+					where: "state = ?", args: []any{int(state)}})
+			}
+			return eachOf(false, parts...), *f.Waiting
+		},
+		condition: func(b *conditionBuilder, _ storage.Scope, f storage.EnrollmentFilter) {
+			b.add(map[bool]string{true: "EXISTS ", false: "NOT EXISTS "}[*f.Waiting] +
+				fmt.Sprintf("(SELECT 1 FROM nano_enrollment_queue q WHERE q.id = e.id AND q.state IN (%d, %d, %d))",
+					storage.Scheduled, storage.Queued, storage.NotNow))
+		},
+	},
+	{
+		given: func(_ storage.Scope, f storage.EnrollmentFilter) bool { return !f.CertificateExpiresBefore.IsZero() },
+		source: func(_ storage.Scope, f storage.EnrollmentFilter) (source, bool) {
+			const table = "nano_cert_auth_associations"
+			return eachOf(true, part{table: table, index: table + "_not_after", at: "not_after",
+				where: "retired_at IS NULL AND not_after < ?", args: []any{micros(f.CertificateExpiresBefore)}, order: "retired_at"}), true
+		},
+		condition: func(b *conditionBuilder, _ storage.Scope, f storage.EnrollmentFilter) {
+			b.add(`EXISTS (SELECT 1 FROM nano_cert_auth_associations c WHERE c.id = e.device_id AND c.retired_at IS NULL AND c.not_after < ?)`,
+				micros(f.CertificateExpiresBefore))
+		},
+	},
+	{
+		given: func(_ storage.Scope, f storage.EnrollmentFilter) bool {
+			return !f.LastSeenBefore.IsZero() || !f.LastSeenAfter.IsZero()
+		},
+		source: func(_ storage.Scope, f storage.EnrollmentFilter) (source, bool) {
+			const table = "nano_enrollment_activity"
+			p := part{table: table, index: table + "_last_seen_at", at: "last_seen_at", where: "last_seen_at >= ?", args: []any{micros(f.LastSeenAfter)}}
+			if !f.LastSeenBefore.IsZero() {
+				p.where += " AND last_seen_at < ?"
+				p.args = append(p.args, micros(f.LastSeenBefore))
+			}
+			return oneOf(p), true
+		},
+		condition: func(b *conditionBuilder, _ storage.Scope, f storage.EnrollmentFilter) {
+			b.join("nano_enrollment_activity", "a", "id")
+			if !f.LastSeenBefore.IsZero() {
+				b.add("a.last_seen_at < ?", micros(f.LastSeenBefore))
+			}
+			if !f.LastSeenAfter.IsZero() {
+				b.add("a.last_seen_at >= ?", micros(f.LastSeenAfter))
+			}
+		},
+	},
+	{
+		given: func(_ storage.Scope, f storage.EnrollmentFilter) bool { return f.Model != "" },
+		source: func(_ storage.Scope, f storage.EnrollmentFilter) (source, bool) {
+			return eachOf(true, equalTo("nano_devices", "model", f.Model), equalTo("nano_devices", "model_name", f.Model),
+				equalTo("nano_devices", "product_name", f.Model)), true
+		},
+		condition: func(b *conditionBuilder, _ storage.Scope, f storage.EnrollmentFilter) {
+			b.device("(d.model = ? OR d.model_name = ? OR d.product_name = ?)", f.Model, f.Model, f.Model)
+		},
+	},
+	{
+		given: func(_ storage.Scope, f storage.EnrollmentFilter) bool { return f.OSVersion != "" },
+		source: func(_ storage.Scope, f storage.EnrollmentFilter) (source, bool) {
+			return eachOf(true, equalTo("nano_devices", "os_version", f.OSVersion)), true
+		},
+		condition: func(b *conditionBuilder, _ storage.Scope, f storage.EnrollmentFilter) {
+			b.device("d.os_version = ?", f.OSVersion)
+		},
+	},
+	{
+		given: func(_ storage.Scope, f storage.EnrollmentFilter) bool { return f.Topic != "" },
+		source: func(_ storage.Scope, f storage.EnrollmentFilter) (source, bool) {
+			return oneOf(equalTo("nano_enrollments", "topic", f.Topic)), true
+		},
+		condition: func(b *conditionBuilder, _ storage.Scope, f storage.EnrollmentFilter) {
+			b.add("e.topic = ?", f.Topic)
+		},
+	},
+	{
+		given: func(scope storage.Scope, _ storage.EnrollmentFilter) bool { return len(scope.Topics) > 0 },
+		source: func(scope storage.Scope, _ storage.EnrollmentFilter) (source, bool) {
+			if len(scope.Topics) > scopeBranches {
+				return source{}, false
+			}
+			var parts []part
+			for _, topic := range scope.Topics {
+				parts = append(parts, equalTo("nano_enrollments", "topic", topic))
+			}
+			return eachOf(false, parts...), true
+		},
+		condition: func(b *conditionBuilder, scope storage.Scope, _ storage.EnrollmentFilter) { inScope(scope, b.add) },
+	},
+	{
+		given:  func(_ storage.Scope, f storage.EnrollmentFilter) bool { return f.Type != "" || f.Enabled != nil },
+		source: typeSource,
+		condition: func(b *conditionBuilder, _ storage.Scope, f storage.EnrollmentFilter) {
+			if f.Type != "" {
+				b.add("e.type = ?", string(f.Type))
+			}
+			if f.Enabled != nil {
+				b.add(map[bool]string{
+					true:  "e.enabled = 1 AND e.operator_disabled = 0",
+					false: "(e.enabled = 0 OR e.operator_disabled = 1)",
+				}[*f.Enabled])
+			}
+		},
+	},
+}
+
+// equalTo is the part of an index where a column has a value.
+func equalTo(table, column, value string) part {
+	return part{table: table, index: table + "_" + column, where: column + " = ?", args: []any{value}}
+}
+
+func pushSource(_ storage.Scope, f storage.EnrollmentFilter) (source, bool) {
+	const table = "nano_enrollment_push"
+	if f.Push == storage.PushOwed || f.Push == storage.PushUnanswered {
+		return oneOf(part{table: table, index: table + "_push_at", at: "push_at", where: "push_at IS NOT NULL"}), true
+	}
+	var parts []part
+	for _, class := range refusedClasses(f.Push) {
+		p := equalTo(table, "last_push_class", class)
+		p.where += " AND last_push_class <> 'accepted'" // as the index has it
+		parts = append(parts, p)
+	}
+	return eachOf(false, parts...), true
+}
+
+func typeSource(_ storage.Scope, f storage.EnrollmentFilter) (source, bool) {
+	types := mdm.EnrollTypes()
+	if f.Type != "" {
+		types = []mdm.EnrollType{f.Type}
+	}
+	var parts []part
+	for _, typ := range types {
+		for _, flags := range [][2]int{{1, 0}, {0, 0}, {0, 1}, {1, 1}} {
+			if f.Enabled == nil || (flags == [2]int{1, 0}) == *f.Enabled {
+				parts = append(parts, part{table: "nano_enrollments", index: "nano_enrollments_type",
+					where: "type = ? AND enabled = ? AND operator_disabled = ?", args: []any{string(typ), flags[0], flags[1]}})
+			}
+		}
+	}
+	return eachOf(false, parts...), true
+}
+
+// sourceOf chooses the index for a filter: the first of the table.
+func sourceOf(scope storage.Scope, f storage.EnrollmentFilter) source {
+	for _, row := range enrollmentFilters {
+		if row.source == nil || !row.given(scope, f) {
+			continue
+		}
+		if src, ok := row.source(scope, f); ok {
+			return src
+		}
+	}
+	return source{index: "id", parts: []part{{table: "nano_enrollments", where: "1 = 1"}}}
+}
+
+// conditions is the whole filter, and the tables that it needs.
+func conditions(scope storage.Scope, f storage.EnrollmentFilter) (from, where string, args []any) {
+	b := conditionBuilder{from: "nano_enrollments e", joined: make(map[string]bool)}
+	for _, row := range enrollmentFilters {
+		if row.given(scope, f) {
+			row.condition(&b, scope, f)
+		}
+	}
+	return b.from, b.where.String(), b.args
+}
+
+// conditionBuilder gathers the tables and conditions of a filter.
+type conditionBuilder struct {
+	from   string
+	where  strings.Builder
+	args   []any
+	joined map[string]bool // aliases
+}
+
+// join adds a table whose id is a key of the enrollment, once.
+func (b *conditionBuilder) join(table, alias, key string) {
+	if !b.joined[alias] {
+		b.from += " JOIN " + table + " " + alias + " ON " + alias + ".id = e." + key
+	}
+	b.joined[alias] = true
+}
+
+func (b *conditionBuilder) add(condition string, values ...any) {
+	b.where.WriteString(" AND " + condition)
+	b.args = append(b.args, values...)
+}
+
+// device adds a condition on the device d.
+func (b *conditionBuilder) device(condition string, values ...any) {
+	b.join("nano_devices", "d", "device_id")
+	b.add(condition, values...)
+}
+
+func pushCondition(b *conditionBuilder, status storage.PushStatus) {
+	switch status {
+	case storage.PushOwed:
+		b.add("p.push_at IS NOT NULL AND p.paid_seq < p.owed_seq")
+	case storage.PushUnanswered:
+		b.add(`p.push_at IS NOT NULL AND p.last_push_class = 'accepted'
+AND NOT EXISTS (SELECT 1 FROM nano_enrollment_activity w WHERE w.id = e.id AND w.last_seen_at > p.last_push_at)`)
+	case storage.PushTokenDead:
+		b.add("p.token_dead_at IS NOT NULL")
+	case storage.PushRefused:
+		b.add("p.last_push_class <> 'accepted'")
+	default:
+		b.add("p.last_push_class = ?", string(status))
+	}
+}
+
+// inScope adds the condition of a scope on the enrollments e.
+func inScope(scope storage.Scope, add func(string, ...any)) {
+	if len(scope.Topics) > 0 {
+		place, args := sqldb.InList(scope.Topics)
+		add("e.topic IN "+place, args...)
+	}
+}
