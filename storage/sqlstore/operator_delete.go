@@ -11,6 +11,10 @@ import (
 	"github.com/nanomdm/nanomdm/storage/sqldb"
 )
 
+// deletedRows is how many queue rows, with their results, one transaction of
+// DeleteEnrollment removes.
+const deletedRows = 100
+
 // deletion is an enrollment that is being deleted.
 type deletion struct {
 	id, device string

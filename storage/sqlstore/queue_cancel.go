@@ -15,10 +15,6 @@ var (
 	_ storage.Secrets            = (*Store)(nil)
 )
 
-// deletedRows is how many queue rows, with their results, one transaction of
-// DeleteEnrollment removes.
-const deletedRows = 100
-
 // cancel ends those of some rows that still wait, and returns how many. A
 // report of a device that is under way has the row's lock, or waits for it.
 func cancel(ctx context.Context, t *tx, keys []keyPair) (int, error) {
