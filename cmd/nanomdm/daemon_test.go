@@ -55,7 +55,7 @@ func (s *syncBuffer) String() string {
 
 const testKey = "test-key"
 
-var listenAttr = regexp.MustCompile(`listen=(\S+)`)
+var listenAttr = regexp.MustCompile(`\blisten(?:=|":")([^\s",]+)`) // of either log format
 
 // start runs the daemon with a new CA and SQLite file and waits until it
 // answers. It is stopped, and must leave with 0, when the test ends.
@@ -258,6 +258,18 @@ func TestTLSClientCertificates(t *testing.T) {
 	require.NoError(t, err)
 	require.NoError(t, resp.Body.Close())
 	require.Equal(t, 200, resp.StatusCode)
+
+	// A client without TLS is named in the log, once a minute.
+	for range 3 {
+		resp, err = http.Get(strings.Replace(d.url, "https:", "http:", 1) + "/version")
+		require.NoError(t, err)
+		require.NoError(t, resp.Body.Close())
+		require.Equal(t, 400, resp.StatusCode)
+	}
+	const hint = "a client speaks plain HTTP to the TLS port: give it a URL with https://"
+	require.Eventually(t, func() bool { return strings.Contains(d.log.String(), hint) }, 10*time.Second, time.Millisecond)
+	require.Equal(t, 1, strings.Count(d.log.String(), hint))
+	require.Contains(t, d.log.String(), "peer=127.0.0.1:")
 }
 
 func TestDump(t *testing.T) {

@@ -139,7 +139,7 @@ func (s *server) serve(name string, listener net.Listener, handler http.Handler,
 			WriteTimeout:      writeTimeout,
 			IdleTimeout:       idleTimeout,
 			MaxHeaderBytes:    maxHeader,
-			ErrorLog:          slog.NewLogLogger(s.log.Handler(), slog.LevelWarn),
+			ErrorLog:          newServerErrors(name, s.log),
 			BaseContext:       func(net.Listener) context.Context { return ctx },
 		},
 	})

@@ -46,7 +46,7 @@ func run(ctx context.Context, args, environ []string, stdout, stderr io.Writer, 
 		fmt.Fprintln(stdout, version)
 		return 0
 	}
-	log := newLogger(stderr, o.debug)
+	log := newLogger(stderr, o)
 	for _, w := range warnings {
 		log.Warn(w)
 	}

@@ -85,10 +85,12 @@ type options struct {
 	drainDelay   time.Duration
 	drainTimeout time.Duration
 
-	debug   bool
-	dump    bool
-	version bool
-	help    bool
+	debug           bool
+	debugEnrollment string
+	logFormat       string // text or json
+	dump            bool
+	version         bool
+	help            bool
 }
 
 // Format implements fmt.Formatter and shows nothing: package fmt does not ask
@@ -330,7 +332,13 @@ func (o *options) table() []option {
 			detail: "SIGINT and SIGTERM begin the stop; a second signal ends the daemon at once with exit code 1."},
 
 		{name: "debug", group: groupOperation, set: to(&o.debug, parseSwitch),
-			help: "Log more."},
+			help:   "Log more.",
+			detail: "Each request is a line then, those of devices with the enrollment and the message type."},
+		{name: "debug-enrollment", arg: "ID", group: groupOperation, set: to(&o.debugEnrollment, parseText),
+			help:   "Log more of this device and its users alone.",
+			detail: "The id of the enrollment, which is the UDID of most devices."},
+		{name: "log-format", arg: "FORMAT", def: logText, group: groupOperation, set: to(&o.logFormat, parseLogFormat),
+			help: "Format of the log's lines: text or json."},
 		{name: "dump", group: groupOperation, set: to(&o.dump, parseSwitch),
 			help:   "Write raw device requests and replies to standard output.",
 			detail: "They hold secrets: tokens, profiles, results."},

@@ -81,6 +81,14 @@ func parseRenewal(s string) (storage.Renewal, error) {
 	return 0, fmt.Errorf("%q is not a policy: use deny, window or same-subject", s)
 }
 
+func parseLogFormat(s string) (string, error) {
+	switch s {
+	case logText, logJSON:
+		return s, nil
+	}
+	return "", fmt.Errorf("%q is not a format: use text or json", s)
+}
+
 func parseHeaderName(s string) (string, error) {
 	if s != "" && !httpguts.ValidHeaderFieldName(strings.TrimPrefix(s, ":")) {
 		return "", fmt.Errorf("%q is not the name of a header", s)

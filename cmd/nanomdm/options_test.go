@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"encoding/base64"
 	"encoding/hex"
+	"encoding/json"
 	"flag"
 	"fmt"
 	"io/fs"
@@ -58,7 +59,7 @@ func TestDefaults(t *testing.T) {
 		pushRetry:      []time.Duration{3 * time.Minute, time.Hour, 24 * time.Hour},
 		webhookWorkers: 32, webhookTimeout: 30 * time.Second, webhookMaxAge: 3 * 24 * time.Hour, webhookMaxBacklog: 1_000_000,
 		expiryNotice: 30 * 24 * time.Hour, retainEvents: 7 * 24 * time.Hour,
-		maxBody: 16 << 20, maxInFlight: 256 << 20, maxRequests: 4096, drainTimeout: 30 * time.Second,
+		maxBody: 16 << 20, maxInFlight: 256 << 20, maxRequests: 4096, drainTimeout: 30 * time.Second, logFormat: logText,
 	}, o)
 }
 
@@ -373,7 +374,7 @@ func TestSecrets(t *testing.T) {
 	t.Run("shown nowhere", func(t *testing.T) {
 		o, _ := parse(t, []string{"-ca", "ca.pem", "-api-file", key}, nil)
 		var b bytes.Buffer
-		newLogger(&b, false).Info("started", "api", o.api)
+		newLogger(&b, options{}).Info("started", "api", o.api)
 		fmt.Fprintf(&b, "%v %+v %#v %s %q %x", o, o, o, o.api, o.api, o.api)
 		require.NotContains(t, b.String(), longKey)
 		require.NotContains(t, b.String(), fmt.Sprintf("%x", longKey))
@@ -490,10 +491,18 @@ func TestNearest(t *testing.T) {
 
 func TestLogLevels(t *testing.T) {
 	var b bytes.Buffer
-	newLogger(&b, false).Debug("quiet")
+	newLogger(&b, options{}).Debug("quiet")
 	require.Empty(t, b.String())
-	newLogger(&b, true).Debug("loud", slog.Int("n", 1))
+	newLogger(&b, options{debug: true}).Debug("loud", slog.Int("n", 1))
 	require.Contains(t, b.String(), "level=DEBUG msg=loud n=1\n")
+	b.Reset()
+	newLogger(&b, options{logFormat: logJSON}).Info("hello", "n", 1)
+	var line struct {
+		Level, Msg string
+		N          int
+	}
+	require.NoError(t, json.Unmarshal(b.Bytes(), &line))
+	require.Equal(t, "INFO hello 1", fmt.Sprint(line.Level, " ", line.Msg, " ", line.N))
 }
 
 func FuzzParseOptions(f *testing.F) {

@@ -311,3 +311,13 @@ func TestManyPushes(t *testing.T) {
 	require.Positive(t, owed)
 	b.eventually("what is owed is paid", func() bool { return b.apns.Counts().Accepted >= 6000 })
 }
+
+// TestPushCertificateInPKCS12: what the keychain exports is refused with the
+// command that converts it.
+func TestPushCertificateInPKCS12(t *testing.T) {
+	t.Parallel()
+	d := start(t, "http")
+	status, body, _ := d.api("PUT", "/v1/pushcert", "nanomdm", testKey, []byte("\x30\x0d\x02\x01\x03\x30\x08\x06\x06\x2a\x86\x48\x86\xf7\x0d"))
+	require.Equal(t, 400, status)
+	require.Contains(t, body, "openssl pkcs12 -in FILE.p12 -nodes -out FILE.pem")
+}

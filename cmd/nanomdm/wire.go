@@ -24,6 +24,7 @@ import (
 	"github.com/nanomdm/nanomdm/service/callout"
 	"github.com/nanomdm/nanomdm/service/certauth"
 	"github.com/nanomdm/nanomdm/service/core"
+	"github.com/nanomdm/nanomdm/service/devicelog"
 	"github.com/nanomdm/nanomdm/service/dm"
 	"github.com/nanomdm/nanomdm/service/dump"
 	"github.com/nanomdm/nanomdm/storage"
@@ -201,7 +202,7 @@ func (b *building) assemble(ctx context.Context, store *sqlstore.Store) error {
 			log.Warn("-dump writes what devices say and are told to standard output, their tokens and passwords with it: not for production")
 			chain = append(chain, dump.New(b.stdout))
 		}
-		chain = append(chain, events, certauth.New(certauth.Config{
+		chain = append(chain, devicelog.New(log), events, certauth.New(certauth.Config{
 			Retro: o.retro, Reenroll: o.reenroll, Renewal: o.renewal, Confirm: side.confirm,
 		}))
 		h := httpmdm.New(service.Chain(protocol, chain...), side.identity, httpmdm.Config{

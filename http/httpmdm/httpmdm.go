@@ -156,6 +156,7 @@ func (h *Handler) MDM(role Role) http.Handler {
 			h.fail(w, r, "", err)
 			return
 		}
+		requestlog.SetMessage(r.Context(), req.Enroll.ID, string(req.Message.Kind()))
 		resp, err := h.next.Handle(r.Context(), req)
 		if err != nil {
 			h.fail(w, r, req.Enroll.ID, err)

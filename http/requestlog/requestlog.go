@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"net/netip"
 	"runtime/debug"
+	"sync/atomic"
 	"time"
 )
 
@@ -30,11 +31,33 @@ type request struct {
 	id          string
 	client      string
 	traceParent string
+	message     atomic.Pointer[message]
 }
 
-func of(ctx context.Context) request {
-	r, _ := ctx.Value(key{}).(request)
-	return r
+// message is the device message of a request.
+type message struct{ enrollment, kind string }
+
+func of(ctx context.Context) *request {
+	if r, ok := ctx.Value(key{}).(*request); ok {
+		return r
+	}
+	return new(request) // ctx is outside a request
+}
+
+// SetMessage adds the enrollment and the type of a device message to the line of
+// the request that ctx belongs to.
+func SetMessage(ctx context.Context, enrollmentID, kind string) {
+	if r, ok := ctx.Value(key{}).(*request); ok {
+		r.message.Store(&message{enrollmentID, kind})
+	}
+}
+
+// Enrollment returns the enrollment that SetMessage named, or "".
+func Enrollment(ctx context.Context) string {
+	if m := of(ctx).message.Load(); m != nil {
+		return m.enrollment
+	}
+	return ""
 }
 
 // ID returns the id of the request that ctx belongs to, or "".
@@ -106,6 +129,9 @@ func Middleware(logger *slog.Logger, cfg Config, next http.Handler) http.Handler
 				slog.Int("status", rec.statusOr200()), slog.Int64("bytes", rec.bytes),
 				slog.String("client", info.client), slog.String("peer", r.RemoteAddr), slog.Duration("duration", time.Since(start)),
 			}
+			if m := info.message.Load(); m != nil {
+				attrs = append(attrs, slog.String("enrollment_id", m.enrollment), slog.String("message_type", m.kind))
+			}
 			if info.traceParent != "" {
 				attrs = append(attrs, slog.String("traceparent", info.traceParent))
 			}
@@ -115,8 +141,8 @@ func Middleware(logger *slog.Logger, cfg Config, next http.Handler) http.Handler
 	})
 }
 
-func describe(r *http.Request, trusted []netip.Prefix) request {
-	info := request{id: rand.Text(), client: peerAddress(r)}
+func describe(r *http.Request, trusted []netip.Prefix) *request {
+	info := &request{id: rand.Text(), client: peerAddress(r)}
 	hop := TrustedPeer(r, trusted)
 	if hop {
 		info.client = forwardedFor(r.Header.Values("X-Forwarded-For"), info.client, trusted)
