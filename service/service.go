@@ -21,8 +21,11 @@ type Request struct {
 	// TraceParent is the proxy's traceparent header, checked, for callouts
 	// that are made because of the request; "" if there was none.
 	TraceParent string
-	Message     mdm.Message
-	Enroll      mdm.EnrollID
+	// Client is the address that the request came from, as far as a trusted
+	// proxy or the connection says so; "" if unknown.
+	Client  string
+	Message mdm.Message
+	Enroll  mdm.EnrollID
 	// Params are the query parameters of the URL that the device was given
 	// at enrollment; the first value of each.
 	Params map[string]string

@@ -258,7 +258,8 @@ func resolve(r *http.Request, msg mdm.Message) (*service.Request, error) {
 		return nil, badRequest(err)
 	}
 	req := &service.Request{
-		ID: requestlog.ID(r.Context()), TraceParent: requestlog.TraceParent(r.Context()), Message: msg, Enroll: enroll,
+		ID: requestlog.ID(r.Context()), TraceParent: requestlog.TraceParent(r.Context()), Client: requestlog.Client(r.Context()),
+		Message: msg, Enroll: enroll,
 	}
 	if r.URL.RawQuery != "" {
 		q := r.URL.Query()

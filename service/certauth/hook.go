@@ -2,6 +2,7 @@ package certauth
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"encoding/pem"
@@ -11,8 +12,6 @@ import (
 	"net/http"
 	"net/url"
 	"time"
-
-	"golang.org/x/sync/semaphore"
 
 	"github.com/nanomdm/nanomdm/mdm"
 	"github.com/nanomdm/nanomdm/service"
@@ -29,25 +28,27 @@ type HookConfig struct {
 	Key []byte
 	// Timeout bounds one question; default 10 s.
 	Timeout time.Duration
-	// MaxInFlight is how many questions are open at once; past it a device is
-	// told to come again, so that a hook that hangs does not take the places
-	// of devices that need none. Default 256.
-	MaxInFlight int64
+	// MaxInFlight is how many questions are open at once; past it a device
+	// gets 503 and comes again, so that a hook that hangs does not take the
+	// places of devices that need none. Default 256.
+	MaxInFlight int
+	// MaxPerAddress is how many of those are of one client address, default
+	// 16. A certificate and a device have one each.
+	MaxPerAddress int
 	// Client makes the requests; default a client of its own.
 	Client *http.Client
 }
 
 // Hook is a Confirmer that asks another server, by POST of JSON.
 //
-// 200 and 204 agree. 403 refuses: the device is answered 403 with Apple's
-// document for an unrecognized device, which makes it unenroll; a message and
-// a description in the answer's JSON become those of the document. Whatever
-// else comes, or nothing, is the hook's trouble, and the device is answered
-// 503, so that it comes again.
+// 200 and 204 agree. 403 refuses: the device gets 403 with Apple's document
+// for an unrecognized device, which makes it unenroll; a message and a
+// description in the answer's JSON become those of the document. Any other
+// answer, or none, is a fault of the hook: the device gets 503 and comes again.
 type Hook struct {
-	url  string
-	cfg  HookConfig
-	open *semaphore.Weighted
+	url    string
+	cfg    HookConfig
+	places *places
 }
 
 // NewHook makes a Hook that asks at a URL.
@@ -63,10 +64,13 @@ func NewHook(at string, cfg HookConfig) (*Hook, error) {
 	if cfg.MaxInFlight <= 0 {
 		cfg.MaxInFlight = 256
 	}
+	if cfg.MaxPerAddress <= 0 {
+		cfg.MaxPerAddress = 16
+	}
 	if cfg.Client == nil {
 		cfg.Client = callout.Client(nil)
 	}
-	return &Hook{url: at, cfg: cfg, open: semaphore.NewWeighted(cfg.MaxInFlight)}, nil
+	return &Hook{url: at, cfg: cfg, places: newPlaces(cfg.MaxInFlight, cfg.MaxPerAddress)}, nil
 }
 
 // question is what the hook is sent.
@@ -110,10 +114,11 @@ var (
 
 // Confirm implements Confirmer.
 func (h *Hook) Confirm(ctx context.Context, r *service.Request) error {
-	if !h.open.TryAcquire(1) {
+	release, ok := h.places.take(r.Pin.Hash, cmp.Or(r.Enroll.ParentID, r.Enroll.ID), r.Client)
+	if !ok {
 		return unavailable(errHookBusy)
 	}
-	defer h.open.Release(1)
+	defer release()
 	ctx, cancel := context.WithTimeout(ctx, h.cfg.Timeout)
 	defer cancel()
 	status, body, err := h.ask(ctx, r)

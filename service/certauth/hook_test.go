@@ -179,18 +179,31 @@ func TestHookHangs(t *testing.T) {
 	}))
 	defer srv.Close()
 	defer close(release)
-	hook, err := certauth.NewHook(srv.URL, certauth.HookConfig{MaxInFlight: 1, Timeout: time.Minute})
+	hook, err := certauth.NewHook(srv.URL, certauth.HookConfig{MaxPerAddress: 2, Timeout: time.Minute})
 	require.NoError(t, err)
 	ctx, cancel := context.WithCancel(t.Context())
 	first := make(chan error, 1)
-	go func() { first <- hook.Confirm(ctx, request(t, authenticate())) }()
+	again := request(t, authenticate())
+	again.Client = "192.0.2.1"
+	go func() { first <- hook.Confirm(ctx, again) }()
 	<-asked
 	var se *service.StatusError
-	err = hook.Confirm(t.Context(), request(t, authenticate()))
-	require.ErrorAs(t, err, &se)
-	require.Equal(t, 503, se.Status)
-	require.ErrorContains(t, err, "too many")
-	cancel() // the device leaves
+	for range 300 { // one device asks again and again
+		err = hook.Confirm(t.Context(), again)
+		require.ErrorAs(t, err, &se)
+		require.Equal(t, 503, se.Status)
+		require.ErrorContains(t, err, "too many")
+	}
+	another := request(t, authenticate())
+	another.Enroll.ID, another.Client = "UDID-5678", again.Client
+	second := make(chan error, 1)
+	go func() { second <- hook.Confirm(ctx, another) }()
+	<-asked // there is room for it
+	third := request(t, authenticate())
+	third.Enroll.ID, third.Client = "UDID-9012", again.Client
+	require.ErrorContains(t, hook.Confirm(t.Context(), third), "too many", "its address has two")
+	cancel() // the devices leave
+	require.ErrorIs(t, <-second, context.Canceled)
 	err = <-first
 	require.ErrorIs(t, err, context.Canceled)
 	require.ErrorAs(t, err, &se)
