@@ -33,7 +33,7 @@ func newClient(base *url.URL, key string, transport http.RoundTripper) *client {
 		Transport: transport,
 		// A redirected POST becomes a GET, and the key would go elsewhere.
 		CheckRedirect: func(r *http.Request, _ []*http.Request) error {
-			return fmt.Errorf("the server redirects to %s; set NANOMDM_URL to where the API is", r.URL.Redacted())
+			return fmt.Errorf("the server redirects to %s; set NANOCTL_URL to where the API is", r.URL.Redacted())
 		},
 	}}
 }
@@ -103,7 +103,7 @@ func (c *client) do(ctx context.Context, method, path string, query url.Values, 
 		if errors.As(err, &u) {
 			err = u.Err // without the method and the URL twice
 		}
-		return nil, fmt.Errorf("reaching %s: %w", c.base.Redacted(), err)
+		return nil, fmt.Errorf("reaching %s: %w%s", c.base.Redacted(), err, reachHint(err, c.base))
 	}
 	defer resp.Body.Close()
 	a := &answer{status: resp.StatusCode}
@@ -149,6 +149,10 @@ func refusal(resp *http.Response, body []byte) error {
 		}
 		return &exitError{exitAccess, err}
 	case http.StatusBadRequest:
+		if strings.Contains(string(body), "HTTP request to an HTTPS server") {
+			err.text = "the server speaks https there: write https:// in the URL"
+			return err
+		}
 		return &exitError{exitUsage, err}
 	case http.StatusNotFound:
 		if said.Error == "" {

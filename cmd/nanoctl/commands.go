@@ -27,7 +27,7 @@ func groups() []group {
 			statsCommand(), keysLsCommand(), keysCreateCommand(), keysRmCommand(), auditCommand(),
 		}},
 		{"nanoctl", []command{
-			versionCommand(), completionCommand(),
+			contextLsCommand(), contextAddCommand(), contextUseCommand(), contextRmCommand(), versionCommand(), completionCommand(),
 		}},
 	}
 }

@@ -34,8 +34,8 @@ func completionCommand() command {
 	}
 }
 
-// The scripts complete commands and their flags. They hold them themselves, so
-// that completing runs nothing.
+// The scripts hold commands and flags themselves; for arguments and the values
+// of flags they run nanoctl, which asks the server.
 
 // words returns the first words of the table, and the second words by first.
 func words(table []command) (first []string, second map[string][]string) {
@@ -83,7 +83,13 @@ func writeBash(w io.Writer) {
 	case "$word" in
 	--*) dash="--" ;;
 	esac
-	COMPREPLY=($(compgen -W "$list" -- "$word"))
+	if [ -z "$list" ]; then
+		local IFS=$'\n'
+		COMPREPLY=($(nanoctl __complete "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null))
+		IFS=$' \t\n'
+	else
+		COMPREPLY=($(compgen -W "$list" -- "$word"))
+	fi
 	case "$word" in
 	-*) COMPREPLY=($(compgen -P "$dash" -W "$flags" -- "${word#$dash}")) ;;
 	esac
@@ -109,6 +115,7 @@ func writeFish(w io.Writer) {
 				f, strings.Join(second[f], " "), s, quoted(c.short))
 		}
 	}
+	fmt.Fprintln(w, "complete -c nanoctl -n 'not __fish_use_subcommand' -f -a '(nanoctl __complete (commandline -opc)[2..-1] (commandline -ct) 2>/dev/null)'")
 	for i := range table {
 		a, b, two := strings.Cut(table[i].name, " ")
 		condition := "__fish_seen_subcommand_from " + a

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/base64"
 	"encoding/json"
+	"errors"
 	"flag"
 	"fmt"
 	"net/http"
@@ -133,7 +134,15 @@ func enrollmentPath(id string, rest ...string) string {
 // enrollment looks one up by id or serial number.
 func (e *env) enrollment(ctx context.Context, name string) (*enrollment, error) {
 	x := new(enrollment)
-	return x, e.api.get(ctx, enrollmentPath(name), nil, x)
+	return x, naming(name, e.api.get(ctx, enrollmentPath(name), nil, x))
+}
+
+// naming puts the argument that was not found before the error.
+func naming(argument string, err error) error {
+	if exit := (*exitError)(nil); errors.As(err, &exit) && exit.code == exitNotFound {
+		return &exitError{exitNotFound, fmt.Errorf("%s: %w", printable(argument), err)}
+	}
+	return err
 }
 
 // filter selects enrollments; the names are the server's.
@@ -240,6 +249,7 @@ func showCommand() command {
 		prepare: func(*flag.FlagSet) runner {
 			return func(ctx context.Context, e *env, args []string) error {
 				a, err := e.api.do(ctx, http.MethodGet, enrollmentPath(args[0]), nil, nil)
+				err = naming(args[0], err)
 				var x enrollment
 				return e.printAnswer(a, err, &x, func() error { return e.showEnrollment(&x) })
 			}

@@ -69,7 +69,9 @@ type env struct {
 	home     func() (string, error) // where configuration files are
 
 	url     string
+	context string
 	keyFile string
+	caFile  string
 	format  string // table, wide or json
 	yes     bool   // answers questions of yes or no
 	// confirmation answers questions where words have to be typed.

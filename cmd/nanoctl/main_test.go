@@ -3,9 +3,12 @@ package main
 import (
 	"bytes"
 	"context"
+	"encoding/pem"
 	"flag"
 	"fmt"
 	"io"
+	"log"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -149,7 +152,7 @@ func TestCredentials(t *testing.T) {
 	o := newOperator(t)
 	o.server(func(w http.ResponseWriter, r *http.Request) {
 		asked = r.Header.Get("Authorization")
-		_, _ = io.WriteString(w, `{"version":"1"}`)
+		_, _ = io.WriteString(w, `{"stats":"1"}`)
 	})
 	address := o.vars["NANOMDM_URL"]
 	write := func(name, content string, mode os.FileMode) string {
@@ -159,40 +162,188 @@ func TestCredentials(t *testing.T) {
 		require.NoError(t, os.Chmod(path, mode))
 		return path
 	}
-	require.Zero(t, o.run("", "version").code)
+	require.Zero(t, o.run("", "stats").code)
 	require.Equal(t, "Bearer key", asked)
 
-	require.Zero(t, o.run("", "version", "--key-file", write("other", "other\n", 0o600)).code)
+	require.Zero(t, o.run("", "stats", "--key-file", write("other", "other\n", 0o600)).code)
 	require.Equal(t, "Bearer other", asked)
 
 	clear(o.vars)
-	r := o.run("", "version")
+	r := o.run("", "stats")
 	require.Equal(t, exitUsage, r.code)
-	require.Contains(t, r.err, "set NANOMDM_URL and NANOMDM_API")
+	require.Contains(t, r.err, "the server's address is missing: set NANOCTL_URL and NANOCTL_API")
 
 	config := write("nanoctl/config", "# mine\nurl = "+address+"\nkey = from = file\n", 0o600)
-	require.Zero(t, o.run("", "version").code)
+	require.Zero(t, o.run("", "stats").code)
 	require.Equal(t, "Bearer from = file", asked)
 	o.vars["NANOMDM_API"] = "variable"
-	require.Zero(t, o.run("", "version").code)
+	require.Zero(t, o.run("", "stats").code)
 	require.Equal(t, "Bearer variable", asked, "the environment goes before the file")
+	o.vars["NANOCTL_API"] = "own"
+	require.Zero(t, o.run("", "stats").code)
+	require.Equal(t, "Bearer own", asked, "nanoctl's variable goes before the server's")
+	clear(o.vars)
+	r = o.run("", "stats", "-url", "http://127.0.0.1:1")
+	require.Equal(t, exitUsage, r.code)
+	require.Contains(t, r.err, "the API key is missing", "a kept key goes to its own server alone")
 	clear(o.vars)
 
 	for _, mode := range []os.FileMode{0o640, 0o604, 0o620} {
 		require.NoError(t, os.Chmod(config, mode))
-		r := o.run("", "version")
+		r := o.run("", "stats")
 		require.Equal(t, exitUsage, r.code)
 		require.Contains(t, r.err, "chmod 600")
 		require.NotContains(t, r.err, "from = file")
 	}
 	write("nanoctl/config", "password = x\n", 0o600)
-	r = o.run("", "version")
+	r = o.run("", "stats")
 	require.Equal(t, exitUsage, r.code)
 	require.Contains(t, r.err, "line 1")
 	for _, bad := range []string{"ftp://x", "mdm.example.org", "http://"} {
-		r := o.run("", "version", "-url", bad, "-key-file", write("k", "k", 0o600))
+		r := o.run("", "stats", "-url", bad, "-key-file", write("k", "k", 0o600))
 		require.Equal(t, exitUsage, r.code, bad)
 		require.Contains(t, r.err, "no http or https URL")
+	}
+}
+
+// Contexts keep several servers; one is in use, and -context names another.
+func TestContexts(t *testing.T) {
+	o := newOperator(t)
+	var asked []string
+	server := func(name string) (address, keyFile string) {
+		s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			asked = append(asked, name+" "+r.Header.Get("Authorization"))
+			_, _ = io.WriteString(w, `{}`)
+		}))
+		t.Cleanup(s.Close)
+		keyFile = filepath.Join(o.dir, name+".key")
+		require.NoError(t, os.WriteFile(keyFile, []byte("key-of-"+name+"\n"), 0o600))
+		return s.URL, keyFile
+	}
+	prodURL, prodKey := server("prod")
+	labURL, labKey := server("lab")
+	require.Contains(t, o.run("", "context", "ls").err, "no contexts")
+	r := o.run("", "context", "add", "prod", "-url", prodURL, "-key-file", prodKey)
+	require.Zero(t, r.code, r.err)
+	require.Contains(t, r.out, "context prod is in use")
+	require.Zero(t, o.run("key-of-lab", "context", "add", "lab", "-url", labURL, "-key-file", "-").code)
+	require.NoError(t, os.Remove(labKey))
+
+	require.Zero(t, o.run("", "stats").code)
+	require.Zero(t, o.run("", "stats", "-context", "lab").code)
+	require.Zero(t, o.run("", "context", "use", "lab").code)
+	require.Zero(t, o.run("", "stats").code)
+	o.vars["NANOMDM_URL"], o.vars["NANOMDM_API"] = prodURL, "variable"
+	require.Zero(t, o.run("", "stats").code)
+	require.Zero(t, o.run("", "stats", "-context", "prod").code)
+	clear(o.vars)
+	require.Equal(t, []string{
+		"prod Bearer key-of-prod", "lab Bearer key-of-lab", "lab Bearer key-of-lab", "prod Bearer variable", "prod Bearer key-of-prod",
+	}, asked)
+
+	r = o.run("", "context", "ls")
+	require.Regexp(t, `lab +yes +`+labURL, r.out)
+	require.Regexp(t, `prod +- +`+prodURL, r.out)
+	require.NotContains(t, o.run("", "context", "ls", "-o", "json").out, "key-of")
+	require.Equal(t, "lab\nprod\n", o.run("", completing, "context", "use", "").out)
+	r = o.run("", "stats", "-context", "prd")
+	require.Equal(t, exitNotFound, r.code)
+	require.Contains(t, r.err, `no context "prd"; did you mean prod?`)
+	require.Zero(t, o.run("", "context", "rm", "lab").code)
+	require.Equal(t, exitUsage, o.run("", "stats").code, "none is in use")
+	for args, want := range map[string]string{
+		"add ../x -url http://x -key-file " + prodKey: "letters, digits", "add x -key-file " + prodKey: "-url: ", "add x -url http://x": "-key-file is missing",
+		"add x -url http://x -key-file " + prodKey + " -ca-file " + prodKey: "holds no certificate",
+		"use nothing": "no context", "rm nothing": "no context",
+	} {
+		r := o.run("", append([]string{"context"}, strings.Fields(args)...)...)
+		require.NotZero(t, r.code, args)
+		require.Contains(t, r.err, want, args)
+	}
+	info, err := os.Stat(filepath.Join(o.dir, "nanoctl", "contexts", "prod"))
+	require.NoError(t, err)
+	require.Equal(t, os.FileMode(0o600), info.Mode().Perm())
+}
+
+// A CA of one's own is given by a flag, by the environment or by the context;
+// errors of certificates say so.
+func TestCAs(t *testing.T) {
+	o := newOperator(t)
+	s := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, `{}`) }))
+	defer s.Close()
+	s.Config.ErrorLog = log.New(io.Discard, "", 0)
+	ca := filepath.Join(o.dir, "ca.pem")
+	require.NoError(t, os.WriteFile(ca, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: s.Certificate().Raw}), 0o644))
+	key := filepath.Join(o.dir, "ca.key")
+	require.NoError(t, os.WriteFile(key, pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: []byte("x")}), 0o600))
+	o.vars["NANOCTL_URL"], o.vars["NANOCTL_API"] = s.URL, "key"
+
+	r := o.run("", "stats")
+	require.Equal(t, exitFailure, r.code)
+	require.Contains(t, r.err, "if the certificate is of your own CA, give -ca-file FILE")
+	require.Zero(t, o.run("", "stats", "-ca-file", ca).code)
+	o.vars["NANOCTL_CA_FILE"] = ca
+	require.Zero(t, o.run("", "stats").code)
+	_, port, err := net.SplitHostPort(strings.TrimPrefix(s.URL, "https://"))
+	require.NoError(t, err)
+	r = o.run("", "stats", "-url", "https://localhost:"+port)
+	require.Contains(t, r.err, "the certificate is for example.com, *.example.com: use that name in the URL")
+	r = o.run("", "stats", "-url", "http://127.0.0.1:"+port)
+	require.Contains(t, r.err, "the server speaks https there")
+	r = o.run("", "stats", "-ca-file", key)
+	require.Equal(t, exitUsage, r.code)
+	require.Contains(t, r.err, "holds no certificate: it is a file of EC PRIVATE KEY")
+	plain := httptest.NewServer(http.NotFoundHandler())
+	defer plain.Close()
+	r = o.run("", "stats", "-url", strings.Replace(plain.URL, "http", "https", 1))
+	require.Contains(t, r.err, "the server speaks http there")
+	r = o.run("", "context", "add", "own", "-url", s.URL, "-key-file", key, "-ca-file", ca)
+	require.Equal(t, exitUsage, r.code)
+	require.Contains(t, r.err, "holds more than an API key")
+	require.Zero(t, o.run("the-key\n", "context", "add", "own", "-url", s.URL, "-key-file", "-", "-ca-file", ca).code)
+	clear(o.vars)
+	require.Zero(t, o.run("", "stats").code)
+}
+
+// The version needs no server, and help for what is not there is a mistake.
+func TestVersionAndSuggestions(t *testing.T) {
+	o := newOperator(t)
+	require.Equal(t, version+"\n", o.run("", "--version").out)
+	r := o.run("", "version")
+	require.Zero(t, r.code)
+	require.NotContains(t, r.out, "server")
+	r = o.run("", "version", "-url", "http://127.0.0.1:1")
+	require.Zero(t, r.code)
+	require.Contains(t, r.out, "reaching http://127.0.0.1:1")
+	for args, want := range map[string]string{
+		"shwo": "did you mean show?", "enrollments sl": "; there is ls", "pushcert ptu": "did you mean put?", "enrollments": "enrollments: which one? ls", "keys": "which one? ls, create, rm",
+		"keys make": "; there is ls, create, rm", "help nosuch": `there is no command "nosuch"`, "frobnicate": "nanoctl help lists them",
+	} {
+		r := o.run("", strings.Fields(args)...)
+		require.Equal(t, exitUsage, r.code, args)
+		require.Contains(t, r.err, want, args)
+	}
+}
+
+// Completion asks the server, knows what does not need it, and is silent where
+// it cannot help.
+func TestCompletionAsks(t *testing.T) {
+	o := newOperator(t)
+	require.Empty(t, o.run("", completing, "show", ""), "there is no server")
+	o.server(func(w http.ResponseWriter, r *http.Request) {
+		answers := map[string]string{
+			"/v1/enrollments": `{"enrollments":[{"id":"A","serial_number":"C01"},{"id":"B"},{"id":"x","serial_number":"a b"},{"id":"x","serial_number":"\u001b[2J"}]}`,
+			"/v1/commands":    `{"commands":[{"command_uuid":"5F0C"}]}`, "/v1/keys": `{"keys":[{"name":"helpdesk"}]}`, "/v1/sinks": `{"sinks":[{"name":"siem"}]}`,
+		}
+		_, _ = io.WriteString(w, answers[r.URL.Path])
+	})
+	for args, want := range map[string]string{
+		"show ": "C01 B", "show C": "C01", "status ": "5F0C", "cancel 5F0C ": "C01 B", "keys rm ": "helpdesk", "sinks rm ": "siem", "redeliver ": "siem",
+		"send DeviceI": "DeviceInformation", "send -no-push DeviceI": "DeviceInformation", "send ProfileList ": "C01 B", "queue -state not": "notnow",
+		"keys create x -role e": "enqueue", "enrollments ls -push-status token": "token_dead", "show -o j": "json", "nothing ": "", "show": "", "show -frob ": "",
+	} {
+		words := strings.Split(args, " ")
+		require.Equal(t, strings.Fields(want), strings.Fields(o.run("", append([]string{completing}, words...)...).out), args)
 	}
 }
 
@@ -657,7 +808,6 @@ COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _nanoctl; printf '%s\n' "${COMPREPLY[
 	require.Equal(t, []string{"-stale"}, complete("enrollments", "ls", "-st"))
 	require.Equal(t, []string{"--stale"}, complete("enrollments", "ls", "--st"))
 	require.Contains(t, complete("send", "X", "-"), "-wait")
-	require.Empty(t, complete("send", "Pro"))
 }
 
 // The scripts of all shells know each command, and are sound where the shell
@@ -810,11 +960,20 @@ scripts. It is one static binary and needs nothing on the machine.
 
 ## Where the server is, and the key
 
-From the environment:
+From the environment (` + "`NANOMDM_URL` and `NANOMDM_API`" + ` do, too; nanoctl's own go first):
 
 ` + "```" + `
-export NANOMDM_URL=https://mdm.example.org
-export NANOMDM_API=the-key
+export NANOCTL_URL=https://mdm.example.org
+export NANOCTL_API=the-key
+` + "```" + `
+
+or from a context, of which there may be one for each server:
+
+` + "```" + `
+nanoctl context add prod -url https://mdm.example.org -key-file prod.key
+nanoctl context add lab -url https://lab.example.org -key-file lab.key -ca-file lab-ca.pem
+nanoctl context use prod
+nanoctl stats -context lab
 ` + "```" + `
 
 or from the file ` + "`nanoctl/config`" + ` in your configuration folder (` + "`~/.config`" + ` on Linux,
@@ -826,7 +985,8 @@ url = https://mdm.example.org
 key = the-key
 ` + "```" + `
 
-` + "`-url`" + ` and ` + "`-key-file`" + ` go before the environment, which goes before the file. The key is the
+Flags go before the environment, which goes before the context in use, which goes before the file.
+` + "`-ca-file`" + ` is for a server whose certificate is of your own CA. The key is the
 server's ` + "`-api`" + `, or better a named key with a role: ` + "`nanoctl keys create`" + `.
 
 ## How it speaks

@@ -8,6 +8,8 @@ import (
 	"io"
 	"slices"
 	"strings"
+
+	"github.com/nanomdm/nanomdm/mdm/schema"
 )
 
 // errHelped: help was asked for and given.
@@ -20,6 +22,8 @@ type command struct {
 	short   string
 	long    string // further sentences for the command's own help
 	example string
+	// verbatim commands have no flags; whatever follows is an argument.
+	verbatim bool
 	// offline commands need no server.
 	offline bool
 	// prepare adds the command's flags and returns what runs it once they
@@ -40,22 +44,31 @@ func dispatch(ctx context.Context, e *env, args []string) error {
 	}
 	if slices.Contains([]string{"help", "-h", "-help", "--help"}, args[0]) {
 		if len(args) > 1 {
-			if c, _ := find(table, args[1:]); c != nil {
-				writeCommandHelp(e.out, c, flagsOf(c, e))
-				return errHelpShown
+			c, _ := find(table, args[1:])
+			if c == nil {
+				return unknownCommand(table, args[1:])
 			}
+			writeCommandHelp(e.out, c, flagsOf(c, e))
+			return errHelpShown
 		}
 		writeHelp(e.out)
 		return errHelpShown
 	}
+	if slices.Contains([]string{"-version", "--version"}, args[0]) {
+		_, err := fmt.Fprintln(e.out, version)
+		return err
+	}
 	c, rest := find(table, args)
 	if c == nil {
-		return usage("there is no command %q; nanoctl help lists them", strings.Join(args[:min(2, len(args))], " "))
+		return unknownCommand(table, args)
 	}
 	flags := flag.NewFlagSet(c.name, flag.ContinueOnError)
 	flags.SetOutput(io.Discard)
 	e.globalFlags(flags)
 	work := c.prepare(flags)
+	if c.verbatim {
+		return work(ctx, e, rest)
+	}
 	positional, err := parseAnywhere(flags, rest)
 	if errors.Is(err, flag.ErrHelp) {
 		writeCommandHelp(e.out, c, flags)
@@ -71,34 +84,82 @@ func dispatch(ctx context.Context, e *env, args []string) error {
 		return usage("-o %s: the formats are table, wide and json", e.format)
 	}
 	if !c.offline {
-		base, key, err := e.credentials()
+		s, err := e.server()
 		if err != nil {
 			return err
 		}
-		e.api = newClient(base, key, e.transport)
+		if e.api, err = s.client(e.transport); err != nil {
+			return err
+		}
 		defer e.api.http.CloseIdleConnections()
 	}
 	return work(ctx, e, positional)
 }
 
+// unknownCommand says which command may have been meant, or lists those that
+// begin with a word that several have.
+func unknownCommand(table []command, args []string) error {
+	first, second := words(table)
+	if list := second[args[0]]; len(list) > 0 {
+		if len(args) == 1 {
+			return usage("%s: which one? %s", args[0], strings.Join(list, ", "))
+		}
+		return usage("there is no command %q%s", args[0]+" "+args[1], suggestion(args[1], list))
+	}
+	return usage("there is no command %q%s", args[0], suggestion(args[0], append(first, "help")))
+}
+
+// suggestion is a word that may have been meant, or where to find all.
+func suggestion(given string, known []string) string {
+	if meant := schema.Closest(given, known); meant != "" {
+		return "; did you mean " + meant + "?"
+	}
+	if len(known) > 0 && len(known) <= 10 {
+		return "; there is " + strings.Join(known, ", ")
+	}
+	return "; nanoctl help lists them"
+}
+
 func versionCommand() command {
 	return command{
-		name: "version", short: "Print nanoctl's version, and the server's", example: "nanoctl version",
+		name: "version", offline: true, short: "Print the versions of nanoctl and of the server", example: "nanoctl version",
 		prepare: func(*flag.FlagSet) runner {
-			return func(ctx context.Context, e *env, args []string) error {
-				var server struct {
-					Version string `json:"version"`
-				}
-				if err := e.api.get(ctx, "/version", nil, &server); err != nil {
-					return err
-				}
+			return func(ctx context.Context, e *env, _ []string) error {
+				theirs := e.serverVersion(ctx)
 				if e.format == "json" {
-					return e.json(map[string]string{"nanoctl": version, "server": server.Version})
+					return e.json(map[string]string{"nanoctl": version, "server": theirs})
 				}
-				return e.pairs([][2]string{{"nanoctl", version}, {"server", server.Version}})
+				return e.pairs([][2]string{{"nanoctl", version}, {"server", theirs}})
 			}
 		},
 	}
+}
+
+// serverVersion is the version of the server, why it is not known, or empty if
+// no server is configured.
+func (e *env) serverVersion(ctx context.Context) string {
+	s, err := e.server()
+	if missing := (*missingServer)(nil); errors.As(err, &missing) && missing.address == "" {
+		return ""
+	} else if errors.As(err, &missing) { // the version needs no key
+		if s.base, err = parseServer(missing.address); err != nil {
+			return err.Error()
+		}
+	} else if err != nil {
+		return err.Error()
+	}
+	c, err := s.client(e.transport)
+	if err != nil {
+		return err.Error()
+	}
+	defer c.http.CloseIdleConnections()
+	var said struct {
+		Version string `json:"version"`
+	}
+	if err := c.get(ctx, "/version", nil, &said); err != nil {
+		return err.Error()
+	}
+	return said.Version
 }
 
 // checkArity compares the number of arguments with the command's args: words
@@ -118,6 +179,10 @@ func (c *command) checkArity(given []string) error {
 
 // find returns the command whose words args begin with, and what follows.
 func find(table []command, args []string) (*command, []string) {
+	if len(args) > 0 && args[0] == completing {
+		c := completeCommand()
+		return &c, args[1:]
+	}
 	for _, words := range []int{2, 1} {
 		if len(args) < words {
 			continue
@@ -151,8 +216,10 @@ func parseAnywhere(flags *flag.FlagSet, args []string) (positional []string, err
 }
 
 func (e *env) globalFlags(flags *flag.FlagSet) {
-	flags.StringVar(&e.url, "url", "", "`address` of the server (NANOMDM_URL)")
-	flags.StringVar(&e.keyFile, "key-file", "", "`file` with the API key (or NANOMDM_API)")
+	flags.StringVar(&e.url, "url", "", "`address` of the server (NANOCTL_URL or NANOMDM_URL)")
+	flags.StringVar(&e.context, "context", "", "`name` of a server that nanoctl context add kept")
+	flags.StringVar(&e.keyFile, "key-file", "", "`file` with the API key (or NANOCTL_API or NANOMDM_API)")
+	flags.StringVar(&e.caFile, "ca-file", "", "`file` with the CA of the server's certificate (NANOCTL_CA_FILE)")
 	flags.StringVar(&e.format, "o", "table", "output `format`: table, wide or json")
 	flags.BoolVar(&e.yes, "yes", false, "go on where the question is yes or no")
 	flags.StringVar(&e.confirmation, "confirm", "", "the `words` that have to be typed before what cannot be undone, for scripts")
@@ -180,10 +247,10 @@ Usage: nanoctl COMMAND [FLAGS] [ARGUMENTS]
 	}
 	fmt.Fprint(w, `nanoctl help COMMAND shows a command's flags and an example.
 
-The server's address and the API key come from NANOMDM_URL and NANOMDM_API, or
-from the lines "url = ..." and "key = ..." of nanoctl/config in your
-configuration folder (mode 0600). Enrollments are named by id or by serial
-number.
+The server's address and the API key come from NANOCTL_URL and NANOCTL_API, from
+what nanoctl context add keeps, or from the lines "url = ..." and "key = ..." of
+nanoctl/config in your configuration folder (mode 0600). Enrollments are named
+by id or by serial number.
 
 Exit codes: 0 done, 1 the server failed or refused, 2 wrong usage, 3 not found,
 4 some enrollments failed, 5 not confirmed, 6 a device reported an error, 7 the

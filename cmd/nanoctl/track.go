@@ -126,7 +126,7 @@ func statusCommand() command {
 				}
 				var c commandInfo
 				if err := e.api.get(ctx, commandPath(args[0]), url.Values{"limit": {"1"}}, &c); err != nil {
-					return err
+					return naming(args[0], err)
 				}
 				q := url.Values{}
 				if *state != "" {
@@ -333,7 +333,7 @@ func cancelCommand() command {
 				}
 				var c commandInfo
 				if err := e.api.get(ctx, commandPath(args[0]), url.Values{"limit": {"1"}}, &c); err != nil {
-					return err
+					return naming(args[0], err)
 				}
 				if err := e.confirmMany(c.waiting(), fmt.Sprintf("%s %s is cancelled for", printable(c.RequestType), printable(args[0]))); err != nil {
 					return err

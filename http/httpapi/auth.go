@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/subtle"
 	"errors"
+	"fmt"
 	"math"
 	"net/http"
 	"strconv"
@@ -73,7 +74,7 @@ func (a *API) require(need role, next http.Handler) http.Handler {
 		}
 		if c.role < need {
 			a.cfg.Refused(refusedForbidden)
-			writeError(w, r, http.StatusForbidden, "this API key's role does not allow that")
+			writeError(w, r, http.StatusForbidden, fmt.Sprintf("the API key %s has the role %s; this needs %s", c.name, c.role, need))
 			return
 		}
 		next.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), callerKey{}, c)))
