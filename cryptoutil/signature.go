@@ -115,11 +115,11 @@ func stripSpace(s string) string {
 // of the request. The error matches [ErrSignatureInvalid].
 //
 // When the signature has signed attributes, messageDigest and contentType must
-// each occur once and fit. The signingTime attribute is not looked at: it is the
-// device's own clock, which may be wrong, and the certificate's validity is
-// judged by package certverify against ours. (The library would refuse a
-// signingTime outside the certificate's validity; here alone its verdict is
-// overruled.)
+// each occur once and fit. The signingTime attribute is not looked at here, only by
+// [MdmSignature.SigningTime]: it is the device's own clock, which may be wrong, and
+// package certverify compares the certificate's validity with ours. (The library
+// refuses a signingTime outside the certificate's validity; here alone it is not
+// followed.)
 func (m *MdmSignature) Verify(body []byte) error {
 	if !m.hasAttributes() && isAttributeSet(body) {
 		// The signature of attributes over some message is also a signature
@@ -143,6 +143,51 @@ func (m *MdmSignature) Verify(body []byte) error {
 		return fmt.Errorf("%w: %w", ErrSignatureInvalid, err)
 	}
 	return nil
+}
+
+// SigningTime returns the signing time in the signed attributes, if there is one
+// (RFC 5652, 11.3). Like all of a signature it is worth nothing before Verify has
+// succeeded, and then it is the word of the device's clock.
+func (m *MdmSignature) SigningTime() (at time.Time, ok bool) {
+	if m.library != nil {
+		for _, attr := range m.library.Signers[0].AuthenticatedAttributes {
+			if attr.Type.Equal(pkcs7.OIDAttributeSigningTime) {
+				if ok { // twice: which one counts?
+					return time.Time{}, false
+				}
+				at, ok = readTime(attr.Value.Bytes)
+			}
+		}
+		return at, ok
+	}
+	var set cryptobyte.String
+	if attributes := cryptobyte.String(m.attributes); !attributes.ReadASN1(&set, asn1.SET) {
+		return time.Time{}, false
+	}
+	for !set.Empty() {
+		var attribute, oid, value cryptobyte.String
+		if !set.ReadASN1(&attribute, asn1.SEQUENCE) || !attribute.ReadASN1(&oid, asn1.OBJECT_IDENTIFIER) ||
+			!attribute.ReadASN1(&value, asn1.SET) {
+			return time.Time{}, false
+		}
+		if string(oid) == oidSigningTime {
+			if ok {
+				return time.Time{}, false
+			}
+			at, ok = readTime(value)
+		}
+	}
+	return at, ok
+}
+
+// readTime reads one UTCTime or GeneralizedTime.
+func readTime(s cryptobyte.String) (t time.Time, ok bool) {
+	if s.PeekASN1Tag(asn1.UTCTime) {
+		ok = s.ReadASN1UTCTime(&t)
+	} else {
+		ok = s.ReadASN1GeneralizedTime(&t)
+	}
+	return t, ok && s.Empty()
 }
 
 func (m *MdmSignature) hasAttributes() bool {

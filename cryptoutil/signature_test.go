@@ -291,6 +291,36 @@ func TestParseMdmSignatureRefuses(t *testing.T) {
 	}
 }
 
+func TestSigningTime(t *testing.T) {
+	id := currentIdentity(t, ecKey(t))
+	begun := time.Now().Truncate(time.Second)
+	with := sign(t, id, []byte("x"), true, pkcs7.SignerInfoConfig{})
+	for name, parse := range map[string]func() (*MdmSignature, error){
+		"fast":    func() (*MdmSignature, error) { return ParseMdmSignature(header(with)) },
+		"library": func() (*MdmSignature, error) { return parseWithLibrary(with) },
+	} {
+		sig, err := parse()
+		require.NoError(t, err)
+		require.NoError(t, sig.Verify([]byte("x")))
+		at, ok := sig.SigningTime()
+		require.True(t, ok, name)
+		require.WithinRange(t, at, begun, time.Now())
+	}
+	sig, err := ParseMdmSignature(header(sign(t, id, []byte("x"), false, pkcs7.SignerInfoConfig{})))
+	require.NoError(t, err)
+	_, ok := sig.SigningTime()
+	require.False(t, ok)
+	for name, value := range map[string]string{
+		"nothing": "", "no time": "\x02\x01\x01", "two": "\x17\x0d260101000000Z\x17\x0d260101000000Z", "no date": "\x17\x0d261301000000Z",
+	} {
+		_, ok := readTime([]byte(value))
+		require.False(t, ok, name)
+	}
+	at, ok := readTime([]byte("\x18\x0f20600101000000Z"))
+	require.True(t, ok)
+	require.Equal(t, 2060, at.Year())
+}
+
 // A header full of certificates is refused before any of them is parsed.
 func TestManyCertificatesAreNotParsed(t *testing.T) {
 	id := currentIdentity(t, ecKey(t))
@@ -469,7 +499,11 @@ func withIssuerAndSerial(raw []byte, signer *x509.Certificate) []byte {
 func requireNoLaxer(t *testing.T, raw, body []byte) bool {
 	t.Helper()
 	sig, err := ParseMdmSignature(header(raw))
-	if err != nil || sig.library != nil || sig.Verify(body) != nil {
+	if err != nil {
+		return false
+	}
+	_, _ = sig.SigningTime() // it does not panic
+	if sig.library != nil || sig.Verify(body) != nil {
 		return false
 	}
 	require.NoError(t, libraryVerify(raw, body, sig.Certificate()), "accepted %x", raw)

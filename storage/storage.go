@@ -223,6 +223,14 @@ type PinnedEnrollments interface {
 	EnrollmentByCertificate(ctx context.Context, hash string) (id string, err error)
 }
 
+// ActiveEnrollments finds the device that a certificate acts for now.
+type ActiveEnrollments interface {
+	// ActiveEnrollmentByCertificate is EnrollmentByCertificate for devices that
+	// are enrolled: the error is ErrNotEnrolled, with the id, if the device has
+	// not finished its enrollment, checked out, or was disabled.
+	ActiveEnrollmentByCertificate(ctx context.Context, hash string) (id string, err error)
+}
+
 // State is where a queue row stands. The numbers are stored.
 type State int
 

@@ -208,7 +208,7 @@ func TestSecretsStaySecret(t *testing.T) {
 // authProxy asks for something behind /authproxy/.
 func (d *daemon) authProxy(t *testing.T, dev *mdmtest.Device) int {
 	t.Helper()
-	signature, err := mdmtest.Sign(dev.Identity(), nil, mdmtest.SignOptions{})
+	signature, err := mdmtest.Sign(dev.Identity(), nil, mdmtest.SignOptions{SignedAttributes: true})
 	require.NoError(t, err)
 	req, err := http.NewRequest("GET", d.url+"/authproxy/x", nil)
 	require.NoError(t, err)

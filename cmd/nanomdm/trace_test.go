@@ -25,7 +25,7 @@ func TestTraceParentIsCarried(t *testing.T) {
 	require.NoError(t, dev.Enroll(t.Context()))
 	ask := func(method, path, trace string, body string) {
 		t.Helper()
-		signature, err := mdmtest.Sign(dev.Identity(), []byte(body), mdmtest.SignOptions{})
+		signature, err := mdmtest.Sign(dev.Identity(), []byte(body), mdmtest.SignOptions{SignedAttributes: true})
 		require.NoError(t, err)
 		req, err := http.NewRequest(method, d.url+path, bytes.NewReader([]byte(body)))
 		require.NoError(t, err)

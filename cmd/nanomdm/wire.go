@@ -218,6 +218,9 @@ func (b *building) assemble(ctx context.Context, store *sqlstore.Store) error {
 			routes["/mdm"], routes["/checkin"] = h.MDM(httpmdm.Reports), h.MDM(httpmdm.Checkins)
 		}
 		if o.authProxyURL != nil {
+			if o.certHeader == "" && !o.tlsClientAuth {
+				log.Warn("devices that sign their messages are refused at /authproxy/ without a body, unless the signature has a signing time; use -cert-header or -tls-client-auth")
+			}
 			routes["/authproxy/"] = h.AuthProxy("/authproxy/", o.authProxyURL, store)
 		}
 		b.addDevices(mux, routes)

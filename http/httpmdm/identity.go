@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"net/netip"
 	"strings"
+	"time"
 
 	"github.com/nanomdm/nanomdm/cryptoutil"
 	"github.com/nanomdm/nanomdm/http/requestlog"
@@ -153,6 +154,16 @@ func (i *Identity) extract(r *http.Request) (*sender, []*x509.Certificate, error
 		return nil, nil, err
 	}
 	return &sender{certificate: sig.Certificate(), signature: sig}, sig.Chain(), nil
+}
+
+// isFresh says whether the sender spoke about now: a certificate from TLS or a
+// proxy did, and a signature says when it was made, if at all.
+func (s *sender) isFresh(now time.Time) bool {
+	if s.signature == nil {
+		return true
+	}
+	at, ok := s.signature.SigningTime()
+	return ok && now.Sub(at).Abs() <= signatureAge
 }
 
 // verifyBody proves that the sender signed these bytes, where the mode needs

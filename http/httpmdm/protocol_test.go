@@ -776,54 +776,6 @@ func TestPanicIs500AndSurvived(t *testing.T) {
 	require.Contains(t, log.String(), "boom")
 }
 
-func TestAuthProxy(t *testing.T) {
-	var got *http.Request
-	target := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		got = r
-		body, _ := io.ReadAll(r.Body)
-		_, _ = w.Write(append([]byte("echo "), body...))
-	}))
-	defer target.Close()
-	s := newSite(t, siteConfig{})
-	verifier, err := certverify.New(s.ca.PEM(), nil, certverify.Config{})
-	require.NoError(t, err)
-	h := httpmdm.New(nil, httpmdm.SignatureIdentity(verifier), httpmdm.Config{})
-	u, err := url.Parse(target.URL)
-	require.NoError(t, err)
-	front := httptest.NewServer(requestlog.Middleware(slog.New(slog.DiscardHandler), requestlog.Config{}, h.AuthProxy("/authproxy/", u, s.store)))
-	defer front.Close()
-
-	d := s.enrolled("D1", mdmtest.Config{})
-	ask := func(id *mdmtest.Identity) *http.Response {
-		body := []byte("hello")
-		sig, err := mdmtest.Sign(id, body, mdmtest.SignOptions{})
-		require.NoError(t, err)
-		req, err := http.NewRequest("POST", front.URL+"/authproxy/some/file?x=1", bytes.NewReader(body))
-		require.NoError(t, err)
-		req.Header.Set("Mdm-Signature", sig)
-		req.Header.Set("X-Enrollment-ID", "forged")
-		resp, err := http.DefaultClient.Do(req)
-		require.NoError(t, err)
-		t.Cleanup(func() { _ = resp.Body.Close() })
-		return resp
-	}
-	resp := ask(d.Identity())
-	require.Equal(t, 200, resp.StatusCode)
-	body, err := io.ReadAll(resp.Body)
-	require.NoError(t, err)
-	require.Equal(t, "echo hello", string(body))
-	require.Equal(t, "/some/file", got.URL.Path)
-	require.Equal(t, "x=1", got.URL.RawQuery)
-	require.Equal(t, u.Host, got.Host)
-	require.Equal(t, []string{"D1"}, got.Header.Values("X-Enrollment-ID"))
-	require.NotEmpty(t, got.Header.Get("X-Trace-ID"))
-	require.Empty(t, got.Header.Get("Mdm-Signature"))
-
-	require.Equal(t, 400, ask(s.identity("stranger")).StatusCode)
-	target.Close()
-	require.Equal(t, 502, ask(d.Identity()).StatusCode)
-}
-
 var _ httpmdm.Verifier = (*certverify.Verifier)(nil)
 
 func dial(t *testing.T, addr string) net.Conn {

@@ -68,6 +68,7 @@ func hopeless(err error) bool {
 var (
 	_ storage.Devices           = (*Store)(nil)
 	_ storage.PinnedEnrollments = (*Store)(nil)
+	_ storage.ActiveEnrollments = (*Store)(nil)
 )
 
 // Apply implements storage.Devices. What writes is committed together with

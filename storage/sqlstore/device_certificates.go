@@ -208,3 +208,23 @@ func (s *Store) EnrollmentByCertificate(ctx context.Context, hash string) (strin
 	}
 	return id, nil
 }
+
+// ActiveEnrollmentByCertificate implements storage.ActiveEnrollments.
+func (s *Store) ActiveEnrollmentByCertificate(ctx context.Context, hash string) (string, error) {
+	var id string
+	var active bool
+	err := s.read(ctx, func(ctx context.Context, t *tx) error {
+		return t.QueryRow(ctx, `SELECT c.id, CASE WHEN e.enabled = 1 AND e.operator_disabled = 0 THEN 1 ELSE 0 END
+			FROM nano_cert_auth_associations c LEFT JOIN nano_enrollments e ON e.id = c.id
+			WHERE c.sha256 = ? AND c.retired_at IS NULL`, hash).Scan(&id, &active)
+	})
+	switch {
+	case errors.Is(err, sql.ErrNoRows):
+		return "", storage.ErrNotFound
+	case err != nil:
+		return "", fmt.Errorf("looking a certificate up: %w", err)
+	case !active:
+		return id, storage.ErrNotEnrolled
+	}
+	return id, nil
+}

@@ -1,6 +1,7 @@
 package storagetest
 
 import (
+	"errors"
 	"fmt"
 	"strings"
 	"sync"
@@ -28,6 +29,7 @@ func enrollTests() []subtest {
 		{"any text of a device is taken", enrollOddTexts},
 		{"what a device is owed is pushed once it has a new token", enrollRevives},
 		{"a certificate acts for one device and all its channels", identityOneDevice},
+		{"an active enrollment is neither checked out nor disabled", identityActive},
 		{"a retired certificate is dead", identityRetired},
 		{"an unpinned certificate may only begin", identityUnpinned},
 		{"a first certificate may be pinned later", identityRetro},
@@ -544,6 +546,33 @@ func identityOneDevice(t *testing.T, h *Harness) {
 	require.Equal(t, "C", d.polls(t))
 	require.Equal(t, []string{"D", "E"}, h.Strings(t, "SELECT id FROM nano_devices ORDER BY id"))
 	require.EqualValues(t, 2, h.Int(t, "SELECT COUNT(*) FROM nano_cert_auth_associations"))
+}
+
+func identityActive(t *testing.T, h *Harness) {
+	active := func(want error) {
+		t.Helper()
+		id, err := h.Store.ActiveEnrollmentByCertificate(t.Context(), "c")
+		require.ErrorIs(t, err, want)
+		if !errors.Is(want, storage.ErrNotFound) {
+			require.Equal(t, "D", id)
+		}
+	}
+	active(storage.ErrNotFound)
+	d := h.device("D").with("c")
+	require.NoError(t, d.authenticate(t))
+	active(storage.ErrNotEnrolled)
+	_, err := d.tokenUpdate(t)
+	require.NoError(t, err)
+	active(nil)
+	for _, disabled := range []bool{true, false} {
+		_, err := h.Store.SetDisabled(t.Context(), everything, "D", disabled, deed("d"))
+		require.NoError(t, err)
+		active(map[bool]error{true: storage.ErrNotEnrolled}[disabled])
+	}
+	require.NoError(t, d.checkOut(t))
+	active(storage.ErrNotEnrolled)
+	h.device("D").with("next").enrolls(t)
+	active(storage.ErrNotFound)
 }
 
 // refused checks that nothing is let through but what may begin or end.
