@@ -34,6 +34,9 @@ type Request struct {
 	Certificate *x509.Certificate
 	// Pin is set by package certauth; nil leaves identity unchecked.
 	Pin *storage.Pin
+	// Copy marks a message that an exporter of another server sent: see
+	// storage.Source.
+	Copy bool
 	// Events are committed with the change.
 	Events []storage.Event
 }

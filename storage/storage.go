@@ -26,6 +26,12 @@ var (
 	// pinned to another one, was retired by a re-enrollment, or is not pinned
 	// and may not be.
 	ErrIdentity = errors.New("certificate does not belong to this enrollment")
+	// ErrTopic: a TokenUpdate has another APNs topic than the Authenticate that
+	// began the enrollment.
+	ErrTopic = errors.New("APNs topic is not that of the enrollment")
+	// ErrOwnWord: the message is a copy from another server, and the device has
+	// spoken here itself.
+	ErrOwnWord = errors.New("the device has spoken to this server itself since, and its own messages count; delete the enrollment to begin anew")
 	// ErrUnconfirmed: the certificate may be pinned once Pin.Unconfirmed is
 	// settled.
 	ErrUnconfirmed = errors.New("certificate is not confirmed yet")
@@ -99,6 +105,11 @@ type Event struct {
 type Source struct {
 	Enroll mdm.EnrollID
 	Pin    *Pin // nil: identity is not checked (migration)
+	// Copy marks a message that another server kept. It takes nothing back: an
+	// Authenticate that the store has already, byte for byte, has no effect,
+	// and once the device has a live certificate here every copy that differs
+	// from what the store has is ErrOwnWord.
+	Copy   bool
 	Events []Event
 }
 
@@ -122,10 +133,17 @@ type Authenticate struct {
 	Message *mdm.Authenticate
 }
 
+// An Authenticate sets the APNs topic of the device. Another topic than before
+// moves the device: a renewal window does not count, the unlock token is
+// cleared, the user channels have no topic until their next TokenUpdate, and a
+// Scope of topics sees no queue rows and results from before.
+//
 // TokenUpdate stores how to wake a channel and enables it. The unlock token
 // is kept if the message has none. The device must have sent Authenticate
 // once, and for a user channel the device's enrollment must exist; else
-// ErrNotEnrolled. A flag that an operator set to disable it stays.
+// ErrNotEnrolled. A device's topic must be that of its Authenticate, if that
+// had one; else ErrTopic, with an audit record each hour at most. A user
+// channel gets its device's topic, whatever the message has. A flag that an operator set to disable it stays.
 type TokenUpdate struct {
 	Src     Source
 	Message *mdm.TokenUpdate

@@ -129,7 +129,7 @@ func TestSecretsStaySecret(t *testing.T) {
 	data := func(secret []byte) string {
 		return "<data>" + base64.StdEncoding.EncodeToString(secret) + "</data>"
 	}
-	tokens := "<key>Topic</key><string>t</string><key>PushMagic</key><string>m</string><key>Token</key><data>AAAA</data><key>UnlockToken</key>" + data(secrets["unlock token"])
+	tokens := "<key>Topic</key><string>" + mdmtest.DefaultTopic + "</string><key>PushMagic</key><string>m</string><key>Token</key><data>AAAA</data><key>UnlockToken</key>" + data(secrets["unlock token"])
 	require.Equal(t, 200, say("TokenUpdate", tokens).Status)
 	require.NoError(t, dev.SetBootstrapToken(t.Context(), secrets["bootstrap token"]))
 	profile := mdmtest.NewCommand("C1", "InstallProfile", func(p *mdmtest.Plist) { p.Data("Payload", secrets["command payload"]) })

@@ -71,6 +71,8 @@ const (
 	ReasonUnusedHeader = "unused_certificate_header" // in a mode without one
 	ReasonPin          = "certificate_not_pinned"    // pinned to another enrollment, or retired
 	ReasonNotEnrolled  = "not_enrolled"
+	ReasonTopic        = "other_topic" // than at enrollment
+	ReasonOwnWord      = "old_copy"    // in a migration, of a device that spoke here itself
 	ReasonTooLarge     = "too_large"
 	ReasonSlow         = "slow_body"
 	ReasonMalformed    = "malformed"
@@ -85,7 +87,7 @@ const (
 // Reasons lists them all.
 func Reasons() []string {
 	return []string{
-		ReasonMethod, ReasonIdentity, ReasonPeer, ReasonUnusedHeader, ReasonPin, ReasonNotEnrolled, ReasonTooLarge,
+		ReasonMethod, ReasonIdentity, ReasonPeer, ReasonUnusedHeader, ReasonPin, ReasonNotEnrolled, ReasonTopic, ReasonOwnWord, ReasonTooLarge,
 		ReasonSlow, ReasonMalformed, ReasonOverload, ReasonCrowded, ReasonUnavailable, ReasonUnrecognized, ReasonOther, ReasonError,
 	}
 }
@@ -304,8 +306,10 @@ func (h *Handler) note(w http.ResponseWriter, r *http.Request, enrollID string, 
 	switch {
 	case errors.As(err, &se):
 		status, level = se.Status, slog.LevelWarn
-	case errors.Is(err, errIdentity), errors.Is(err, storage.ErrIdentity), errors.Is(err, storage.ErrNotEnrolled):
+	case errors.Is(err, errIdentity), errors.Is(err, storage.ErrIdentity), errors.Is(err, storage.ErrNotEnrolled), errors.Is(err, storage.ErrTopic):
 		status, level = http.StatusBadRequest, slog.LevelWarn
+	case errors.Is(err, storage.ErrOwnWord):
+		status, level = http.StatusConflict, slog.LevelWarn
 	case unavailable(err):
 		status, level = http.StatusServiceUnavailable, slog.LevelWarn
 	}
@@ -354,6 +358,10 @@ func reason(err error) string {
 		return ReasonPin
 	case errors.Is(err, storage.ErrNotEnrolled):
 		return ReasonNotEnrolled
+	case errors.Is(err, storage.ErrTopic):
+		return ReasonTopic
+	case errors.Is(err, storage.ErrOwnWord):
+		return ReasonOwnWord
 	case errors.Is(err, tooLarge):
 		return ReasonTooLarge
 	case errors.Is(err, errSlow):

@@ -28,7 +28,7 @@ func (s *site) as(d *mdmtest.Device, subject string) *mdmtest.Device {
 
 func (s *site) authenticates(d *mdmtest.Device) int {
 	s.t.Helper()
-	resp, err := d.Do(s.t.Context(), "/mdm", checkinType, message("Authenticate", d.UDID(), "<key>Topic</key><string>t</string><key>SerialNumber</key><string>C02XL0GYJGH5</string>"))
+	resp, err := d.Do(s.t.Context(), "/mdm", checkinType, message("Authenticate", d.UDID(), "<key>Topic</key><string>"+mdmtest.DefaultTopic+"</string><key>SerialNumber</key><string>C02XL0GYJGH5</string>"))
 	require.NoError(s.t, err)
 	return resp.Status
 }

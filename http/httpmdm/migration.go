@@ -51,7 +51,7 @@ func decodeMigration(r *http.Request, body []byte) (*service.Request, error) {
 		return nil, badRequest(err)
 	}
 	return &service.Request{
-		ID: requestlog.ID(r.Context()), TraceParent: requestlog.TraceParent(r.Context()), Message: msg, Enroll: enroll,
+		ID: requestlog.ID(r.Context()), TraceParent: requestlog.TraceParent(r.Context()), Message: msg, Enroll: enroll, Copy: true,
 	}, nil
 }
 

@@ -225,6 +225,8 @@ var explanations = map[string][2]string{
 	httpmdm.ReasonPin:          {"400", "a certificate that belongs to another enrollment, was retired, or may not take this one over; the log says which"},
 	httpmdm.ReasonUnrecognized: {"403", "`-authenticate-url` refused the device"},
 	httpmdm.ReasonNotEnrolled:  {"400", "a message that needs an enrollment, from a device without one"},
+	httpmdm.ReasonTopic:        {"400", "a TokenUpdate with another APNs topic than the Authenticate had; the audit has a record"},
+	httpmdm.ReasonOwnWord:      {"409", "a message in a migration that differs from what a device has told this server itself"},
 	httpmdm.ReasonTooLarge:     {"413", "a body larger than `-max-body`"},
 	httpmdm.ReasonSlow:         {"408", "a body that came too slowly"},
 	httpmdm.ReasonMalformed:    {"400", "not a property list, or not a message"},

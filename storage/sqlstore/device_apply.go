@@ -193,16 +193,25 @@ func changeEnrollments(ctx context.Context, t *tx, batch []*opRun) error {
 		return err
 	}
 	r := &opRound{certs: certs, rows: rows}
+	if err := settleCopies(ctx, t, batch, certs); err != nil {
+		return err
+	}
+	if err := refuseTopics(ctx, t, batch, r); err != nil {
+		return err
+	}
+	if err := moveTopics(ctx, t, batch, r); err != nil {
+		return err
+	}
 	var ending []*opRun
 	for _, p := range batch {
 		if p.err == nil {
 			p.err = r.missing(p)
 		}
-		if p.err != nil {
+		if p.err != nil || p.settled {
 			continue
 		}
 		if p.kind.topic != nil {
-			p.facts.topic = p.kind.topic(p.op)
+			p.facts.topic = r.topicOf(p, p.kind.topic(p.op))
 		}
 		if p.kind.enables || rows.byID[p.id()] != nil {
 			p.visit(t.Now)

@@ -93,6 +93,8 @@ type opRun struct {
 
 	out storage.Outcome
 	err error
+	// settled: there is nothing to do.
+	settled bool
 	// mustWrite: the read path found that there is something to write.
 	mustWrite bool
 	// seen: the enrollment exists, and note is to be kept of the visit.
@@ -152,11 +154,11 @@ func (p *opRun) readOnly() bool {
 	return p.kind.reads != nil && p.kind.reads(p.op)
 }
 
-// ofKind returns the operations of a kind that were not refused.
+// ofKind returns the operations of a kind that were neither refused nor settled.
 func ofKind(batch []*opRun, kind *opKind) []*opRun {
 	var some []*opRun
 	for _, p := range batch {
-		if p.kind == kind && p.err == nil {
+		if p.kind == kind && p.err == nil && !p.settled {
 			some = append(some, p)
 		}
 	}

@@ -12,6 +12,7 @@ import (
 // enrollment is a row of nano_enrollments as a change finds it.
 type enrollment struct {
 	id, device string
+	topic      string // APNs
 	tally      int64
 	renewing   bool // a renewal window is open
 	enrolledAt sql.Null[int64]
@@ -29,10 +30,10 @@ func readEnrollments(ctx context.Context, t *tx, ids []string) (*enrollments, er
 	if len(ids) == 0 {
 		return all, nil
 	}
-	err := t.QueryLocked(ctx, "id, device_id, token_update_tally, renewal_until, enrolled_at", "nano_enrollments", ids).Each(func(row sqldb.Row) error {
+	err := t.QueryLocked(ctx, "id, device_id, topic, token_update_tally, renewal_until, enrolled_at", "nano_enrollments", ids).Each(func(row sqldb.Row) error {
 		e := new(enrollment)
 		var renewal sql.Null[int64]
-		if err := row.Scan(&e.id, &e.device, &e.tally, &renewal, &e.enrolledAt); err != nil {
+		if err := row.Scan(&e.id, &e.device, &e.topic, &e.tally, &renewal, &e.enrolledAt); err != nil {
 			return err
 		}
 		e.renewing = renewal.Valid && renewal.V > t.Now

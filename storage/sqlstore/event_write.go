@@ -46,7 +46,7 @@ func (e *outEvent) size() int { return 512 + len(e.Raw) }
 func outgoing(batch []*opRun) []outEvent {
 	var events []outEvent
 	for _, p := range batch {
-		if p.err != nil || p.facts.repeated {
+		if p.err != nil || p.settled || p.facts.repeated {
 			continue
 		}
 		for _, e := range p.src.Events {

@@ -109,9 +109,9 @@ func (s *Store) ListQueriesForTest() (list []ListQueryForTest) {
 	add("a command's enrollments of a state", byCommand, q, args)
 	from, args := commandRows(s.db.Dialect(), storage.Scope{}, "C1")
 	add("counts of a command", byCommand, "SELECT q.state, COUNT(*) FROM "+from+" AND q.state IN ("+everyState()+") GROUP BY q.state", args)
-	q, args = queueQuery(s.db.Dialect(), "D000007", 0, storage.QueueKey{Priority: 0, Seq: 1}, 100)
+	q, args = queueQuery(s.db.Dialect(), storage.Scope{}, "D000007", 0, storage.QueueKey{Priority: 0, Seq: 1}, 100)
 	add("a queue", "nano_enrollment_queue_next", q, args)
-	q, args = queueQuery(s.db.Dialect(), "D000007", storage.Acknowledged, storage.QueueKey{}, 100)
+	q, args = queueQuery(s.db.Dialect(), storage.Scope{}, "D000007", storage.Acknowledged, storage.QueueKey{}, 100)
 	add("a queue by state", "nano_enrollment_queue_next", q, args)
 	for _, state := range storage.States() {
 		add("rows in state "+state.String(), "nano_enrollment_queue_(next|finished_at|command_uuid)", rowsInState(s.db.Dialect(), "q.created_at", state), []any{countLimit})

@@ -20,6 +20,9 @@ func (s *Store) UnlockToken(ctx context.Context, scope storage.Scope, id string,
 func (s *Store) secret(ctx context.Context, scope storage.Scope, id, column, place string, r *storage.AuditRecord) (token []byte, err error) {
 	err = s.write(ctx, func(ctx context.Context, t *tx) error {
 		device, err := findEnrollment(ctx, t, scope, id)
+		if err == nil {
+			_, err = findEnrollment(ctx, t, scope, device) // a token is the device's
+		}
 		if err != nil {
 			return err
 		}

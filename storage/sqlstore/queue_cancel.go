@@ -44,11 +44,8 @@ func stateOf(ctx context.Context, t *tx, k keyPair) (storage.State, error) {
 // CancelItem implements storage.Steering.
 func (s *Store) CancelItem(ctx context.Context, scope storage.Scope, id, uuid string, r *storage.AuditRecord) (was storage.State, err error) {
 	err = s.write(ctx, func(ctx context.Context, t *tx) error {
-		if _, err := findEnrollment(ctx, t, scope, id); err != nil {
+		if err := findItem(ctx, t, scope, id, uuid); err != nil {
 			return err
-		}
-		if !storable(uuid) {
-			return storage.ErrNotFound
 		}
 		if was, err = stateOf(ctx, t, keyPair{ID: id, Item: uuid}); err != nil || was.Terminal() {
 			return err
@@ -145,7 +142,7 @@ func (s *Store) Requeue(ctx context.Context, scope storage.Scope, id, uuid strin
 		if err != nil {
 			return err
 		}
-		if _, err := findEnrollment(ctx, t, scope, id); err != nil {
+		if err := findItem(ctx, t, scope, id, uuid); err != nil {
 			return err
 		}
 		enrolled, err := enrolledAmong(ctx, t, scope, []string{id}, "")

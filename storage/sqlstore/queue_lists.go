@@ -1,7 +1,6 @@
 package sqlstore
 
 import (
-	"cmp"
 	"context"
 	"database/sql"
 	"errors"
@@ -77,6 +76,31 @@ func scoped(scope storage.Scope) (condition string, args []any) {
 	return condition, args
 }
 
+// inSight is a condition on queue rows q: rows from before the enrollment came
+// to its APNs topic belong to another tenant.
+func inSight(scope storage.Scope) string {
+	if len(scope.Topics) == 0 {
+		return ""
+	}
+	return " AND NOT EXISTS (SELECT 1 FROM nano_topic_moves v WHERE v.id = q.id AND v.moved_at >= q.created_at)"
+}
+
+// findItem fails with storage.ErrNotFound if the scope does not see the
+// enrollment or its queue row.
+func findItem(ctx context.Context, t *tx, scope storage.Scope, id, uuid string) error {
+	if _, err := findEnrollment(ctx, t, scope, id); err != nil {
+		return err
+	}
+	if !storable(uuid) {
+		return storage.ErrNotFound
+	}
+	if len(scope.Topics) == 0 {
+		return nil
+	}
+	var one int
+	return missing(t.QueryRow(ctx, "SELECT 1 FROM nano_enrollment_queue q WHERE q.id = ? AND q.command_uuid = ?"+inSight(scope), id, uuid).Scan(&one))
+}
+
 // findEnrollment fails with storage.ErrNotFound if it is not there for the
 // scope, and returns its device's id.
 func findEnrollment(ctx context.Context, t *tx, scope storage.Scope, id string) (device string, err error) {
@@ -90,7 +114,7 @@ func findEnrollment(ctx context.Context, t *tx, scope storage.Scope, id string) 
 
 // Queue implements storage.Queues.
 func (s *Store) Queue(ctx context.Context, scope storage.Scope, id string, state storage.State, after storage.QueueKey, limit int) (items []storage.QueueItem, err error) {
-	q, args := queueQuery(s.db.Dialect(), id, state, after, limit)
+	q, args := queueQuery(s.db.Dialect(), scope, id, state, after, limit)
 	err = s.read(ctx, func(ctx context.Context, t *tx) error {
 		if _, err := findEnrollment(ctx, t, scope, id); err != nil {
 			return err
@@ -108,7 +132,7 @@ func (s *Store) Queue(ctx context.Context, scope storage.Scope, id string, state
 
 // queueQuery reads each state's stretch of the index, in two parts behind a
 // place: the rest of its priority, and lower ones.
-func queueQuery(d *sqldb.Dialect, id string, state storage.State, after storage.QueueKey, limit int) (q string, args []any) {
+func queueQuery(d *sqldb.Dialect, scope storage.Scope, id string, state storage.State, after storage.QueueKey, limit int) (q string, args []any) {
 	states := []storage.State{state}
 	if state == 0 {
 		states = []storage.State{storage.Queued, storage.NotNow}
@@ -116,7 +140,7 @@ func queueQuery(d *sqldb.Dialect, id string, state storage.State, after storage.
 	var parts []string
 	part := func(state storage.State, condition string, values ...any) {
 		parts = append(parts, fmt.Sprintf(`SELECT q.* FROM (SELECT %s FROM nano_enrollment_queue q%s WHERE q.id = ? AND q.state = ?%s
-ORDER BY q.priority DESC, q.seq LIMIT ?) q`, itemColumns, d.Index("nano_enrollment_queue_next"), condition))
+ORDER BY q.priority DESC, q.seq LIMIT ?) q`, itemColumns, d.Index("nano_enrollment_queue_next"), condition+inSight(scope)))
 		args = append(append(append(args, id, int(state)), values...), limit)
 	}
 	for _, state := range states {
@@ -134,8 +158,8 @@ ORDER BY q.priority DESC, q.seq LIMIT ?) q`, itemColumns, d.Index("nano_enrollme
 func (s *Store) QueueItem(ctx context.Context, scope storage.Scope, id, uuid string) (*storage.QueueItem, error) {
 	var items []storage.QueueItem
 	err := s.read(ctx, func(ctx context.Context, t *tx) (err error) {
-		if _, err := findEnrollment(ctx, t, scope, id); err != nil || !storable(uuid) {
-			return cmp.Or(err, storage.ErrNotFound)
+		if err := findItem(ctx, t, scope, id, uuid); err != nil {
+			return err
 		}
 		items, err = sqldb.Collect(t.Query(ctx, "SELECT "+itemColumns+" FROM nano_enrollment_queue q WHERE q.id = ? AND q.command_uuid = ?", id, uuid), scanItem)
 		if err != nil {
@@ -156,8 +180,8 @@ func (s *Store) QueueItem(ctx context.Context, scope storage.Scope, id, uuid str
 func (s *Store) CommandResult(ctx context.Context, scope storage.Scope, id, uuid string) (*storage.CommandResult, error) {
 	var r storage.CommandResult
 	err := s.read(ctx, func(ctx context.Context, t *tx) error {
-		if _, err := findEnrollment(ctx, t, scope, id); err != nil || !storable(uuid) {
-			return cmp.Or(err, storage.ErrNotFound)
+		if err := findItem(ctx, t, scope, id, uuid); err != nil {
+			return err
 		}
 		var at int64
 		err := t.QueryRow(ctx, "SELECT status, late, created_at, result FROM nano_command_results WHERE id = ? AND command_uuid = ?", id, uuid).
@@ -318,7 +342,7 @@ func chooseCommands(ctx context.Context, t *tx, scope storage.Scope, state stora
 	place, args := sqldb.InList(uuids)
 	q := chooseAll(t.Dialect, state)
 	if condition != "" {
-		q = chooseScoped(condition, state)
+		q = chooseScoped(condition, inSight(scope), state)
 	}
 	found, err := sqldb.Column[string](t.Query(ctx, "SELECT c.command_uuid FROM nano_commands c WHERE "+q+" AND c.command_uuid IN "+place, append(topics, args...)...))
 	if err != nil {
@@ -339,10 +363,10 @@ func chooseAll(d *sqldb.Dialect, state storage.State) string {
 		d.Index("nano_enrollment_queue_command_uuid"), state)
 }
 
-// chooseScoped is the condition that a command c has a row of an enrollment in
-// a scope, in a state unless that is 0.
-func chooseScoped(condition string, state storage.State) string {
-	q := "EXISTS (SELECT 1 FROM nano_enrollment_queue q JOIN nano_enrollments e ON e.id = q.id" + condition + " WHERE q.command_uuid = c.command_uuid"
+// chooseScoped is the condition that a command c has a row in sight, of an
+// enrollment in a scope, in a state unless that is 0.
+func chooseScoped(condition, sight string, state storage.State) string {
+	q := "EXISTS (SELECT 1 FROM nano_enrollment_queue q JOIN nano_enrollments e ON e.id = q.id" + condition + " WHERE q.command_uuid = c.command_uuid" + sight
 	if state != 0 {
 		q += fmt.Sprintf(" AND q.state = %d", state)
 	}
@@ -360,7 +384,7 @@ func countSome(ctx context.Context, t *tx, scope storage.Scope, list []storage.C
 	var args []any
 	for i := range list {
 		parts = append(parts, fmt.Sprintf(`SELECT %d AS n, c.state, COUNT(*) AS rows_counted FROM (SELECT q.state FROM nano_enrollment_queue q%s
-WHERE q.command_uuid = ? LIMIT %d) c GROUP BY c.state`, i, join, commandsCounted+1))
+WHERE q.command_uuid = ?%s LIMIT %d) c GROUP BY c.state`, i, join, inSight(scope), commandsCounted+1))
 		args = append(append(args, topics...), list[i].UUID)
 	}
 	for i := range list {
@@ -432,7 +456,7 @@ func commandRows(d *sqldb.Dialect, scope storage.Scope, uuid string) (from strin
 	if condition != "" {
 		from += " JOIN nano_enrollments e ON e.id = q.id" + condition
 	}
-	return from + " WHERE q.command_uuid = ?", append(topics, uuid)
+	return from + " WHERE q.command_uuid = ?" + inSight(scope), append(topics, uuid)
 }
 
 // CommandItems implements storage.Commands.

@@ -257,15 +257,15 @@ func enrollTokenUpdate(t *testing.T, h *Harness) {
 		h.Clock.Advance(time.Minute)
 	}
 	unlock := func() string { return h.Strings(t, "SELECT unlock_token FROM nano_devices WHERE id = 'D'")[0] }
-	update(mdm.TokenUpdate{Topic: "a", PushMagic: "1", Token: []byte("t1"), UnlockToken: []byte("u1"), AwaitingConfiguration: true, Raw: []byte("r1")})
+	update(mdm.TokenUpdate{Topic: topicA, PushMagic: "1", Token: []byte("t1"), UnlockToken: []byte("u1"), AwaitingConfiguration: true, Raw: []byte("r1")})
 	require.Equal(t, "u1", unlock())
 	require.EqualValues(t, 1, h.Int(t, "SELECT awaiting_configuration FROM nano_enrollments WHERE id = 'D'"))
-	update(mdm.TokenUpdate{Topic: "b", PushMagic: "2", Token: []byte("t2"), Raw: []byte("r2")})
+	update(mdm.TokenUpdate{Topic: topicA, PushMagic: "2", Token: []byte("t2"), Raw: []byte("r2")})
 	require.Equal(t, "u1", unlock(), "one without an unlock token leaves it")
-	update(mdm.TokenUpdate{Topic: "b", PushMagic: "3", Token: []byte("t3"), UnlockToken: []byte("u3"), Raw: []byte("r3")})
+	update(mdm.TokenUpdate{Topic: topicA, PushMagic: "3", Token: []byte("t3"), UnlockToken: []byte("u3"), Raw: []byte("r3")})
 	require.Equal(t, "u3", unlock())
 	require.Equal(t, []string{"t3"}, h.Strings(t, `SELECT token FROM nano_enrollments
-WHERE id = 'D' AND topic = 'b' AND push_magic = '3' AND awaiting_configuration = 0 AND enrolled_at = ? AND created_at = ?`, began, began))
+WHERE id = 'D' AND topic = ? AND push_magic = '3' AND awaiting_configuration = 0 AND enrolled_at = ? AND created_at = ?`, topicA, began, began))
 	require.Equal(t, []string{"r3"}, h.Strings(t, "SELECT token_update FROM nano_devices WHERE id = 'D'"))
 	require.Equal(t, []string{"authenticate"}, h.Strings(t, "SELECT authenticate FROM nano_devices WHERE id = 'D' AND authenticate_at = ?", began))
 }

@@ -62,6 +62,7 @@ func topics() []topic {
 		{"commands", commandTests()},
 		{"steering", steeringTests()},
 		{"import", importTests()},
+		{"tenants", tenantTests()},
 	}
 }
 

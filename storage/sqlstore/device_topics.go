@@ -1,0 +1,105 @@
+package sqlstore
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/nanomdm/nanomdm/storage"
+)
+
+// The APNs topic decides which tenant sees an enrollment. Authenticate sets it,
+// and a TokenUpdate confirms it.
+
+// topicAuditPause bounds the audit records of a device that repeats a refused
+// TokenUpdate: one in this time.
+const topicAuditPause = time.Hour
+
+// actionRefuseTopic is the action of the audit record.
+const actionRefuseTopic = "enrollment.topic.refuse"
+
+// topicOf is the APNs topic of an operation's enrollment: that of its device
+// if it is known.
+func (r *opRound) topicOf(p *opRun, said string) string {
+	if own := r.rows.byID[p.device]; own != nil && own.topic != "" {
+		return own.topic
+	}
+	return said
+}
+
+// refuseTopics refuses TokenUpdates of devices with another topic than that of
+// their Authenticate, and keeps a record of it.
+func refuseTopics(ctx context.Context, t *tx, batch []*opRun, r *opRound) error {
+	for _, p := range ofKind(batch, &tokenUpdateKind) {
+		said := clip(p.op.(*storage.TokenUpdate).Message.Topic)
+		is := r.topicOf(p, said)
+		if p.settled || p.src.Enroll.IsUserChannel() || is == said {
+			continue
+		}
+		p.err = storage.ErrTopic
+		var recent int
+		err := t.QueryRow(ctx, "SELECT COUNT(*) FROM nano_audit"+t.Dialect.Index("nano_audit_target")+" WHERE target = ? AND action = ? AND created_at > ?",
+			clip(p.id()), actionRefuseTopic, t.Now-topicAuditPause.Microseconds()).Scan(&recent)
+		if err != nil {
+			return fmt.Errorf("looking for audit records: %w", err)
+		}
+		if recent > 0 {
+			continue
+		}
+		err = audit(ctx, t, &storage.AuditRecord{
+			Who: "device", Action: actionRefuseTopic, Target: p.id(),
+			Detail:  fmt.Sprintf("its TokenUpdate has the topic %s; it enrolled with %s", said, is),
+			Outcome: "the topic is not that of the enrollment",
+		})
+		if err != nil {
+			return fmt.Errorf("keeping a record: %w", err)
+		}
+	}
+	return nil
+}
+
+// moveTopics finds the devices whose Authenticate has another topic than
+// before. They keep nothing by a renewal window, and what they and their user
+// channels had stays with the former topic.
+func moveTopics(ctx context.Context, t *tx, batch []*opRun, r *opRound) error {
+	var devices, channels []string
+	for _, p := range ofKind(batch, &authenticateKind) {
+		own, said := r.rows.byID[p.id()], clip(p.op.(*storage.Authenticate).Message.Topic)
+		if p.settled || own == nil || said == "" || own.topic == said {
+			continue
+		}
+		was := own.topic
+		own.topic = said
+		if _, err := t.Exec(ctx, "UPDATE nano_enrollments SET topic = ?, updated_at = ? WHERE id = ?", said, t.Now, own.id); err != nil {
+			return fmt.Errorf("setting a topic: %w", err)
+		}
+		if was == "" { // a copy without a topic, or a user channel's device
+			continue
+		}
+		own.renewing = false
+		devices = append(devices, own.id)
+		for _, e := range r.rows.byDevice[p.device] {
+			channels = append(channels, e.id)
+		}
+	}
+	if len(devices) == 0 {
+		return nil
+	}
+	is, args := t.Among(devices)
+	_, err := t.Exec(ctx, "UPDATE nano_devices SET unlock_token = NULL, unlock_token_at = NULL WHERE id "+is, args...)
+	if err != nil {
+		return fmt.Errorf("clearing unlock tokens: %w", err)
+	}
+	_, err = t.Exec(ctx, "UPDATE nano_enrollments SET topic = '' WHERE id <> device_id AND device_id "+is, args...)
+	if err != nil {
+		return fmt.Errorf("clearing the topics of user channels: %w", err)
+	}
+	moves := make([]any, 0, 2*len(channels))
+	for _, id := range channels {
+		moves = append(moves, id, t.Now)
+	}
+	if err := t.Upsert(ctx, "nano_topic_moves", []string{"id", "moved_at"}, []string{"id"}, []string{"moved_at"}, moves); err != nil {
+		return fmt.Errorf("noting moves between topics: %w", err)
+	}
+	return nil
+}
