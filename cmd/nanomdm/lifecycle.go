@@ -51,6 +51,10 @@ type server struct {
 	// the daemon to end. Both may be nil and must not block.
 	started  func()
 	stopping func()
+	// restarted is called when a background component starts again, failing when
+	// it has failed many times in a row, and when it runs again. Both may be nil.
+	restarted func(component string)
+	failing   func(component string, failing bool)
 
 	components []component
 	fronts     []front
@@ -79,7 +83,7 @@ func newServer(log *slog.Logger, drainTimeout, stopTimeout time.Duration) *serve
 func (s *server) add(c component) { s.components = append(s.components, c) }
 
 // background adds a component that is one function, which runs until its
-// context ends. If it returns before, the daemon stops.
+// context ends. If it fails or returns before, it starts again; see supervise.
 func (s *server) background(name string, run func(context.Context) error) {
 	var cancel context.CancelFunc
 	done := make(chan error, 1)
@@ -89,12 +93,8 @@ func (s *server) background(name string, run func(context.Context) error) {
 			var ctx context.Context
 			ctx, cancel = context.WithCancel(context.Background())
 			go func() {
-				err := run(ctx)
-				switch {
-				case ctx.Err() == nil:
-					s.fail(fmt.Errorf("%s ended: %w", name, orUnexpected(err)))
-					err = nil // reported
-				case errors.Is(err, context.Canceled):
+				err := s.supervise(ctx, name, run)
+				if errors.Is(err, context.Canceled) {
 					err = nil
 				}
 				done <- err
@@ -111,15 +111,6 @@ func (s *server) background(name string, run func(context.Context) error) {
 			}
 		},
 	})
-}
-
-var errUnexpectedEnd = errors.New("nobody asked it to")
-
-func orUnexpected(err error) error {
-	if err == nil {
-		return errUnexpectedEnd
-	}
-	return err
 }
 
 // serve adds an HTTP server on a listener, which it owns from then on. It

@@ -109,6 +109,8 @@ func wire(o options, environ []string, log *slog.Logger, stdout io.Writer) (*ser
 		b.tell(notifyReady)
 		log.Info("nanomdm is ready", ready...)
 	}
+	b.s.restarted = b.metrics.Restarted
+	b.s.failing = b.gate.SetFailing
 	b.s.stopping = func() {
 		b.gate.Drain()
 		b.tell(notifyStopping)

@@ -38,7 +38,8 @@ type Gate struct {
 	mu       sync.Mutex
 	started  bool
 	draining bool
-	trouble  string // with the database; empty is none
+	trouble  string          // with the database; empty is none
+	failing  map[string]bool // background components that fail again and again
 }
 
 // New makes a Gate of a daemon that is starting.
@@ -70,8 +71,25 @@ func (g *Gate) Ready() (ok bool, reason string) {
 		return false, "starting"
 	case g.trouble != "":
 		return false, g.trouble
+	case len(g.failing) > 0:
+		return false, "background work fails"
 	}
 	return true, ""
+}
+
+// SetFailing notes that a background component fails again and again, which makes
+// the daemon unready, or that it runs again.
+func (g *Gate) SetFailing(component string, failing bool) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if !failing {
+		delete(g.failing, component)
+		return
+	}
+	if g.failing == nil {
+		g.failing = make(map[string]bool)
+	}
+	g.failing[component] = true
 }
 
 // StoreUp says whether the database answers with the right schema, as far as

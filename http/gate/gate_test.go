@@ -26,6 +26,20 @@ func ask(h http.Handler, method, path string) *httptest.ResponseRecorder {
 
 func served(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "served") }
 
+func TestFailingBackgroundWork(t *testing.T) {
+	g := New(slog.New(slog.DiscardHandler))
+	g.Started()
+	g.SetFailing("sweep", true)
+	g.SetFailing("push", true)
+	g.SetFailing("sweep", false)
+	ok, reason := g.Ready()
+	require.False(t, ok)
+	require.Equal(t, "background work fails", reason)
+	g.SetFailing("push", false)
+	ok, _ = g.Ready()
+	require.True(t, ok)
+}
+
 func TestProbesThroughALife(t *testing.T) {
 	g := New(slog.New(slog.DiscardHandler))
 	f := g.Front()

@@ -128,7 +128,7 @@ func (i *Identity) extract(r *http.Request) (*sender, []*x509.Certificate, error
 	switch i.mode {
 	case modeHeader:
 		if len(i.trusted) > 0 && !requestlog.TrustedPeer(r, i.trusted) {
-			return nil, nil, errPeer
+			return nil, nil, fmt.Errorf("%w: %s", errPeer, r.RemoteAddr)
 		}
 		cert, chain, err := parseCertHeader(r.Header.Values(i.header))
 		if err != nil {

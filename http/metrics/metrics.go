@@ -40,6 +40,7 @@ type Metrics struct {
 	commits   prometheus.Observer
 	polls     prometheus.Observer
 	failures  *prometheus.CounterVec
+	restarts  *prometheus.CounterVec
 }
 
 // scrapeTimeout bounds how long the Sources together may hold a scrape.
@@ -54,6 +55,7 @@ func New(version string) *Metrics {
 	m.turned = counterVec("nanomdm_http_turned_away_total")
 	m.api = counterVec("nanomdm_api_refusals_total")
 	m.failures = counterVec("nanomdm_metrics_source_failures_total")
+	m.restarts = counterVec("nanomdm_background_restarts_total")
 	panics, checks := counterVec("nanomdm_http_panics_total"), counterVec("nanomdm_identity_signature_checks_total")
 	m.panics, m.checks = panics.WithLabelValues(), checks.WithLabelValues()
 	commits := histogramVec("nanomdm_store_commit_messages", 1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -61,7 +63,7 @@ func New(version string) *Metrics {
 	m.commits, m.polls = commits.WithLabelValues(), polls.WithLabelValues()
 	build := gaugeVec("nanomdm_build_info")
 	build.WithLabelValues(version, runtime.Version()).Set(1)
-	m.registry.MustRegister(m.requests, m.durations, m.refusals, m.turned, m.api, m.failures, panics, checks, commits, polls, build,
+	m.registry.MustRegister(m.restarts, m.requests, m.durations, m.refusals, m.turned, m.api, m.failures, panics, checks, commits, polls, build,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
 }
@@ -81,6 +83,9 @@ func (m *Metrics) APIRefused(reason string) { m.api.WithLabelValues(reason).Inc(
 
 // Panicked counts a panic; requestlog's Config.Panicked.
 func (m *Metrics) Panicked() { m.panics.Inc() }
+
+// Restarted counts a failure of a background component, which starts again.
+func (m *Metrics) Restarted(component string) { m.restarts.WithLabelValues(component).Inc() }
 
 // Checked counts a signature check of a device's certificate; certverify's
 // Config.Checked.

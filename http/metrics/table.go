@@ -97,6 +97,7 @@ func Table() []Metric {
 		{"nanomdm_sealing", Gauge, []string{"what"}, "1 if these are sealed at rest: secrets (push keys, tokens) by -seal-key-file, commands by -seal-commands.", groupIdentity},
 
 		{"nanomdm_ready", Gauge, nil, "What /readyz says.", groupDaemon},
+		{"nanomdm_background_restarts_total", Counter, []string{"component"}, "Failures of background work, which starts again. Five in a row make the replica unready. Any is a bug.", groupDaemon},
 		{"nanomdm_metrics_source_failures_total", Counter, []string{"source"}, "Times that a source of metrics could not answer; its metrics are missing then.", groupDaemon},
 		{"nanomdm_build_info", Gauge, []string{"version", "goversion"}, "Always 1.", groupDaemon},
 	}
