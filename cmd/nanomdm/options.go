@@ -73,6 +73,7 @@ type options struct {
 	webhookOldKey     secret
 	webhookConfig     string
 	webhookCA         string
+	webhookAllowed    []netip.Prefix
 	webhookWorkers    int // 0: this replica sends nothing
 	webhookTimeout    time.Duration
 	webhookMaxAge     time.Duration
@@ -301,6 +302,9 @@ func (o *options) table() []option {
 		{name: "webhook-ca", arg: "FILE", group: groupWebhook, file: true, set: to(&o.webhookCA, parseText),
 			help:   "PEM file of private CAs to trust for all receivers.",
 			detail: "Beside the system's."},
+		{name: "webhook-allow-networks", arg: "LIST", group: groupWebhook, set: to(&o.webhookAllowed, parsePrefixes),
+			help:   "Networks and addresses, beside public ones, that receivers made through the API may have.",
+			detail: "Such as `10.1.0.0/16, ::1`. Without it those receivers reach no loopback, private or link-local address, so that an API key is no way into the server's network. Receivers of `-webhook-url` and `-webhook-config` are not limited."},
 		{name: "webhook-workers", arg: "N", def: "32", group: groupWebhook, set: to(&o.webhookWorkers, parseCountOrNone),
 			help:   "Events sent at once to each receiver; 0: none from here.",
 			detail: "One replica at a time sends. One with 0 leaves it, and the keeping of the event log, to the others."},

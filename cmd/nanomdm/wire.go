@@ -188,7 +188,7 @@ func (b *building) assemble(ctx context.Context, store *sqlstore.Store) error {
 	var api *httpapi.API
 	if o.api != "" {
 		if api, err = httpapi.New(string(o.api), store, pusher, httpapi.Config{
-			MaxBody: o.maxBody, Refused: b.metrics.APIRefused, SinksChanged: sinks.Refresh, Draining: s.draining(),
+			MaxBody: o.maxBody, Refused: b.metrics.APIRefused, SinksChanged: sinks.Refresh, SinkGuard: callout.Guard{Allowed: o.webhookAllowed}, Draining: s.draining(),
 			Version: version, Logger: log,
 		}); err != nil {
 			return err

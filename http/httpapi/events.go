@@ -225,6 +225,7 @@ type sinkInfo struct {
 	Cursor     string              `json:"cursor"`
 	CreatedAt  time.Time           `json:"created_at"`
 	UpdatedAt  time.Time           `json:"updated_at"`
+	Warning    string              `json:"warning,omitempty"`
 	Backlog    *sinkBacklog        `json:"backlog,omitempty"`
 }
 
@@ -251,6 +252,9 @@ func infoOfSink(k *storage.EventSink, backlogs []storage.SinkBacklog) sinkInfo {
 		Name: k.Name, URL: redactedURL(k.URL), KeyCount: len(k.Keys), Tokens: k.Tokens, OnError: cmp.Or(k.OnError, storage.OnErrorHold),
 		Filter: k.Filter, Disabled: !k.Enabled,
 		Reason: k.Reason, Configured: k.Configured, Cursor: strconv.FormatInt(k.Cursor, 10), CreatedAt: k.CreatedAt, UpdatedAt: k.UpdatedAt,
+	}
+	if webhook.SendsTokensInClear(k) {
+		info.Warning = "tokens are sent over http, which anybody on the way can read: use https"
 	}
 	for _, b := range backlogs {
 		if b.Sink == k.Name {
@@ -340,6 +344,9 @@ func (a *API) storeSink(ctx context.Context, r *http.Request) (int, any, error) 
 	k, err := config.Check()
 	if err != nil {
 		return 0, nil, badRequest("%v", err)
+	}
+	if err := a.cfg.SinkGuard.CheckURL(k.URL); err != nil {
+		return 0, nil, badRequest("url: %v; -webhook-allow-networks can allow it", err)
 	}
 	if err := a.store.PutEventSink(ctx, k); err != nil {
 		return 0, nil, err

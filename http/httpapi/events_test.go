@@ -248,6 +248,13 @@ func TestSinks(t *testing.T) {
 	require.Equal(t, 2, shown.KeyCount)
 	require.True(t, shown.Filter.Idle)
 
+	for _, internal := range []string{"http://127.0.0.1/", "http://localhost:8080/", "https://10.0.0.1/", "http://169.254.169.254/latest/", "http://[::1]/"} {
+		require.Contains(t, put("internal", `{"url": "`+internal+`"}`, 400), "-webhook-allow-networks")
+	}
+	require.Contains(t, put("clear", `{"url": "http://hook.example.org/", "tokens": true}`, 200), `"warning": "tokens are sent over http`)
+	status, _, _ := o.do(o.admin(), "DELETE", "/v1/sinks/clear", "")
+	require.Equal(t, 200, status)
+
 	// What is not shown stays.
 	body, err := json.Marshal(map[string]any{"url": shown.URL, "disabled": true})
 	require.NoError(t, err)
@@ -275,7 +282,7 @@ func TestSinks(t *testing.T) {
 
 	require.NoError(t, o.store.PutEventSink(t.Context(), storage.EventSink{Name: "configured", URL: "http://c/", Enabled: true, Configured: true}))
 	put("configured", `{}`, 409)
-	status, answer, _ := o.do(o.admin(), "DELETE", "/v1/sinks/configured", "")
+	status, answer, _ = o.do(o.admin(), "DELETE", "/v1/sinks/configured", "")
 	require.Equal(t, 409, status, answer)
 	o.advance(2 * time.Minute)
 	for _, name := range []string{"configured", "hook"} {

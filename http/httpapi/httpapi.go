@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"github.com/nanomdm/nanomdm/http/requestlog"
+	"github.com/nanomdm/nanomdm/service/callout"
 	"github.com/nanomdm/nanomdm/storage"
 )
 
@@ -32,6 +33,9 @@ type Config struct {
 	// EscrowCAs are its roots; default Apple's URL and the system's roots.
 	EscrowURL string
 	EscrowCAs *x509.CertPool
+	// SinkGuard limits the addresses of sinks. The zero value refuses those of
+	// private networks.
+	SinkGuard callout.Guard
 	// SinksChanged is called after a sink was stored or deleted; may be nil.
 	SinksChanged func(context.Context) error
 	// Draining is closed when the server is about to stop: waiting calls answer

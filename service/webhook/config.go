@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net/netip"
 	"net/url"
 	"regexp"
 	"slices"
@@ -82,6 +83,17 @@ func (k *Sink) Check() (storage.EventSink, error) {
 		}
 	}
 	return out, nil
+}
+
+// SendsTokensInClear says whether a sink sends tokens over http to another
+// machine.
+func SendsTokensInClear(k *storage.EventSink) bool {
+	u, err := url.Parse(k.URL)
+	if err != nil || !k.Tokens || u.Scheme != "http" {
+		return false
+	}
+	addr, err := netip.ParseAddr(u.Hostname())
+	return u.Hostname() != "localhost" && (err != nil || !addr.Unmap().IsLoopback())
 }
 
 // CheckKey refuses a key that looks like Standard Webhooks' form and is not.

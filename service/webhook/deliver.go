@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/nanomdm/nanomdm/backoff"
+	"github.com/nanomdm/nanomdm/service/callout"
 	"github.com/nanomdm/nanomdm/storage"
 	"github.com/nanomdm/nanomdm/storage/lease"
 )
@@ -77,6 +78,9 @@ type Config struct {
 	LeaseTTL time.Duration
 	// RootCAs verifies receivers. Default: the system's.
 	RootCAs *x509.CertPool
+	// Guard limits the addresses of sinks that were made through the API. The
+	// zero value keeps them out of private networks.
+	Guard callout.Guard
 	// Logger takes alarms; nothing is logged if nil.
 	Logger *slog.Logger
 }
@@ -185,7 +189,7 @@ func (d *Deliverer) Run(ctx context.Context) error {
 
 // work is one term of the lease.
 func (d *Deliverer) work(ctx context.Context, current func() storage.Lease) error {
-	d.send = newSender(d.store, d.cfg.Timeout, d.cfg.Workers, d.cfg.RootCAs, d.dial)
+	d.send = newSender(d.store, d.cfg.Timeout, d.cfg.Workers, d.cfg.RootCAs, d.cfg.Guard, d.dial)
 	defer d.send.close()
 	var wg sync.WaitGroup
 	wg.Go(func() { d.number(ctx, current) })

@@ -54,7 +54,9 @@ type failure struct {
 
 // sender does the HTTP of all sinks.
 type sender struct {
-	client  *http.Client
+	client *http.Client
+	// guarded is the client for sinks that were made through the API.
+	guarded *http.Client
 	timeout time.Duration // of one try
 	log     storage.EventLog
 	large   *semaphore.Weighted
@@ -63,29 +65,40 @@ type sender struct {
 // dialer makes connections.
 type dialer func(ctx context.Context, network, address string) (net.Conn, error)
 
-func newSender(log storage.EventLog, timeout time.Duration, workers int, roots *x509.CertPool, dial dialer) *sender {
+func newSender(log storage.EventLog, timeout time.Duration, workers int, roots *x509.CertPool, guard callout.Guard, dial dialer) *sender {
+	guardedDial := dial
 	if dial == nil {
-		dial = (&net.Dialer{Timeout: 10 * time.Second, KeepAlive: 30 * time.Second}).DialContext
+		plain := net.Dialer{Timeout: 10 * time.Second, KeepAlive: 30 * time.Second}
+		checked := plain
+		checked.ControlContext = guard.Control
+		dial, guardedDial = plain.DialContext, checked.DialContext
 	}
+	transport := &http.Transport{
+		Proxy:                  http.ProxyFromEnvironment,
+		DialContext:            dial,
+		TLSClientConfig:        &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12},
+		TLSHandshakeTimeout:    10 * time.Second,
+		ForceAttemptHTTP2:      true,
+		MaxIdleConnsPerHost:    workers,
+		WriteBufferSize:        writeBuffer,
+		IdleConnTimeout:        90 * time.Second,
+		MaxResponseHeaderBytes: 64 << 10,
+	}
+	guarded := transport.Clone()
+	guarded.Proxy, guarded.DialContext = nil, guardedDial
 	return &sender{
 		log:     log,
 		timeout: timeout,
 		large:   semaphore.NewWeighted(maxSending),
-		client: callout.Client(&http.Transport{
-			Proxy:                  http.ProxyFromEnvironment,
-			DialContext:            dial,
-			TLSClientConfig:        &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12},
-			TLSHandshakeTimeout:    10 * time.Second,
-			ForceAttemptHTTP2:      true,
-			MaxIdleConnsPerHost:    workers,
-			WriteBufferSize:        writeBuffer,
-			IdleConnTimeout:        90 * time.Second,
-			MaxResponseHeaderBytes: 64 << 10,
-		}),
+		client:  callout.Client(transport),
+		guarded: callout.Client(guard.Transport(guarded, transport)),
 	}
 }
 
-func (s *sender) close() { s.client.CloseIdleConnections() }
+func (s *sender) close() {
+	s.client.CloseIdleConnections()
+	s.guarded.CloseIdleConnections()
+}
 
 // send tries once. attempt is the number of the try, from 1.
 func (s *sender) send(ctx context.Context, k *storage.EventSink, r *storage.EventRecord, attempt int) *failure {
@@ -133,7 +146,11 @@ func (s *sender) post(ctx context.Context, k *storage.EventSink, r *storage.Even
 		req.Header.Set(headerAttempt, strconv.Itoa(attempt))
 	}
 	sign(req.Header, k.Keys, r.ID, time.Now(), body)
-	resp, err := s.client.Do(req)
+	client := s.guarded
+	if k.Configured { // the operator of the server chose the URL
+		client = s.client
+	}
+	resp, err := client.Do(req)
 	if err != nil {
 		return &failure{text: reason(err), received: connected.Load()}
 	}

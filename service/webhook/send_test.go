@@ -7,12 +7,14 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/netip"
 	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/stretchr/testify/require"
 
+	"github.com/nanomdm/nanomdm/service/callout"
 	"github.com/nanomdm/nanomdm/storage"
 )
 
@@ -36,7 +38,7 @@ func TestEventIsOneWrite(t *testing.T) {
 	}))
 	defer receiver.Close()
 	var writes atomic.Int64
-	s := newSender(nil, 10*time.Second, 1, nil, func(ctx context.Context, network, address string) (net.Conn, error) {
+	s := newSender(nil, 10*time.Second, 1, nil, callout.Guard{}, func(ctx context.Context, network, address string) (net.Conn, error) {
 		conn, err := new(net.Dialer).DialContext(ctx, network, address)
 		return countingConn{conn, &writes}, err
 	})
@@ -45,4 +47,22 @@ func TestEventIsOneWrite(t *testing.T) {
 	require.Nil(t, s.send(t.Context(), &storage.EventSink{URL: receiver.URL, Keys: []string{"key"}}, e, 1))
 	require.Greater(t, got.Load(), int64(20_000))
 	require.EqualValues(t, 1, writes.Load())
+}
+
+// Sinks that were made through the API reach no private network, and those
+// that are configured do.
+func TestGuardedSinks(t *testing.T) {
+	receiver := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
+	defer receiver.Close()
+	e := &storage.EventRecord{Event: storage.Event{ID: "E", Topic: storage.TopicConnect}}
+	s := newSender(nil, 10*time.Second, 1, nil, callout.Guard{}, nil)
+	defer s.close()
+	require.Nil(t, s.send(t.Context(), &storage.EventSink{URL: receiver.URL, Configured: true}, e, 1))
+	f := s.send(t.Context(), &storage.EventSink{URL: receiver.URL}, e, 1)
+	require.NotNil(t, f)
+	require.Contains(t, f.text, callout.ErrInternal.Error())
+	require.False(t, f.received)
+	allowing := newSender(nil, 10*time.Second, 1, nil, callout.Guard{Allowed: []netip.Prefix{netip.MustParsePrefix("127.0.0.1/32")}}, nil)
+	defer allowing.close()
+	require.Nil(t, allowing.send(t.Context(), &storage.EventSink{URL: receiver.URL}, e, 1))
 }

@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -18,6 +19,7 @@ import (
 
 	"github.com/stretchr/testify/require"
 
+	"github.com/nanomdm/nanomdm/service/callout"
 	"github.com/nanomdm/nanomdm/storage"
 )
 
@@ -111,7 +113,7 @@ func TestConsumers(t *testing.T) {
 					return err == nil
 				}, 20*time.Second, 20*time.Millisecond)
 
-				s := newSender(nil, 10*time.Second, 1, nil, nil)
+				s := newSender(nil, 10*time.Second, 1, nil, callout.Guard{Allowed: []netip.Prefix{netip.MustParsePrefix("127.0.0.0/8")}}, nil)
 				defer s.close()
 				r := examples()[6]
 				post := func(keys ...string) *failure {

@@ -66,6 +66,9 @@ func OpenSinks(ctx context.Context, store storage.EventSinks, configured []stora
 		watched: make(map[string]sighting), changed: make(chan struct{}, 1),
 	}
 	for _, k := range configured {
+		if SendsTokensInClear(&k) {
+			logger.WarnContext(ctx, "an event sink sends tokens over http, which anybody on the way can read: use https", "sink", k.Name)
+		}
 		k.Configured, k.Enabled, k.Reason = true, true, ""
 		s.configured[k.Name] = k
 		if err := s.put(ctx, k); err != nil {
