@@ -188,9 +188,11 @@ type Seen struct {
 // report that cannot be read (mdm.StatusUnreadable) fails the row that it names,
 // or, if it names none, the one that the device was offered and has not answered.
 //
-// Idle is answered from queued and notnow rows in order, any other status
-// from queued rows only. A non-NotNow report that is answered empty while
-// notnow rows wait makes a push owed. A disabled or unknown enrollment with
+// Idle begins a conversation: rows that were refused in an earlier one are
+// queued again, in their old places, and Idle is answered from all of them in
+// order. A row that is refused in a conversation is not offered again in it,
+// whichever connection or replica asks. A non-NotNow report that is answered
+// empty while notnow rows wait makes a push owed. A disabled or unknown enrollment with
 // an acceptable certificate gets no command.
 type Report struct {
 	Src         Source
@@ -256,7 +258,7 @@ type State int
 const (
 	Scheduled    State = 1 // waits for its not-before time
 	Queued       State = 2
-	NotNow       State = 3 // refused for now; offered again on Idle
+	NotNow       State = 3 // refused in this conversation; Idle queues it again
 	Acknowledged State = 10
 	Failed       State = 11 // the device reported Error
 	FormatError  State = 12

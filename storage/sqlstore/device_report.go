@@ -15,7 +15,7 @@ var reportKind = opKind{
 	op:    (*storage.Report)(nil),
 	size:  of(func(o *storage.Report) int { return len(o.Raw) }),
 	reads: of(func(o *storage.Report) bool { return o.Status == mdm.StatusIdle }),
-	poll:  offer,
+	poll:  pollReports,
 	round: takeReports,
 }
 
@@ -43,6 +43,11 @@ func takeReports(ctx context.Context, t *tx, reports []*opRun) error {
 			told = told || len(p.src.Events) > 0
 		}
 	}
+	refused, err := readRefused(ctx, t, reports)
+	if err != nil {
+		return err
+	}
+	keys = append(keys, refused...)
 	rows := make(map[keyPair]queueRow, len(keys))
 	states := make(map[string]*enrollmentState, len(of))
 	ask, err := statesQuery(t, of, states)
@@ -64,6 +69,7 @@ func takeReports(ctx context.Context, t *tx, reports []*opRun) error {
 	if err != nil {
 		return err
 	}
+	changes.reopen(refused)
 	if err := answer(ctx, t, admitted, states); err != nil {
 		return err
 	}
@@ -116,6 +122,45 @@ func lockQuery(t *tx, keys []keyPair, told bool, into map[keyPair]queueRow) sqld
 	}
 	text, args := t.lockedRowsText(keys, told)
 	return sqldb.BatchQuery{Action: "locking queue rows", Text: text, Args: args, Read: read}
+}
+
+// maxRefused bounds the rows that one round makes eligible again. Rows beyond
+// it wait for the next Idle.
+const maxRefused = 1000
+
+// readRefused returns the rows that the idle enrollments of a round refused in
+// earlier conversations. An Idle begins a conversation: what was refused before
+// is eligible again, in its old place.
+func readRefused(ctx context.Context, t *tx, reports []*opRun) ([]keyPair, error) {
+	var ids []string
+	for _, p := range reports {
+		if idle(p) {
+			ids = append(ids, p.id())
+		}
+	}
+	if len(ids) == 0 {
+		return nil, nil
+	}
+	is, args := t.Among(ids)
+	keys, err := sqldb.Collect(t.Query(ctx, fmt.Sprintf("SELECT id, command_uuid FROM nano_enrollment_queue%s WHERE state = %d AND id %s LIMIT %d",
+		t.Dialect.Index("nano_enrollment_queue_next"), storage.NotNow, is, maxRefused), args...), func(row sqldb.Row, k *keyPair) error {
+		return row.Scan(&k.ID, &k.Item)
+	})
+	if err != nil {
+		return nil, fmt.Errorf("reading refused queue rows: %w", err)
+	}
+	return keys, nil
+}
+
+// pollReports answers polls. An enrollment that has refused rows begins a
+// conversation with a write.
+func pollReports(ctx context.Context, t *tx, reports []*opRun, states map[string]*enrollmentState) error {
+	for _, p := range reports {
+		if state := states[p.id()]; state != nil && state.active && state.notnow.Valid && p.err == nil {
+			p.mustWrite = true
+		}
+	}
+	return offer(ctx, t, slices.DeleteFunc(slices.Clone(reports), func(p *opRun) bool { return p.mustWrite }), states)
 }
 
 // admitReports checks the certificates of reports. Most are settled by what
@@ -182,11 +227,30 @@ func planReports(ctx context.Context, t *tx, reports []*opRun, rows map[keyPair]
 	return &reported{rows, results, moves}, nil
 }
 
+// reopen makes refused rows eligible again, but for those that are refused or
+// ended in this round.
+func (r *reported) reopen(refused []keyPair) {
+	for _, k := range refused {
+		if r.rows[k].state == storage.NotNow && !r.moved(k) {
+			r.moves[storage.Queued] = append(r.moves[storage.Queued], k)
+		}
+	}
+}
+
+func (r *reported) moved(k keyPair) bool {
+	for _, keys := range r.moves {
+		if slices.Contains(keys, k) {
+			return true
+		}
+	}
+	return false
+}
+
 func (r *reported) store(ctx context.Context, t *tx) error {
 	if err := insertResults(ctx, t, r.results, r.rows); err != nil {
 		return err
 	}
-	for _, to := range []storage.State{storage.NotNow, storage.Acknowledged, storage.Failed, storage.FormatError} {
+	for _, to := range []storage.State{storage.Queued, storage.NotNow, storage.Acknowledged, storage.Failed, storage.FormatError} {
 		if err := moveTo(ctx, t, to, r.moves[to]); err != nil {
 			return err
 		}
@@ -199,12 +263,15 @@ func moveTo(ctx context.Context, t *tx, to storage.State, keys []keyPair) error 
 	if len(keys) == 0 {
 		return nil
 	}
-	set := "state = ?, finished_at = ?, not_before = NULL"
-	if to == storage.NotNow {
+	set, values := "state = ?, finished_at = ?, not_before = NULL", []any{int(to), t.Now}
+	switch to {
+	case storage.Queued:
+		set, values = "state = ?", []any{int(to)}
+	case storage.NotNow:
 		set = "state = ?, notnow_at = ?, notnow_count = notnow_count + 1"
 	}
 	q, args := queueRows.UpdateLockedText(t.Tx, set, keys)
-	if err := t.ExecDeferred(ctx, q, append([]any{int(to), t.Now}, args...)...); err != nil {
+	if err := t.ExecDeferred(ctx, q, append(values, args...)...); err != nil {
 		return fmt.Errorf("moving queue rows to %s: %w", to, err)
 	}
 	return nil

@@ -328,6 +328,7 @@ func inventoryStatistics(t *testing.T, h *Harness) {
 	h.device("mac").reports(t, mdm.StatusAcknowledged, "C1")
 	h.device("pad").reports(t, mdm.StatusNotNow, "C1")
 	h.device("pad").polls(t)
+	h.device("pad").reports(t, mdm.StatusNotNow, "C1")
 	require.NoError(t, h.Store.Flush(t.Context()))
 	h.Clock.Advance(time.Minute)
 	h.accepted(t, "pad", time.Hour)

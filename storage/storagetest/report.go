@@ -19,6 +19,8 @@ func reportTests() []subtest {
 		{"a terminal status ends a row and keeps its result", reportTerminal},
 		{"another status changes nothing", reportOtherStatus},
 		{"NotNow puts a command off until the device is idle", reportNotNow},
+		{"refused commands drain in one later conversation", reportConversation},
+		{"a conversation over two replicas and connections", reportConversations},
 		{"a late NotNow does not bring a command back", reportLateNotNow},
 		{"what was refused is pushed for once nothing else is left", reportOwesPush},
 		{"a repeated report changes nothing", reportRepeated},
@@ -117,20 +119,90 @@ func reportNotNow(t *testing.T, h *Harness) {
 	require.Equal(t, "3", d.reports(t, mdm.StatusNotNow, "2"))
 	require.Empty(t, d.reports(t, mdm.StatusAcknowledged, "3"), "not in the same conversation")
 	require.Equal(t, "1", d.polls(t), "but in the next")
-	require.Empty(t, d.reports(t, mdm.StatusNotNow, "1"))
+	require.Equal(t, "2", d.reports(t, mdm.StatusNotNow, "1"))
+	require.Empty(t, d.reports(t, mdm.StatusNotNow, "2"))
 	require.EqualValues(t, 2, h.Int(t, "SELECT notnow_count FROM nano_enrollment_queue WHERE command_uuid = '1' AND notnow_at = ?", h.Clock.Now().UnixMicro()))
 	h.enqueue(t, []string{"D"}, "4")
 	require.Equal(t, "1", d.polls(t), "an older one goes first")
 	_, err := h.Store.Enqueue(t.Context(), storage.Scope{}, &storage.Enqueue{Command: command("5"), IDs: []string{"D"}, Priority: 1})
 	require.NoError(t, err)
 	require.Equal(t, "5", d.polls(t), "unless another one is more urgent")
-	require.Equal(t, "4", d.reports(t, mdm.StatusAcknowledged, "5"))
+	require.Equal(t, "1", d.reports(t, mdm.StatusAcknowledged, "5"))
+	require.Equal(t, "2", d.reports(t, mdm.StatusAcknowledged, "1"))
+	require.Equal(t, "4", d.reports(t, mdm.StatusError, "2"))
 	require.Empty(t, d.reports(t, mdm.StatusAcknowledged, "4"))
-	require.Equal(t, "1", d.polls(t))
-	require.Empty(t, d.reports(t, mdm.StatusAcknowledged, "1"))
-	require.Equal(t, "2", d.polls(t))
-	require.Empty(t, d.reports(t, mdm.StatusError, "2"))
 	require.Empty(t, d.polls(t))
+}
+
+func reportConversation(t *testing.T, h *Harness) {
+	d := h.device("D").enrolls(t)
+	h.enqueue(t, []string{"D"}, "1", "2", "3")
+	require.Equal(t, "1", d.polls(t))
+	require.Equal(t, "2", d.reports(t, mdm.StatusNotNow, "1"))
+	require.Equal(t, "3", d.reports(t, mdm.StatusNotNow, "2"))
+	require.Empty(t, d.reports(t, mdm.StatusNotNow, "3"))
+	require.Equal(t, "1 notnow, 2 notnow, 3 notnow", queueStates(t, h, "D"))
+
+	require.Equal(t, "1", d.polls(t), "the device wakes up")
+	h.enqueue(t, []string{"D"}, "4")
+	require.Equal(t, "2", d.reports(t, mdm.StatusAcknowledged, "1"), "and drains all that it had refused")
+	require.Equal(t, "3", d.reports(t, mdm.StatusNotNow, "2"), "but for what it refuses again")
+	require.Equal(t, "4", d.reports(t, mdm.StatusAcknowledged, "3"))
+	require.Empty(t, d.reports(t, mdm.StatusAcknowledged, "4"), "not twice in one conversation")
+	owed, _ := push(t, h, "D")
+	require.True(t, owed)
+	require.EqualValues(t, 2, h.Int(t, "SELECT notnow_count FROM nano_enrollment_queue WHERE command_uuid = '2'"))
+	require.Equal(t, "2", d.polls(t))
+	require.Empty(t, d.reports(t, mdm.StatusAcknowledged, "2"))
+}
+
+// Two connections of one device, at two replicas, are one conversation, which
+// the latest Idle began.
+func reportConversations(t *testing.T, h *Harness) {
+	a := h.device("D").enrolls(t)
+	b := a.on(h.Open(t, nil))
+	h.enqueue(t, []string{"D"}, "1", "2", "3")
+	require.Equal(t, "1", a.polls(t))
+	require.Equal(t, "2", a.reports(t, mdm.StatusNotNow, "1"))
+	require.Equal(t, "1", b.polls(t))
+	require.Equal(t, "2", b.reports(t, mdm.StatusNotNow, "1"))
+	require.Equal(t, "3", a.reports(t, mdm.StatusAcknowledged, "2"), "1 was refused since the latest Idle")
+	require.Empty(t, b.reports(t, mdm.StatusAcknowledged, "3"))
+	require.Empty(t, a.reports(t, mdm.StatusAcknowledged, "2"), "a repetition brings nothing back")
+	require.Equal(t, "1", a.polls(t))
+	require.Empty(t, b.reports(t, mdm.StatusAcknowledged, "1"))
+	require.Empty(t, a.polls(t))
+
+	// The same at once: every command ends once, however often it is refused.
+	ids := numbered("E", 8)
+	h.Enroll(t, ids...)
+	uuids := numbered("C", 6)
+	h.enqueue(t, ids, uuids...)
+	for _, err := range together(2*len(ids), func(i int) error {
+		c := h.device(ids[i/2]).on([]storage.Devices{a.store, b.store}[i%2])
+		for visit := range 40 {
+			next, err := c.report(t, mdm.StatusIdle, "")
+			for n := 0; err == nil && next != ""; n++ {
+				if n > 4*len(uuids) {
+					return fmt.Errorf("%s is offered %s without end", c.enroll.ID, next)
+				}
+				status := mdm.StatusAcknowledged
+				if visit == 0 {
+					status = mdm.StatusNotNow
+				}
+				next, err = c.report(t, status, next)
+			}
+			if err != nil {
+				return err
+			}
+		}
+		return nil
+	}) {
+		require.NoError(t, err)
+	}
+	for _, id := range ids {
+		require.EqualValues(t, len(uuids), h.Int(t, "SELECT COUNT(*) FROM nano_enrollment_queue WHERE id = ? AND state = 10", id))
+	}
 }
 
 func reportLateNotNow(t *testing.T, h *Harness) {
