@@ -178,6 +178,16 @@ func (r *reader) need(key string, v value) string {
 	return s
 }
 
+// whole refuses a string that the store could only keep in part: a push with
+// half a magic wakes nobody.
+func (r *reader) whole(key, s string) string {
+	if len(s) > MaxIDLen {
+		r.fail(fmt.Errorf("%w: more than %d bytes in %s", ErrMalformed, MaxIDLen, key))
+		return ""
+	}
+	return s
+}
+
 // bytes returns optional data.
 func (r *reader) bytes(key string, v value) []byte {
 	switch v.kind {
@@ -299,14 +309,14 @@ func (r *reader) authenticate() *Authenticate {
 	}
 	return &Authenticate{
 		Enrollment:   r.enrollment(),
-		Topic:        topic("Topic", r.Topic),
+		Topic:        r.whole("Topic", topic("Topic", r.Topic)),
 		Model:        r.text(r.Model),
 		ModelName:    r.text(r.ModelName),
 		DeviceName:   r.text(r.DeviceName),
 		OSVersion:    r.text(r.OSVersion),
 		BuildVersion: r.text(r.BuildVersion),
 		ProductName:  r.text(r.ProductName),
-		SerialNumber: r.text(r.SerialNumber),
+		SerialNumber: r.whole("SerialNumber", r.text(r.SerialNumber)),
 		IMEI:         r.text(r.IMEI),
 		MEID:         r.text(r.MEID),
 		Raw:          r.body,
@@ -316,8 +326,8 @@ func (r *reader) authenticate() *Authenticate {
 func (r *reader) tokenUpdate() *TokenUpdate {
 	m := &TokenUpdate{
 		Enrollment:            r.enrollment(),
-		Topic:                 r.need("Topic", r.Topic),
-		PushMagic:             r.need("PushMagic", r.PushMagic),
+		Topic:                 r.whole("Topic", r.need("Topic", r.Topic)),
+		PushMagic:             r.whole("PushMagic", r.need("PushMagic", r.PushMagic)),
 		Token:                 r.bytes("Token", r.Token),
 		UnlockToken:           r.bytesOrNone(r.UnlockToken),
 		AwaitingConfiguration: r.boolean(r.AwaitingConfiguration),

@@ -31,7 +31,7 @@ func authenticate(ctx context.Context, t *tx, batch []*opRun, r *opRound) error 
 	var begun []any
 	for _, p := range batch {
 		m := p.op.(*storage.Authenticate).Message
-		args := []any{p.id(), clip(m.SerialNumber), clip(m.Model), clip(m.ModelName), clip(m.DeviceName), clip(m.OSVersion),
+		args := []any{p.id(), m.SerialNumber, clip(m.Model), clip(m.ModelName), clip(m.DeviceName), clip(m.OSVersion),
 			clip(m.BuildVersion), clip(m.ProductName), clip(m.IMEI), clip(m.MEID), t.sealed(authenticateColumn, p.id(), notNil(m.Raw)), t.Now, t.Now, t.Now}
 		if r.certs.devices[p.id()] {
 			known = append(known, args...)
@@ -39,7 +39,7 @@ func authenticate(ctx context.Context, t *tx, batch []*opRun, r *opRound) error 
 			fresh = append(fresh, args...)
 		}
 		if r.rows.byID[p.id()] == nil {
-			begun = append(begun, p.id(), p.id(), string(p.src.Enroll.Type), clip(m.Topic), t.Now, t.Now)
+			begun = append(begun, p.id(), p.id(), string(p.src.Enroll.Type), m.Topic, t.Now, t.Now)
 		}
 	}
 	if len(fresh) > 0 {

@@ -36,7 +36,7 @@ func updateTokens(ctx context.Context, t *tx, batch []*opRun, r *opRound) error 
 		}
 		p.out.Tally = int(tally)
 		p.facts.tally = p.out.Tally
-		args = append(args, p.id(), p.device, string(p.src.Enroll.Type), r.topicOf(p, clip(m.Topic)), clip(m.PushMagic), notNil(m.Token), t.Now,
+		args = append(args, p.id(), p.device, string(p.src.Enroll.Type), r.topicOf(p, m.Topic), m.PushMagic, notNil(m.Token), t.Now,
 			true, tally, m.AwaitingConfiguration, enrolledAt, t.Now, t.Now)
 		ids = append(ids, p.id())
 		switch {

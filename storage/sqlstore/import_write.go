@@ -11,6 +11,7 @@ import (
 	"strconv"
 	"time"
 
+	"github.com/nanomdm/nanomdm/mdm"
 	"github.com/nanomdm/nanomdm/storage"
 	"github.com/nanomdm/nanomdm/storage/sqldb"
 )
@@ -187,6 +188,16 @@ type importedChannel struct {
 
 func (i *importing) refuse(kind, key, reason string) {
 	i.done.Refused = append(i.done.Refused, storage.Refusal{Kind: kind, Key: key, Reason: reason})
+}
+
+// whole refuses a text of an enrollment that the store could only keep in part:
+// a push with half a magic wakes nobody.
+func (i *importing) whole(id, name, text string) string {
+	if len(text) > mdm.MaxIDLen || legible(text) != text {
+		i.refuse("enrollment", id, fmt.Sprintf("its %s is longer than %d bytes or no text", name, mdm.MaxIDLen))
+		return ""
+	}
+	return text
 }
 
 // channels lists the channels that are imported, in order of their ids.
@@ -390,7 +401,7 @@ func (i *importing) writeEnrollments(ctx context.Context) error {
 		"awaiting_configuration", "renewal_until", "enrolled_at", "updated_at"}
 	var args []any
 	for _, c := range i.channels() {
-		args = append(args, c.ID, i.t.Now, c.device, string(c.Type), clip(c.Topic), clip(c.PushMagic), nilIfEmpty(c.Token), null(micros(c.TokenAt)),
+		args = append(args, c.ID, i.t.Now, c.device, string(c.Type), i.whole(c.ID, "topic", c.Topic), i.whole(c.ID, "push magic", c.PushMagic), nilIfEmpty(c.Token), null(micros(c.TokenAt)),
 			c.Enabled, c.OperatorDisabled, c.Tally, c.AwaitingConfiguration, null(micros(c.RenewalUntil)), null(micros(c.EnrolledAt)), i.t.Now)
 	}
 	if err := i.t.upsertChunks(ctx, "nano_enrollments", slices.Concat([]string{"id", "created_at"}, set), []string{"id"}, set, args); err != nil {
