@@ -96,6 +96,10 @@ type Commands interface {
 	// CommandItems lists up to limit of a command's enrollments after one, by
 	// id: all, or those in a state.
 	CommandItems(ctx context.Context, scope Scope, uuid string, state State, after string, limit int) ([]QueueItem, error)
+	// CommandPayloads reads the property lists of commands as they were queued,
+	// by CommandUUID; those that do not exist are missing. It asks for no
+	// scope: the caller has the commands from a list that did.
+	CommandPayloads(ctx context.Context, uuids []string) (map[string][]byte, error)
 	// CommandWaits says whether the command waits for an enrollment.
 	CommandWaits(ctx context.Context, scope Scope, uuid string) (bool, error)
 }

@@ -19,6 +19,7 @@ const (
 	actCancel        = "command.cancel"
 	actRequeue       = "command.requeue"
 	actClearQueue    = "queue.clear"
+	actReadQueue     = "queue.read"
 	actPush          = "push"
 	actPushCert      = "pushcert.store"
 	actDisable       = "enrollment.disable"

@@ -46,6 +46,11 @@ func (a *API) routes() []route {
 		{method: "POST", path: "/v1/enrollments/{id}/unlock_token", role: roleAdmin, handler: a.endpoint(noQuery(a.readUnlockToken))},
 		{method: "GET", path: "/v1/stats", role: roleRead, handler: a.endpoint(noQuery(a.stats))},
 
+		// The form that upstream NanoMDM announced. Commands hold secrets.
+		{method: "POST", path: "/v1/enrollments/query", role: roleRead, form: formNanoMDM, handler: slow(a.endpoint(a.queryEnrollments))},
+		{method: "GET", path: "/v1/queue/{ids...}", role: roleAdmin, form: formNanoMDM, handler: a.endpoint(a.readQueue)},
+		{method: "DELETE", path: "/v1/queue/{ids...}", role: roleEnqueue, form: formNanoMDM, handler: slow(a.endpoint(a.clearQueues))},
+
 		// Commands.
 		{path: "/v1/enqueue/{ids...}", role: roleEnqueue, form: formCommand, handler: slow(a.endpoint(a.enqueueIDs))},
 		{method: "POST", path: "/v1/enqueue", role: roleEnqueue, handler: slow(a.endpoint(a.enqueue))},

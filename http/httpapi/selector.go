@@ -131,11 +131,27 @@ func (c *cursors) enrollment(r *http.Request, k storage.EnrollmentKey) string {
 	if k == (storage.EnrollmentKey{}) {
 		return ""
 	}
-	p := place{By: k.By, Key: k.Key, ID: k.ID}
+	return c.seal(r, placeOf(k))
+}
+
+func placeOf(k storage.EnrollmentKey) *place {
+	p := &place{By: k.By, Key: k.Key, ID: k.ID}
 	if !k.At.IsZero() {
 		p.At = k.At.UnixMicro()
 	}
-	return c.seal(r, p)
+	return p
+}
+
+// key is the place as the store has it; that of nil is the beginning.
+func (p *place) key() storage.EnrollmentKey {
+	if p == nil {
+		return storage.EnrollmentKey{}
+	}
+	k := storage.EnrollmentKey{By: p.By, Key: p.Key, ID: p.ID}
+	if p.At != 0 {
+		k.At = time.UnixMicro(p.At).UTC()
+	}
+	return k
 }
 
 // enrollmentPlace reads the parameter after of a list of enrollments.
@@ -147,9 +163,5 @@ func (q *query) enrollmentPlace() storage.EnrollmentKey {
 	if p.By == "" || strings.ContainsRune(p.Key+p.ID, 0) {
 		q.failCursor()
 	}
-	k := storage.EnrollmentKey{By: p.By, Key: p.Key, ID: p.ID}
-	if p.At != 0 {
-		k.At = time.UnixMicro(p.At).UTC()
-	}
-	return k
+	return p.key()
 }

@@ -420,6 +420,9 @@ func TestTenants(t *testing.T) {
 	requests := map[string]tenantRequest{
 		"GET /v1/enrollments":                               {},
 		"GET /v1/enrollments/{id}":                          {},
+		"POST /v1/enrollments/query":                        {body: `{"filter": {"ids": ["{who}"]}}`},
+		"GET /v1/queue/{ids}":                               {},
+		"DELETE /v1/queue/{ids}":                            {},
 		"DELETE /v1/enrollments/{id}":                       {query: "?confirm={who}"},
 		"GET /v1/enrollments/{id}/queue":                    {},
 		"DELETE /v1/enrollments/{id}/queue":                 {},

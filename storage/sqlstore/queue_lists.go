@@ -506,6 +506,30 @@ func itemsQuery(d *sqldb.Dialect, scope storage.Scope, uuid string, state storag
 	return strings.Join(parts, "\nUNION ALL ") + "\nORDER BY id LIMIT ?", append(args, limit)
 }
 
+// CommandPayloads implements storage.Commands.
+func (s *Store) CommandPayloads(ctx context.Context, uuids []string) (payloads map[string][]byte, err error) {
+	if len(uuids) == 0 {
+		return nil, nil
+	}
+	place, args := sqldb.InList(uuids)
+	err = s.read(ctx, func(ctx context.Context, t *tx) error {
+		payloads = make(map[string][]byte, len(uuids))
+		return t.Query(ctx, "SELECT command_uuid, command FROM nano_commands WHERE command_uuid IN "+place, args...).Each(func(row sqldb.Row) error {
+			var uuid string
+			var raw []byte
+			if err := row.Scan(&uuid, &raw); err != nil {
+				return err
+			}
+			payloads[uuid], err = t.opened(commandColumn, uuid, raw)
+			return err
+		})
+	})
+	if err != nil {
+		return nil, fmt.Errorf("reading commands: %w", err)
+	}
+	return payloads, nil
+}
+
 // CommandWaits implements storage.Commands.
 func (s *Store) CommandWaits(ctx context.Context, scope storage.Scope, uuid string) (waits bool, err error) {
 	if !storable(uuid) {
