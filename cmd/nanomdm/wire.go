@@ -208,10 +208,11 @@ func (b *building) assemble(ctx context.Context, store *sqlstore.Store) error {
 			Retro: o.retro, Reenroll: o.reenroll, Renewal: o.renewal, Confirm: side.confirm,
 		}))
 		h := httpmdm.New(service.Chain(protocol, chain...), side.identity, httpmdm.Config{
-			Pins: store, MaxBody: o.maxBody, MaxInFlight: o.maxInFlight, MaxRequests: o.maxRequests,
+			Pins: store, Refusals: store, MaxBody: o.maxBody, MaxInFlight: o.maxInFlight, MaxRequests: o.maxRequests,
 			Refused:            b.metrics.Refused,
 			AuthProxyTransport: side.authProxy, Logger: log,
 		})
+		s.background("record of refusals", h.RecordRefusals)
 		if o.migration {
 			operators.Handle("/migration", api.Migration(h.Migration(protocol)))
 		}

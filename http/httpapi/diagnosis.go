@@ -2,6 +2,7 @@ package httpapi
 
 import (
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/nanomdm/nanomdm/storage"
@@ -26,6 +27,8 @@ type diagnosis struct {
 	device *storage.Enrollment // of a user channel
 	head   *storage.QueueItem
 	cert   *storage.PushCertInfo // for its topic; nil if there is none
+	// refusals are of its requests, the newest first.
+	refusals []storage.EnrollmentRefusal
 
 	said []string
 }
@@ -44,6 +47,7 @@ func (d *diagnosis) sentences() []string {
 		d.queue()
 	}
 	d.identity()
+	d.refused()
 	d.absence()
 	return d.said
 }
@@ -176,6 +180,29 @@ func (d *diagnosis) identity() {
 		d.say("Its identity certificate expired at %s: what it sends is refused.", stamp(c.NotAfter))
 	case c.NotAfter.Sub(d.now) < nearEnd:
 		d.say("Its identity certificate expires at %s.", stamp(c.NotAfter))
+	}
+}
+
+// refused says which of its requests were refused lately.
+func (d *diagnosis) refused() {
+	for _, r := range d.refusals {
+		if d.now.Sub(r.Last) > longUnseen {
+			continue
+		}
+		times := "once, at " + stamp(r.Last)
+		if r.Count > 1 {
+			times = fmt.Sprintf("%d times since %s, the last at %s", r.Count, stamp(r.First), stamp(r.Last))
+		}
+		switch {
+		case r.Cause == storage.CauseUnreadable:
+			d.say("It sent reports that cannot be read, %s: the commands ended as error with the status Unreadable, and the bytes are their results.", times)
+		case r.Cause != storage.CauseForeignCertificate:
+			d.say("Its requests were refused (%s), %s: %s.", r.Cause, times, strings.TrimSuffix(r.Detail, "."))
+		case r.Other != "":
+			d.say("One identity was shown for it and for %s, %s: it was copied from one device to the other, as Migration Assistant does. The one that it was not issued to has to enroll again.", r.Other, times)
+		default:
+			d.say("Its requests were refused, %s: the certificate is not the one that is pinned to it. It has to enroll again, unless a renewal window is opened.", times)
+		}
 	}
 }
 

@@ -20,6 +20,21 @@ func TestDiagnosis(t *testing.T) {
 		want  []string
 	}{
 		"nothing": {func(d *httpapi.DiagnosisForTest) {}, []string{}},
+		"refused requests": {func(d *httpapi.DiagnosisForTest) {
+			d.Refusals = []storage.EnrollmentRefusal{
+				{Cause: "too_large", Count: 1, Detail: "body is larger than -max-body", First: ago(time.Hour), Last: ago(time.Hour)},
+				{Cause: "unreadable_report", Count: 2, First: ago(day), Last: ago(2 * time.Hour)},
+				{Cause: "certificate_not_pinned", Count: 3, First: ago(day), Last: ago(3 * time.Hour)},
+				{Cause: "malformed", Count: 9, First: ago(30 * day), Last: ago(8 * day)},
+			}
+		}, []string{
+			"Its requests were refused (too_large), once, at 2026-03-01T11:00:00Z: body is larger than -max-body.",
+			"It sent reports that cannot be read, 2 times since 2026-02-28T12:00:00Z, the last at 2026-03-01T10:00:00Z: the commands ended as error with the status Unreadable, and the bytes are their results.",
+			"Its requests were refused, 3 times since 2026-02-28T12:00:00Z, the last at 2026-03-01T09:00:00Z: the certificate is not the one that is pinned to it. It has to enroll again, unless a renewal window is opened.",
+		}},
+		"one identity on two devices": {func(d *httpapi.DiagnosisForTest) {
+			d.Refusals = []storage.EnrollmentRefusal{{Cause: "certificate_not_pinned", Other: "E", Count: 1, First: ago(time.Hour), Last: ago(time.Hour)}}
+		}, []string{"One identity was shown for it and for E, once, at 2026-03-01T11:00:00Z: it was copied from one device to the other, as Migration Assistant does. The one that it was not issued to has to enroll again."}},
 		"a command that just came": {func(d *httpapi.DiagnosisForTest) {
 			d.Head = &storage.QueueItem{CommandUUID: "C", State: storage.Queued, CreatedAt: ago(time.Minute)}
 			d.E.Push = storage.PushState{Owed: true, LastAt: ago(time.Second), LastClass: "accepted", Attempts: 1}

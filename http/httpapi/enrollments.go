@@ -82,6 +82,25 @@ type enrollmentDetail struct {
 	enrollmentInfo
 	Channels  []string `json:"channels"`
 	Diagnosis []string `json:"diagnosis"`
+	// Refusals are of its requests, the newest first.
+	Refusals []refusalInfo `json:"refusals"`
+}
+
+type refusalInfo struct {
+	Cause   string    `json:"cause"`
+	Count   int64     `json:"count"`
+	Other   string    `json:"other_enrollment,omitempty"`
+	Detail  string    `json:"detail,omitempty"`
+	FirstAt time.Time `json:"first_at"`
+	LastAt  time.Time `json:"last_at"`
+}
+
+func infoOfRefusals(list []storage.EnrollmentRefusal) []refusalInfo {
+	infos := make([]refusalInfo, len(list))
+	for i, r := range list {
+		infos[i] = refusalInfo{r.Cause, r.Count, r.Other, r.Detail, r.First, r.Last}
+	}
+	return infos
 }
 
 func infoOfEnrollment(e *storage.Enrollment) enrollmentInfo {
@@ -230,7 +249,12 @@ func (a *API) enrollmentDetail(ctx context.Context, id string) (*enrollmentDetai
 			return nil, err
 		}
 	}
-	detail := &enrollmentDetail{enrollmentInfo: infoOfEnrollment(c.e), Channels: []string{}, Diagnosis: c.sentences()}
+	if c.refusals, err = a.refusals(ctx, scope, c.e); err != nil {
+		return nil, err
+	}
+	detail := &enrollmentDetail{
+		enrollmentInfo: infoOfEnrollment(c.e), Channels: []string{}, Diagnosis: c.sentences(), Refusals: infoOfRefusals(c.refusals),
+	}
 	if c.head != nil {
 		detail.Queue.Head = new(infoOfItem(c.head))
 	}
@@ -242,6 +266,25 @@ func (a *API) enrollmentDetail(ctx context.Context, id string) (*enrollmentDetai
 		detail.Channels = append(detail.Channels, channels...)
 	}
 	return detail, nil
+}
+
+// refusals lists an enrollment's refused requests. Other enrollments that the
+// caller may not see are not named.
+func (a *API) refusals(ctx context.Context, scope storage.Scope, e *storage.Enrollment) ([]storage.EnrollmentRefusal, error) {
+	list, err := a.store.EnrollmentRefusals(ctx, e.ID)
+	if err != nil || len(scope.Topics) == 0 {
+		return list, err
+	}
+	for i := range list {
+		seen, err := a.store.Enrollments(ctx, scope, []string{list[i].Other})
+		if err != nil {
+			return nil, err
+		}
+		if len(seen) == 0 {
+			list[i].Other, list[i].Detail = "", ""
+		}
+	}
+	return list, nil
 }
 
 // head is the command that the device is offered next, or else the next

@@ -40,9 +40,10 @@ type DiagnosisForTest struct {
 	E, Device *storage.Enrollment
 	Head      *storage.QueueItem
 	Cert      *storage.PushCertInfo
+	Refusals  []storage.EnrollmentRefusal
 }
 
 // Sentences is the diagnosis.
 func (d DiagnosisForTest) Sentences() []string {
-	return (&diagnosis{now: d.Now, e: d.E, device: d.Device, head: d.Head, cert: d.Cert}).sentences()
+	return (&diagnosis{now: d.Now, e: d.E, device: d.Device, head: d.Head, cert: d.Cert, refusals: d.Refusals}).sentences()
 }

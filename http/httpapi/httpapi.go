@@ -70,6 +70,7 @@ type Store interface {
 	storage.Resealer
 	storage.Audit
 	storage.Enrollments
+	storage.Refusals
 	storage.Inventory
 	storage.EnrollmentSteering
 	storage.Secrets

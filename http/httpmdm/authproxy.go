@@ -87,43 +87,44 @@ func (h *Handler) AuthProxy(prefix string, target *url.URL, active storage.Activ
 		ErrorLog: slog.NewLogLogger(h.cfg.Logger.Handler(), slog.LevelWarn),
 	}
 	return http.StripPrefix(prefix, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		device, body, release, err := h.proxied(w, r, active)
+		who, body, release, err := h.proxied(w, r, active)
 		defer release()
 		if err != nil {
-			h.fail(w, r, device, err)
+			h.fail(w, r, who, err)
 			return
 		}
-		proxy.ServeHTTP(w, forwarded(r, device, body))
+		proxy.ServeHTTP(w, forwarded(r, who.enrollment, body))
 	}))
 }
 
-// proxied checks a request to AuthProxy and returns the device that it is of.
-func (h *Handler) proxied(w http.ResponseWriter, r *http.Request, active storage.ActiveEnrollments) (device string, body []byte, release func(), err error) {
+// proxied checks a request to AuthProxy and returns the device that it is of, or
+// what is known of it.
+func (h *Handler) proxied(w http.ResponseWriter, r *http.Request, active storage.ActiveEnrollments) (who speaker, body []byte, release func(), err error) {
 	release = func() {}
 	if !slices.Contains(proxyMethods(), r.Method) {
-		return "", nil, release, errProxyMethod
+		return speaker{}, nil, release, errProxyMethod
 	}
 	if !plainPath(r.URL.Path) {
-		return "", nil, release, errProxyPath
+		return speaker{}, nil, release, errProxyPath
 	}
 	id, err := h.identity.fromHeaders(r)
 	if err != nil {
-		return "", nil, release, err
+		return id.speaker, nil, release, err
 	}
 	if body, release, err = h.readBody(w, r, id.certificate); err != nil {
-		return "", nil, release, err
+		return id.speaker, nil, release, err
 	}
 	if err := id.verifyBody(body); err != nil {
-		return "", nil, release, err
+		return id.speaker, nil, release, err
 	}
 	if len(body) == 0 && !id.isFresh(time.Now()) {
-		return "", nil, release, errStale
+		return id.speaker, nil, release, errStale
 	}
-	device, err = active.ActiveEnrollmentByCertificate(r.Context(), cryptoutil.CertificateHash(id.certificate))
+	id.enrollment, err = active.ActiveEnrollmentByCertificate(r.Context(), cryptoutil.CertificateHash(id.certificate))
 	if errors.Is(err, storage.ErrNotFound) {
 		err = fmt.Errorf("%w: %w", errIdentity, errNotPinned)
 	}
-	return device, body, release, err
+	return id.speaker, body, release, err
 }
 
 // forwarded is a request as the target gets it, but for its address.

@@ -43,6 +43,8 @@ type Config struct {
 	// Pins finds who sends a report that cannot be read, so that its command
 	// ends; nil refuses such reports.
 	Pins storage.PinnedEnrollments
+	// Refusals keeps which requests were refused; nil keeps them in the log only.
+	Refusals storage.Refusals
 	// MaxBody bounds one request's body, in bytes; default 16 MiB.
 	MaxBody int64
 	// MaxInFlight bounds the bytes of all bodies held at once, beyond the
@@ -66,10 +68,10 @@ type Config struct {
 // The reasons to refuse a request, for counting.
 const (
 	ReasonMethod       = "method"
-	ReasonIdentity     = "identity"                  // none, or not of the CA
-	ReasonPeer         = "untrusted_peer"            // certificate header from elsewhere
-	ReasonUnusedHeader = "unused_certificate_header" // in a mode without one
-	ReasonPin          = "certificate_not_pinned"    // pinned to another enrollment, or retired
+	ReasonIdentity     = "identity"                      // none, or not of the CA
+	ReasonPeer         = "untrusted_peer"                // certificate header from elsewhere
+	ReasonUnusedHeader = "unused_certificate_header"     // in a mode without one
+	ReasonPin          = storage.CauseForeignCertificate // pinned to another enrollment, or retired
 	ReasonNotEnrolled  = "not_enrolled"
 	ReasonTopic        = "other_topic" // than at enrollment
 	ReasonOwnWord      = "old_copy"    // in a migration, of a device that spoke here itself
@@ -99,6 +101,7 @@ type Handler struct {
 	cfg      Config
 	budget   *semaphore.Weighted
 	places   *places
+	refusals *refusals
 }
 
 // New makes a Handler. identity tells who sends; next gets what was decoded.
@@ -116,7 +119,10 @@ func New(next service.Handler, identity *Identity, cfg Config) *Handler {
 	if cfg.Logger == nil {
 		cfg.Logger = slog.New(slog.DiscardHandler)
 	}
-	return &Handler{next: next, identity: identity, cfg: cfg, budget: semaphore.NewWeighted(cfg.MaxInFlight), places: newPlaces(newPlaceLimits(cfg))}
+	return &Handler{
+		next: next, identity: identity, cfg: cfg, budget: semaphore.NewWeighted(cfg.MaxInFlight),
+		places: newPlaces(newPlaceLimits(cfg)), refusals: newRefusals(cfg.Logger),
+	}
 }
 
 // errors of the transport itself; the rest comes from identity, mdm, service
@@ -135,33 +141,34 @@ func (h *Handler) MDM(role Role) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.Method != http.MethodPut {
 			w.Header().Set("Allow", http.MethodPut)
-			h.fail(w, r, "", &service.StatusError{Status: http.StatusMethodNotAllowed, Err: errMethod})
+			h.fail(w, r, speaker{}, &service.StatusError{Status: http.StatusMethodNotAllowed, Err: errMethod})
 			return
 		}
 		id, err := h.identity.fromHeaders(r)
 		if err != nil {
-			h.fail(w, r, "", err)
+			h.fail(w, r, id.speaker, err)
 			return
 		}
 		body, release, err := h.readBody(w, r, id.certificate)
 		defer release()
 		if err != nil {
-			h.fail(w, r, "", err)
+			h.fail(w, r, id.speaker, err)
 			return
 		}
 		if err := id.verifyBody(body); err != nil {
-			h.fail(w, r, "", err)
+			h.fail(w, r, id.speaker, err)
 			return
 		}
 		req, err := h.request(r, role, body, id.certificate)
 		if err != nil {
-			h.fail(w, r, "", err)
+			h.fail(w, r, id.named(body), err)
 			return
 		}
 		requestlog.SetMessage(r.Context(), req.Enroll.ID, string(req.Message.Kind()))
 		resp, err := h.next.Handle(r.Context(), req)
 		if err != nil {
-			h.fail(w, r, req.Enroll.ID, err)
+			id.enrollment = req.Enroll.ID
+			h.fail(w, r, id.speaker, err)
 			return
 		}
 		reply(w, resp)
@@ -217,6 +224,7 @@ func (h *Handler) unreadable(r *http.Request, body []byte, cert *x509.Certificat
 	}
 	h.cfg.Logger.WarnContext(r.Context(), "unreadable report", "request_id", req.ID, "enrollment_id", req.Enroll.ID,
 		"command_uuid", report.CommandUUID, "bytes", len(body), "error", cause)
+	h.refusals.count(storage.CauseUnreadable, speaker{cert, true, req.Enroll.ID}, cause)
 	return req, nil
 }
 
@@ -291,16 +299,16 @@ func reply(w http.ResponseWriter, resp *service.Response) {
 const retryAfter = "5"
 
 // fail answers a device: a status and no text but Apple's own.
-func (h *Handler) fail(w http.ResponseWriter, r *http.Request, enrollID string, err error) {
-	status := h.note(w, r, enrollID, err)
+func (h *Handler) fail(w http.ResponseWriter, r *http.Request, who speaker, err error) {
+	status := h.note(w, r, who, err)
 	var se *service.StatusError
 	errors.As(err, &se)
 	reply(w, refusal(status, se))
 }
 
-// note is the one place that maps errors to statuses. It counts and logs the
-// refusal and sets the headers that belong to the status.
-func (h *Handler) note(w http.ResponseWriter, r *http.Request, enrollID string, err error) int {
+// note is the one place that maps errors to statuses. It counts the refusal, logs
+// it, remembers it for the enrollment, and sets the headers that belong to the status.
+func (h *Handler) note(w http.ResponseWriter, r *http.Request, who speaker, err error) int {
 	status, level := http.StatusInternalServerError, slog.LevelError
 	var se *service.StatusError
 	switch {
@@ -324,8 +332,8 @@ func (h *Handler) note(w http.ResponseWriter, r *http.Request, enrollID string, 
 	case ReasonMethod, ReasonIdentity, ReasonPeer, ReasonUnusedHeader, ReasonTooLarge, ReasonSlow, ReasonOverload, ReasonCrowded:
 		w.Header().Set("Connection", "close") // the body was not read, and is not waited for
 	}
-	h.cfg.Logger.Log(r.Context(), level, "device request refused", "request_id", requestlog.ID(r.Context()),
-		"status", status, "enrollment_id", enrollID, "error", err)
+	h.refusals.write(r, level, why, status, who, err)
+	h.refusals.count(why, who, err)
 	return status
 }
 

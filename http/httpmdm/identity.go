@@ -75,20 +75,21 @@ func TLSIdentity(v Verifier) *Identity {
 // sender is a certificate that chains to the CA. In signature mode it is
 // proven only once verifyBody has passed.
 type sender struct {
-	certificate *x509.Certificate
-	signature   *cryptoutil.MdmSignature
+	speaker
+	signature *cryptoutil.MdmSignature
 }
 
 // fromHeaders finds the sender's certificate and checks its chain, before
-// anything of the body is read.
+// anything of the body is read. With an error the sender is what is known.
 func (i *Identity) fromHeaders(r *http.Request) (*sender, error) {
 	s, chain, err := i.extract(r)
 	if err != nil {
-		return nil, fmt.Errorf("%w: %w", errIdentity, err)
+		return &sender{}, fmt.Errorf("%w: %w", errIdentity, err)
 	}
 	if err := i.verifier.Verify(s.certificate, chain); err != nil {
-		return nil, fmt.Errorf("%w: %w", errIdentity, err)
+		return s, fmt.Errorf("%w: %w", errIdentity, err)
 	}
+	s.chained = true
 	return s, nil
 }
 
@@ -134,13 +135,13 @@ func (i *Identity) extract(r *http.Request) (*sender, []*x509.Certificate, error
 		if err != nil {
 			return nil, nil, fmt.Errorf("header %s: %w", i.header, err)
 		}
-		return &sender{certificate: cert}, chain, nil
+		return &sender{speaker: speaker{certificate: cert}}, chain, nil
 	case modeTLS:
 		if r.TLS == nil || len(r.TLS.PeerCertificates) == 0 {
 			return nil, nil, errNoClientCert
 		}
 		certs := r.TLS.PeerCertificates
-		return &sender{certificate: certs[0]}, certs[1:], nil
+		return &sender{speaker: speaker{certificate: certs[0]}}, certs[1:], nil
 	}
 	values := r.Header.Values(signatureHeader)
 	switch {
@@ -153,7 +154,7 @@ func (i *Identity) extract(r *http.Request) (*sender, []*x509.Certificate, error
 	if err != nil {
 		return nil, nil, err
 	}
-	return &sender{certificate: sig.Certificate(), signature: sig}, sig.Chain(), nil
+	return &sender{speaker: speaker{certificate: sig.Certificate()}, signature: sig}, sig.Chain(), nil
 }
 
 // isFresh says whether the sender spoke about now: a certificate from TLS or a

@@ -58,7 +58,7 @@ func decodeMigration(r *http.Request, body []byte) (*service.Request, error) {
 // refuseMigration answers an exporter. The texts of internal errors stay in
 // the log.
 func (h *Handler) refuseMigration(w http.ResponseWriter, r *http.Request, enrollID string, err error) {
-	status := h.note(w, r, enrollID, err)
+	status := h.note(w, r, speaker{enrollment: enrollID}, err)
 	text := err.Error()
 	if se := (*service.StatusError)(nil); errors.As(err, &se) && se.Err != nil {
 		text = se.Err.Error()

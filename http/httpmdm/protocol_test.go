@@ -41,6 +41,8 @@ type site struct {
 	ca    *mdmtest.CA
 	store *sqlstore.Store
 	url   string
+
+	handler *httpmdm.Handler
 }
 
 type siteConfig struct {
@@ -64,7 +66,7 @@ func newSite(t *testing.T, cfg siteConfig) *site {
 	if cfg.identity == nil {
 		cfg.identity = httpmdm.SignatureIdentity
 	}
-	cfg.http.Pins = store
+	cfg.http.Pins, cfg.http.Refusals = store, store
 	h := httpmdm.New(service.Chain(core.New(store, cfg.core), certauth.New(cfg.auth)), cfg.identity(verifier), cfg.http)
 	mux := http.NewServeMux()
 	mux.Handle("/mdm", h.MDM(httpmdm.Any))
@@ -78,7 +80,7 @@ func newSite(t *testing.T, cfg siteConfig) *site {
 		srv.Start()
 	}
 	t.Cleanup(srv.Close)
-	return &site{t: t, ca: ca, store: store, url: srv.URL}
+	return &site{t: t, ca: ca, store: store, url: srv.URL, handler: h}
 }
 
 func (s *site) identity(name string) *mdmtest.Identity {

@@ -46,6 +46,7 @@ func topics() []topic {
 		{"enroll", enrollTests()},
 		{"identity", identityTests()},
 		{"report", reportTests()},
+		{"refusals", refusalTests()},
 		{"enqueue", enqueueTests()},
 		{"once", onceTests()},
 		{"concurrency", concurrencyTests()},
