@@ -12,8 +12,8 @@ const CauseUnreadable = "unreadable_report"
 // another enrollment.
 const CauseForeignCertificate = "certificate_not_pinned"
 
-// Refusal is what happened to requests of one kind with one certificate.
-type Refusal struct {
+// DeviceRefusal is what happened to requests of one kind with one certificate.
+type DeviceRefusal struct {
 	Certificate string // hash, as in Pin
 	Enrollment  string // the id that the messages named; empty if none was read
 	Cause       string
@@ -40,7 +40,7 @@ type Refusals interface {
 	// RecordRefusals counts refusals for the enrollments that the certificates
 	// are pinned to, or were, and for those that the messages named. Others that
 	// do not exist are left out.
-	RecordRefusals(ctx context.Context, refusals []Refusal) error
+	RecordRefusals(ctx context.Context, refusals []DeviceRefusal) error
 	// EnrollmentRefusals lists the refusals of an enrollment, the newest first.
 	EnrollmentRefusals(ctx context.Context, id string) ([]EnrollmentRefusal, error)
 }

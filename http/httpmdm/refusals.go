@@ -52,7 +52,7 @@ type refusals struct {
 
 	mu      sync.Mutex
 	causes  map[string]*causeLines
-	pending map[refusalKey]*storage.Refusal
+	pending map[refusalKey]*storage.DeviceRefusal
 }
 
 // causeLines counts the lines that the log gets of one cause.
@@ -64,7 +64,7 @@ type causeLines struct {
 type refusalKey struct{ certificate, enrollment, cause string }
 
 func newRefusals(log *slog.Logger) *refusals {
-	return &refusals{log: log, causes: make(map[string]*causeLines), pending: make(map[refusalKey]*storage.Refusal)}
+	return &refusals{log: log, causes: make(map[string]*causeLines), pending: make(map[refusalKey]*storage.DeviceRefusal)}
 }
 
 // admit says whether the log gets a line about a refusal, and how many of that
@@ -123,7 +123,7 @@ func (f *refusals) count(cause string, who speaker, err error) {
 		if len(f.pending) >= refusalLimit {
 			return
 		}
-		p = &storage.Refusal{Certificate: k.certificate, Enrollment: k.enrollment, Cause: cause, First: time.Now()}
+		p = &storage.DeviceRefusal{Certificate: k.certificate, Enrollment: k.enrollment, Cause: cause, First: time.Now()}
 		f.pending[k] = p
 	}
 	p.Count++
@@ -132,7 +132,7 @@ func (f *refusals) count(cause string, who speaker, err error) {
 
 // take returns what waits to be stored, and how many lines of each cause the log
 // did not get in an interval that is over.
-func (f *refusals) take(now time.Time) (waiting []storage.Refusal, unlogged map[string]int) {
+func (f *refusals) take(now time.Time) (waiting []storage.DeviceRefusal, unlogged map[string]int) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for _, p := range f.pending {

@@ -18,7 +18,7 @@ var _ storage.Refusals = (*Store)(nil)
 const refusalRows = 100
 
 // RecordRefusals implements storage.Refusals.
-func (s *Store) RecordRefusals(ctx context.Context, refusals []storage.Refusal) error {
+func (s *Store) RecordRefusals(ctx context.Context, refusals []storage.DeviceRefusal) error {
 	for chunk := range slices.Chunk(refusals, refusalRows) {
 		err := s.write(ctx, func(ctx context.Context, t *tx) error { return recordRefusals(ctx, t, chunk) })
 		if err != nil {
@@ -28,7 +28,7 @@ func (s *Store) RecordRefusals(ctx context.Context, refusals []storage.Refusal) 
 	return nil
 }
 
-func recordRefusals(ctx context.Context, t *tx, refusals []storage.Refusal) error {
+func recordRefusals(ctx context.Context, t *tx, refusals []storage.DeviceRefusal) error {
 	var hashes, named []string
 	for _, r := range refusals {
 		hashes = append(hashes, r.Certificate)
@@ -72,7 +72,7 @@ func recordRefusals(ctx context.Context, t *tx, refusals []storage.Refusal) erro
 }
 
 // addRefusal adds r to the row of an enrollment, "" being none.
-func addRefusal(rows map[keyPair]storage.EnrollmentRefusal, id, other string, r storage.Refusal) {
+func addRefusal(rows map[keyPair]storage.EnrollmentRefusal, id, other string, r storage.DeviceRefusal) {
 	if id == "" {
 		return
 	}

@@ -35,14 +35,14 @@ func refusalCounted(t *testing.T, h *Harness) {
 	d.user("U").enrolls(t)
 	first := h.Clock.Now().UTC().Truncate(time.Microsecond)
 	last := first.Add(time.Minute)
-	record := func(r ...storage.Refusal) { require.NoError(t, h.Store.RecordRefusals(t.Context(), r)) }
+	record := func(r ...storage.DeviceRefusal) { require.NoError(t, h.Store.RecordRefusals(t.Context(), r)) }
 	record(
-		storage.Refusal{Certificate: "A", Enrollment: "D", Cause: "too_large", Count: 2, First: first, Last: first, Detail: "larger"},
-		storage.Refusal{Certificate: "A", Cause: "malformed", Count: 1, First: last, Last: last, Detail: "odd \x00\xff" + strings.Repeat("é", 300)},
-		storage.Refusal{Certificate: "A", Enrollment: "D:U", Cause: "too_large", Count: 1, First: first, Last: first},
-		storage.Refusal{Certificate: "of an intruder", Enrollment: "D", Cause: "not_enrolled", Count: 1, First: first, Last: first},
+		storage.DeviceRefusal{Certificate: "A", Enrollment: "D", Cause: "too_large", Count: 2, First: first, Last: first, Detail: "larger"},
+		storage.DeviceRefusal{Certificate: "A", Cause: "malformed", Count: 1, First: last, Last: last, Detail: "odd \x00\xff" + strings.Repeat("é", 300)},
+		storage.DeviceRefusal{Certificate: "A", Enrollment: "D:U", Cause: "too_large", Count: 1, First: first, Last: first},
+		storage.DeviceRefusal{Certificate: "of an intruder", Enrollment: "D", Cause: "not_enrolled", Count: 1, First: first, Last: first},
 	)
-	record(storage.Refusal{Certificate: "A", Enrollment: "D", Cause: "too_large", Count: 3, First: last, Last: last.Add(time.Second), Detail: "larger still"})
+	record(storage.DeviceRefusal{Certificate: "A", Enrollment: "D", Cause: "too_large", Count: 3, First: last, Last: last.Add(time.Second), Detail: "larger still"})
 	list := refusals(t, h, "D")
 	require.Len(t, list, 3)
 	require.Equal(t, storage.EnrollmentRefusal{Cause: "too_large", Count: 5, Detail: "larger still", First: first, Last: last.Add(time.Second)}, list[0])
@@ -56,7 +56,7 @@ func refusalAtBoth(t *testing.T, h *Harness) {
 	h.device("D").with("A").enrolls(t)
 	h.device("E").with("B").enrolls(t)
 	now := h.Clock.Now()
-	require.NoError(t, h.Store.RecordRefusals(t.Context(), []storage.Refusal{
+	require.NoError(t, h.Store.RecordRefusals(t.Context(), []storage.DeviceRefusal{
 		{Certificate: "A", Enrollment: "E", Cause: storage.CauseForeignCertificate, Count: 1, First: now, Last: now},
 		{Certificate: "A", Enrollment: "unknown", Cause: "malformed", Count: 1, First: now, Last: now},
 	}))
@@ -68,7 +68,7 @@ func refusalAtBoth(t *testing.T, h *Harness) {
 
 func refusalOfNobody(t *testing.T, h *Harness) {
 	now := h.Clock.Now()
-	require.NoError(t, h.Store.RecordRefusals(t.Context(), []storage.Refusal{
+	require.NoError(t, h.Store.RecordRefusals(t.Context(), []storage.DeviceRefusal{
 		{Certificate: "A", Enrollment: "D", Cause: "malformed", Count: 1, First: now, Last: now},
 		{Certificate: "A", Enrollment: "odd\x00" + strings.Repeat("x", 300), Cause: "malformed", Count: 1, First: now, Last: now},
 		{Certificate: "A", Cause: "malformed", Count: 1, First: now, Last: now},
@@ -79,12 +79,12 @@ func refusalOfNobody(t *testing.T, h *Harness) {
 
 func refusalConcurrent(t *testing.T, h *Harness) {
 	const replicas, rounds, devices = 4, 5, 6
-	var batch []storage.Refusal
+	var batch []storage.DeviceRefusal
 	now := h.Clock.Now()
 	for i := range devices {
 		id := fmt.Sprintf("D%d", i)
 		h.device(id).with("C" + id).enrolls(t)
-		batch = append(batch, storage.Refusal{Certificate: "C" + id, Enrollment: id, Cause: "malformed", Count: 2, First: now, Last: now})
+		batch = append(batch, storage.DeviceRefusal{Certificate: "C" + id, Enrollment: id, Cause: "malformed", Count: 2, First: now, Last: now})
 	}
 	group, ctx := errgroup.WithContext(context.Background())
 	for range replicas {
@@ -108,7 +108,7 @@ func refusalConcurrent(t *testing.T, h *Harness) {
 func refusalDeleted(t *testing.T, h *Harness) {
 	h.device("D").with("A").enrolls(t)
 	now := h.Clock.Now()
-	require.NoError(t, h.Store.RecordRefusals(t.Context(), []storage.Refusal{{Certificate: "A", Enrollment: "D", Cause: "malformed", Count: 1, First: now, Last: now}}))
+	require.NoError(t, h.Store.RecordRefusals(t.Context(), []storage.DeviceRefusal{{Certificate: "A", Enrollment: "D", Cause: "malformed", Count: 1, First: now, Last: now}}))
 	require.Len(t, refusals(t, h, "D"), 1)
 	require.NoError(t, h.Store.DeleteEnrollment(t.Context(), everything, "D", deed("x")))
 	require.Empty(t, refusals(t, h, "D"))
