@@ -67,7 +67,7 @@ func newFleet(t testing.TB, n int) *fleet {
 	f.cert = storage.PushCert{Topic: fleetTopic, CertPEM: pem.EncodeToMemory(block), KeyPEM: rest}
 	channels := 0
 	for i := 0; channels < n; i++ {
-		d := newDevice(t, ca, i)
+		d := newDevice(t, ca, i, deviceID(i))
 		f.devices = append(f.devices, d)
 		channels += 1 + len(d.Users)
 		if i%50 == 0 {
@@ -81,10 +81,15 @@ func newFleet(t testing.TB, n int) *fleet {
 	return f
 }
 
-func newDevice(t testing.TB, ca *mdmtest.CA, i int) *storage.DeviceRecord {
-	t.Helper()
+// deviceID is the UDID or EnrollmentID of a device.
+func deviceID(i int) string {
 	sum := sha256.Sum256(fmt.Appendf(nil, "device %d", i))
-	id := strings.ToUpper(fmt.Sprintf("%x-%x-%x-%x-%x", sum[:4], sum[4:6], sum[6:8], sum[8:10], sum[10:16]))
+	return strings.ToUpper(fmt.Sprintf("%x-%x-%x-%x-%x", sum[:4], sum[4:6], sum[6:8], sum[8:10], sum[10:16]))
+}
+
+func newDevice(t testing.TB, ca *mdmtest.CA, i int, id string) *storage.DeviceRecord {
+	t.Helper()
+	sum := sha256.Sum256([]byte(id))
 	userEnrollment := i%10 == 7
 	idKey := "UDID"
 	if userEnrollment {

@@ -24,7 +24,7 @@ func groups() []group {
 			eventsCommand(), sinksLsCommand(), sinksPutCommand(), sinksRmCommand(), redeliverCommand(),
 		}},
 		{"Server", []command{
-			statsCommand(), keysLsCommand(), keysCreateCommand(), keysRmCommand(), auditCommand(),
+			statsCommand(), backupCommand(), restoreCommand(), keysLsCommand(), keysCreateCommand(), keysRmCommand(), auditCommand(),
 		}},
 		{"nanoctl", []command{
 			contextLsCommand(), contextAddCommand(), contextUseCommand(), contextRmCommand(), versionCommand(), completionCommand(),

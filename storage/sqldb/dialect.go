@@ -61,6 +61,8 @@ type Dialect struct {
 	// begin is sent with the first statement of each transaction, as COMMIT is
 	// with the last; if it is empty, the driver begins and commits.
 	begin string
+	// snapshot begins a transaction that reads one state of the database.
+	snapshot []string
 	// execBatch runs statements in one round trip, in order, up to the first
 	// that fails; nil if there are no round trips to save.
 	execBatch func(ctx context.Context, conn *sql.Conn, deferred []statement) error

@@ -238,6 +238,7 @@ func jsonTable(column string) func(id, item string) string {
 // mysqlCommon is what MySQL and MariaDB share.
 func mysqlCommon() *Dialect {
 	return &Dialect{
+		snapshot: []string{"SET TRANSACTION ISOLATION LEVEL REPEATABLE READ", "START TRANSACTION WITH CONSISTENT SNAPSHOT, READ ONLY"},
 		// Parsing is a quarter of the cost of large statements.
 		prepare:   prepareNamed,
 		forUpdate: " FOR UPDATE",

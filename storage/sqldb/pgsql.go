@@ -88,6 +88,7 @@ func checkPgSQL(ctx context.Context, cfg Config, db *sql.DB) error {
 
 func pgsqlDialect() *Dialect {
 	return &Dialect{
+		snapshot: []string{"BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY"},
 		name:     "pgsql",
 		numbered: true,
 		// A server's default may be stricter, at the price of retries.

@@ -174,6 +174,7 @@ func checkSQLite(ctx context.Context, cfg Config, db *sql.DB) error {
 
 func sqliteDialect() *Dialect {
 	return &Dialect{
+		snapshot:       []string{"BEGIN"},
 		name:           "sqlite",
 		prepare:        prepareAll,
 		greatest:       "MAX",

@@ -12,7 +12,6 @@
 package sqlstore
 
 import (
-	"cmp"
 	"context"
 	"crypto/x509"
 	"database/sql"
@@ -134,6 +133,23 @@ type Stats struct {
 //
 // Close must be called to release the store.
 func Open(ctx context.Context, cfg Config) (*Store, error) {
+	s, err := connectStore(ctx, cfg)
+	if err != nil {
+		return nil, err
+	}
+	for _, check := range []func(context.Context) error{s.checkRestored, s.checkSeal} {
+		if err := check(ctx); err != nil {
+			s.db.Close()
+			return nil, fmt.Errorf("preparing the %s database: %w", cfg.Driver, err)
+		}
+	}
+	s.act = startActivity(s, s.cfg.RecordActivityEvery)
+	s.startBatches()
+	return s, nil
+}
+
+// connectStore connects and migrates, and starts nothing.
+func connectStore(ctx context.Context, cfg Config) (*Store, error) {
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
@@ -155,12 +171,10 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 		texts: newDeviceTexts(db.Dialect()), counted: enrollmentCounts{turn: make(chan struct{}, 1)},
 	}
 	db.Prepare(s.texts.enrollmentState, s.texts.certificateLookup)
-	if err := cmp.Or(s.migrate(ctx), s.checkSeal(ctx)); err != nil {
+	if err := s.migrate(ctx); err != nil {
 		db.Close()
 		return nil, fmt.Errorf("preparing the %s database: %w", cfg.Driver, err)
 	}
-	s.act = startActivity(s, cfg.RecordActivityEvery)
-	s.startBatches()
 	return s, nil
 }
 

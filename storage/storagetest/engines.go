@@ -51,10 +51,10 @@ type Engine struct {
 // make of them is gone when t ends. Use it so:
 //
 //	for _, engine := range storagetest.Engines(t) {
-//		t.Run(engine.Name, func(t *testing.T) {
+//		t.Run(engine.Name, func(t testing.TB) {
 //			store, err := sqlstore.Open(t.Context(), engine.Config(t))
 //			...
-func Engines(t *testing.T) []*Engine {
+func Engines(t testing.TB) []*Engine {
 	engines := []*Engine{
 		{Name: "sqlite", driver: "sqlite"},
 		{Name: "pgsql", driver: "pgsql", variable: "NANOMDM_PGSQL_STORAGE_TEST_DSN"},
@@ -79,7 +79,7 @@ func memory() *Engine { return &Engine{Name: "memory", driver: "sqlite"} }
 // and DSN are set. It has the schema, or gets it from sqlstore.Open. Close
 // what you open on it before the test ends (cleanups that are registered
 // later than this call are in time).
-func (e *Engine) Config(t *testing.T) sqlstore.Config {
+func (e *Engine) Config(t testing.TB) sqlstore.Config {
 	t.Helper()
 	switch {
 	case e.Name == "memory":
@@ -112,7 +112,7 @@ func (e *Engine) Config(t *testing.T) sqlstore.Config {
 }
 
 // Virgin is Config for a database that nothing was ever done with.
-func (e *Engine) Virgin(t *testing.T) sqlstore.Config {
+func (e *Engine) Virgin(t testing.TB) sqlstore.Config {
 	t.Helper()
 	switch {
 	case e.Name == "memory":
@@ -127,7 +127,7 @@ func (e *Engine) Virgin(t *testing.T) sqlstore.Config {
 }
 
 // need skips the test if it needs a server that is not there.
-func (e *Engine) need(t *testing.T) {
+func (e *Engine) need(t testing.TB) {
 	t.Helper()
 	switch {
 	case e.variable == "" || e.dsn != "":
@@ -138,14 +138,14 @@ func (e *Engine) need(t *testing.T) {
 	}
 }
 
-func (e *Engine) create(t *testing.T) string {
+func (e *Engine) create(t testing.TB) string {
 	t.Helper()
 	name := "nanomdm_test_" + strings.ToLower(rand.Text())
 	e.admin(t, "CREATE DATABASE "+name)
 	return name
 }
 
-func (e *Engine) drop(t *testing.T, name string) {
+func (e *Engine) drop(t testing.TB, name string) {
 	statement := "DROP DATABASE " + name
 	if e.driver == "pgsql" {
 		statement += " WITH (FORCE)"
@@ -154,7 +154,7 @@ func (e *Engine) drop(t *testing.T, name string) {
 }
 
 // admin runs a statement on the server's own database.
-func (e *Engine) admin(t *testing.T, statement string) {
+func (e *Engine) admin(t testing.TB, statement string) {
 	t.Helper()
 	db := connect(t, sqlstore.Config{Driver: e.driver, DSN: e.dsn})
 	defer db.Close()
@@ -163,7 +163,7 @@ func (e *Engine) admin(t *testing.T, statement string) {
 }
 
 // dsnOf is the server's DSN with another database.
-func (e *Engine) dsnOf(t *testing.T, name string) string {
+func (e *Engine) dsnOf(t testing.TB, name string) string {
 	t.Helper()
 	if e.driver == "mysql" {
 		mc, err := mysql.ParseDSN(e.dsn)
@@ -179,7 +179,7 @@ func (e *Engine) dsnOf(t *testing.T, name string) string {
 }
 
 // through is a DSN of the server by way of the pooler, if there is one.
-func (e *Engine) through(t *testing.T, dsn string) string {
+func (e *Engine) through(t testing.TB, dsn string) string {
 	if e.via == "" {
 		return dsn
 	}
@@ -191,7 +191,7 @@ func (e *Engine) through(t *testing.T, dsn string) string {
 
 // empty removes every row, and says whether that left the database as one that
 // was just migrated.
-func (e *Engine) empty(t *testing.T, cfg sqlstore.Config) bool {
+func (e *Engine) empty(t testing.TB, cfg sqlstore.Config) bool {
 	db := connect(t, cfg)
 	defer db.Close()
 	query := "SELECT table_name FROM information_schema.tables WHERE table_schema = DATABASE()"
@@ -214,7 +214,7 @@ func (e *Engine) empty(t *testing.T, cfg sqlstore.Config) bool {
 }
 
 // column returns the first column of a query's rows.
-func column(t *testing.T, db *sql.DB, query string) (values []string) {
+func column(t testing.TB, db *sql.DB, query string) (values []string) {
 	rows, err := db.QueryContext(context.Background(), query)
 	require.NoError(t, err)
 	defer rows.Close()
@@ -228,7 +228,7 @@ func column(t *testing.T, db *sql.DB, query string) (values []string) {
 }
 
 // connect opens a connection that does not go through sqlstore.
-func connect(t *testing.T, cfg sqlstore.Config) *sql.DB {
+func connect(t testing.TB, cfg sqlstore.Config) *sql.DB {
 	t.Helper()
 	driver, dsn := cfg.Driver, cfg.DSN
 	switch cfg.Driver {

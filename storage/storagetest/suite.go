@@ -64,6 +64,7 @@ func topics() []topic {
 		{"steering", steeringTests()},
 		{"import", importTests()},
 		{"tenants", tenantTests()},
+		{"backup", backupTests()},
 	}
 }
 
