@@ -109,7 +109,7 @@ func newDevice(t testing.TB, ca *mdmtest.CA, i int, id string) *storage.DeviceRe
 	if userEnrollment {
 		c.Type = mdm.UserEnrollmentDevice
 	}
-	d.Pins = []storage.PinRecord{{SHA256: hashText("current", i), CreatedAt: at}}
+	d.Pins = []storage.PinRecord{{SHA256: hashText("current "+id, i), CreatedAt: at}}
 	if i%10 == 0 {
 		identity, err := ca.Issue(id)
 		require.NoError(t, err)
@@ -118,7 +118,7 @@ func newDevice(t testing.TB, ca *mdmtest.CA, i int, id string) *storage.DeviceRe
 		d.Pins[0] = storage.PinRecord{SHA256: hex.EncodeToString(hash[:]), CreatedAt: at, Certificate: der}
 	}
 	if i%5 == 0 {
-		d.Pins = append([]storage.PinRecord{{SHA256: hashText("old", i), CreatedAt: at.Add(-time.Hour), RetiredAt: at}}, d.Pins...)
+		d.Pins = append([]storage.PinRecord{{SHA256: hashText("old "+id, i), CreatedAt: at.Add(-time.Hour), RetiredAt: at}}, d.Pins...)
 	}
 	if i%17 == 16 { // no TokenUpdate yet
 		c.LastSeenAt = at
