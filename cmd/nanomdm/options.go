@@ -80,11 +80,13 @@ type options struct {
 	webhookMaxBacklog int
 	expiryNotice      time.Duration
 
-	maxBody      int64 // bytes
-	maxInFlight  int64 // bytes
-	maxRequests  int
-	drainDelay   time.Duration
-	drainTimeout time.Duration
+	maxBody int64 // bytes
+	// maxCheckin, maxStatus and maxHourlyBytes are of devices' messages.
+	maxCheckin, maxStatus, maxHourlyBytes int64
+	maxInFlight                           int64 // bytes
+	maxRequests                           int
+	drainDelay                            time.Duration
+	drainTimeout                          time.Duration
 
 	debug           bool
 	debugEnrollment string
@@ -322,6 +324,13 @@ func (o *options) table() []option {
 
 		{name: "max-body", arg: "BYTES", def: "16M", group: groupLimits, set: to(&o.maxBody, parseSize),
 			help: "Largest request body; k, M and G are powers of 1024."},
+		{name: "max-checkin", arg: "BYTES", def: "256K", group: groupLimits, set: to(&o.maxCheckin, parseSize),
+			help: "Largest check-in, such as a TokenUpdate."},
+		{name: "max-status", arg: "BYTES", def: "4M", group: groupLimits, set: to(&o.maxStatus, parseSize),
+			help: "Largest declarative management message."},
+		{name: "max-hourly-bytes", arg: "BYTES", def: "1G", group: groupLimits, set: to(&o.maxHourlyBytes, parseSize),
+			help:   "What one device may send in an hour; beyond it 503.",
+			detail: "To one replica, in bodies of more than 16 KiB; smaller ones are always taken. The log and `nanoctl show` name the device."},
 		{name: "max-in-flight", arg: "BYTES", def: "256M", group: groupLimits, set: to(&o.maxInFlight, parseSize),
 			help:   "Request bodies held at once by all; beyond it 503.",
 			detail: "The first 16 KiB of each body do not count, so that large ones do not crowd polls out."},

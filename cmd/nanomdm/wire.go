@@ -208,7 +208,7 @@ func (b *building) assemble(ctx context.Context, store *sqlstore.Store) error {
 			Retro: o.retro, Reenroll: o.reenroll, Renewal: o.renewal, Confirm: side.confirm,
 		}))
 		h := httpmdm.New(service.Chain(protocol, chain...), side.identity, httpmdm.Config{
-			Pins: store, Refusals: store, MaxBody: o.maxBody, MaxInFlight: o.maxInFlight, MaxRequests: o.maxRequests,
+			Pins: store, Refusals: store, MaxBody: o.maxBody, MaxCheckin: o.maxCheckin, MaxStatus: o.maxStatus, MaxHourly: o.maxHourlyBytes, MaxInFlight: o.maxInFlight, MaxRequests: o.maxRequests,
 			Refused:            b.metrics.Refused,
 			AuthProxyTransport: side.authProxy, Logger: log,
 		})

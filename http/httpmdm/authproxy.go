@@ -111,7 +111,7 @@ func (h *Handler) proxied(w http.ResponseWriter, r *http.Request, active storage
 	if err != nil {
 		return id.speaker, nil, release, err
 	}
-	if body, release, err = h.readBody(w, r, id.certificate); err != nil {
+	if body, release, err = h.readBody(w, r, id.certificate, nil); err != nil {
 		return id.speaker, nil, release, err
 	}
 	if err := id.verifyBody(body); err != nil {

@@ -28,8 +28,9 @@ const firstRead = 16 << 10
 // readBody takes a place for the request, of cert unless that is nil, and reads
 // the whole body. The bytes that it holds beyond firstRead are taken from the
 // budget as they arrive, so that a client that announces much and sends little
-// costs little. release gives place and bytes back and must always be called.
-func (h *Handler) readBody(w http.ResponseWriter, r *http.Request, cert *x509.Certificate) (body []byte, release func(), err error) {
+// costs little. limit, if not nil, says from a beginning how long the whole may be.
+// release gives place and bytes back and must always be called.
+func (h *Handler) readBody(w http.ResponseWriter, r *http.Request, cert *x509.Certificate, limit func(beginning []byte) int64) (body []byte, release func(), err error) {
 	if enc := r.Header.Get("Content-Encoding"); enc != "" && !strings.EqualFold(enc, "identity") {
 		return nil, func() {}, badRequest(errEncoding)
 	}
@@ -42,7 +43,7 @@ func (h *Handler) readBody(w http.ResponseWriter, r *http.Request, cert *x509.Ce
 	}
 	in := &bodyReader{
 		handler: h, place: place, control: http.NewResponseController(w), start: time.Now(), size: r.ContentLength,
-		body: http.MaxBytesReader(w, r.Body, h.cfg.MaxBody),
+		body: http.MaxBytesReader(w, r.Body, h.cfg.MaxBody), limitOf: limit,
 	}
 	release = func() {
 		h.budget.Release(in.held)
@@ -63,7 +64,7 @@ func (h *Handler) readBody(w http.ResponseWriter, r *http.Request, cert *x509.Ce
 		err = errCrowded
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		err = errSlow
-	case !errors.Is(err, errOverload) && !errors.Is(err, errCrowded):
+	case !errors.Is(err, errOverload) && !errors.Is(err, errCrowded) && !errors.Is(err, errTypeTooLarge):
 		err = badRequest(fmt.Errorf("reading body: %w", err))
 	}
 	return nil, release, err
@@ -78,6 +79,7 @@ type bodyReader struct {
 	body    io.Reader
 	size    int64 // as announced; -1: not
 	held    int64 // of the budget
+	limitOf func(beginning []byte) int64
 }
 
 // cut makes a reading that is under way fail.
@@ -120,6 +122,13 @@ func (b *bodyReader) room(want int64) int64 {
 func (b *bodyReader) readAll() (body []byte, err error) {
 	var limit time.Duration
 	for room := b.room(firstRead); ; room = b.room(4 * room) {
+		if b.limitOf != nil && len(body) > 0 {
+			limit := b.limitOf(body)
+			if max(int64(len(body)), b.size) > limit {
+				return nil, errTypeTooLarge
+			}
+			room = min(room, limit+1)
+		}
 		if err := b.take(room); err != nil {
 			return nil, err
 		}

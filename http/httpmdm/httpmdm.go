@@ -10,6 +10,7 @@ package httpmdm
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/x509"
 	"errors"
@@ -47,6 +48,12 @@ type Config struct {
 	Refusals storage.Refusals
 	// MaxBody bounds one request's body, in bytes; default 16 MiB.
 	MaxBody int64
+	// MaxCheckin bounds a check-in's, default 256 KiB, and MaxStatus that of a
+	// declarative management message, default 4 MiB. Both are at most MaxBody.
+	MaxCheckin, MaxStatus int64
+	// MaxHourly bounds what one certificate sends to this server in an hour, in
+	// bodies of more than 16 KiB; past it they get 503. Default 1 GiB.
+	MaxHourly int64
 	// MaxInFlight bounds the bytes of all bodies held at once, beyond the
 	// first 16 KiB of each; past it requests get 503 with Retry-After. Polls
 	// and most reports are smaller, so that those who send much do not crowd
@@ -78,8 +85,9 @@ const (
 	ReasonTooLarge     = "too_large"
 	ReasonSlow         = "slow_body"
 	ReasonMalformed    = "malformed"
-	ReasonOverload     = "overload" // -max-in-flight
-	ReasonCrowded      = "crowded"  // too many of one certificate or client
+	ReasonOverload     = "overload"    // -max-in-flight
+	ReasonCrowded      = "crowded"     // too many of one certificate or client
+	ReasonByteBudget   = "byte_budget" // -max-hourly-bytes
 	ReasonUnavailable  = "unavailable"
 	ReasonUnrecognized = "unrecognized_device" // -authenticate-url refused it
 	ReasonOther        = "other"               // another middleware's StatusError
@@ -90,7 +98,7 @@ const (
 func Reasons() []string {
 	return []string{
 		ReasonMethod, ReasonIdentity, ReasonPeer, ReasonUnusedHeader, ReasonPin, ReasonNotEnrolled, ReasonTopic, ReasonOwnWord, ReasonTooLarge,
-		ReasonSlow, ReasonMalformed, ReasonOverload, ReasonCrowded, ReasonUnavailable, ReasonUnrecognized, ReasonOther, ReasonError,
+		ReasonSlow, ReasonMalformed, ReasonOverload, ReasonCrowded, ReasonByteBudget, ReasonUnavailable, ReasonUnrecognized, ReasonOther, ReasonError,
 	}
 }
 
@@ -102,6 +110,7 @@ type Handler struct {
 	budget   *semaphore.Weighted
 	places   *places
 	refusals *refusals
+	bytes    *byteBudget
 }
 
 // New makes a Handler. identity tells who sends; next gets what was decoded.
@@ -113,6 +122,9 @@ func New(next service.Handler, identity *Identity, cfg Config) *Handler {
 		cfg.MaxInFlight = 256 << 20
 	}
 	cfg.MaxInFlight = max(cfg.MaxInFlight, cfg.MaxBody)
+	cfg.MaxCheckin = min(cmp.Or(cfg.MaxCheckin, 256<<10), cfg.MaxBody)
+	cfg.MaxStatus = min(cmp.Or(cfg.MaxStatus, 4<<20), cfg.MaxBody)
+	cfg.MaxHourly = cmp.Or(cfg.MaxHourly, 1<<30)
 	if cfg.MaxRequests <= 0 {
 		cfg.MaxRequests = 4096
 	}
@@ -121,7 +133,7 @@ func New(next service.Handler, identity *Identity, cfg Config) *Handler {
 	}
 	return &Handler{
 		next: next, identity: identity, cfg: cfg, budget: semaphore.NewWeighted(cfg.MaxInFlight),
-		places: newPlaces(newPlaceLimits(cfg)), refusals: newRefusals(cfg.Logger),
+		places: newPlaces(newPlaceLimits(cfg)), refusals: newRefusals(cfg.Logger), bytes: newByteBudget(cfg.MaxHourly),
 	}
 }
 
@@ -149,7 +161,11 @@ func (h *Handler) MDM(role Role) http.Handler {
 			h.fail(w, r, id.speaker, err)
 			return
 		}
-		body, release, err := h.readBody(w, r, id.certificate)
+		if !h.bytes.allows(id.certificate, r.ContentLength) {
+			h.fail(w, r, id.speaker, errByteBudget)
+			return
+		}
+		body, release, err := h.readBody(w, r, id.certificate, func(beginning []byte) int64 { return h.bodyLimit(r, role, beginning) })
 		defer release()
 		if err != nil {
 			h.fail(w, r, id.speaker, err)
@@ -159,6 +175,7 @@ func (h *Handler) MDM(role Role) http.Handler {
 			h.fail(w, r, id.speaker, err)
 			return
 		}
+		h.bytes.add(id.certificate, len(body))
 		req, err := h.request(r, role, body, id.certificate)
 		if err != nil {
 			h.fail(w, r, id.named(body), err)
@@ -180,6 +197,11 @@ func (h *Handler) MDM(role Role) http.Handler {
 // it for ever, and nothing else would reach it.
 func (h *Handler) request(r *http.Request, role Role, body []byte, cert *x509.Certificate) (*service.Request, error) {
 	msg, err := decode(r, role, body)
+	if err == nil {
+		if err := h.checkSize(msg); err != nil {
+			return nil, err
+		}
+	}
 	var req *service.Request
 	if err == nil {
 		req, err = resolve(r, msg)
@@ -298,6 +320,9 @@ func reply(w http.ResponseWriter, resp *service.Response) {
 // retryAfter is what an overloaded server asks of devices, in seconds.
 const retryAfter = "5"
 
+// retryNextHour is what a device is asked that has sent too much.
+const retryNextHour = "600"
+
 // fail answers a device: a status and no text but Apple's own.
 func (h *Handler) fail(w http.ResponseWriter, r *http.Request, who speaker, err error) {
 	status := h.note(w, r, who, err)
@@ -325,11 +350,14 @@ func (h *Handler) note(w http.ResponseWriter, r *http.Request, who speaker, err 
 		w.Header().Set("Retry-After", retryAfter)
 	}
 	why := reason(err)
+	if why == ReasonByteBudget {
+		w.Header().Set("Retry-After", retryNextHour)
+	}
 	if h.cfg.Refused != nil {
 		h.cfg.Refused(why)
 	}
 	switch why {
-	case ReasonMethod, ReasonIdentity, ReasonPeer, ReasonUnusedHeader, ReasonTooLarge, ReasonSlow, ReasonOverload, ReasonCrowded:
+	case ReasonMethod, ReasonIdentity, ReasonPeer, ReasonUnusedHeader, ReasonTooLarge, ReasonSlow, ReasonOverload, ReasonCrowded, ReasonByteBudget:
 		w.Header().Set("Connection", "close") // the body was not read, and is not waited for
 	}
 	h.refusals.write(r, level, why, status, who, err)
@@ -378,6 +406,8 @@ func reason(err error) string {
 		return ReasonOverload
 	case errors.Is(err, errCrowded):
 		return ReasonCrowded
+	case errors.Is(err, errByteBudget):
+		return ReasonByteBudget
 	case errors.As(err, &se):
 		switch {
 		case se.Document != nil && se.Document.Code == mdm.CodeUnrecognizedDevice:

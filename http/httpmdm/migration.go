@@ -17,7 +17,7 @@ import (
 // stored is 200 whatever a device would be answered.
 func (h *Handler) Migration(next service.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		body, release, err := h.readBody(w, r, nil)
+		body, release, err := h.readBody(w, r, nil, nil)
 		defer release()
 		if err != nil {
 			h.refuseMigration(w, r, "", err)

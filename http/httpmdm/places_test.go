@@ -159,7 +159,7 @@ func TestBodyDeadlines(t *testing.T) {
 		ask := func(body io.Reader) []time.Duration {
 			w := &deadlines{ResponseRecorder: httptest.NewRecorder()}
 			r := httptest.NewRequest("PUT", "/mdm", body)
-			_, release, err := h.readBody(w, r, nil)
+			_, release, err := h.readBody(w, r, nil, nil)
 			require.NoError(t, err)
 			release()
 			return w.after
