@@ -307,3 +307,21 @@ func TestBadFilesAreNamedAtOnce(t *testing.T) {
 		require.Contains(t, stderr.String(), flag)
 	}
 }
+
+// The paths of another server take check-ins and reports alike.
+func TestPathsOfAnotherServer(t *testing.T) {
+	d := start(t, "http", "-mdm-paths", "/mdm/apple/mdm,/mdm/checkin", "-checkin")
+	for udid, path := range map[string]string{"D1": "/mdm/apple/mdm", "D2": "/mdm/checkin"} {
+		id, err := d.ca.Issue(udid)
+		require.NoError(t, err)
+		dev, err := mdmtest.NewDevice(d.url+path, id, mdmtest.Config{UDID: udid})
+		require.NoError(t, err)
+		require.NoError(t, dev.Enroll(t.Context()))
+		_, err = dev.Poll(t.Context())
+		require.NoError(t, err)
+	}
+	for _, bad := range []string{"mdm", "/", "/a/", "/a/../mdm", "/a b", "/{x}", "/a//b", "/mdm", "/checkin", "/v1/x", "/metrics", "/a,/a"} {
+		_, err := parsePaths(bad)
+		require.Error(t, err, bad)
+	}
+}

@@ -36,6 +36,7 @@ type options struct {
 	authenticateKey secret
 
 	checkin         bool
+	mdmPaths        []string
 	disableMDM      bool
 	uaZLDC          bool
 	returnToService string
@@ -211,6 +212,9 @@ func (o *options) table() []option {
 
 		{name: "checkin", group: groupProtocol, set: to(&o.checkin, parseSwitch),
 			help: "Take check-ins at /checkin; /mdm then takes only reports."},
+		{name: "mdm-paths", arg: "LIST", group: groupProtocol, set: to(&o.mdmPaths, parsePaths),
+			help:   "More paths for check-ins and reports, such as /mdm/apple/mdm.",
+			detail: "Those of the server that devices come from: `/mdm/apple/mdm` for Fleet, `/mdm/checkin,/mdm/connect` for MicroMDM. Each takes both."},
 		{name: "disable-mdm", group: groupProtocol, set: to(&o.disableMDM, parseSwitch),
 			help: "Serve the API alone. Needs -api."},
 		{name: "ua-zl-dc", group: groupProtocol, set: to(&o.uaZLDC, parseSwitch),

@@ -96,6 +96,30 @@ func parseHeaderName(s string) (string, error) {
 	return s, nil
 }
 
+// plainPath is a path that a mux takes as it is.
+var plainPath = regexp.MustCompile(`^(/[A-Za-z0-9._~-]+)+$`)
+
+// ownPaths are the daemon's, and begin those that are its own, too.
+var ownPaths = []string{"/v1", "/authproxy", "/healthz", "/readyz", "/metrics", "/version", "/migration"}
+
+// parsePaths reads paths for devices besides the daemon's own.
+func parsePaths(s string) ([]string, error) {
+	list := fields(s)
+	for i, path := range list {
+		if !plainPath.MatchString(path) || strings.Contains(path+"/", "/../") || strings.Contains(path+"/", "/./") {
+			return nil, fmt.Errorf("%q is not a path such as /mdm/apple/mdm", path)
+		}
+		own := slices.ContainsFunc(ownPaths, func(p string) bool { return strings.HasPrefix(path+"/", p+"/") })
+		if own || path == "/mdm" || path == "/checkin" {
+			return nil, fmt.Errorf("%q is the daemon's own", path)
+		}
+		if slices.Contains(list[:i], path) {
+			return nil, fmt.Errorf("%q is there twice", path)
+		}
+	}
+	return list, nil
+}
+
 func parsePrefixes(s string) ([]netip.Prefix, error) {
 	var list []netip.Prefix
 	for _, field := range fields(s) {

@@ -220,6 +220,9 @@ func (b *building) assemble(ctx context.Context, store *sqlstore.Store) error {
 		if o.checkin {
 			routes["/mdm"], routes["/checkin"] = h.MDM(httpmdm.Reports), h.MDM(httpmdm.Checkins)
 		}
+		for _, path := range o.mdmPaths {
+			routes[path] = h.MDM(httpmdm.Any)
+		}
 		if o.authProxyURL != nil {
 			if o.certHeader == "" && !o.tlsClientAuth {
 				log.Warn("devices that sign their messages are refused at /authproxy/ without a body, unless the signature has a signing time; use -cert-header or -tls-client-auth")
