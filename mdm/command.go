@@ -12,9 +12,9 @@ type Command struct {
 }
 
 // DecodeCommand checks and decodes a command that an operator sends: an XML
-// property list with CommandUUID and Command.RequestType. What else Command
-// holds is the operator's business and passes unchanged, but must be a sound
-// property list. The command keeps raw as its Raw. Errors wrap [ErrMalformed]
+// property list with CommandUUID and Command.RequestType. Other keys of Command
+// are the operator's business and pass unchanged, but must be a sound property
+// list. The command keeps raw as its Raw. Errors wrap [ErrMalformed]
 // or [ErrMissingKey] and say what to mend.
 func DecodeCommand(raw []byte) (*Command, error) {
 	var r reader

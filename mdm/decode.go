@@ -9,7 +9,7 @@ import (
 	"unicode/utf8"
 )
 
-// What the decoding errors wrap. All of them are the sender's fault. Their
+// Errors that decoding wraps. All of them are the sender's fault. Their
 // texts name keys and offsets but repeat no values.
 var (
 	// ErrMalformed: not an XML property list holding a dict, or a key with

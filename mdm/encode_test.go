@@ -114,7 +114,7 @@ func TestEncodeCommandIsTheSameAgain(t *testing.T) {
 	}
 }
 
-// What is made of any JSON is a property list for others, too.
+// A property list made of any JSON is one for other parsers, too.
 func FuzzEncodeCommand(f *testing.F) {
 	f.Add("InstallProfile", `{"Payload":"ZGF0YQ=="}`)
 	f.Add("Settings", `{"Settings":[{"Item":"Wallpaper","Image":"","Where":1.5e3}]}`)

@@ -245,7 +245,7 @@ func FuzzTolerant(f *testing.F) {
 		var sound, odd document
 		soundErr, oddErr := scan(&sound, body, usual), scan(&odd, body, tolerant)
 		if soundErr != nil {
-			// What stands before and between the elements is left to the scanner.
+			// The scanner alone skips text before and between the elements.
 			mended := mend(body)
 			if oddErr != nil || scan(&sound, mended, usual) != nil {
 				return

@@ -246,7 +246,7 @@ func FuzzParseCertHeader(f *testing.F) {
 
 // FuzzXFCC puts two certificates into whatever a proxy, or who talks to it,
 // might write, in places that the text names: C and D are certificates, K both
-// as a chain. What is accepted names one device: if both stand there as the
+// as a chain. An accepted header names one device: if both stand there as the
 // client's own, in whatever element, neither is taken.
 func FuzzXFCC(f *testing.F) {
 	one, two := headerCerts(f)

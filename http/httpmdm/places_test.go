@@ -172,7 +172,7 @@ func TestBodyDeadlines(t *testing.T) {
 	})
 }
 
-// What was cut before the deadline is set stays cut.
+// A body that was cut before the deadline is set stays cut.
 func TestEvictedBodyIsNotRead(t *testing.T) {
 	h := New(nil, nil, Config{})
 	for range 2 {

@@ -7,6 +7,6 @@
 // reads the wire format by itself, so that a server that misspells a key meets
 // a witness that does not share the mistake.
 //
-// What a simulated device does follows Apple's "Device Management"
+// The behaviour of a simulated device follows Apple's "Device Management"
 // documentation (check-in and command protocols) and RFC 5652 (CMS).
 package mdmtest

@@ -159,7 +159,7 @@ func signerInfo(id *Identity, body, digestAlgorithm []byte, options SignOptions)
 		if err != nil {
 			return nil, err
 		}
-		// What is signed is the SET; what is sent is the same under an
+		// The signature covers the SET; the message has the same under an
 		// implicit tag (RFC 5652, 5.4).
 		digest = sum(options.Hash, set)
 		attributes = bytes.Clone(set)
