@@ -221,7 +221,9 @@ func (h *Handler) request(r *http.Request, role Role, body []byte, cert *x509.Ce
 func isReport(r *http.Request, role Role, body []byte, msg mdm.Message) bool {
 	switch {
 	case msg != nil:
-		return msg.Kind() == mdm.KindReport && role != Checkins
+		// An identity that is there and wrong is never taken for the sender's own.
+		who := msg.Identity()
+		return msg.Kind() == mdm.KindReport && role != Checkins && who.UDID == "" && who.EnrollmentID == ""
 	case bytes.Contains(body, []byte("<key>MessageType</key>")):
 		return false
 	}

@@ -308,6 +308,9 @@ func TestUnreadableReports(t *testing.T) {
 	resp, err := stranger.Do(t.Context(), "/mdm", reportType, []byte("\xff"))
 	require.NoError(t, err)
 	require.Equal(t, 400, resp.Status, "the certificate is pinned to nothing")
+	resp, err = d.Do(t.Context(), "/mdm", reportType, report("D1:alice", "Idle", "", ""))
+	require.NoError(t, err)
+	require.Equal(t, 400, resp.Status, "an identity that is there and wrong")
 	for name, path := range map[string]string{"check-in path": "/checkin", "check-in type": "/mdm"} {
 		resp, err = d.Do(t.Context(), path, checkinType, []byte("\xff"))
 		require.NoError(t, err)
