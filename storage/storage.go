@@ -352,7 +352,8 @@ type Enqueuer interface {
 	// several at once do each chunk once. The first of them decides about
 	// Digest and CommandUUID; others are ErrKeyUsed.
 	Enqueue(ctx context.Context, scope Scope, e *Enqueue) (failed map[string]error, err error)
-	// FindEnqueued reads what is remembered of a call, or ErrNotFound.
+	// FindEnqueued reads what is remembered of a call, or ErrNotFound. What it
+	// read is as durable as a write when it returns.
 	FindEnqueued(ctx context.Context, caller, key string) (*Enqueued, error)
 }
 

@@ -243,7 +243,7 @@ func (o *options) table() []option {
 			detail: "Clients send it as the password of the Basic user `nanomdm`."},
 		{name: "migration", group: groupAPI, set: to(&o.migration, parseSwitch),
 			help:   "Accept enrollments of another server at /migration. Needs -api.",
-			detail: "`PUT /migration` takes Authenticate and TokenUpdate plists, as NanoMDM's nano2nano sends them. Turn it off again after the move."},
+			detail: "`PUT /migration` takes check-ins (Authenticate, TokenUpdate, SetBootstrapToken, UserAuthenticate, CheckOut), as NanoMDM's nano2nano sends them. Turn it off again after the move."},
 
 		{name: "storage", arg: "NAME", def: "sqlite", group: groupStorage, set: to(&o.storage, parseStorage),
 			help: "Database: sqlite, pgsql or mysql (MariaDB too)."},

@@ -79,10 +79,15 @@ func (a *API) gone(ctx context.Context, action, target string, missing error) (i
 	if err != nil {
 		return 0, nil, err
 	}
-	if slices.ContainsFunc(records, func(r storage.AuditRecord) bool { return r.Outcome == storage.AuditDone }) {
-		return http.StatusNoContent, nil, nil
+	if !slices.ContainsFunc(records, func(r storage.AuditRecord) bool { return r.Outcome == storage.AuditDone }) {
+		return 0, nil, missing
 	}
-	return 0, nil, missing
+	// The deletion may have been committed without its standby. The record's
+	// commit waits for the standby to have both.
+	if err := a.store.AppendAudit(ctx, auditRecord(ctx, action, target, "repeated")); err != nil {
+		return 0, nil, err
+	}
+	return http.StatusNoContent, nil, nil
 }
 
 // outcome is the text of an error in an audit record. It holds no more than

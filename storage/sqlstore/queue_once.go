@@ -126,11 +126,13 @@ func (c *call) close(ctx context.Context, t *tx, missed map[string]error, throug
 	return nil
 }
 
-// FindEnqueued implements storage.Enqueuer.
+// FindEnqueued implements storage.Enqueuer. The answer to a repeated call rests
+// on what it reads, which another transaction may have committed without its
+// standby: so it locks the row, and its own commit waits for the standby.
 func (s *Store) FindEnqueued(ctx context.Context, caller, key string) (*storage.Enqueued, error) {
 	var c *call
-	err := s.read(ctx, func(ctx context.Context, t *tx) (err error) {
-		c, err = readCall(ctx, t, caller, key, "")
+	err := s.write(ctx, func(ctx context.Context, t *tx) (err error) {
+		c, err = readCall(ctx, t, caller, key, t.Dialect.ForUpdate())
 		return err
 	})
 	if err != nil {

@@ -20,6 +20,7 @@ func onceTests() []subtest {
 		{"a key is one caller's and one call's", onceConflict},
 		{"calls with a key that come at once take effect once", onceAtOnce},
 		{"a call that broke off goes on where it was", onceBroken},
+		{"finding a call locks it", onceFound},
 		{"a call leaves one audit record, with its first rows", onceAudit},
 		{"old keys are forgotten, under the lease", onceForgotten},
 	}
@@ -67,6 +68,30 @@ func onceRepeated(t *testing.T, h *Harness) {
 	require.Len(t, found.Failed, 698)
 	_, err = h.Store.FindEnqueued(t.Context(), "ann", "K")
 	require.ErrorIs(t, err, storage.ErrNotFound)
+}
+
+// An answer that rests on a plain read may tell of a commit that a failover
+// takes back. PostgreSQL shows the lock on the row, and its commit waits for
+// the standby.
+func onceFound(t *testing.T, h *Harness) {
+	h.Enroll(t, "D")
+	_, err := h.Store.Enqueue(t.Context(), storage.Scope{}, once("C", "k", "d", "D"))
+	require.NoError(t, err)
+	_, err = h.Store.FindEnqueued(t.Context(), "ann", "other")
+	require.ErrorIs(t, err, storage.ErrNotFound)
+	locker := func() []string {
+		if h.Engine.Name != "pgsql" {
+			return nil
+		}
+		return h.Strings(t, "SELECT xmax::text FROM nano_enqueue_calls")
+	}
+	before := locker()
+	found, err := h.Store.FindEnqueued(t.Context(), "ann", "k")
+	require.NoError(t, err)
+	require.Equal(t, storage.Enqueued{CommandUUID: "C", Digest: "d", Count: 1, Done: true}, *found)
+	if before != nil {
+		require.NotEqual(t, before, locker())
+	}
 }
 
 func onceConflict(t *testing.T, h *Harness) {
