@@ -1,19 +1,44 @@
 # `make` alone lists what there is to make.
 
 GO ?= go
-VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+VERSION := $(shell cat release/VERSION)
+PLATFORMS ?= linux/amd64 linux/arm64 darwin/amd64 darwin/arm64
+PROGRAMS := nanomdm nanoctl nano2nano mdmsim
 FUZZTIME ?= 20s
 BENCH ?=
 CHAOS ?=
 ENGINES := storage/engines/with-engines.sh
 
-.PHONY: help build demo test quick bench chaos fuzz lint clean
+.PHONY: help build release demo test quick bench chaos fuzz lint clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: ## build the programs into bin/, without cgo
-	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-X main.version=$(VERSION)' -o bin/ ./cmd/...
+	CGO_ENABLED=0 $(GO) build -trimpath -o bin/ ./cmd/...
+
+# The same commit gives the same archives: dates are the commit's. Each program
+# knows its version and its commit; see package release.
+release: ## static programs for Linux and macOS, checksums and SBOMs, into dist/
+	@rm -rf dist && mkdir -p dist
+	@date=$$(git log -1 --format=%cI); \
+	for platform in $(PLATFORMS); do \
+		name=nanomdm-$(VERSION)-$${platform%/*}-$${platform#*/}; \
+		echo "building $$name"; \
+		for program in $(PROGRAMS); do \
+			CGO_ENABLED=0 GOOS=$${platform%/*} GOARCH=$${platform#*/} $(GO) build -trimpath -buildvcs=true \
+				-ldflags '-s -w' -o dist/$$name/ ./cmd/$$program || exit 1; \
+		done; \
+		cp -r LICENSE README.md docs contrib dist/$$name/ && \
+		tar -C dist --sort=name --mtime="$$date" --owner=0 --group=0 --numeric-owner --use-compress-program='gzip -n' \
+			-cf dist/$$name.tar.gz $$name || exit 1; \
+	done
+	@for program in $(PROGRAMS); do \
+		$(GO) -C release/sbom tool cyclonedx-gomod bin -json -noserial -version v$(VERSION) \
+			-output $(CURDIR)/dist/$$program-$(VERSION).cdx.json \
+			$(CURDIR)/dist/nanomdm-$(VERSION)-$(firstword $(subst /,-,$(PLATFORMS)))/$$program || exit 1; \
+	done
+	@cd dist && sha256sum *.tar.gz *.cdx.json > SHA256SUMS && cat SHA256SUMS
 
 demo: build ## a server, three simulated devices and their commands, in seconds
 	./bin/mdmsim demo -nanomdm ./bin/nanomdm
@@ -54,4 +79,4 @@ lint: ## gofmt, go vet, staticcheck
 	$(GO) tool staticcheck ./...
 
 clean: ## remove what build made
-	rm -rf bin
+	rm -rf bin dist

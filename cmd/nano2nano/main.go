@@ -21,9 +21,6 @@ import (
 	"github.com/nanomdm/nanomdm/cmd/nano2nano/foreign"
 )
 
-// version is set by the linker: -ldflags "-X main.version=...".
-var version = "dev"
-
 // Exit codes, for scripts.
 const (
 	exitFailure = 1 // the move did not end; run it again

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/nanomdm/nanomdm/cmd/nano2nano/foreign"
+	"github.com/nanomdm/nanomdm/release"
 	"github.com/nanomdm/nanomdm/storage"
 	"github.com/nanomdm/nanomdm/storage/sqlstore"
 )
@@ -59,7 +60,7 @@ func move(ctx context.Context, e *env, args []string) (err error) {
 		return err
 	}
 	if o.version {
-		_, err := fmt.Fprintln(e.out, version)
+		_, err := fmt.Fprintln(e.out, release.String())
 		return err
 	}
 	m := &mover{o: o, e: e, problems: e.err}

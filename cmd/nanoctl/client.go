@@ -12,6 +12,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/nanomdm/nanomdm/release"
 )
 
 const (
@@ -93,7 +95,7 @@ func (c *client) do(ctx context.Context, method, path string, query url.Values, 
 		return nil, err
 	}
 	req.Header.Set("Authorization", "Bearer "+c.key)
-	req.Header.Set("User-Agent", "nanoctl/"+version)
+	req.Header.Set("User-Agent", "nanoctl/"+release.Version())
 	if contentType != "" {
 		req.Header.Set("Content-Type", contentType)
 	}

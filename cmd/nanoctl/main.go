@@ -18,9 +18,6 @@ import (
 	"github.com/nanomdm/nanomdm/backoff"
 )
 
-// version is set by the linker: -ldflags "-X main.version=...".
-var version = "dev"
-
 // Exit codes, for scripts.
 const (
 	exitFailure  = 1 // the server or the network failed, or refused

@@ -27,6 +27,7 @@ import (
 	"github.com/nanomdm/nanomdm/mdm"
 	"github.com/nanomdm/nanomdm/mdm/mdmtest"
 	"github.com/nanomdm/nanomdm/mdm/schema"
+	"github.com/nanomdm/nanomdm/release"
 )
 
 // ran is one run of nanoctl.
@@ -308,7 +309,7 @@ func TestCAs(t *testing.T) {
 // The version needs no server, and help for what is not there is a mistake.
 func TestVersionAndSuggestions(t *testing.T) {
 	o := newOperator(t)
-	require.Equal(t, version+"\n", o.run("", "--version").out)
+	require.Equal(t, release.String()+"\n", o.run("", "--version").out)
 	r := o.run("", "version")
 	require.Zero(t, r.code)
 	require.NotContains(t, r.out, "server")

@@ -10,6 +10,7 @@ import (
 	"strings"
 
 	"github.com/nanomdm/nanomdm/mdm/schema"
+	"github.com/nanomdm/nanomdm/release"
 )
 
 // errHelped: help was asked for and given.
@@ -55,7 +56,7 @@ func dispatch(ctx context.Context, e *env, args []string) error {
 		return errHelpShown
 	}
 	if slices.Contains([]string{"-version", "--version"}, args[0]) {
-		_, err := fmt.Fprintln(e.out, version)
+		_, err := fmt.Fprintln(e.out, release.String())
 		return err
 	}
 	c, rest := find(table, args)
@@ -127,9 +128,9 @@ func versionCommand() command {
 			return func(ctx context.Context, e *env, _ []string) error {
 				theirs := e.serverVersion(ctx)
 				if e.format == "json" {
-					return e.json(map[string]string{"nanoctl": version, "server": theirs})
+					return e.json(map[string]string{"nanoctl": release.String(), "server": theirs})
 				}
-				return e.pairs([][2]string{{"nanoctl", version}, {"server", theirs}})
+				return e.pairs([][2]string{{"nanoctl", release.String()}, {"server", theirs}})
 			}
 		},
 	}

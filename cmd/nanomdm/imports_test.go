@@ -25,11 +25,12 @@ var arrows = map[string][]string{
 	"certverify": {"textinput"},
 	"backoff":    nil,
 	"textinput":  nil,
+	"release":    nil,
 	"storage":    {"mdm", "backoff"},
 	"service":    {"storage", "mdm", "cryptoutil", "backoff", "textinput"},
 	"push":       {"storage", "mdm", "backoff"},
 	"http":       {"service", "storage", "mdm", "cryptoutil", "certverify", "push", "backoff", "textinput"},
-	"cmd":        {"http", "service", "storage", "push", "mdm", "cryptoutil", "certverify", "backoff", "textinput"},
+	"cmd":        {"http", "service", "storage", "push", "mdm", "cryptoutil", "certverify", "backoff", "textinput", "release"},
 }
 
 // isolated packages import nothing of ours beside the listed ones, and why.

@@ -13,10 +13,9 @@ import (
 	"os/signal"
 	"syscall"
 	"time"
-)
 
-// version is set by the linker: -ldflags "-X main.version=...".
-var version = "dev"
+	"github.com/nanomdm/nanomdm/release"
+)
 
 // Exit codes besides those of server.run.
 const (
@@ -43,7 +42,7 @@ func run(ctx context.Context, args, environ []string, stdout, stderr io.Writer, 
 		fmt.Fprintln(stderr, err)
 		return exitUsage
 	case o.version:
-		fmt.Fprintln(stdout, version)
+		fmt.Fprintln(stdout, release.String())
 		return 0
 	}
 	log := newLogger(stderr, o)

@@ -20,6 +20,7 @@ import (
 	"github.com/nanomdm/nanomdm/http/httpmdm"
 	"github.com/nanomdm/nanomdm/http/metrics"
 	"github.com/nanomdm/nanomdm/http/requestlog"
+	"github.com/nanomdm/nanomdm/release"
 	"github.com/nanomdm/nanomdm/service"
 	"github.com/nanomdm/nanomdm/service/callout"
 	"github.com/nanomdm/nanomdm/service/certauth"
@@ -58,7 +59,7 @@ type building struct {
 // The database is opened when the server runs, so that a start while it is
 // away waits, with probes answered.
 func wire(o options, environ []string, log *slog.Logger, stdout io.Writer) (*server, error) {
-	counters := metrics.New(version)
+	counters := metrics.New(release.String())
 	side, err := loadDeviceSide(o, log, counters.Checked)
 	if err != nil {
 		return nil, err
@@ -94,7 +95,7 @@ func wire(o options, environ []string, log *slog.Logger, stdout io.Writer) (*ser
 		maxHeader = maxAPIHeaderBytes
 	}
 	b.s.serve("http", listener, b.logged(b.front), side.tls, maxHeader)
-	ready := []any{"version", version, "listen", listener.Addr().String(), "storage", o.storage, "api", o.api != ""}
+	ready := []any{"version", release.String(), "listen", listener.Addr().String(), "storage", o.storage, "api", o.api != ""}
 	if o.apiListen != "" {
 		apiListener, err := listen("api-listen", o.apiListen)
 		if err != nil {
@@ -170,10 +171,10 @@ func (b *building) assemble(ctx context.Context, store *sqlstore.Store) error {
 	o, log, s, side := b.o, b.log, b.s, b.side
 	mux := http.NewServeMux() // the device side's
 	operators := mux
-	mux.Handle("/version", httpapi.Version(version))
+	mux.Handle("/version", httpapi.Version(release.String()))
 	if b.apiFront != nil {
 		operators = http.NewServeMux()
-		operators.Handle("/version", httpapi.Version(version))
+		operators.Handle("/version", httpapi.Version(release.String()))
 	}
 
 	pusher, err := b.push(store)
@@ -189,7 +190,7 @@ func (b *building) assemble(ctx context.Context, store *sqlstore.Store) error {
 	if o.api != "" {
 		if api, err = httpapi.New(string(o.api), store, pusher, httpapi.Config{
 			MaxBody: o.maxBody, Refused: b.metrics.APIRefused, SinksChanged: sinks.Refresh, SinkGuard: callout.Guard{Allowed: o.webhookAllowed}, Draining: s.draining(),
-			Version: version, Logger: log,
+			Version: release.String(), Logger: log,
 		}); err != nil {
 			return err
 		}
