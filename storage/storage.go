@@ -22,6 +22,8 @@ var (
 	// ErrNotEnrolled: no such enrollment, or it has checked out, or it has
 	// not sent its first TokenUpdate.
 	ErrNotEnrolled = errors.New("not enrolled")
+	// ErrTooManyChannels: the device has as many users as it may.
+	ErrTooManyChannels = errors.New("the device has too many user channels")
 	// ErrIdentity: the certificate may not act for this enrollment. It is
 	// pinned to another one, was retired by a re-enrollment, or is not pinned
 	// and may not be.

@@ -88,6 +88,7 @@ type options struct {
 	maxRequests                           int
 	drainDelay                            time.Duration
 	drainTimeout                          time.Duration
+	maxUserChannels                       int
 
 	debug           bool
 	debugEnrollment string
@@ -341,6 +342,9 @@ func (o *options) table() []option {
 		{name: "max-requests", arg: "N", def: "4096", group: groupLimits, set: to(&o.maxRequests, parseCount),
 			help:   "Requests under way at once; beyond it 503.",
 			detail: "Counted apart for devices and for the API, so that neither starves the other. A device's certificate has at most 16 of them, and one client address half; a quarter of that may wait for their bodies. Name your proxies in `-trusted-proxies`, or their addresses are the clients'."},
+		{name: "max-user-channels", arg: "N", def: "200", group: groupLimits, set: to(&o.maxUserChannels, parseCount),
+			help:   "Users that one device may have; a new one beyond it is refused.",
+			detail: "Users who only began to authenticate count. Those that are there already stay."},
 		{name: "drain-delay", arg: "TIME", def: "0", group: groupLimits, set: to(&o.drainDelay, parseDuration),
 			help:   "How long a stop is only announced at /readyz first.",
 			detail: "Requests are served as before meanwhile. Give load balancers the time that they take to notice."},

@@ -148,6 +148,7 @@ func (b *building) addStore() {
 				RootCAs:         b.storageCA,
 				Sealer:          b.sealer,
 				SealCommands:    b.o.sealCommands,
+				MaxUserChannels: b.o.maxUserChannels,
 				Committed:       b.metrics.Committed,
 				Polled:          b.metrics.Polled,
 			}

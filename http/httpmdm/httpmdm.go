@@ -80,8 +80,9 @@ const (
 	ReasonUnusedHeader = "unused_certificate_header"     // in a mode without one
 	ReasonPin          = storage.CauseForeignCertificate // pinned to another enrollment, or retired
 	ReasonNotEnrolled  = "not_enrolled"
-	ReasonTopic        = "other_topic" // than at enrollment
-	ReasonOwnWord      = "old_copy"    // in a migration, of a device that spoke here itself
+	ReasonChannels     = "too_many_channels" // of users of one device
+	ReasonTopic        = "other_topic"       // than at enrollment
+	ReasonOwnWord      = "old_copy"          // in a migration, of a device that spoke here itself
 	ReasonTooLarge     = "too_large"
 	ReasonSlow         = "slow_body"
 	ReasonMalformed    = "malformed"
@@ -97,7 +98,7 @@ const (
 // Reasons lists them all.
 func Reasons() []string {
 	return []string{
-		ReasonMethod, ReasonIdentity, ReasonPeer, ReasonUnusedHeader, ReasonPin, ReasonNotEnrolled, ReasonTopic, ReasonOwnWord, ReasonTooLarge,
+		ReasonMethod, ReasonIdentity, ReasonPeer, ReasonUnusedHeader, ReasonPin, ReasonNotEnrolled, ReasonTopic, ReasonOwnWord, ReasonChannels, ReasonTooLarge,
 		ReasonSlow, ReasonMalformed, ReasonOverload, ReasonCrowded, ReasonByteBudget, ReasonUnavailable, ReasonUnrecognized, ReasonOther, ReasonError,
 	}
 }
@@ -341,7 +342,7 @@ func (h *Handler) note(w http.ResponseWriter, r *http.Request, who speaker, err 
 	switch {
 	case errors.As(err, &se):
 		status, level = se.Status, slog.LevelWarn
-	case errors.Is(err, errIdentity), errors.Is(err, storage.ErrIdentity), errors.Is(err, storage.ErrNotEnrolled), errors.Is(err, storage.ErrTopic):
+	case errors.Is(err, errIdentity), errors.Is(err, storage.ErrIdentity), errors.Is(err, storage.ErrNotEnrolled), errors.Is(err, storage.ErrTopic), errors.Is(err, storage.ErrTooManyChannels):
 		status, level = http.StatusBadRequest, slog.LevelWarn
 	case errors.Is(err, storage.ErrOwnWord):
 		status, level = http.StatusConflict, slog.LevelWarn
@@ -396,6 +397,8 @@ func reason(err error) string {
 		return ReasonPin
 	case errors.Is(err, storage.ErrNotEnrolled):
 		return ReasonNotEnrolled
+	case errors.Is(err, storage.ErrTooManyChannels):
+		return ReasonChannels
 	case errors.Is(err, storage.ErrTopic):
 		return ReasonTopic
 	case errors.Is(err, storage.ErrOwnWord):

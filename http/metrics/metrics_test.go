@@ -228,6 +228,7 @@ var explanations = map[string][2]string{
 	httpmdm.ReasonNotEnrolled:  {"400", "a message that needs an enrollment, from a device without one"},
 	httpmdm.ReasonTopic:        {"400", "a TokenUpdate with another APNs topic than the Authenticate had; the audit has a record"},
 	httpmdm.ReasonOwnWord:      {"409", "a message in a migration that differs from what a device has told this server itself"},
+	httpmdm.ReasonChannels:     {"400", "a new user of a device that has `-max-user-channels` of them"},
 	httpmdm.ReasonTooLarge:     {"413", "a body larger than `-max-body`, or than `-max-checkin` or `-max-status` for its type"},
 	httpmdm.ReasonSlow:         {"408", "a body that came too slowly"},
 	httpmdm.ReasonMalformed:    {"400", "not a property list, or not a message"},

@@ -188,7 +188,11 @@ func changeEnrollments(ctx context.Context, t *tx, batch []*opRun) error {
 	if err != nil {
 		return err
 	}
-	rows, err := readEnrollments(ctx, t, certs.enrollments)
+	ids, err := concerned(ctx, t, batch, certs)
+	if err != nil {
+		return err
+	}
+	rows, err := readEnrollments(ctx, t, ids)
 	if err != nil {
 		return err
 	}
@@ -197,6 +201,9 @@ func changeEnrollments(ctx context.Context, t *tx, batch []*opRun) error {
 		return err
 	}
 	if err := refuseTopics(ctx, t, batch, r); err != nil {
+		return err
+	}
+	if err := refuseManyChannels(ctx, t, batch, r); err != nil {
 		return err
 	}
 	if err := moveTopics(ctx, t, batch, r); err != nil {

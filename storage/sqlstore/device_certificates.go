@@ -16,8 +16,6 @@ type certificates struct {
 	byHash  map[string]certificate
 	live    map[string]bool // devices that have one
 	devices map[string]bool // devices that exist
-	// enrollments are the ids of those of the devices.
-	enrollments []string
 	// claims are of devices that other certificates come from.
 	claims map[string]claim
 }
@@ -31,12 +29,11 @@ type certificate struct {
 // certificates has. The live certificate is not looked for by retired_at, by
 // which an index has that of every device.
 func certificateLookupText(d *sqldb.Dialect) string {
-	return `SELECT r.id, r.command_uuid, d.id, a.id, a.retired_at, l.id, e.id
+	return `SELECT r.id, r.command_uuid, d.id, a.id, a.retired_at, l.id
 FROM ` + d.PairTable("id", "command_uuid") +
 		d.Lookup(true, "nano_devices", "d", "d.id = r.id") +
 		d.Lookup(true, "nano_cert_auth_associations", "a", "a.sha256 = r.command_uuid") +
-		d.Lookup(true, "nano_cert_auth_associations", "l", "l.id = r.id AND COALESCE(l.retired_at, 0) = 0") +
-		d.Lookup(true, "nano_enrollments", "e", "e.device_id = r.id")
+		d.Lookup(true, "nano_cert_auth_associations", "l", "l.id = r.id AND COALESCE(l.retired_at, 0) = 0")
 }
 
 func readCertificates(ctx context.Context, t *tx, batch []*opRun) (*certificates, error) {
@@ -55,9 +52,9 @@ func readCertificates(ctx context.Context, t *tx, batch []*opRun) (*certificates
 	}
 	err = t.Query(ctx, t.texts.certificateLookup, pairs...).Each(func(row sqldb.Row) error {
 		var device, hash string
-		var known, owner, live, enrollment sql.Null[string]
+		var known, owner, live sql.Null[string]
 		var retired sql.Null[int64]
-		if err := row.Scan(&device, &hash, &known, &owner, &retired, &live, &enrollment); err != nil {
+		if err := row.Scan(&device, &hash, &known, &owner, &retired, &live); err != nil {
 			return err
 		}
 		if known.Valid {
@@ -68,9 +65,6 @@ func readCertificates(ctx context.Context, t *tx, batch []*opRun) (*certificates
 		}
 		if live.Valid {
 			c.live[device] = true
-		}
-		if enrollment.Valid {
-			c.enrollments = append(c.enrollments, enrollment.V)
 		}
 		return nil
 	})

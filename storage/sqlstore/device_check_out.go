@@ -48,14 +48,13 @@ func endEnrollments(ctx context.Context, t *tx, batch []*opRun, rows *enrollment
 }
 
 func disableEnrollments(ctx context.Context, t *tx, ids []string) error {
-	if len(ids) == 0 {
-		return nil
-	}
-	is, args := t.Among(ids)
-	_, err := t.Exec(ctx, `UPDATE nano_enrollments SET enabled = 0, token_update_tally = 0, updated_at = ? WHERE id `+is,
-		append([]any{t.Now}, args...)...)
-	if err != nil {
-		return fmt.Errorf("disabling enrollments: %w", err)
+	for chunk := range slices.Chunk(ids, enqueueRows) {
+		is, args := t.Among(chunk)
+		_, err := t.Exec(ctx, `UPDATE nano_enrollments SET enabled = 0, token_update_tally = 0, updated_at = ? WHERE id `+is,
+			append([]any{t.Now}, args...)...)
+		if err != nil {
+			return fmt.Errorf("disabling enrollments: %w", err)
+		}
 	}
 	return nil
 }
@@ -65,18 +64,22 @@ func disableEnrollments(ctx context.Context, t *tx, ids []string) error {
 // finds the enrollment disabled.
 func clearQueues(ctx context.Context, t *tx, ids []string) error {
 	slices.Sort(ids)
-	if _, err := lock(ctx, t, "nano_enrollment_push", ids); err != nil {
-		return err
+	for chunk := range slices.Chunk(ids, enqueueRows) {
+		if _, err := lock(ctx, t, "nano_enrollment_push", chunk); err != nil {
+			return err
+		}
 	}
-	is, args := t.Among(ids)
-	_, err := t.Exec(ctx, `UPDATE nano_enrollment_push SET paid_seq = owed_seq, push_at = NULL, attempts = 0 WHERE id `+is, args...)
-	if err != nil {
-		return fmt.Errorf("forgetting pushes owed: %w", err)
-	}
-	_, err = t.Exec(ctx, fmt.Sprintf(`UPDATE nano_enrollment_queue%s SET state = %d, finished_at = ?, not_before = NULL WHERE state IN (%d, %d, %d) AND id `,
-		t.Dialect.Index("nano_enrollment_queue_next"), storage.Cancelled, storage.Scheduled, storage.Queued, storage.NotNow)+is, append([]any{t.Now}, args...)...)
-	if err != nil {
-		return fmt.Errorf("cancelling commands: %w", err)
+	for chunk := range slices.Chunk(ids, enqueueRows) {
+		is, args := t.Among(chunk)
+		_, err := t.Exec(ctx, `UPDATE nano_enrollment_push SET paid_seq = owed_seq, push_at = NULL, attempts = 0 WHERE id `+is, args...)
+		if err != nil {
+			return fmt.Errorf("forgetting pushes owed: %w", err)
+		}
+		_, err = t.Exec(ctx, fmt.Sprintf(`UPDATE nano_enrollment_queue%s SET state = %d, finished_at = ?, not_before = NULL WHERE state IN (%d, %d, %d) AND id `,
+			t.Dialect.Index("nano_enrollment_queue_next"), storage.Cancelled, storage.Scheduled, storage.Queued, storage.NotNow)+is, append([]any{t.Now}, args...)...)
+		if err != nil {
+			return fmt.Errorf("cancelling commands: %w", err)
+		}
 	}
 	return nil
 }

@@ -18,6 +18,8 @@ type opKind struct {
 	begins bool
 	// enables: the enrollment exists afterwards, even if it did not before.
 	enables bool
+	// addsUser: the operation may be the first of a user of the device.
+	addsUser bool
 	// ends: the device's enrollments end, with their queues, the pushes they
 	// are owed and the bootstrap token.
 	ends bool

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 
+	"github.com/nanomdm/nanomdm/storage"
 	"github.com/nanomdm/nanomdm/storage/sqldb"
 )
 
@@ -27,24 +28,90 @@ type enrollments struct {
 // readEnrollments locks and reads enrollments.
 func readEnrollments(ctx context.Context, t *tx, ids []string) (*enrollments, error) {
 	all := &enrollments{byID: make(map[string]*enrollment), byDevice: make(map[string][]*enrollment)}
-	if len(ids) == 0 {
-		return all, nil
-	}
-	err := t.QueryLocked(ctx, "id, device_id, topic, token_update_tally, renewal_until, enrolled_at", "nano_enrollments", ids).Each(func(row sqldb.Row) error {
-		e := new(enrollment)
-		var renewal sql.Null[int64]
-		if err := row.Scan(&e.id, &e.device, &e.topic, &e.tally, &renewal, &e.enrolledAt); err != nil {
-			return err
+	slices.Sort(ids) // locks are taken in the order of keys
+	for chunk := range slices.Chunk(slices.Compact(ids), enqueueRows) {
+		err := t.QueryLocked(ctx, "id, device_id, topic, token_update_tally, renewal_until, enrolled_at", "nano_enrollments", chunk).Each(func(row sqldb.Row) error {
+			e := new(enrollment)
+			var renewal sql.Null[int64]
+			if err := row.Scan(&e.id, &e.device, &e.topic, &e.tally, &renewal, &e.enrolledAt); err != nil {
+				return err
+			}
+			e.renewing = renewal.Valid && renewal.V > t.Now
+			all.byID[e.id] = e
+			all.byDevice[e.device] = append(all.byDevice[e.device], e)
+			return nil
+		})
+		if err != nil {
+			return nil, fmt.Errorf("locking enrollments: %w", err)
 		}
-		e.renewing = renewal.Valid && renewal.V > t.Now
-		all.byID[e.id] = e
-		all.byDevice[e.device] = append(all.byDevice[e.device], e)
-		return nil
-	})
-	if err != nil {
-		return nil, fmt.Errorf("locking enrollments: %w", err)
 	}
 	return all, nil
+}
+
+// concerned returns the ids of the enrollments that operations concern: of the
+// channel that speaks and of its device, and all of a device whose enrollments
+// end. What others a device has is not read for each of its messages.
+func concerned(ctx context.Context, t *tx, batch []*opRun, certs *certificates) ([]string, error) {
+	var ids, ending []string
+	for _, p := range batch {
+		if p.err != nil || !certs.devices[p.device] {
+			continue
+		}
+		ids = append(ids, p.device)
+		if p.id() != p.device {
+			ids = append(ids, p.id())
+		}
+		if p.kind.ends {
+			ending = append(ending, p.device)
+		}
+	}
+	if len(ending) == 0 {
+		return ids, nil
+	}
+	is, args := t.Among(ending)
+	channels, err := sqldb.Column[string](t.Query(ctx, "SELECT id FROM nano_enrollments WHERE device_id "+is, args...))
+	if err != nil {
+		return nil, fmt.Errorf("looking for channels: %w", err)
+	}
+	return append(ids, channels...), nil
+}
+
+// refuseManyChannels refuses operations that add a user channel to a device that
+// has as many as it may. Users count from their first UserAuthenticate.
+func refuseManyChannels(ctx context.Context, t *tx, batch []*opRun, r *opRound) error {
+	var adding []*opRun
+	var ids, devices []string
+	for _, p := range batch {
+		if p.err == nil && !p.settled && p.kind.addsUser && p.src.Enroll.IsUserChannel() && r.rows.byID[p.id()] == nil {
+			adding, ids, devices = append(adding, p), append(ids, p.id()), append(devices, p.device)
+		}
+	}
+	if len(adding) == 0 {
+		return nil
+	}
+	is, args := t.Among(ids)
+	known, err := sqldb.Column[string](t.Query(ctx, "SELECT id FROM nano_users WHERE id "+is, args...))
+	if err != nil {
+		return fmt.Errorf("looking for users: %w", err)
+	}
+	counts := make(map[string]int)
+	is, args = t.Among(devices)
+	err = t.Query(ctx, "SELECT device_id, COUNT(*) FROM nano_users WHERE device_id "+is+" GROUP BY device_id", args...).Each(func(row sqldb.Row) error {
+		var device string
+		var n int
+		err := row.Scan(&device, &n)
+		counts[device] = n
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("counting users: %w", err)
+	}
+	for _, p := range adding {
+		if counts[p.device] >= t.maxUserChannels && !slices.Contains(known, p.id()) {
+			p.err = storage.ErrTooManyChannels
+		}
+	}
+	return nil
 }
 
 // updateDevices writes columns of devices that exist and are locked. It is an

@@ -11,10 +11,10 @@ import (
 var tokenUpdateKind = opKind{
 	op:      (*storage.TokenUpdate)(nil),
 	needs:   needsEnrollment,
-	enables: true,
-	size:    of(func(o *storage.TokenUpdate) int { return len(o.Message.Raw) + len(o.Message.UnlockToken) }),
-	topic:   of(func(o *storage.TokenUpdate) string { return o.Message.Topic }),
-	write:   updateTokens,
+	enables: true, addsUser: true,
+	size:  of(func(o *storage.TokenUpdate) int { return len(o.Message.Raw) + len(o.Message.UnlockToken) }),
+	topic: of(func(o *storage.TokenUpdate) string { return o.Message.Topic }),
+	write: updateTokens,
 }
 
 // updateTokens writes TokenUpdates.

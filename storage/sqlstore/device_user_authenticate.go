@@ -11,8 +11,8 @@ import (
 
 var userAuthenticateKind = opKind{
 	op:    (*storage.UserAuthenticate)(nil),
-	needs: needsDevice,
-	size:  of(func(o *storage.UserAuthenticate) int { return len(o.Message.Raw) }),
+	needs: needsDevice, addsUser: true,
+	size: of(func(o *storage.UserAuthenticate) int { return len(o.Message.Raw) }),
 	write: func(ctx context.Context, t *tx, batch []*opRun, _ *opRound) error {
 		return putUsers(ctx, t, "user_authenticate", userAuthenticateColumn, batch, func(p *opRun) (*mdm.Enrollment, []byte) {
 			m := p.op.(*storage.UserAuthenticate).Message

@@ -20,6 +20,7 @@ type deletion struct {
 	id, device string
 	ids        []string // with its user channels, if it is a device
 	began      int64    // of the enrollment: another value says that it enrolled anew
+	next       int      // of ids: a step is done with those before
 }
 
 // DeleteEnrollment implements storage.EnrollmentSteering.
@@ -30,6 +31,7 @@ func (s *Store) DeleteEnrollment(ctx context.Context, scope storage.Scope, id st
 		return err
 	})
 	for _, step := range []func(context.Context, *tx, *deletion) (bool, error){removeQueueRows, removeLeftResults, removeEnrollment} {
+		d.next = 0
 		for more := true; err == nil && more; {
 			err = s.write(ctx, func(ctx context.Context, t *tx) (err error) {
 				if err := d.checkStillDeleted(ctx, t); err != nil {
@@ -138,7 +140,8 @@ func (d *deletion) checkStillDeleted(ctx context.Context, t *tx) error {
 // removeQueueRows removes some of the queue rows, with their results, and the
 // commands that nobody else has. It says whether there are more.
 func removeQueueRows(ctx context.Context, t *tx, d *deletion) (more bool, err error) {
-	for _, id := range d.ids {
+	for ; d.next < len(d.ids); d.next++ {
+		id := d.ids[d.next]
 		uuids, err := sqldb.Column[string](t.Query(ctx, "SELECT command_uuid FROM nano_enrollment_queue"+t.Dialect.Index("nano_enrollment_queue_next")+
 			" WHERE state IN ("+everyState()+") AND id = ? LIMIT ?", id, deletedRows))
 		if err != nil {
@@ -172,7 +175,8 @@ func removeQueueRows(ctx context.Context, t *tx, d *deletion) (more bool, err er
 
 // removeLeftResults removes some of the results whose queue rows are gone.
 func removeLeftResults(ctx context.Context, t *tx, d *deletion) (more bool, err error) {
-	for _, id := range d.ids {
+	for ; d.next < len(d.ids); d.next++ {
+		id := d.ids[d.next]
 		uuids, err := sqldb.Column[string](t.Query(ctx, "SELECT command_uuid FROM nano_command_results WHERE id = ? ORDER BY command_uuid LIMIT ?", id, deletedRows))
 		if err != nil {
 			return false, fmt.Errorf("looking for results: %w", err)

@@ -59,6 +59,9 @@ type Config struct {
 	Sealer storage.Sealer
 	// SealCommands seals commands, too.
 	SealCommands bool
+	// MaxUserChannels bounds the users of one device, 200 if zero. Users that
+	// are there already are not affected.
+	MaxUserChannels int
 	// RecordActivityEvery is how long last-seen times and paid pushes are
 	// gathered before they are written: 500 ms if zero. If negative they are
 	// only written by Flush and Close.
@@ -70,7 +73,8 @@ type Config struct {
 }
 
 const (
-	defaultRecordActivity = 500 * time.Millisecond
+	defaultRecordActivity  = 500 * time.Millisecond
+	defaultMaxUserChannels = 200
 
 	// deviceTimeout bounds a batch of devices' messages, which come again by
 	// themselves.
@@ -158,6 +162,9 @@ func connectStore(ctx context.Context, cfg Config) (*Store, error) {
 	}
 	if cfg.RecordActivityEvery == 0 {
 		cfg.RecordActivityEvery = defaultRecordActivity
+	}
+	if cfg.MaxUserChannels == 0 {
+		cfg.MaxUserChannels = defaultMaxUserChannels
 	}
 	db, err := sqldb.Open(ctx, sqldb.Config{
 		Driver: cfg.Driver, DSN: cfg.DSN, Now: cfg.Now, Logger: cfg.Logger,

@@ -14,6 +14,8 @@ type tx struct {
 	*sqldb.Tx
 	seal  *sealing
 	texts *deviceTexts
+	// maxUserChannels is Config.MaxUserChannels.
+	maxUserChannels int
 }
 
 // keyPair is the key of a queue row or a result, or another pair of an id and
@@ -36,7 +38,7 @@ func (s *Store) read(ctx context.Context, fn func(ctx context.Context, t *tx) er
 
 func (s *Store) wrap(fn func(ctx context.Context, t *tx) error) func(context.Context, *sqldb.Tx) error {
 	return func(ctx context.Context, t *sqldb.Tx) error {
-		return fn(ctx, &tx{Tx: t, seal: s.seal, texts: &s.texts})
+		return fn(ctx, &tx{Tx: t, seal: s.seal, texts: &s.texts, maxUserChannels: s.cfg.MaxUserChannels})
 	}
 }
 

@@ -12,6 +12,7 @@ import (
 
 	"github.com/nanomdm/nanomdm/mdm"
 	"github.com/nanomdm/nanomdm/storage"
+	"github.com/nanomdm/nanomdm/storage/sqlstore"
 )
 
 func enrollTests() []subtest {
@@ -29,6 +30,8 @@ func enrollTests() []subtest {
 		{"any text of a device is taken", enrollOddTexts},
 		{"what a device is owed is pushed once it has a new token", enrollRevives},
 		{"a certificate acts for one device and all its channels", identityOneDevice},
+		{"user channels of a device are bounded", enrollBoundedUsers},
+		{"a device with many channels ends and is deleted in bounded steps", enrollManyUsers},
 		{"an active enrollment is neither checked out nor disabled", identityActive},
 		{"a retired certificate is dead", identityRetired},
 		{"an unpinned certificate may only begin", identityUnpinned},
@@ -546,6 +549,66 @@ func identityOneDevice(t *testing.T, h *Harness) {
 	require.Equal(t, "C", d.polls(t))
 	require.Equal(t, []string{"D", "E"}, h.Strings(t, "SELECT id FROM nano_devices ORDER BY id"))
 	require.EqualValues(t, 2, h.Int(t, "SELECT COUNT(*) FROM nano_cert_auth_associations"))
+}
+
+func enrollBoundedUsers(t *testing.T, h *Harness) {
+	s := h.Open(t, func(c *sqlstore.Config) { c.MaxUserChannels = 3 })
+	d, other := h.device("D").on(s).enrolls(t), h.device("E").on(s).enrolls(t)
+	first := d.user("U1").enrolls(t)
+	d.user("U2").enrolls(t)
+	third := d.user("U3")
+	require.NoError(t, third.userAuthenticate(t))
+	for range 2 {
+		_, err := d.user("U4").tokenUpdate(t)
+		require.ErrorIs(t, err, storage.ErrTooManyChannels)
+		require.ErrorIs(t, d.user("U5").userAuthenticate(t), storage.ErrTooManyChannels)
+	}
+	require.EqualValues(t, 3, h.Int(t, "SELECT COUNT(*) FROM nano_users"))
+	require.EqualValues(t, 4, h.Int(t, "SELECT COUNT(*) FROM nano_enrollments"))
+	require.NoError(t, third.userAuthenticate(t))
+	third.enrolls(t)
+	first.enrolls(t)
+	d.enrolls(t)
+	d.user("U2").enrolls(t)
+	other.user("U1").enrolls(t)
+}
+
+func enrollManyUsers(t *testing.T, h *Harness) {
+	const users = 1200
+	plant := func() {
+		var enrollments, names, push []string
+		for i := range users {
+			id := fmt.Sprintf("'D:%04d'", i)
+			enrollments = append(enrollments, "("+id+", 'D', 'User', 1, 5, 1, 1)")
+			names = append(names, "("+id+", 'D', 1, 1)")
+			push = append(push, "("+id+")")
+		}
+		h.Exec(t, "INSERT INTO nano_enrollments (id, device_id, type, enabled, token_update_tally, created_at, updated_at) VALUES "+strings.Join(enrollments, ", "))
+		h.Exec(t, "INSERT INTO nano_users (id, device_id, created_at, updated_at) VALUES "+strings.Join(names, ", "))
+		h.Exec(t, "INSERT INTO nano_enrollment_push (id) VALUES "+strings.Join(push, ", "))
+	}
+	statements := func(do func()) int64 {
+		before := h.Store.Stats().Statements
+		do()
+		return h.Store.Stats().Statements - before
+	}
+	d := h.device("D").enrolls(t)
+	alone := statements(func() { d.enrolls(t) })
+	plant()
+	h.enqueue(t, []string{"D:0000", "D:1199"}, "C")
+	require.NoError(t, d.seen(t))
+	_, err := d.tokenUpdate(t)
+	require.NoError(t, err)
+	crowded := statements(func() { d.enrolls(t) })
+	require.Less(t, crowded, alone+20*users/500, "in statements of many rows each")
+	require.EqualValues(t, 1, h.Int(t, "SELECT COUNT(*) FROM nano_enrollments WHERE enabled = 1"))
+	require.Empty(t, h.Strings(t, "SELECT command_uuid FROM nano_enrollment_queue WHERE state < 10"))
+	h.Exec(t, "UPDATE nano_enrollments SET enabled = 1")
+	require.NoError(t, d.checkOut(t))
+	require.EqualValues(t, 0, h.Int(t, "SELECT COUNT(*) FROM nano_enrollments WHERE enabled = 1"))
+	deleted := statements(func() { require.NoError(t, h.Store.DeleteEnrollment(t.Context(), everything, "D", deed("d"))) })
+	require.Less(t, deleted, int64(3*users), "each channel is looked at once for commands and once for results")
+	require.Zero(t, h.Int(t, "SELECT COUNT(*) FROM nano_enrollments")+h.Int(t, "SELECT COUNT(*) FROM nano_users"))
 }
 
 func identityActive(t *testing.T, h *Harness) {
