@@ -105,7 +105,11 @@ func Middleware(logger *slog.Logger, cfg Config, next http.Handler) http.Handler
 					cfg.Panicked()
 				}
 				logger.Error("handler panicked", "request_id", info.id, "panic", p, "stack", string(debug.Stack()))
-				if rec.status == 0 {
+				if rec.status != 0 {
+					// Part of the answer is on its way: without a cut the
+					// client would take it for all.
+					defer panic(http.ErrAbortHandler)
+				} else {
 					rec.WriteHeader(http.StatusInternalServerError)
 				}
 			}

@@ -3,6 +3,7 @@ package requestlog
 import (
 	"bytes"
 	"context"
+	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -121,6 +122,23 @@ func TestPanicsAreCounted(t *testing.T) {
 	h.ServeHTTP(w, httptest.NewRequest("PUT", "/mdm", nil))
 	require.Equal(t, 500, w.Code)
 	require.Equal(t, 1, n)
+	require.Contains(t, log.String(), "boom")
+}
+
+// An answer that a panic ended must not look complete.
+func TestPanicCutsAnAnswerThatHasBegun(t *testing.T) {
+	var log bytes.Buffer
+	srv := httptest.NewServer(Middleware(slog.New(slog.NewTextHandler(&log, nil)), Config{}, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		_, _ = io.WriteString(w, strings.Repeat("half", 4<<10))
+		panic("boom")
+	})))
+	resp, err := http.Get(srv.URL)
+	if err == nil {
+		_, err = io.Copy(io.Discard, resp.Body)
+		resp.Body.Close()
+	}
+	require.Error(t, err)
+	srv.Close()
 	require.Contains(t, log.String(), "boom")
 }
 
