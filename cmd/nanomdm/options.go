@@ -75,6 +75,7 @@ type options struct {
 	webhookConfig     string
 	webhookCA         string
 	webhookAllowed    []netip.Prefix
+	secretParams      []string
 	webhookWorkers    int // 0: this replica sends nothing
 	webhookTimeout    time.Duration
 	webhookMaxAge     time.Duration
@@ -309,6 +310,9 @@ func (o *options) table() []option {
 		{name: "webhook-ca", arg: "FILE", group: groupWebhook, file: true, set: to(&o.webhookCA, parseText),
 			help:   "PEM file of private CAs to trust for all receivers.",
 			detail: "Beside the system's."},
+		{name: "secret-params", arg: "LIST", def: "ticket", group: groupWebhook, set: to(&o.secretParams, parseNames),
+			help:   "Query parameters of enrollment URLs that are secret: events have `sha256:` and a hash instead.",
+			detail: "Such as a ticket that proves the right to enroll. The question to `-authenticate-url` has them as they are. Empty hides none."},
 		{name: "webhook-allow-networks", arg: "LIST", group: groupWebhook, set: to(&o.webhookAllowed, parsePrefixes),
 			help:   "Networks and addresses, beside public ones, that receivers made through the API may have.",
 			detail: "Such as `10.1.0.0/16, ::1`. Without it those receivers reach no loopback, private or link-local address, so that an API key is no way into the server's network. Receivers of `-webhook-url` and `-webhook-config` are not limited."},

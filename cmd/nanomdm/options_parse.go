@@ -120,6 +120,8 @@ func parsePaths(s string) ([]string, error) {
 	return list, nil
 }
 
+func parseNames(s string) ([]string, error) { return fields(s), nil }
+
 func parsePrefixes(s string) ([]netip.Prefix, error) {
 	var list []netip.Prefix
 	for _, field := range fields(s) {

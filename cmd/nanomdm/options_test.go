@@ -56,8 +56,8 @@ func TestDefaults(t *testing.T) {
 		clockSkew: time.Minute, renewal: storage.RenewalWindow,
 		listen: ":9000", ca: "ca.pem", storage: "sqlite", storageDSN: "nanomdm.db",
 		pushWorkers: 1000, pushExpiration: 7 * 24 * time.Hour, pushTimeout: 10 * time.Second,
-		pushRetry:      []time.Duration{3 * time.Minute, time.Hour, 24 * time.Hour},
-		webhookWorkers: 32, webhookTimeout: 30 * time.Second, webhookMaxAge: 3 * 24 * time.Hour, webhookMaxBacklog: 1_000_000,
+		pushRetry:    []time.Duration{3 * time.Minute, time.Hour, 24 * time.Hour},
+		secretParams: []string{"ticket"}, webhookWorkers: 32, webhookTimeout: 30 * time.Second, webhookMaxAge: 3 * 24 * time.Hour, webhookMaxBacklog: 1_000_000,
 		expiryNotice: 30 * 24 * time.Hour, retainEvents: 7 * 24 * time.Hour,
 		maxBody: 16 << 20, maxInFlight: 256 << 20, maxRequests: 4096, maxUserChannels: 200, drainTimeout: 30 * time.Second, logFormat: logText,
 	}, o)

@@ -61,7 +61,7 @@ func (b *building) events(ctx context.Context, store *sqlstore.Store) (*webhook.
 	}
 	b.s.background("event sinks", sinks.Run)
 	if o.webhookWorkers == 0 {
-		return sinks, webhook.Middleware(sinks, nil), nil
+		return sinks, webhook.Middleware(sinks, o.secretParams, nil), nil
 	}
 	retention := o.retainEvents
 	if retention == 0 {
@@ -83,5 +83,5 @@ func (b *building) events(ctx context.Context, store *sqlstore.Store) (*webhook.
 		}
 		return nil
 	}})
-	return sinks, webhook.Middleware(sinks, deliverer.Wake), nil
+	return sinks, webhook.Middleware(sinks, o.secretParams, deliverer.Wake), nil
 }

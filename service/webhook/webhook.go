@@ -10,6 +10,9 @@ package webhook
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"slices"
 	"strings"
 	"time"
 	"unicode/utf8"
@@ -47,9 +50,11 @@ func topicOf(k mdm.Kind) string {
 }
 
 // Middleware annotates requests with the events that a sink wants. Without a
-// sink nothing is written. wake is called after an event was committed, unless
-// it is nil, and must not block.
-func Middleware(sinks *Sinks, wake func()) service.Middleware {
+// sink nothing is written. secretParams names query parameters of enrollment
+// URLs whose values are secret, such as tickets: events have their hashes.
+// wake is called after an event was committed, unless it is nil, and must not
+// block.
+func Middleware(sinks *Sinks, secretParams []string, wake func()) service.Middleware {
 	return func(next service.Handler) service.Handler {
 		return service.HandlerFunc(func(ctx context.Context, r *service.Request) (*service.Response, error) {
 			topic := topicOf(r.Message.Kind())
@@ -57,6 +62,9 @@ func Middleware(sinks *Sinks, wake func()) service.Middleware {
 				return next.Handle(ctx, r)
 			}
 			e := event(r, topic)
+			if len(r.Params) > 0 && len(secretParams) > 0 {
+				e.Params = hashParams(r.Params, secretParams)
+			}
 			if !sinks.Wants(&e, r.Enroll.Type) {
 				return next.Handle(ctx, r)
 			}
@@ -95,6 +103,24 @@ func event(r *service.Request, topic string) storage.Event {
 		e.Volatile = true
 	}
 	return e
+}
+
+// hashPrefix begins the value of a secret parameter in an event.
+const hashPrefix = "sha256:"
+
+// hashParams returns parameters with the named ones hashed, so that a receiver
+// that knows a ticket recognizes it, and no reader of the log learns it. The
+// request keeps its own: the authenticate hook gets them as they are.
+func hashParams(params map[string]string, secret []string) map[string]string {
+	hashed := make(map[string]string, len(params))
+	for name, value := range params {
+		if slices.ContainsFunc(secret, func(s string) bool { return strings.EqualFold(s, name) }) {
+			sum := sha256.Sum256([]byte(value))
+			value = hashPrefix + hex.EncodeToString(sum[:])
+		}
+		hashed[name] = value
+	}
+	return hashed
 }
 
 // maxText is the most characters that a column has for a device's text.
