@@ -25,7 +25,7 @@ func main() {
 			http.Error(w, "not signed with our key", http.StatusUnauthorized)
 			return
 		}
-		// Keep the event, once for each id, before this returns: 200 means that it is yours.
+		// Store the event, once for each id, before this returns: the server forgets it after 200.
 		fmt.Println(r.Header.Get("Webhook-Id"), string(body))
 	})))
 }
@@ -37,14 +37,14 @@ func genuine(key string, h http.Header, body string) bool {
 		secret, _ = base64.StdEncoding.DecodeString(encoded)
 	}
 	sent, _ := strconv.ParseInt(timestamp, 10, 64)
-	return time.Since(time.Unix(sent, 0)).Abs() < 5*time.Minute && // or somebody plays an old one again
+	return time.Since(time.Unix(sent, 0)).Abs() < 5*time.Minute && // or an old request is sent again
 		equal(h.Get("X-Hmac-Signature"), mac([]byte(key), body)) &&
 		slices.ContainsFunc(strings.Fields(h.Get("Webhook-Signature")), func(one string) bool { // of each key of the server's
 			return equal(one, "v1,"+mac(secret, id+"."+timestamp+"."+body))
 		})
 }
 
-func equal(a, b string) bool { return hmac.Equal([]byte(a), []byte(b)) } // takes as long whatever they are
+func equal(a, b string) bool { return hmac.Equal([]byte(a), []byte(b)) } // in constant time
 
 func mac(key []byte, text string) string {
 	m := hmac.New(sha256.New, key)

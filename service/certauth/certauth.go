@@ -14,8 +14,8 @@ import (
 	"github.com/nanomdm/nanomdm/storage"
 )
 
-// Config holds the policies. The zero value pins at Authenticate only, where
-// any certificate may take an enrollment over, and asks nobody.
+// Config holds the policies. The zero value pins at Authenticate alone, lets
+// any certificate take an enrollment over there, and asks no Confirmer.
 type Config struct {
 	// Retro lets an enrollment without any pinned certificate take the one
 	// that it shows, as is needed after a migration that lost the pins.
@@ -61,8 +61,8 @@ func New(cfg Config) service.Middleware {
 			if cfg.Confirm == nil || !errors.Is(err, storage.ErrUnconfirmed) {
 				return resp, err
 			}
-			// Asked outside of the transaction, which must not wait for
-			// somebody else's server. The second one judges anew.
+			// The question is asked outside of a transaction, which must not
+			// wait for another server. The second call checks everything anew.
 			if err := cfg.Confirm.Confirm(ctx, r); err != nil {
 				return nil, err
 			}

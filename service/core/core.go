@@ -1,6 +1,6 @@
 // Package core is the MDM protocol: it turns each device message into one
-// store operation and the store's outcome into the reply. It holds the only
-// type switch over messages.
+// store operation and the store's outcome into the reply. A new message gets
+// its case here.
 package core
 
 import (
@@ -120,9 +120,8 @@ func (c *Core) bootstrapToken(ctx context.Context, src storage.Source) (*service
 
 // userAuthenticate answers both messages of the handshake alike for every
 // user, since the server has no passwords to check. An empty challenge says
-// that no token is needed, so a digest that comes all the same is not accepted:
-// the empty AuthToken says that. The 410 declines this
-// user and leaves the device alone.
+// that no token is needed; the empty AuthToken refuses a digest that comes all
+// the same. The 410 declines this user and leaves the device alone.
 func (c *Core) userAuthenticate(ctx context.Context, src storage.Source, m *mdm.UserAuthenticate) (*service.Response, error) {
 	if !src.Enroll.IsUserChannel() {
 		return nil, badRequest(errDeviceChannel)

@@ -1,5 +1,5 @@
 // Package dump writes raw device messages and the replies to them, for
-// debugging. What it writes contains secrets: tokens, profiles, results.
+// debugging. The output contains secrets: tokens, profiles, results.
 package dump
 
 import (

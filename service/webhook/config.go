@@ -19,7 +19,7 @@ import (
 // DefaultSink is the name of the sink that -webhook-url makes.
 const DefaultSink = "webhook"
 
-// Sink is a sink as people write it: in a file, or through the API.
+// Sink is the JSON of a sink, in a file or through the API.
 type Sink struct {
 	Name string `json:"name,omitempty"` // in a file; the API has it in the path
 	// URL may be left out: events are then only kept in the log.
@@ -37,11 +37,11 @@ type Sink struct {
 
 var sinkName = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,62}$`)
 
-// maxKeys is how many keys a sink may have: the one in use and another one
-// while they are changed, and room for a slow consumer.
+// maxKeys is how many keys a sink may have: two are in use while keys are
+// changed, and slow consumers need some more.
 const maxKeys = 4
 
-// Check turns the text form into a sink, or says what is wrong with it.
+// Check turns the JSON form into a sink. Its error names the wrong field.
 func (k *Sink) Check() (storage.EventSink, error) {
 	out := storage.EventSink{Name: k.Name, URL: k.URL, Keys: k.Keys, Tokens: k.Tokens, Filter: k.Filter, OnError: k.OnError, Enabled: !k.Disabled}
 	if !sinkName.MatchString(k.Name) {

@@ -23,9 +23,10 @@ const leaseName = "events"
 const (
 	// numberBatch is about how many events are numbered in one transaction.
 	numberBatch = 1024
-	// numberPause is the least between two of them, which gathers events: the
-	// more there were, the longer, up to mostPause, since each is a commit that
-	// devices' commits wait for. numberLook finds those of other replicas.
+	// numberPause is the least pause between two such transactions, and
+	// gathers events. The pause grows by numberEach with each event, up to
+	// mostPause, since commits of devices wait for this one. numberLook is how
+	// often events of other replicas are looked for.
 	numberPause = 50 * time.Millisecond
 	numberEach  = 4 * time.Millisecond
 	mostPause   = 250 * time.Millisecond
@@ -34,14 +35,14 @@ const (
 	upkeepEvery = 30 * time.Second
 	noticeEvery = time.Hour
 	// removeBatch is how many events upkeep removes in one transaction, and
-	// removePause what it leaves to others in between.
+	// removePause the pause between two such transactions.
 	removeBatch = 500
 	removePause = 50 * time.Millisecond
-	// storeErrorPause is waited after an error of the store.
+	// storeErrorPause is the pause after an error of the store.
 	storeErrorPause = time.Second
 )
 
-// Store is what the deliverer needs to have kept.
+// Store keeps events, sinks and deliveries for a Deliverer.
 type Store interface {
 	storage.Leases
 	storage.Outbox
@@ -50,7 +51,7 @@ type Store interface {
 	storage.EventUpkeep
 }
 
-// Config is what may be left out; the zero value works.
+// Config holds the optional settings; the zero value works.
 type Config struct {
 	// Workers is how many events are sent to one sink at once, 32 if zero. A
 	// sink that skips sends up to eight times as many while the others have no
@@ -129,21 +130,20 @@ type Deliverer struct {
 	counters map[string]*counters
 }
 
-// counters are of one sink, since the process began.
+// counters count for one sink since the process started.
 type counters struct {
 	delivered, failures, dead, dropped, refused atomic.Int64
 	down                                        atomic.Bool
 }
 
-// SinkStats is what this replica has done for a sink.
+// SinkStats counts the deliveries of this replica to a sink.
 type SinkStats struct {
 	Sink string
 	// Delivered events, failed tries, and dead letters: of events older than
 	// MaxAge, of too many events, and of events that the receiver failed to
 	// take.
 	Delivered, Failures, Dead, Dropped, Refused int64
-	// Down: the receiver does not answer as it should, and is only tried now
-	// and then.
+	// Down: the receiver failed again and again, and is probed.
 	Down bool
 }
 
@@ -159,8 +159,8 @@ func NewDeliverer(store Store, sinks *Sinks, holder string, cfg Config) *Deliver
 	}
 }
 
-// Wake says that an event was committed here. Without it events are found
-// half a second later.
+// Wake says that this replica committed an event. Without it the deliverer
+// finds the event half a second later.
 func (d *Deliverer) Wake() {
 	select {
 	case d.woken <- struct{}{}:
@@ -181,8 +181,9 @@ func (d *Deliverer) Stats() []SinkStats {
 	return out
 }
 
-// Run takes part until ctx ends. It then lets tries under way end for a
-// moment, stores what was delivered and gives the lease back.
+// Run delivers events whenever this replica holds the lease, until ctx ends.
+// It then waits a moment for tries in flight, stores the outcomes and gives the
+// lease back.
 func (d *Deliverer) Run(ctx context.Context) error {
 	return lease.Hold(ctx, d.store, leaseName, d.holder, d.cfg.LeaseTTL, d.log, d.work)
 }
@@ -194,12 +195,12 @@ func (d *Deliverer) work(ctx context.Context, current func() storage.Lease) erro
 	var wg sync.WaitGroup
 	wg.Go(func() { d.number(ctx, current) })
 	wg.Go(func() { d.upkeep(ctx, current) })
-	d.direct(ctx, current) // waits for the runners
+	d.runSinks(ctx, current) // waits for the runners
 	wg.Wait()
 	return ctx.Err()
 }
 
-// number gives events their numbers and tells the runners.
+// number gives events their numbers and wakes the runners.
 func (d *Deliverer) number(ctx context.Context, current func() storage.Lease) {
 	failing := false
 	for {
@@ -235,7 +236,7 @@ func (d *Deliverer) number(ctx context.Context, current func() storage.Lease) {
 	}
 }
 
-// announce tells the runners that there may be something to read.
+// announce wakes the runners: there may be events to read.
 func (d *Deliverer) announce() {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -244,8 +245,8 @@ func (d *Deliverer) announce() {
 	}
 }
 
-// direct runs a runner for each sink and restarts those whose sink changed.
-func (d *Deliverer) direct(ctx context.Context, current func() storage.Lease) {
+// runSinks runs a runner for each sink and restarts those whose sink changed.
+func (d *Deliverer) runSinks(ctx context.Context, current func() storage.Lease) {
 	for {
 		d.adjust(ctx, current)
 		select {
@@ -306,7 +307,7 @@ func (d *Deliverer) adjust(ctx context.Context, current func() storage.Lease) {
 	}
 }
 
-// same says whether two states of a sink are delivered to alike.
+// same says whether a runner of one state of a sink may go on with another.
 func same(a, b *storage.EventSink) bool {
 	return a.URL == b.URL && a.Tokens == b.Tokens && a.OnError == b.OnError && slices.Equal(a.Keys, b.Keys) && a.CreatedAt.Equal(b.CreatedAt) &&
 		slices.Equal(a.Filter.Topics, b.Filter.Topics) && slices.Equal(a.Filter.EnrollmentTypes, b.Filter.EnrollmentTypes) &&
@@ -314,8 +315,8 @@ func same(a, b *storage.EventSink) bool {
 		a.Filter.Idle == b.Filter.Idle
 }
 
-// upkeep removes what is old, warns of backlogs and announces certificates
-// near their end.
+// upkeep removes old events, warns of backlogs and writes events of
+// certificates near their end.
 func (d *Deliverer) upkeep(ctx context.Context, current func() storage.Lease) {
 	alarmed := make(map[string]bool)
 	var noticed time.Time
@@ -368,7 +369,7 @@ func (d *Deliverer) batches(ctx context.Context, what string, step func() (int, 
 func (d *Deliverer) watch(ctx context.Context, alarmed map[string]bool) {
 	backlogs, err := d.store.EventBacklogs(ctx)
 	if err != nil {
-		return // upkeep said so
+		return // the other work of upkeep logs that the store fails
 	}
 	for _, b := range backlogs {
 		var age time.Duration

@@ -40,7 +40,7 @@ type CheckinEvent struct {
 	Tally *int `json:"token_update_tally,omitempty"`
 }
 
-// ReportEvent is of what a device says on the command connection.
+// ReportEvent is of a poll or a result on the command connection.
 type ReportEvent struct {
 	IDs          IDs               `json:"ids"`
 	UDID         string            `json:"udid,omitempty"`
@@ -51,7 +51,7 @@ type ReportEvent struct {
 	RawPayload   []byte            `json:"raw_payload,omitempty"`
 }
 
-// ServerSideEvent is of what the server found by itself.
+// ServerSideEvent is of a finding of the server itself.
 type ServerSideEvent struct {
 	IDs          *IDs              `json:"ids,omitempty"`
 	UDID         string            `json:"udid,omitempty"`

@@ -15,8 +15,8 @@ import (
 	"github.com/nanomdm/nanomdm/storage"
 )
 
-// refreshEvery bounds how long a replica does not know of a change to the
-// sinks that was made through another one.
+// refreshEvery bounds the time until a replica knows of a change to the sinks
+// that was made through another one.
 const refreshEvery = 3 * time.Second
 
 const (
