@@ -112,7 +112,7 @@ garbage.
 ## Goals
 
 Each cell is what was measured, and the goal. **Bold** is a goal that was missed;
-[Architecture](architecture.md#where-the-time-goes) says why.
+[Performance notes](performance-notes.md#where-the-time-goes) say why.
 
 `
 
