@@ -25,6 +25,7 @@ type apnsOptions struct {
 	devices, connections   int
 	commands               int
 	timeout                time.Duration
+	certHeader             string
 }
 
 func runAPNs(ctx context.Context, s streams, args []string) error {
@@ -80,6 +81,7 @@ makes it ahead of time.`)
 	flags.StringVar(&o.apnsCAKey, "apns-ca-key", "", "its key's `file`; apns-ca.key in -ca-dir unless given")
 	flags.StringVar(&o.key, "api", "", "API `key` (better given in NANOMDM_API)")
 	flags.StringVar(&o.topic, "topic", mdmtest.DefaultTopic, "APNs topic of the devices")
+	flags.StringVar(&o.certHeader, "cert-header", "", "send the certificate in this `header` (RFC 9440) instead of signing")
 	flags.StringVar(&o.listen, "listen", "127.0.0.1:2197", "`address` of the fake APNs")
 	flags.DurationVar(&o.latency, "latency", 20*time.Millisecond, "how long the fake APNs takes to answer")
 	flags.IntVar(&o.devices, "devices", 3, "how many devices")
@@ -134,13 +136,17 @@ type question struct {
 }
 
 func (r *pushRun) add(id *mdmtest.Identity) error {
-	device, err := mdmtest.NewDevice(r.api.base+"/mdm", id, mdmtest.Config{
+	cfg := mdmtest.Config{
 		Client: r.api.client, Topic: r.o.topic, Observe: func(kind string, took time.Duration, err error) {
 			if !isCanceled(err) {
 				r.measure.observe(kind, took, err)
 			}
 		},
-	})
+	}
+	if r.o.certHeader != "" {
+		cfg.Auth, cfg.CertHeader = mdmtest.AuthHeader, r.o.certHeader
+	}
+	device, err := mdmtest.NewDevice(r.api.base+"/mdm", id, cfg)
 	if err != nil {
 		return err
 	}
@@ -202,7 +208,7 @@ func (r *pushRun) awaitServer(ctx context.Context) error {
 	for {
 		version, err := r.api.version(ctx)
 		if err == nil {
-			fmt.Fprintf(r.out, "Server %s is there.\n", version)
+			fmt.Fprintf(r.out, "Server %s is there: -url is %s, devices speak to %s/mdm.\n", version, r.api.base, r.api.base)
 			return nil
 		}
 		select {

@@ -194,3 +194,13 @@ func (b *syncBuffer) String() string {
 	defer b.mu.Unlock()
 	return b.buf.String()
 }
+
+// Devices behind a proxy show their certificates in a header, and the address
+// that they speak to is printed.
+func TestAPNsWithCertificateHeader(t *testing.T) {
+	_, server, args := newAPNsServer(t)
+	got := mdmsim(t.Context(), nil, append(args, "-time", "4", "-cert-header", "X-Cert")...)
+	require.Zero(t, got.code, got.out+got.err)
+	require.Contains(t, got.out, "4 pushes, 4 accepted")
+	require.Contains(t, got.out, "-url is "+server.base+", devices speak to "+server.base+"/mdm.")
+}

@@ -177,6 +177,7 @@ func (l *load) run(ctx context.Context) error {
 	progress.Wait()
 
 	total, failed := l.measure.totals()
+	fmt.Fprintf(l.s.out, "-url is %s\n", l.api.base)
 	fmt.Fprintf(l.s.out, "%d devices, %d channels, %d connections: %d requests in %.1f s, %.0f a second\n\n",
 		len(l.devices), len(l.channels), l.o.connections, total, took.Seconds(), float64(total)/took.Seconds())
 	l.measure.print(l.s.out)

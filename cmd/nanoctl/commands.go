@@ -24,7 +24,7 @@ func groups() []group {
 			eventsCommand(), sinksLsCommand(), sinksPutCommand(), sinksRmCommand(), redeliverCommand(),
 		}},
 		{"Server", []command{
-			statsCommand(), backupCommand(), restoreCommand(), keysLsCommand(), keysCreateCommand(), keysRmCommand(), auditCommand(),
+			statsCommand(), replicasCommand(), topCommand(), backupCommand(), restoreCommand(), keysLsCommand(), keysCreateCommand(), keysRmCommand(), auditCommand(),
 		}},
 		{"nanoctl", []command{
 			contextLsCommand(), contextAddCommand(), contextUseCommand(), contextRmCommand(), versionCommand(), completionCommand(),

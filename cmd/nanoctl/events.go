@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -11,14 +12,18 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/nanomdm/nanomdm/backoff"
 )
 
 // event is one of the server's events: the webhook's JSON with its cursor.
 type event struct {
-	Topic     string     `json:"topic"`
-	CreatedAt *time.Time `json:"created_at"`
-	Cursor    string     `json:"cursor"`
-	Checkin   *struct {
+	Topic       string     `json:"topic"`
+	CreatedAt   *time.Time `json:"created_at"`
+	Cursor      string     `json:"cursor"`
+	Serial      string     `json:"serial_number"`
+	RequestType string     `json:"request_type"`
+	Checkin     *struct {
 		eventOf
 		Tally *int `json:"token_update_tally"`
 	} `json:"checkin_event"`
@@ -47,51 +52,76 @@ func (o *eventOf) id() string {
 	return ""
 }
 
-// sentence is the event on a line.
+// sentence is the event on a line: when, topic, device, and what came of it.
 func (v *event) sentence() string {
-	words := []string{"", v.Topic}
+	when, device, status := "", v.Serial, ""
 	if v.CreatedAt != nil {
-		words[0] = v.CreatedAt.Local().Format("2006-01-02 15:04:05")
+		when = v.CreatedAt.Local().Format("01-02 15:04:05")
+	}
+	if of := v.of(); of != nil && device == "" {
+		device = of.id()
 	}
 	switch {
-	case v.Checkin != nil:
-		words = append(words, v.Checkin.id())
-		if v.Checkin.Tally != nil {
-			words = append(words, fmt.Sprintf("tally %d", *v.Checkin.Tally))
-		}
+	case v.Checkin != nil && v.Checkin.Tally != nil:
+		status = fmt.Sprintf("tally %d", *v.Checkin.Tally)
 	case v.Acknowledge != nil:
-		words = append(words, v.Acknowledge.id(), v.Acknowledge.Status, v.Acknowledge.CommandUUID)
+		status = v.Acknowledge.Status
 	}
-	return printable(strings.TrimSpace(strings.Join(words, "  ")))
+	line := fmt.Sprintf("%-14s  %-18s  %-12s", when, v.Topic, device)
+	for _, word := range []string{status, v.RequestType} {
+		if word != "" {
+			line += gap + word
+		}
+	}
+	return printable(strings.TrimSpace(line))
 }
+
+// of is whom the event is about; nil for an event of the server's.
+func (v *event) of() *eventOf {
+	switch {
+	case v.Checkin != nil:
+		return &v.Checkin.eventOf
+	case v.Acknowledge != nil:
+		return &v.Acknowledge.eventOf
+	}
+	return nil
+}
+
+// defaultEvents is how many of the newest events are listed.
+const defaultEvents = 20
 
 func eventsCommand() command {
 	return command{
-		name: "events", short: "List events, and with -follow go on as they happen",
-		long: `With -o json each event is one line: the webhook's JSON with a cursor, from which -after goes on.
-Events are logged while there is a sink that takes them; "nanoctl sinks put log -tokens" makes one
-that takes all and sends nothing.`,
-		example: `nanoctl events -follow
+		name: "events", short: "List the newest events, and with -follow go on",
+		long: `With -o json each event is one line: the webhook's JSON with a cursor, from which -after goes on;
+payloads are in it only with -after. Events are logged while there is a sink that takes them;
+"nanoctl sinks put log -tokens" makes one that takes all and sends nothing.`,
+		example: `nanoctl events -device C02XK0AAJG5H -since 2h
 nanoctl events -topic mdm.Connect -follow -o json | jq .acknowledge_event.status`,
 		prepare: func(flags *flag.FlagSet) runner {
-			follow := flags.Bool("follow", false, "go on as they happen, from now if -after is not given, until interrupted")
-			flags.BoolVar(follow, "f", false, "the same as -follow")
-			after := flags.String("after", "", "begin after this `cursor`")
+			s := &eventStream{query: url.Values{}}
+			var since moment
+			flags.BoolVar(&s.follow, "follow", false, "go on as they happen, until interrupted")
+			flags.BoolVar(&s.follow, "f", false, "the same as -follow")
+			after := flags.String("after", "", "all after this `cursor`, instead of the newest")
 			topic := flags.String("topic", "", "only of this event `topic`, such as mdm.TokenUpdate")
-			limit := flags.Int("limit", 0, "end after this many; 0 is all")
+			device := flags.String("device", "", "only of this enrollment, by `ID or SERIAL`")
+			flags.Var(&since, "since", "only of this `time` or later")
+			limit := flags.Int("limit", 0, "no more than this many: 20 of the newest, or all with -after, if 0; at most 1000 of the newest")
 			return func(ctx context.Context, e *env, args []string) error {
-				s := &eventStream{e: e, follow: *follow, left: *limit, query: url.Values{}}
-				if *limit == 0 {
-					s.left = -1
-				}
+				s.e, s.since, s.left = e, since.Time, *limit
 				if *topic != "" {
 					s.query.Set("topic", *topic)
 				}
-				if *after != "" {
-					s.query.Set("after", *after)
+				if *device != "" {
+					x, err := e.enrollment(ctx, *device)
+					if err != nil {
+						return err
+					}
+					s.device = x.ID
 				}
-				err := s.run(ctx)
-				if *follow && ctx.Err() != nil {
+				err := s.run(ctx, *after)
+				if s.follow && ctx.Err() != nil {
 					return nil // an interruption is how following ends
 				}
 				return err
@@ -106,27 +136,36 @@ type eventStream struct {
 	follow bool
 	left   int // how many are still wanted; negative is all
 	query  url.Values
+	device string // id of the only one that is wanted; empty is all
+	since  time.Time
 }
 
-// How long following waits before it asks again a server that is away.
-const (
-	firstRetry = time.Second
-	lastRetry  = 30 * time.Second
-)
+// followPolicy is how long following waits before it asks again a server that is
+// away.
+var followPolicy = backoff.Policy{First: time.Second, Max: 30 * time.Second}
 
-func (s *eventStream) run(ctx context.Context) error {
+// run prints the newest events, or those after a cursor, and goes on if it
+// follows.
+func (s *eventStream) run(ctx context.Context, after string) error {
+	if after != "" {
+		s.query.Set("after", after)
+		if s.left == 0 {
+			s.left = -1
+		}
+	} else {
+		if err := s.newest(ctx); err != nil || !s.follow {
+			return err
+		}
+		s.left = -1
+	}
 	if s.follow {
 		s.query.Set("wait", longPoll.String())
-		if !s.query.Has("after") {
-			s.query.Set("after", "last")
-		}
 	}
-	retry := firstRetry
-	for s.left != 0 {
+	for failures := 0; s.left != 0; {
 		more, err := s.page(ctx)
 		switch {
 		case err == nil:
-			retry = firstRetry
+			failures = 0
 			if !more && !s.follow {
 				return nil
 			}
@@ -134,13 +173,67 @@ func (s *eventStream) run(ctx context.Context) error {
 		case ctx.Err() != nil || !s.follow || !temporary(err):
 			return err
 		}
-		fmt.Fprintf(s.e.err, "nanoctl: %v; asking again in %v\n", err, retry)
-		if err := s.e.pause(ctx, retry); err != nil {
+		failures++
+		pause := followPolicy.Pause(failures)
+		fmt.Fprintf(s.e.err, "nanoctl: %v; asking again in %v\n", err, pause.Round(time.Second))
+		if err := s.e.pause(ctx, pause); err != nil {
 			return err
 		}
-		retry = min(2*retry, lastRetry)
 	}
 	return nil
+}
+
+// newest prints the newest events, and has the next page go on behind them.
+func (s *eventStream) newest(ctx context.Context) error {
+	query := url.Values{"newest": {strconv.Itoa(cmp.Or(s.left, defaultEvents))}}
+	for name, values := range s.query {
+		query[name] = values
+	}
+	if s.device != "" {
+		query.Set("id", s.device)
+	}
+	(&moment{s.since}).set(query, "since")
+	var page eventPage
+	if err := s.e.api.get(ctx, "/v1/events", query, &page); err != nil {
+		return err
+	}
+	s.query.Set("after", page.Next)
+	for _, raw := range page.Events {
+		if err := s.print(raw); err != nil {
+			return err
+		}
+	}
+	if len(page.Events) == 0 && !s.follow && s.e.format != "json" {
+		fmt.Fprintln(s.e.err, "no events")
+	}
+	return nil
+}
+
+// eventPage is a page of the server's log.
+type eventPage struct {
+	Events []json.RawMessage `json:"events"`
+	Next   string            `json:"next"`
+}
+
+// print prints an event, unless it is of another device or too old.
+func (s *eventStream) print(raw json.RawMessage) error {
+	var v event
+	if err := json.Unmarshal(raw, &v); err != nil {
+		return fmt.Errorf("the server's events are not what this version of nanoctl expects: %w", err)
+	}
+	of := v.of()
+	if s.device != "" && (of == nil || of.id() != s.device) || v.CreatedAt != nil && v.CreatedAt.Before(s.since) {
+		return nil
+	}
+	line := string(compact(raw))
+	if s.e.format != "json" {
+		line = v.sentence()
+		if s.e.width > 0 && s.e.format != "wide" {
+			line = clipped(line, s.e.width)
+		}
+	}
+	_, err := fmt.Fprintln(s.e.out, line)
+	return err
 }
 
 // temporary says whether an error may be gone the next time: the server is away
@@ -161,26 +254,12 @@ func (s *eventStream) page(ctx context.Context) (more bool, err error) {
 		size = min(size, s.left)
 	}
 	s.query.Set("limit", strconv.Itoa(size))
-	var page struct {
-		Events []json.RawMessage `json:"events"`
-		Next   string            `json:"next"`
-	}
+	var page eventPage
 	if err := s.e.api.get(ctx, "/v1/events", s.query, &page); err != nil {
 		return false, err
 	}
 	for _, raw := range page.Events {
-		line := string(compact(raw))
-		if s.e.format != "json" {
-			var v event
-			if err := json.Unmarshal(raw, &v); err != nil {
-				return false, fmt.Errorf("the server's events are not what this version of nanoctl expects: %w", err)
-			}
-			line = v.sentence()
-			if s.e.width > 0 && s.e.format != "wide" {
-				line = clipped(line, s.e.width)
-			}
-		}
-		if _, err := fmt.Fprintln(s.e.out, line); err != nil {
+		if err := s.print(raw); err != nil {
 			return false, err
 		}
 	}

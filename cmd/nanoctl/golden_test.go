@@ -14,6 +14,8 @@ import (
 	"unicode/utf8"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/nanomdm/nanomdm/backoff"
 )
 
 // inProcess carries requests to a handler without a network, so that the
@@ -64,11 +66,13 @@ func goldenServer() http.Handler {
 		"/v1/stats": `{"version":"1.2.3","enrollments":{"by_type":{"Device":160,"User":12},"enabled":170,"disabled":1,"not_enrolled":1},
 "queue":{"by_state":{"queued":12,"notnow":3,"acknowledged":4000,"error":7},"limit":100000,"oldest_waiting_at":"` + at(-3*time.Hour) + `"},
 "push":{"owed":4,"unanswered":2,"topics":[{"topic":"` + goldenTopic + `","not_after":"` + at(20*24*time.Hour) + `","enrollments":172,"last_class":"accepted","last_at":"` + at(-3*time.Second) + `"}]},
+"replicas":[{"name":"mdm-1","version":"1.2.3","listen":"[::]:9000","started_at":"` + at(-72*time.Hour) + `","seen_at":"` + at(-4*time.Second) + `","up":true},{"name":"mdm-2","version":"1.2.2","listen":"[::]:9000","started_at":"` + at(-72*time.Hour) + `","seen_at":"` + at(-10*time.Minute) + `","up":false}],
 "events":{"waiting":6,"dead":4,"sinks":[{"name":"siem","waiting":6,"dead":4,"oldest_waiting_at":"` + at(-2*time.Minute) + `"}]}}`,
 		"/v1/commands/" + goldenUUID: `{"command_uuid":"` + goldenUUID + `","request_type":"InstalledApplicationList","created_at":"` + at(-2*time.Hour) + `","states":{"acknowledged":1,"notnow":1},"enrollments":[
 {"enrollment_id":"00008101-001A2B3C4D5E6F71","serial_number":"C02XK0AAJG51","device_name":"Marketing MacBook Pro of Ann-Sophie 1","state":"acknowledged","finished_at":"` + at(-time.Hour) + `"},
 {"enrollment_id":"00008102-001A2B3C4D5E6F72","serial_number":"C02XK0AAJG52","device_name":"Marketing MacBook Pro of Ann-Sophie 2","state":"notnow","notnow_count":3}]}`,
-		"/v1/events": `{"events":[{"topic":"mdm.Connect","created_at":"` + at(-time.Minute) + `","acknowledge_event":{"ids":{"id":"00008101-001A2B3C4D5E6F71"},"status":"Acknowledged","command_uuid":"` + goldenUUID + `"},"cursor":"7"}],"next":""}`,
+		"/v1/replicas": `{"replicas":[{"name":"mdm-1.example.org","version":"1.2.3","listen":"[::]:9000","started_at":"` + at(-72*time.Hour) + `","seen_at":"` + at(-4*time.Second) + `","up":true}]}`,
+		"/v1/events":   `{"events":[{"topic":"mdm.Connect","serial_number":"C02XK0AAJG51","request_type":"InstalledApplicationList","created_at":"` + at(-time.Minute) + `","acknowledge_event":{"ids":{"id":"00008101-001A2B3C4D5E6F71"},"status":"Acknowledged","command_uuid":"` + goldenUUID + `"},"cursor":"7"}],"next":""}`,
 	}
 	answers["/v1/enrollments/C02XK0AAJG51"] = goldenEnrollment(1, `,"certificate":{"sha256":"9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08","subject":"CN=00008101-001A2B3C4D5E6F71","not_after":"`+at(200*24*time.Hour)+`"},
 "push":{"last_class":"accepted","last_at":"`+at(-3*time.Second)+`"},"queue":{"queued":3,"head":{"command_uuid":"`+goldenUUID+`","request_type":"ProfileList","state":"queued"}},"diagnosis":[]`)
@@ -98,7 +102,7 @@ func TestEightyColumns(t *testing.T) {
 		dir := t.TempDir()
 		for _, line := range []string{
 			"help", "enrollments ls", "enrollments ls -serial none", "enrollments ls -o wide", "show C02XK0AAJG51", "queue C02XK0AAJG51", "commands ls",
-			"status " + goldenUUID, "audit", "keys ls", "sinks ls", "pushcert ls", "stats", "events", "version", "shwo",
+			"status " + goldenUUID, "audit", "keys ls", "sinks ls", "pushcert ls", "stats", "replicas", "top -count 1", "context ls", "events", "version", "shwo",
 		} {
 			var out, errs bytes.Buffer
 			e := &env{
@@ -215,5 +219,32 @@ func TestVerdicts(t *testing.T) {
 			require.Equal(t, c.verdict, verdict, c.json)
 			require.Equal(t, c.pushed, x.pushed(), c.json)
 		}
+	})
+}
+
+// The screen is drawn in place and has rates; a server that is away does not
+// end it.
+func TestTop(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		calls := 0
+		handler := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+			if calls++; calls == 2 {
+				w.WriteHeader(http.StatusServiceUnavailable)
+				_, _ = w.Write([]byte(`{"error":"the database does not answer"}`))
+				return
+			}
+			_, _ = fmt.Fprintf(w, `{"queue":{"by_state":{"acknowledged":%d,"queued":%d}},"push":{"owed":%d}}`, 10*calls, 100-10*calls, calls)
+		})
+		var out, errs bytes.Buffer
+		e := &env{
+			out: &terminalWriter{&out}, err: &errs, width: 80, transport: inProcess{handler}, pause: backoff.Sleep,
+			getenv: func(name string) string {
+				return map[string]string{"NANOMDM_URL": "http://mdm", "NANOMDM_API": "key"}[name]
+			},
+		}
+		require.Zero(t, run(t.Context(), e, []string{"top", "-count", "3", "-every", "10s"}), errs.String())
+		require.Equal(t, 3, strings.Count(out.String(), "\x1b[H"))
+		require.Contains(t, out.String(), "nanoctl: the database does not answer")
+		require.Contains(t, out.String(), "answers +1.0/s, waiting -1.0/s, pushes owed +0.1/s")
 	})
 }

@@ -437,7 +437,7 @@ func TestFollowing(t *testing.T) {
 		"503", `{"events":[{"topic":"mdm.CheckOut","checkin_event":{"ids":{"id":"B"}},"cursor":"10"}],"next":"10"}`, "403",
 	}
 	o.server(func(w http.ResponseWriter, r *http.Request) {
-		asked = append(asked, r.FormValue("after")+" "+r.FormValue("wait"))
+		asked = append(asked, r.FormValue("newest")+" "+r.FormValue("after")+" "+r.FormValue("wait"))
 		answer := answers[0]
 		answers = answers[1:]
 		if status, err := strconv.Atoi(answer); err == nil {
@@ -448,9 +448,11 @@ func TestFollowing(t *testing.T) {
 	})
 	r := o.run("", "events", "-f")
 	require.Equal(t, exitAccess, r.code, "that does not pass")
-	require.Equal(t, []string{"last 30s", "7 30s", "7 30s", "7 30s", "9 30s", "9 30s", "10 30s"}, asked)
-	require.Equal(t, []time.Duration{time.Second, 2 * time.Second, time.Second}, o.pauses)
-	require.Equal(t, "mdm.CheckOut  A\nmdm.CheckOut  B\n", r.out)
+	require.Equal(t, []string{"20  ", " 7 30s", " 7 30s", " 7 30s", " 9 30s", " 9 30s", " 10 30s"}, asked)
+	require.Len(t, o.pauses, 3)
+	require.Greater(t, o.pauses[1], o.pauses[0], "longer and longer")
+	require.Less(t, o.pauses[2], o.pauses[1], "until the server was there")
+	require.Regexp(t, `^mdm.CheckOut +A\nmdm.CheckOut +B\n$`, r.out)
 }
 
 // What devices chose does not steer the terminal.

@@ -31,7 +31,8 @@ type stats struct {
 		Unanswered int        `json:"unanswered"`
 		Topics     []pushCert `json:"topics"`
 	} `json:"push"`
-	Events *struct {
+	Replicas []replica `json:"replicas"`
+	Events   *struct {
 		Waiting         int        `json:"waiting"`
 		Dead            int        `json:"dead"`
 		OldestWaitingAt *time.Time `json:"oldest_waiting_at"`
@@ -77,8 +78,14 @@ func (s *stats) page(e *env) string {
 	if s.Events != nil {
 		s.eventSection(p)
 	}
-	p.section("Server")
-	p.line(plain, "version %s", s.Version)
+	p.section("Servers")
+	for i := range s.Replicas {
+		r := &s.Replicas[i]
+		p.line(toneOf(r.state()), "%s, %s, version %s, %s", r.Name, r.state(), r.Version, r.Listen)
+	}
+	if len(s.Replicas) == 0 {
+		p.line(plain, "version %s", s.Version)
+	}
 	return p.text.String()
 }
 
@@ -122,7 +129,7 @@ func (s *stats) pushSection(p *page) {
 			last = ", last push " + t.lastPush()
 		}
 		p.line(plain, "%s", t.Topic)
-		p.line(max(toneOf(t.expiry()), toneOf(t.LastClass)), "  %d enrollments%s; certificate: %s", t.Enrollments, last, t.expiry())
+		p.line(max(toneOf(t.expiry()), toneOf(t.LastClass)), "%d enrollments%s; expires: %s", t.Enrollments, last, t.expiry())
 	}
 	if len(s.Push.Topics) == 0 {
 		p.line(bad, "there is no push certificate: nanoctl pushcert put FILE")
@@ -162,7 +169,7 @@ func (p *page) section(title string) {
 func (p *page) line(t tone, format string, args ...any) {
 	text := printable(fmt.Sprintf(format, args...))
 	if p.e.width > 0 {
-		text = clipped(text, p.e.width-2)
+		text = clipped(text, p.e.width-len(gap))
 	}
 	p.text.WriteString("  " + p.e.paint(t, text) + "\n")
 }

@@ -105,7 +105,7 @@ func toneOf(cell string) tone {
 		word = word[:i]
 	}
 	switch word {
-	case "acknowledged", "enabled", "answered", "done", "on":
+	case "acknowledged", "enabled", "answered", "done", "on", "up":
 		return good
 	case "notnow", "owed", "retry_later", "cancelled", "superseded", "off", "renew":
 		return notice

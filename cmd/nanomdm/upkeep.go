@@ -3,9 +3,12 @@ package main
 import (
 	"context"
 	"crypto/rand"
+	"os"
 	"time"
 
 	"github.com/nanomdm/nanomdm/cmd/nanomdm/upkeep"
+	"github.com/nanomdm/nanomdm/release"
+	"github.com/nanomdm/nanomdm/storage"
 	"github.com/nanomdm/nanomdm/storage/lease"
 	"github.com/nanomdm/nanomdm/storage/sqlstore"
 )
@@ -20,6 +23,14 @@ func (b *building) upkeep(store *sqlstore.Store) {
 	b.s.background("queue sweep", func(ctx context.Context) error {
 		return lease.Hold(ctx, store, "queue", holder, leaseTTL, b.log, queue.Work)
 	})
+	host, err := os.Hostname()
+	if err != nil {
+		host = "unknown"
+	}
+	replica := &upkeep.Replica{Store: store, Log: b.log, Self: storage.Replica{
+		ID: rand.Text(), Name: host, Version: release.String(), Listen: b.address, StartedAt: time.Now(),
+	}}
+	b.s.background("replica", replica.Work)
 	history := &upkeep.History{
 		Store: store, Log: b.log, Now: time.Now, Commands: b.o.retainCommands, Results: b.o.retainResults,
 		Audit: b.o.retainAudit, DeleteAcked: b.o.storageOptions.deleteAcked,

@@ -50,6 +50,7 @@ type building struct {
 	apnsCA, storageCA, webhookCA *x509.CertPool
 	sinks                        []storage.EventSink
 
+	address  string      // of the listener
 	front    *gate.Front // of devices, and of the API without -api-listen
 	apiFront *gate.Front // nil without -api-listen
 }
@@ -89,6 +90,7 @@ func wire(o options, environ []string, log *slog.Logger, stdout io.Writer) (*ser
 	}
 	b.s = newServer(log, o.drainTimeout, stopTimeout)
 	b.s.drainDelay = o.drainDelay
+	b.address = listener.Addr().String()
 	b.front = b.gate.Front()
 	maxHeader := maxHeaderBytes
 	if o.api != "" && o.apiListen == "" {

@@ -43,6 +43,9 @@ const lastEvent = "last"
 type loggedEvent struct {
 	webhook.Event
 	Cursor string `json:"cursor"`
+	// SerialNumber and RequestType are for people; receivers do not get them.
+	SerialNumber string `json:"serial_number,omitempty"`
+	RequestType  string `json:"request_type,omitempty"`
 }
 
 type eventPage struct {
@@ -65,8 +68,25 @@ func (a *API) listEvents(ctx context.Context, r *http.Request) (int, any, error)
 			q.fail("topic: there is none called %q", topic)
 		}
 	}
+	newest := q.number("newest", 0, 1, maxPageItems)
+	choice := eventChoice{topics: topics, id: q.text("id"), since: q.time("since")}
+	switch {
+	case newest == 0 && (choice.id != "" || !choice.since.IsZero()):
+		q.fail("newest: it is needed with id and since")
+	case newest > 0 && (fromNow || after > 0 || wait > 0):
+		q.fail("newest: it goes neither with after nor with wait")
+	}
 	if err := q.done(); err != nil {
 		return 0, nil, err
+	}
+	if newest > 0 {
+		var err error
+		if choice.id != "" {
+			if choice.id, err = a.enrollmentID(ctx, choice.id); err != nil {
+				return 0, nil, err
+			}
+		}
+		return a.newestEvents(r, newest, &choice)
 	}
 	if fromNow {
 		var err error
@@ -100,7 +120,7 @@ func (a *API) listEvents(ctx context.Context, r *http.Request) (int, any, error)
 // tokens.
 func (a *API) readEvents(r *http.Request, query storage.EventQuery, limit int) ([]loggedEvent, int64, error) {
 	ctx, who := r.Context(), callerOf(r.Context())
-	page, size := []loggedEvent{}, int64(0)
+	page, ids, size := []loggedEvent{}, []string{}, int64(0)
 	for range maxReads {
 		query.Limit = min(eventRows, limit-len(page))
 		events, next, err := a.store.ReadEvents(ctx, who.scope, query)
@@ -110,17 +130,13 @@ func (a *API) readEvents(r *http.Request, query storage.EventQuery, limit int) (
 		for i := range events {
 			e := &events[i]
 			if size += max(0, e.RawSize); size > pageBytes && len(page) > 0 {
-				return page, query.After, nil
+				return page, query.After, a.nameDevices(ctx, page, ids)
 			}
-			switch {
-			case storage.BearsTokens(e.Topic) && who.role < roleAdmin:
-				e.Raw = nil
-			case e.RawLeft:
-				if e.Raw, err = a.store.EventPayload(ctx, e.Seq); err != nil && !errors.Is(err, storage.ErrNotFound) {
-					return nil, 0, err
-				}
+			if err := a.completePayload(ctx, who, e); err != nil {
+				return nil, 0, err
 			}
-			page = append(page, loggedEvent{webhook.NewEvent(e), a.cursors.event(r, e.Seq)})
+			page = append(page, a.loggedEvent(r, e))
+			ids = append(ids, e.Enroll.ID)
 			query.After = e.Seq
 		}
 		ended := next == query.After && len(events) < query.Limit
@@ -129,7 +145,35 @@ func (a *API) readEvents(r *http.Request, query storage.EventQuery, limit int) (
 			break
 		}
 	}
-	return page, query.After, nil
+	return page, query.After, a.nameDevices(ctx, page, ids)
+}
+
+// completePayload reads a large payload, and takes one away that the caller may
+// not see.
+func (a *API) completePayload(ctx context.Context, who caller, e *storage.EventRecord) (err error) {
+	switch {
+	case storage.BearsTokens(e.Topic) && who.role < roleAdmin:
+		e.Raw = nil
+	case e.RawLeft:
+		if e.Raw, err = a.store.EventPayload(ctx, e.Seq); err != nil && !errors.Is(err, storage.ErrNotFound) {
+			return err
+		}
+	}
+	return nil
+}
+
+func (a *API) loggedEvent(r *http.Request, e *storage.EventRecord) loggedEvent {
+	return loggedEvent{Event: webhook.NewEvent(e), Cursor: a.cursors.event(r, e.Seq), RequestType: e.RequestType}
+}
+
+// loggedEvents are events without payloads, which a list for people leaves out.
+func (a *API) loggedEvents(r *http.Request, events []storage.EventRecord) ([]loggedEvent, error) {
+	page, ids := make([]loggedEvent, len(events)), make([]string, len(events))
+	for i := range events {
+		events[i].Raw = nil
+		page[i], ids[i] = a.loggedEvent(r, &events[i]), events[i].Enroll.ID
+	}
+	return page, a.nameDevices(r.Context(), page, ids)
 }
 
 // eventCursor reads a number of the log, which bound keys have sealed.

@@ -81,6 +81,7 @@ type Store interface {
 	storage.EventSinks
 	storage.EventLog
 	storage.Redeliverer
+	storage.Replicas
 	EventBacklogs(ctx context.Context) ([]storage.SinkBacklog, error)
 }
 

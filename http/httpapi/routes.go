@@ -45,6 +45,7 @@ func (a *API) routes() []route {
 		{method: "POST", path: "/v1/enrollments/{id}/bootstrap_token", role: roleAdmin, handler: a.endpoint(noQuery(a.readBootstrapToken))},
 		{method: "POST", path: "/v1/enrollments/{id}/unlock_token", role: roleAdmin, handler: a.endpoint(noQuery(a.readUnlockToken))},
 		{method: "GET", path: "/v1/stats", role: roleRead, handler: a.endpoint(noQuery(a.stats))},
+		{method: "GET", path: "/v1/replicas", role: roleRead, unbound: true, handler: a.endpoint(noQuery(a.listReplicas))},
 
 		// The form that upstream NanoMDM announced. Commands hold secrets.
 		{method: "POST", path: "/v1/enrollments/query", role: roleRead, form: formNanoMDM, handler: slow(a.endpoint(a.queryEnrollments))},

@@ -27,7 +27,8 @@ type statsInfo struct {
 		Unanswered int64           `json:"unanswered"`
 		Topics     []pushTopicInfo `json:"topics"`
 	} `json:"push"`
-	Events *eventStats `json:"events,omitempty"`
+	Events   *eventStats   `json:"events,omitempty"`
+	Replicas []replicaInfo `json:"replicas,omitempty"`
 }
 
 // pushTopicInfo is the topic of a push certificate as JSON.
@@ -81,6 +82,9 @@ func (a *API) stats(ctx context.Context, _ *http.Request) (int, any, error) {
 	}
 	if len(scope.Topics) == 0 { // events concern all topics
 		if info.Events, err = a.eventStats(ctx); err != nil {
+			return 0, nil, err
+		}
+		if info.Replicas, err = a.replicas(ctx); err != nil {
 			return 0, nil, err
 		}
 	}

@@ -180,14 +180,13 @@ func page() string {
 
 <!-- Made by go test ./http/metrics -run TestMetricsPage -update -->
 
-` + "`GET /metrics`" + ` answers in Prometheus' text format, behind the API key; any role may read it. A scrape job:
+` + "`GET /metrics`" + ` answers in Prometheus' text format, behind an API key of any role. Give Prometheus a key that may only read: ` + "`nanoctl keys create prometheus -role read > /etc/prometheus/nanomdm.key`" + `. A scrape job:
 
 ` + "```yaml" + `
 scrape_configs:
   - job_name: nanomdm
-    basic_auth:
-      username: nanomdm
-      password_file: /etc/prometheus/nanomdm.key
+    authorization:
+      credentials_file: /etc/prometheus/nanomdm.key # sent as a bearer token
     static_configs:
       - targets: ["nanomdm-1:9000", "nanomdm-2:9000"]
 ` + "```" + `

@@ -65,6 +65,7 @@ func topics() []topic {
 		{"import", importTests()},
 		{"tenants", tenantTests()},
 		{"backup", backupTests()},
+		{"replicas", replicaTests()},
 	}
 }
 
