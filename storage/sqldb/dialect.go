@@ -95,6 +95,9 @@ type Dialect struct {
 
 	// forUpdate ends a SELECT that locks its rows for a change.
 	forUpdate string
+	// skipLocked follows forUpdate in a SELECT that leaves out the rows that
+	// another transaction has locked.
+	skipLocked string
 	// forShare ends a SELECT that keeps its rows from being changed.
 	forShare string
 	// forceIndex follows a table's name where the planner has to be told the

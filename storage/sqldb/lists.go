@@ -63,9 +63,17 @@ func (t *Tx) LockText(columns, table string, ids []string) (q string, args []any
 	d := t.Dialect
 	is, args := t.Among(slices.Compact(slices.Sorted(slices.Values(ids))))
 	if d.arrays {
-		return "SELECT " + columns + " FROM " + d.ArrayTable("key") + ", LATERAL (SELECT * FROM " + table + " WHERE id = r.key" + d.forUpdate + ") k", args
+		return "SELECT " + columns + " FROM " + d.ArrayTable("key") + ", LATERAL (SELECT * FROM " + table + " WHERE id = r.key" + t.locking() + ") k", args
 	}
-	return "SELECT " + columns + " FROM " + table + d.Index("PRIMARY") + " WHERE id " + is + " ORDER BY id" + d.forUpdate, args
+	return "SELECT " + columns + " FROM " + table + d.Index("PRIMARY") + " WHERE id " + is + " ORDER BY id" + t.locking(), args
+}
+
+// locking ends a SELECT that locks its rows.
+func (t *Tx) locking() string {
+	if t.SkipLocked {
+		return t.Dialect.forUpdate + t.Dialect.skipLocked
+	}
+	return t.Dialect.forUpdate
 }
 
 // LockDeferred locks the rows of a table that have one of ids, at the latest
@@ -141,11 +149,11 @@ func (p *PairTable) LockText(t *Tx, columns string, keys []KeyPair, and string) 
 	if d.arrays {
 		ids, items := columnsOf(slices.Compact(slices.SortedFunc(slices.Values(keys), KeyPair.Compare)))
 		return "SELECT " + columns + " FROM " + d.ArrayTable("key", "item") + `,
-LATERAL (SELECT * FROM ` + p.Name + " WHERE " + p.ID + " = r.key AND " + p.Item + " = r.item" + and + d.forUpdate + ") q", []any{ids, items}
+LATERAL (SELECT * FROM ` + p.Name + " WHERE " + p.ID + " = r.key AND " + p.Item + " = r.item" + and + t.locking() + ") q", []any{ids, items}
 	}
 	where, args := p.Among(t, keys)
 	return "SELECT " + columns + " FROM " + p.Name + " q" + d.Index("PRIMARY") + " WHERE " + where + and +
-		" ORDER BY " + p.Item + ", " + p.ID + d.forUpdate, args
+		" ORDER BY " + p.Item + ", " + p.ID + t.locking(), args
 }
 
 // UpdateLockedText changes rows that the transaction has locked. They stay

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/go-sql-driver/mysql"
 )
@@ -63,7 +64,15 @@ func openMySQL(ctx context.Context, cfg Config) (*pools, error) {
 		"collation_connection": "'" + collation + "'",
 		// Without strictness a value that is too long is cut, silently.
 		"sql_mode":                 "'STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION'",
-		"innodb_lock_wait_timeout": "10",
+		"innodb_lock_wait_timeout": strconv.Itoa(int(lockTimeout.Seconds())),
+		// The wait of a statement for a change of its table, a year by default.
+		"lock_wait_timeout": "10",
+	}
+	// A process that was stopped must not keep its transaction and locks for long.
+	if server.mariadb {
+		params["idle_transaction_timeout"] = "5"
+	} else {
+		params["wait_timeout"] = "8" // MySQL ends idle connections only, in a transaction or not
 	}
 	if server.galera {
 		// Each transaction, and each statement outside of one, first waits for
@@ -85,6 +94,10 @@ func openMySQL(ctx context.Context, cfg Config) (*pools, error) {
 		return nil, err
 	}
 	db := sql.OpenDB(connector)
+	if seconds, err := strconv.Atoi(params["wait_timeout"]); err == nil && seconds > 0 {
+		// The pool gives a connection up before the server does.
+		cfg.ConnMaxIdleTime = min(cfg.ConnMaxIdleTime, time.Duration(seconds)*time.Second*3/4)
+	}
 	sizePool(db, cfg)
 	if err := db.PingContext(ctx); err != nil {
 		db.Close()
@@ -240,8 +253,9 @@ func mysqlCommon() *Dialect {
 	return &Dialect{
 		snapshot: []string{"SET TRANSACTION ISOLATION LEVEL REPEATABLE READ", "START TRANSACTION WITH CONSISTENT SNAPSHOT, READ ONLY"},
 		// Parsing is a quarter of the cost of large statements.
-		prepare:   prepareNamed,
-		forUpdate: " FOR UPDATE",
+		prepare:    prepareNamed,
+		forUpdate:  " FOR UPDATE",
+		skipLocked: " SKIP LOCKED",
 		// Of two indexes that begin with the same column the planners may take
 		// the one that does not help, and read all rows that have ended.
 		forceIndex:     func(index string) string { return " FORCE INDEX (" + index + ")" },

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -20,6 +21,10 @@ import (
 const pgsqlOldest = 130000
 
 const dialTimeout = 10 * time.Second
+
+// lockTimeout bounds one wait for a lock. It is below the time that a batch of
+// devices' messages has.
+const lockTimeout = 4 * time.Second
 
 func openPgSQL(ctx context.Context, cfg Config) (*pools, error) {
 	pc, err := parsePgSQL(cfg.DSN)
@@ -34,7 +39,7 @@ func openPgSQL(ctx context.Context, cfg Config) (*pools, error) {
 		pc.ConnectTimeout = dialTimeout
 	}
 	preparing := &pgsqlPreparing{log: cfg.Logger}
-	db := stdlib.OpenDB(*pc, preparing.options()...)
+	db := stdlib.OpenDB(*pc, append(preparing.options(), stdlib.OptionAfterConnect(pgsqlSession(pc)))...)
 	sizePool(db, cfg)
 	err = checkPgSQL(ctx, cfg, db)
 	if preparedLost(err) {
@@ -48,6 +53,33 @@ func openPgSQL(ctx context.Context, cfg Config) (*pools, error) {
 	d := pgsqlDialect()
 	d.observe = preparing.observe
 	return &pools{dialect: d, write: db, read: db}, nil
+}
+
+// pgsqlTimeouts end what a process that was stopped leaves behind: a
+// transaction with its locks, and a wait for such locks.
+var pgsqlTimeouts = [...][2]string{
+	{"idle_in_transaction_session_timeout", "5s"},
+	{"lock_timeout", lockTimeout.String()},
+}
+
+// pgsqlSession sets pgsqlTimeouts on a new connection, but for those that the
+// data source name sets. It sends SET and no startup parameters, which poolers
+// refuse. A server that refuses SET is served without.
+func pgsqlSession(pc *pgx.ConnConfig) func(context.Context, *pgx.Conn) error {
+	var text strings.Builder
+	for _, setting := range pgsqlTimeouts {
+		_, given := pc.RuntimeParams[setting[0]]
+		if !given && !strings.Contains(pc.RuntimeParams["options"], setting[0]) {
+			fmt.Fprintf(&text, "SET %s = '%s';", setting[0], setting[1])
+		}
+	}
+	return func(ctx context.Context, conn *pgx.Conn) error {
+		_, err := conn.Exec(ctx, text.String(), pgx.QueryExecModeSimpleProtocol)
+		if pgCode(err) != "" {
+			return nil
+		}
+		return err
+	}
 }
 
 // sizePool applies the configured bounds to the pool of a server's
@@ -97,6 +129,7 @@ func pgsqlDialect() *Dialect {
 		queryBatch:     pgsqlQueryBatch,
 		batchCounts:    true,
 		forUpdate:      " FOR UPDATE",
+		skipLocked:     " SKIP LOCKED",
 		forShare:       " FOR SHARE",
 		greatest:       "GREATEST",
 		maxArgs:        60000, // the protocol's limit is 65535

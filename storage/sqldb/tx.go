@@ -33,6 +33,9 @@ type Tx struct {
 	// Now is the clock in UTC microseconds, the same for everything in one
 	// transaction.
 	Now int64
+	// SkipLocked has the methods that lock rows leave out those that another
+	// transaction has locked, in place of waiting for it.
+	SkipLocked bool
 
 	sent     *atomic.Int64 // counts statements
 	q        querier

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/nanomdm/nanomdm/backoff"
 	"github.com/nanomdm/nanomdm/storage"
 )
 
@@ -87,8 +88,7 @@ func (s *Store) Apply(ctx context.Context, op storage.Op) (*storage.Outcome, err
 		err = s.polls.do(ctx, p, p.bytes())
 	}
 	if err == nil && (p.mustWrite || !p.readOnly()) {
-		p = newOpRun(op)
-		err = s.changes.do(ctx, p, p.bytes())
+		p, err = s.applyWriting(ctx, op)
 	}
 	if err = cmp.Or(err, p.err); err != nil {
 		return nil, fmt.Errorf("applying a device's message: %w", err)
@@ -96,9 +96,51 @@ func (s *Store) Apply(ctx context.Context, op storage.Op) (*storage.Outcome, err
 	return &p.out, nil
 }
 
-// change carries out a batch of operations that write, in one transaction.
+// applyWriting carries out an operation that writes, in a later batch for as
+// long as its rows are held.
+func (s *Store) applyWriting(ctx context.Context, op storage.Op) (*opRun, error) {
+	began := time.Now()
+	for attempt := 1; ; attempt++ {
+		p := newOpRun(op)
+		err := s.changes.do(ctx, p, p.bytes())
+		if cmp.Or(err, p.err) != errHeld || time.Since(began) > heldPatience {
+			return p, err
+		}
+		if err := backoff.Sleep(ctx, heldPauses.Pause(attempt)); err != nil {
+			return p, err
+		}
+	}
+}
+
+// change carries out a batch of operations that write, without those whose
+// rows are held.
 func (s *Store) change(ctx context.Context, batch []*opRun) error {
+	for {
+		err := s.changeAll(ctx, batch)
+		held := (*heldRows)(nil)
+		if !errors.As(err, &held) {
+			return err
+		}
+		rest := slices.DeleteFunc(slices.Clone(batch), func(p *opRun) bool { return held.holds(p.device) })
+		if len(rest) == len(batch) {
+			return errHeld
+		}
+		for _, p := range batch {
+			if held.holds(p.device) {
+				p.err = errHeld
+			}
+		}
+		if len(rest) == 0 {
+			return nil
+		}
+		batch = rest
+	}
+}
+
+// changeAll carries out a batch in one transaction.
+func (s *Store) changeAll(ctx context.Context, batch []*opRun) error {
 	apply := func(ctx context.Context, t *tx) error {
+		t.SkipLocked = true
 		for _, p := range batch {
 			p.reset()
 		}

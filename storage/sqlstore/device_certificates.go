@@ -169,22 +169,27 @@ func pinCertificates(ctx context.Context, t *tx, batch []*opRun, certs *certific
 
 // lockDevices locks devices and reads their certificates, so that two
 // certificates of one device do not both find it without one, or retire the
-// same third one. A device that came in after the locks were taken takes
-// another look.
+// same third one. A device that came in after the locks were taken, or whose
+// lock is held, takes another look.
 func lockDevices(ctx context.Context, t *tx, batch []*opRun) (*certificates, error) {
 	devices := make([]string, len(batch))
 	for i, p := range batch {
 		devices[i] = p.device
 	}
+	locked, err := lockDeferred(ctx, t, "nano_devices", devices)
+	if err != nil {
+		return nil, err
+	}
 	for {
-		locked, err := lockDeferred(ctx, t, "nano_devices", devices)
-		if err != nil {
-			return nil, err
-		}
 		certs, err := readCertificates(ctx, t, batch)
 		if err != nil || t.Dialect.ForUpdate() == "" || len(certs.devices) <= *locked {
 			return certs, err
 		}
+		again, err := lock(ctx, t, "nano_devices", devices)
+		if err != nil {
+			return nil, err
+		}
+		*locked = len(again)
 	}
 }
 

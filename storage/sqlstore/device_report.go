@@ -61,6 +61,9 @@ func takeReports(ctx context.Context, t *tx, reports []*opRun) error {
 	if err := t.QueryBatch(ctx, queries...); err != nil {
 		return err
 	}
+	if err := t.checkSkippedRows(ctx, keys, rows); err != nil {
+		return err
+	}
 	if err := admitReports(ctx, t, reports, states); err != nil {
 		return err
 	}

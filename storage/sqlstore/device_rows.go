@@ -4,6 +4,7 @@ import (
 	"context"
 	"database/sql"
 	"fmt"
+	"maps"
 	"slices"
 
 	"github.com/nanomdm/nanomdm/storage"
@@ -45,7 +46,7 @@ func readEnrollments(ctx context.Context, t *tx, ids []string) (*enrollments, er
 			return nil, fmt.Errorf("locking enrollments: %w", err)
 		}
 	}
-	return all, nil
+	return all, t.checkSkipped(ctx, "nano_enrollments", ids, slices.Collect(maps.Keys(all.byID)))
 }
 
 // concerned returns the ids of the enrollments that operations concern: of the

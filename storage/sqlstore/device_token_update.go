@@ -48,6 +48,9 @@ func updateTokens(ctx context.Context, t *tx, batch []*opRun, r *opRound) error 
 			plain = append(plain, p)
 		}
 	}
+	if _, err := lock(ctx, t, "nano_enrollment_push", repeating); err != nil {
+		return err
+	}
 	if err := updateDevices(ctx, t, []string{"token_update", "token_update_at"}, plain, func(p *opRun) []any {
 		return []any{t.sealed(tokenUpdateColumn, p.device, notNil(p.op.(*storage.TokenUpdate).Message.Raw)), t.Now}
 	}); err != nil {

@@ -3,12 +3,49 @@ package sqlstore
 import (
 	"context"
 	"fmt"
+	"slices"
+	"strings"
+	"time"
 
+	"github.com/nanomdm/nanomdm/backoff"
+	"github.com/nanomdm/nanomdm/storage"
 	"github.com/nanomdm/nanomdm/storage/sqldb"
 )
 
+// The transactions of devices' messages wait for nobody's locks: a replica that
+// was stopped inside a transaction would stop every batch of the others. They
+// lock with SkipLocked. A batch that misses rows is rolled back and carried out
+// without the devices of those rows, whose messages then go into later batches.
+
+// heldPauses space the attempts of a message whose rows are held, and
+// heldPatience is how long there are any.
+var heldPauses = backoff.Policy{First: 10 * time.Millisecond, Max: 250 * time.Millisecond}
+
+const heldPatience = 3 * time.Second
+
+// errHeld is the error of a message whose rows another transaction holds.
+var errHeld = fmt.Errorf("%w: another transaction holds the device's rows", storage.ErrBusy)
+
+// heldRows is the error of a batch that missed rows of some devices.
+type heldRows struct {
+	ids []string // of devices or enrollments
+}
+
+// Error implements error.
+func (h *heldRows) Error() string {
+	return fmt.Sprintf("rows of %d enrollments are locked", len(h.ids))
+}
+
+// holds says whether one of the rows is the device's or one of its channels'.
+func (h *heldRows) holds(device string) bool {
+	return slices.ContainsFunc(h.ids, func(id string) bool {
+		return id == device || strings.HasPrefix(id, device+":")
+	})
+}
+
 // lock locks the rows of a table that exist, in key order, and returns their
-// ids. Where writers wait for each other anyway it does nothing.
+// ids. Where writers wait for each other anyway it does nothing. The error is
+// heldRows if the transaction does not wait for locks and some are held.
 func lock(ctx context.Context, t *tx, table string, ids []string) (locked []string, err error) {
 	if len(ids) == 0 || t.Dialect.ForUpdate() == "" {
 		return nil, nil
@@ -17,11 +54,59 @@ func lock(ctx context.Context, t *tx, table string, ids []string) (locked []stri
 	if err != nil {
 		return nil, fmt.Errorf("locking rows of %s: %w", table, err)
 	}
-	return locked, nil
+	return locked, t.checkSkipped(ctx, table, ids, locked)
+}
+
+// checkSkipped fails with heldRows if rows exist that were not locked since
+// another transaction holds them.
+func (t *tx) checkSkipped(ctx context.Context, table string, wanted, locked []string) error {
+	if !t.SkipLocked {
+		return nil
+	}
+	have := make(map[string]bool, len(locked))
+	for _, id := range locked {
+		have[id] = true
+	}
+	missed := slices.DeleteFunc(slices.Clone(wanted), func(id string) bool { return have[id] })
+	if len(missed) == 0 {
+		return nil
+	}
+	is, args := t.Among(missed)
+	return t.anyHeld(ctx, "SELECT id FROM "+table+" WHERE id "+is, args)
+}
+
+// checkSkippedRows is checkSkipped for queue rows.
+func (t *tx) checkSkippedRows(ctx context.Context, wanted []keyPair, locked map[keyPair]queueRow) error {
+	if !t.SkipLocked {
+		return nil
+	}
+	missed := slices.DeleteFunc(slices.Clone(wanted), func(k keyPair) bool {
+		_, ok := locked[k]
+		return ok
+	})
+	if len(missed) == 0 {
+		return nil
+	}
+	where, args := queueRows.Among(t.Tx, missed)
+	return t.anyHeld(ctx, "SELECT id FROM nano_enrollment_queue"+t.Dialect.Index("PRIMARY")+" WHERE "+where, args)
+}
+
+// anyHeld fails with heldRows of the ids that a query returns, if it returns
+// any.
+func (t *tx) anyHeld(ctx context.Context, q string, args []any) error {
+	ids, err := sqldb.Column[string](t.Query(ctx, q, args...))
+	if err != nil {
+		return fmt.Errorf("looking for locked rows: %w", err)
+	}
+	if len(ids) > 0 {
+		return &heldRows{ids}
+	}
+	return nil
 }
 
 // lockDeferred is lock, at the latest with the next statement that returns
-// something. How many rows it locked is known after that.
+// something. How many rows it locked is known after that. It does not look
+// for rows that are held.
 func lockDeferred(ctx context.Context, t *tx, table string, ids []string) (locked *int, err error) {
 	if locked, ok := t.LockDeferred(table, ids); ok {
 		return locked, nil

@@ -64,15 +64,19 @@ func TestSettings(t *testing.T) {
 			"PRAGMA journal_mode": "wal", "PRAGMA synchronous": "2", "PRAGMA foreign_keys": "1", "PRAGMA busy_timeout": "10000",
 		},
 		"memory": {"PRAGMA foreign_keys": "1"},
-		"pgsql":  {"SHOW server_encoding": "UTF8"},
+		"pgsql": {
+			"SHOW server_encoding": "UTF8", "SHOW idle_in_transaction_session_timeout": "5s", "SHOW lock_timeout": "4s",
+		},
 		"mysql": {
 			"SELECT @@transaction_isolation": "READ-COMMITTED", "SELECT @@collation_connection": "utf8mb4_0900_bin",
-			"SELECT @@sql_mode": "STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION", "SELECT @@innodb_lock_wait_timeout": "10",
+			"SELECT @@sql_mode": "STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION", "SELECT @@innodb_lock_wait_timeout": "4",
+			"SELECT @@lock_wait_timeout": "10", "SELECT @@wait_timeout": "8",
 		},
 		"mariadb": {
 			"SELECT @@tx_isolation": "READ-COMMITTED", "SELECT @@collation_connection": "utf8mb4_nopad_bin",
 			"SELECT @@sql_mode": "STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION",
 			"SELECT @@optimizer_switch LIKE '%subquery_cache=off%'": "1",
+			"SELECT @@innodb_lock_wait_timeout":                     "4", "SELECT @@lock_wait_timeout": "10", "SELECT @@idle_transaction_timeout": "5",
 		},
 	}
 	for _, engine := range storagetest.Engines(t) {
@@ -94,6 +98,38 @@ func TestSettings(t *testing.T) {
 		require.NoError(t, err)
 		require.Equal(t, "1", got)
 		require.NoError(t, store.Close())
+	})
+}
+
+// TestIdleTransactionsEnd: the server ends the transaction of a process that
+// stands still in it, with its locks, as soon as the DSN says. The process
+// learns that it did not commit.
+func TestIdleTransactionsEnd(t *testing.T) {
+	timeout := map[string]string{"pgsql": "idle_in_transaction_session_timeout=200", "mysql": "wait_timeout=1", "mariadb": "idle_transaction_timeout=1"}
+	servers(t, func(t *testing.T, h *storagetest.Harness) {
+		h.Exec(t, "INSERT INTO nano_enrollment_activity (id, last_seen_at) VALUES ('a', 1)")
+		store := h.Open(t, func(cfg *sqlstore.Config) {
+			sep := "?"
+			if strings.Contains(cfg.DSN, "?") {
+				sep = "&"
+			}
+			cfg.DSN += sep + timeout[h.Engine.Name]
+		})
+		locked, goOn := make(chan struct{}), make(chan struct{})
+		done := make(chan error, 1)
+		go func() {
+			done <- store.WriteForTest(t.Context(), func(exec func(string, ...any) (int64, error)) error {
+				_, err := exec("UPDATE nano_enrollment_activity SET last_seen_at = last_seen_at + 1 WHERE id = 'a'")
+				close(locked)
+				<-goOn
+				return err
+			})
+		}()
+		<-locked
+		h.Exec(t, "UPDATE nano_enrollment_activity SET last_seen_at = 7 WHERE id = 'a'") // waits for the lock
+		close(goOn)
+		require.ErrorIs(t, <-done, storage.ErrUnavailable)
+		require.EqualValues(t, 7, h.Int(t, "SELECT last_seen_at FROM nano_enrollment_activity WHERE id = 'a'"))
 	})
 }
 

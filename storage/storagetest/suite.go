@@ -50,6 +50,7 @@ func topics() []topic {
 		{"enqueue", enqueueTests()},
 		{"once", onceTests()},
 		{"concurrency", concurrencyTests()},
+		{"held", heldTests()},
 		{"keys", keyTests()},
 		{"sealing", sealingTests()},
 		{"push", pushTests()},

@@ -1,0 +1,118 @@
+package storagetest
+
+import (
+	"context"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/nanomdm/nanomdm/mdm"
+	"github.com/nanomdm/nanomdm/storage"
+)
+
+func heldTests() []subtest {
+	return []subtest{
+		{"a row that is held stops its device alone", heldStopsOne},
+		{"a row that stays held is too busy", heldStays},
+	}
+}
+
+// hold locks rows as a transaction of a replica that was stopped does. The
+// function it returns ends that transaction.
+func (h *Harness) hold(t *testing.T, table, where string, args ...any) (release func()) {
+	t.Helper()
+	if h.Engine.driver == "sqlite" {
+		t.Skip("one writer at a time, and its locks end with the process")
+	}
+	query := h.bind(t, "SELECT 1 FROM "+table+" WHERE "+where+" FOR UPDATE")
+	db := connect(t, h.cfg)
+	tx, err := db.BeginTx(context.Background(), nil)
+	require.NoError(t, err)
+	rows, err := tx.QueryContext(context.Background(), query, args...)
+	require.NoError(t, err)
+	n := 0
+	for rows.Next() {
+		n++
+	}
+	require.NoError(t, rows.Err())
+	require.NoError(t, rows.Close())
+	require.Positive(t, n, "nothing to hold in %s", table)
+	released := false
+	release = func() {
+		if !released {
+			released = true
+			require.NoError(t, tx.Rollback())
+			require.NoError(t, db.Close())
+		}
+	}
+	t.Cleanup(release)
+	return release
+}
+
+// heldStopsOne holds each row that a message of D changes. Others go on, and D
+// does once the row is free.
+func heldStopsOne(t *testing.T, h *Harness) {
+	acknowledge := func(d *channel) error {
+		_, err := d.report(t, mdm.StatusAcknowledged, "C")
+		return err
+	}
+	refuse := func(d *channel) error { // behind it waits a command that was refused: a push is owed
+		_, err := d.report(t, mdm.StatusError, "C")
+		return err
+	}
+	update := func(d *channel) error {
+		_, err := d.tokenUpdate(t)
+		return err
+	}
+	leave := func(d *channel) error { return d.checkOut(t) }
+	begin := func(d *channel) error { return d.authenticate(t) }
+	for _, tc := range []struct {
+		name, table, key string
+		message          func(*channel) error
+	}{
+		{"report, queue row", "nano_enrollment_queue", "id", acknowledge},
+		{"report, push row", "nano_enrollment_push", "id", refuse},
+		{"TokenUpdate, device", "nano_devices", "id", update},
+		{"TokenUpdate, enrollment", "nano_enrollments", "id", update},
+		{"TokenUpdate, push row", "nano_enrollment_push", "id", update},
+		{"CheckOut, enrollment", "nano_enrollments", "id", leave},
+		{"CheckOut, push row", "nano_enrollment_push", "id", leave},
+		{"Authenticate, device", "nano_devices", "id", begin},
+		{"Authenticate, push row", "nano_enrollment_push", "id", begin},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			h := NewHarness(t, h.Engine)
+			h.Enroll(t, "D", "E")
+			h.enqueue(t, []string{"D"}, "B", "C")
+			require.Equal(t, "C", h.device("D").reports(t, mdm.StatusNotNow, "B"))
+			release := h.hold(t, tc.table, tc.key+" = ?", "D")
+			held := make(chan error, 1)
+			go func() { held <- tc.message(h.device("D")) }()
+			// A batch that waits for the row does so for at least 4 seconds.
+			ctx, cancel := context.WithTimeout(t.Context(), 3500*time.Millisecond)
+			defer cancel()
+			for range 4 {
+				_, err := h.Store.Apply(ctx, &storage.TokenUpdate{Src: h.device("E").source(), Message: &mdm.TokenUpdate{
+					Enrollment: h.device("E").identity(), Topic: topicA, PushMagic: "magic", Token: []byte("token"),
+				}})
+				require.NoError(t, err, "another device waits for the row")
+			}
+			release()
+			if err := <-held; err != nil { // a slow machine
+				require.ErrorIs(t, err, storage.ErrBusy)
+				require.NoError(t, tc.message(h.device("D")))
+			}
+		})
+	}
+}
+
+// heldStays: nobody waits for ever, and the device is told to come again.
+func heldStays(t *testing.T, h *Harness) {
+	h.Enroll(t, "D")
+	h.enqueue(t, []string{"D"}, "C")
+	h.hold(t, "nano_enrollment_queue", "id = ?", "D")
+	_, err := h.device("D").report(t, mdm.StatusAcknowledged, "C")
+	require.ErrorIs(t, err, storage.ErrBusy)
+	require.EqualValues(t, 0, h.Int(t, "SELECT COUNT(*) FROM nano_command_results"))
+}
