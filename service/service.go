@@ -39,6 +39,9 @@ type Request struct {
 	Copy bool
 	// Events are committed with the change.
 	Events []storage.Event
+	// GivenUp says whether the client may have given the request up; nil is
+	// never. See storage.Source.
+	GivenUp func() bool
 }
 
 // Response is the reply to a device. The zero value is the protocol's plain

@@ -48,6 +48,9 @@ var (
 	// ErrBusy: a bounded queue in front of the database is full; the caller
 	// should ask its client to come again later.
 	ErrBusy = errors.New("too busy")
+	// ErrGivenUp: the client of a device's message may have given it up, and it
+	// was not carried out; see Source.GivenUp.
+	ErrGivenUp = errors.New("client may have given the message up")
 	// ErrUnavailable: the database is out of reach, or did not answer in time.
 	// Whether the change was made is not known; repeating it is safe.
 	ErrUnavailable = errors.New("database unavailable")
@@ -113,6 +116,12 @@ type Source struct {
 	// from what the store has is ErrOwnWord.
 	Copy   bool
 	Events []Event
+	// GivenUp says whether the client may have given the message up, so that the
+	// device may have said other things since. It is asked inside the
+	// transaction, once the device is locked, of messages whose order matters:
+	// Authenticate, TokenUpdate, CheckOut and SetBootstrapToken. They then fail
+	// with ErrGivenUp. Nil is never.
+	GivenUp func() bool
 }
 
 // Op is one device message as one store operation: in a single transaction it

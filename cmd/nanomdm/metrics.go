@@ -21,6 +21,7 @@ func (b *building) observe(store *sqlstore.Store) {
 	b.metrics.Add(metrics.Source{Name: "daemon", Collect: func(_ context.Context, emit metrics.Emit) error {
 		ready, _ := b.gate.Ready()
 		emit("nanomdm_ready", truth(ready))
+		emit("nanomdm_stalls_total", float64(b.stalls.Count()))
 		emit("nanomdm_store_up", truth(b.gate.StoreUp()))
 		emit("nanomdm_sealing", truth(b.sealer != nil), "secrets")
 		emit("nanomdm_sealing", truth(b.o.sealCommands), "commands")

@@ -20,6 +20,7 @@ import (
 	"github.com/nanomdm/nanomdm/http/httpmdm"
 	"github.com/nanomdm/nanomdm/http/metrics"
 	"github.com/nanomdm/nanomdm/http/requestlog"
+	"github.com/nanomdm/nanomdm/http/stall"
 	"github.com/nanomdm/nanomdm/release"
 	"github.com/nanomdm/nanomdm/service"
 	"github.com/nanomdm/nanomdm/service/callout"
@@ -45,6 +46,7 @@ type building struct {
 	gate    *gate.Gate
 	metrics *metrics.Metrics
 	systemd *notifier
+	stalls  *stall.Watch
 	sealer  storage.Sealer // nil: nothing is sealed
 	// Pools of CAs; nil is the system's.
 	apnsCA, storageCA, webhookCA *x509.CertPool
@@ -89,6 +91,8 @@ func wire(o options, environ []string, log *slog.Logger, stdout io.Writer) (*ser
 		return nil, err
 	}
 	b.s = newServer(log, o.drainTimeout, stopTimeout)
+	b.stalls = stall.New(log, nil)
+	b.s.background("stall watch", b.stalls.Run)
 	b.s.drainDelay = o.drainDelay
 	b.address = listener.Addr().String()
 	b.front = b.gate.Front()
@@ -213,7 +217,7 @@ func (b *building) assemble(ctx context.Context, store *sqlstore.Store) error {
 		}))
 		h := httpmdm.New(service.Chain(protocol, chain...), side.identity, httpmdm.Config{
 			Pins: store, Refusals: store, MaxBody: o.maxBody, MaxCheckin: o.maxCheckin, MaxStatus: o.maxStatus, MaxHourly: o.maxHourlyBytes, MaxInFlight: o.maxInFlight, MaxRequests: o.maxRequests,
-			Refused:            b.metrics.Refused,
+			Refused: b.metrics.Refused, Stalled: b.stalls.Since,
 			AuthProxyTransport: side.authProxy, Logger: log,
 		})
 		s.background("record of refusals", h.RecordRefusals)

@@ -19,6 +19,7 @@ import (
 	"net/http"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sync/semaphore"
 
@@ -62,6 +63,9 @@ type Config struct {
 	// MaxRequests is how many requests the daemon lets in at once. Half of them
 	// may be of one client address, or wait for their bodies. Default 4096.
 	MaxRequests int
+	// Stalled says whether the process stood still since a request came in. Its
+	// client may then have given it up. Nil is never.
+	Stalled func(arrived time.Time) bool
 	// Refused is called for each request that is not answered by the service
 	// chain, with one of Reasons; may be nil.
 	Refused func(reason string)
@@ -152,6 +156,7 @@ var (
 // MDM returns the handler of a path that takes messages of one role.
 func (h *Handler) MDM(role Role) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		arrived := time.Now()
 		if r.Method != http.MethodPut {
 			w.Header().Set("Allow", http.MethodPut)
 			h.fail(w, r, speaker{}, &service.StatusError{Status: http.StatusMethodNotAllowed, Err: errMethod})
@@ -182,6 +187,7 @@ func (h *Handler) MDM(role Role) http.Handler {
 			h.fail(w, r, id.named(body), err)
 			return
 		}
+		req.GivenUp = h.givenUp(r.Context(), arrived)
 		requestlog.SetMessage(r.Context(), req.Enroll.ID, string(req.Message.Kind()))
 		resp, err := h.next.Handle(r.Context(), req)
 		if err != nil {
@@ -191,6 +197,17 @@ func (h *Handler) MDM(role Role) http.Handler {
 		}
 		reply(w, resp)
 	})
+}
+
+// patience is how long after its arrival a check-in may still be carried out:
+// less than devices and proxies commonly wait for an answer.
+const patience = 20 * time.Second
+
+// givenUp says whether the client of a request may have given it up.
+func (h *Handler) givenUp(ctx context.Context, arrived time.Time) func() bool {
+	return func() bool {
+		return ctx.Err() != nil || time.Since(arrived) > patience || h.cfg.Stalled != nil && h.cfg.Stalled(arrived)
+	}
 }
 
 // request makes the request of a device's body. A report that cannot be read is
@@ -432,6 +449,7 @@ func reason(err error) string {
 // unavailable: the same request may well succeed a little later.
 func unavailable(err error) bool {
 	return errors.Is(err, storage.ErrUnavailable) || errors.Is(err, storage.ErrBusy) || errors.Is(err, storage.ErrClosed) ||
+		errors.Is(err, storage.ErrGivenUp) ||
 		errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded)
 }
 

@@ -17,6 +17,7 @@ import (
 	"runtime"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -770,6 +771,31 @@ func TestBusyStoreIs503(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestStalledProcessDropsCheckins: what a process held while it stood still is
+// not carried out, but for reports, which say what was done.
+func TestStalledProcessDropsCheckins(t *testing.T) {
+	var stalled atomic.Bool
+	s := newSite(t, siteConfig{http: httpmdm.Config{Stalled: func(arrived time.Time) bool {
+		require.WithinDuration(t, time.Now(), arrived, time.Minute)
+		return stalled.Load()
+	}}})
+	d := s.enrolled("D1", mdmtest.Config{})
+	s.enqueue("C1", "ProfileList", "D1")
+	stalled.Store(true)
+	resp, err := d.Do(t.Context(), "", checkinType, message("CheckOut", "D1", ""))
+	require.NoError(t, err)
+	require.Equal(t, 503, resp.Status)
+	require.Equal(t, "5", resp.Header.Get("Retry-After"))
+	resp, err = d.Do(t.Context(), "", reportType, report("D1", "Idle", "", ""))
+	require.NoError(t, err)
+	require.Equal(t, 200, resp.Status)
+	require.Contains(t, string(resp.Body), "C1", "still enrolled")
+	stalled.Store(false)
+	resp, err = d.Do(t.Context(), "", checkinType, message("CheckOut", "D1", ""))
+	require.NoError(t, err)
+	require.Equal(t, 200, resp.Status)
 }
 
 func TestPanicIs500AndSurvived(t *testing.T) {

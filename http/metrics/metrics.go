@@ -147,7 +147,7 @@ func outcomeLabel(resp *service.Response, err error) string {
 		errors.Is(err, storage.ErrTooManyChannels):
 		return "refused"
 	case errors.Is(err, storage.ErrUnavailable), errors.Is(err, storage.ErrBusy), errors.Is(err, storage.ErrClosed),
-		errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
+		errors.Is(err, storage.ErrGivenUp), errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
 		return "unavailable"
 	default:
 		return "error"

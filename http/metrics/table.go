@@ -98,6 +98,7 @@ func Table() []Metric {
 
 		{"nanomdm_ready", Gauge, nil, "What /readyz says.", groupDaemon},
 		{"nanomdm_background_restarts_total", Counter, []string{"component"}, "Failures of background work, which starts again. Five in a row make the replica unready. Any is a bug.", groupDaemon},
+		{"nanomdm_stalls_total", Counter, nil, "Times that the process stood still for more than 2 seconds: it was stopped, its machine was paused or had no time for it. Check-ins that it held are answered 503.", groupDaemon},
 		{"nanomdm_metrics_source_failures_total", Counter, []string{"source"}, "Times that a source of metrics could not answer; its metrics are missing then.", groupDaemon},
 		{"nanomdm_build_info", Gauge, []string{"version", "goversion"}, "Always 1.", groupDaemon},
 	}

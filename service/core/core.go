@@ -50,7 +50,7 @@ var (
 
 // Handle implements service.Handler.
 func (c *Core) Handle(ctx context.Context, r *service.Request) (*service.Response, error) {
-	src := storage.Source{Enroll: r.Enroll, Pin: r.Pin, Copy: r.Copy, Events: r.Events}
+	src := storage.Source{Enroll: r.Enroll, Pin: r.Pin, Copy: r.Copy, Events: r.Events, GivenUp: r.GivenUp}
 	switch m := r.Message.(type) {
 	case *mdm.Report:
 		return c.report(ctx, src, m)

@@ -9,7 +9,7 @@ import (
 
 var authenticateKind = opKind{
 	op:     (*storage.Authenticate)(nil),
-	begins: true, enables: true, ends: true,
+	begins: true, enables: true, ends: true, ordered: true,
 	size:  of(func(o *storage.Authenticate) int { return len(o.Message.Raw) }),
 	topic: of(func(o *storage.Authenticate) string { return o.Message.Topic }),
 	write: authenticate,

@@ -11,7 +11,7 @@ import (
 var (
 	setBootstrapTokenKind = opKind{
 		op:    (*storage.SetBootstrapToken)(nil),
-		needs: needsDevice,
+		needs: needsDevice, ordered: true,
 		size:  of(func(o *storage.SetBootstrapToken) int { return len(o.Token) }),
 		write: setBootstrapTokens,
 	}

@@ -1,6 +1,7 @@
 package sqlstore
 
 import (
+	"cmp"
 	"context"
 	"database/sql"
 	"errors"
@@ -104,7 +105,8 @@ func (c *certificates) checkCertificate(p *opRun) (pin bool, err error) {
 
 // admit locks the devices that operations come from, checks their
 // certificates, and pins those that may be. It sets err of the operations that
-// are refused.
+// are refused, or that come too late for their clients: from here on the lock
+// of the device keeps their order.
 func admit(ctx context.Context, t *tx, batch []*opRun) (*certificates, error) {
 	if len(batch) == 0 {
 		return nil, nil
@@ -117,8 +119,8 @@ func admit(ctx context.Context, t *tx, batch []*opRun) (*certificates, error) {
 	var renewed []string
 	for _, p := range batch {
 		pin, err := certs.checkCertificate(p)
-		p.err = err
-		if !pin {
+		p.err = cmp.Or(err, p.givenUp())
+		if !pin || p.err != nil {
 			continue
 		}
 		pins = append(pins, p)

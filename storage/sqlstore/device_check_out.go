@@ -11,7 +11,7 @@ import (
 var checkOutKind = opKind{
 	op:    (*storage.CheckOut)(nil),
 	needs: skipsUnknown,
-	ends:  true,
+	ends:  true, ordered: true,
 }
 
 // endEnrollments disables the enrollments of devices and takes from them what

@@ -23,6 +23,9 @@ type opKind struct {
 	// ends: the device's enrollments end, with their queues, the pushes they
 	// are owed and the bootstrap token.
 	ends bool
+	// ordered: carried out late, the operation would undo what the device said
+	// after it. It is not when its client has given it up.
+	ordered bool
 	// size is about how many bytes the message adds to a statement; nil is few.
 	size func(storage.Op) int
 	// topic is the APNs topic in the message; nil if it has none.
@@ -124,6 +127,14 @@ func (p *opRun) hash() string {
 		return ""
 	}
 	return p.src.Pin.Hash
+}
+
+// givenUp is the error of an operation that comes too late for its client.
+func (p *opRun) givenUp() error {
+	if p.kind.ordered && p.src.GivenUp != nil && p.src.GivenUp() {
+		return storage.ErrGivenUp
+	}
+	return nil
 }
 
 // visit notes that the channel spoke.

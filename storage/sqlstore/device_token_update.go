@@ -11,7 +11,7 @@ import (
 var tokenUpdateKind = opKind{
 	op:      (*storage.TokenUpdate)(nil),
 	needs:   needsEnrollment,
-	enables: true, addsUser: true,
+	enables: true, addsUser: true, ordered: true,
 	size:  of(func(o *storage.TokenUpdate) int { return len(o.Message.Raw) + len(o.Message.UnlockToken) }),
 	topic: of(func(o *storage.TokenUpdate) string { return o.Message.Topic }),
 	write: updateTokens,

@@ -2,6 +2,7 @@ package storagetest
 
 import (
 	"context"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -15,6 +16,8 @@ func heldTests() []subtest {
 	return []subtest{
 		{"a row that is held stops its device alone", heldStopsOne},
 		{"a row that stays held is too busy", heldStays},
+		{"a message that its client gave up changes nothing", heldGivenUp},
+		{"a message that is given up while it waits changes nothing", heldGivenUpLater},
 	}
 }
 
@@ -115,4 +118,71 @@ func heldStays(t *testing.T, h *Harness) {
 	_, err := h.device("D").report(t, mdm.StatusAcknowledged, "C")
 	require.ErrorIs(t, err, storage.ErrBusy)
 	require.EqualValues(t, 0, h.Int(t, "SELECT COUNT(*) FROM nano_command_results"))
+}
+
+// ordered are the messages that carry out what a device wants now, with a
+// function that says whether it still waits for the answer.
+func (c *channel) ordered(givenUp func() bool) map[string]storage.Op {
+	src := c.source()
+	src.GivenUp = givenUp
+	return map[string]storage.Op{
+		"Authenticate":             &storage.Authenticate{Src: src, Message: &mdm.Authenticate{Enrollment: c.identity(), Topic: topicA}},
+		"TokenUpdate":              &storage.TokenUpdate{Src: src, Message: &mdm.TokenUpdate{Enrollment: c.identity(), Topic: topicA, PushMagic: "old", Token: []byte("old")}},
+		"CheckOut":                 &storage.CheckOut{Src: src},
+		"an empty bootstrap token": &storage.SetBootstrapToken{Src: src},
+		"a bootstrap token":        &storage.SetBootstrapToken{Src: src, Token: []byte("old")},
+	}
+}
+
+// heldGivenUp: a replica that was stopped wakes up with a message of a device
+// that enrolled by way of another one since.
+func heldGivenUp(t *testing.T, h *Harness) {
+	d := h.device("D").with("c1").under(func(p *storage.Pin) { p.Reenroll = storage.ReenrollAllow }).enrolls(t)
+	require.NoError(t, d.setBootstrapToken(t, "token"))
+	h.enqueue(t, []string{"D"}, "C")
+	_, err := d.tokenUpdate(t)
+	require.NoError(t, err)
+	late := h.device("D").with("c2").under(func(p *storage.Pin) { p.Reenroll = storage.ReenrollAllow })
+	for _, from := range []*channel{d, late} {
+		for name, op := range from.ordered(func() bool { return true }) {
+			_, err := h.Store.Apply(t.Context(), op)
+			if from == late && name != "Authenticate" {
+				require.ErrorIs(t, err, storage.ErrIdentity, name)
+				continue
+			}
+			require.ErrorIs(t, err, storage.ErrGivenUp, name)
+		}
+	}
+	require.Equal(t, "C", d.polls(t), "the certificate, the enrollment and its queue are as they were")
+	token, err := d.bootstrapToken(t)
+	require.NoError(t, err)
+	require.Equal(t, "token", token)
+	tally, err := d.tokenUpdate(t)
+	require.NoError(t, err)
+	require.Equal(t, 3, tally)
+	out, err := h.Store.Apply(t.Context(), d.ordered(func() bool { return false })["TokenUpdate"])
+	require.NoError(t, err)
+	require.Equal(t, 4, out.Tally)
+}
+
+// heldGivenUpLater: the client's patience counts until the device is locked.
+func heldGivenUpLater(t *testing.T, h *Harness) {
+	h.Enroll(t, "D")
+	for name, op := range h.device("D").ordered(nil) {
+		release := h.hold(t, "nano_devices", "id = ?", "D")
+		var givenUp atomic.Bool
+		op.Source().GivenUp = givenUp.Load
+		done := make(chan error, 1)
+		go func() {
+			_, err := h.Store.Apply(t.Context(), op)
+			done <- err
+		}()
+		h.Enroll(t, "E "+name) // by now the message has met the lock, or does so later
+		givenUp.Store(true)
+		release()
+		require.ErrorIs(t, <-done, storage.ErrGivenUp, name)
+	}
+	tally, err := h.device("D").tokenUpdate(t)
+	require.NoError(t, err)
+	require.Equal(t, 2, tally)
 }
