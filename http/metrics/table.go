@@ -48,6 +48,7 @@ func Table() []Metric {
 		{"nanomdm_api_refusals_total", Counter, []string{"reason"}, "API requests refused for their key: no_key, wrong_key, slowed (too many wrong ones from the address), forbidden (the role or topics of a right one), cross_origin (a page of another origin made the request).", groupHTTP},
 
 		{"nanomdm_store_up", Gauge, nil, "1 while the database answers and its schema is current.", groupStore},
+		{"nanomdm_store_schema_newer", Gauge, nil, "1 if the next release has migrated the database: this replica serves on, and is to be upgraded before the release after that.", groupStore},
 		{"nanomdm_store_statements_total", Counter, nil, "SQL statements sent.", groupStore},
 		{"nanomdm_store_retries_total", Counter, nil, "Transactions begun again after a deadlock, a lost connection or a failover.", groupStore},
 		{"nanomdm_store_commit_messages", Histogram, nil, "Device messages in each group commit: 1, up to 2, 4, ... 256.", groupStore},

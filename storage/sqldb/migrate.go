@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"io/fs"
 	"slices"
@@ -16,7 +17,9 @@ import (
 type Migrations struct {
 	// Files are NNNN_name.sql, numbered from 1 without a gap. A statement ends
 	// with ; at the end of a line, is one step, can be repeated, and is never
-	// changed after a release. {word} stands for one of the engine's words.
+	// changed after a release. {word} stands for one of the engine's words. A
+	// file whose first line is "-- contract" takes something away that the
+	// release before it uses; all others only add, so that it goes on.
 	Files fs.FS
 	// Checksums are those of Files, in their order; see Checksum. They freeze
 	// the files: one that was edited is refused.
@@ -88,6 +91,9 @@ type step struct {
 	statement       string
 }
 
+// contractLine is the first line of a migration that takes something away.
+const contractLine = "-- contract\n"
+
 // steps returns every statement of every migration, in order.
 func (m *Migrations) steps(d *Dialect) ([]step, error) {
 	entries, err := fs.ReadDir(m.Files, ".") // sorted by name
@@ -104,6 +110,9 @@ func (m *Migrations) steps(d *Dialect) ([]step, error) {
 		text, err := fs.ReadFile(m.Files, entry.Name())
 		if err != nil {
 			return nil, err
+		}
+		if strings.HasPrefix(string(text), contractLine) {
+			all = append(all, step{version, contractStep, ""})
 		}
 		for i, statement := range statements(string(text)) {
 			text := d.ddl(statement)
@@ -209,7 +218,7 @@ func (db *DB) checkRecorded(ctx context.Context, m *Migrations) (recorded int, e
 				return err
 			}
 			if version < 1 || version > len(m.Checksums) {
-				return nil // a newer release's; see missingSteps
+				return nil // a newer release's; see Serves
 			}
 			if known := m.Checksums[version-1]; sum != known {
 				return fmt.Errorf("its migration %d has checksum %s, the one of this program has %s: "+
@@ -296,16 +305,12 @@ func (db *DB) tables(ctx context.Context) (names []string, err error) {
 }
 
 // missingSteps returns the steps without a record, and refuses a database
-// that a newer binary has migrated.
+// that the files cannot serve.
 func (db *DB) missingSteps(ctx context.Context, m *Migrations, all []step) (missing []step, err error) {
 	err = db.Read(ctx, func(ctx context.Context, t *Tx) error {
 		missing = nil
-		version, err := SchemaVersion(ctx, t)
-		if err != nil {
+		if _, err := m.Serves(ctx, t); err != nil {
 			return err
-		}
-		if known := m.Newest(); version > known {
-			return fmt.Errorf("it has schema %d, made by a newer version of this program; this one knows %d", version, known)
 		}
 		done := make(map[[2]int64]bool)
 		err = t.Query(ctx, `SELECT version, step FROM nano_schema`).Each(func(row Row) error {
@@ -352,8 +357,28 @@ func (db *DB) applyStep(ctx context.Context, st step, check func(context.Context
 	return err
 }
 
-// SchemaVersion returns the newest migration that was begun on the database.
-func SchemaVersion(ctx context.Context, t *Tx) (version int64, err error) {
-	err = t.QueryRow(ctx, `SELECT COALESCE(MAX(version), 0) FROM nano_schema`).Scan(&version)
-	return version, err
+// contractStep is the number of the record that is made before the first step
+// of a migration that takes something away.
+const contractStep = 0
+
+// Serves says whether a program with these migrations can work with the
+// database as it is. That is so with the schema of the next migration, unless
+// it takes something away: a rolling upgrade, and one step back from it, runs
+// both releases on it. newer says that it is that schema.
+func (m *Migrations) Serves(ctx context.Context, t *Tx) (newer bool, err error) {
+	known := m.Newest()
+	var version, contracts int64
+	err = t.QueryRow(ctx, `SELECT COALESCE(MAX(version), 0), COALESCE(MAX(CASE WHEN version > ? AND step = ? THEN 1 ELSE 0 END), 0) FROM nano_schema`,
+		known, contractStep).Scan(&version, &contracts)
+	switch {
+	case err != nil:
+		return false, err
+	case version > known+1 || contracts > 0:
+		return false, fmt.Errorf("%w: it has schema %d, made by a newer version of this program; this one knows %d", ErrNewer, version, known)
+	}
+	return version > known, nil
 }
+
+// ErrNewer: a newer program has migrated the database to a schema that this one
+// cannot work with.
+var ErrNewer = errors.New("the schema is too new")

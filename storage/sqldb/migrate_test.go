@@ -71,5 +71,27 @@ func TestMigrateRefusesEdited(t *testing.T) {
 
 	first["0002_second.sql"] = "ALTER TABLE a ADD COLUMN c BIGINT;\n"
 	require.NoError(t, migrate(testMigrations(first)), "a new file is no edit")
-	require.ErrorContains(t, migrate(testMigrations(map[string]string{"0001_first.sql": first["0001_first.sql"]})), "newer version")
+	before := testMigrations(map[string]string{"0001_first.sql": first["0001_first.sql"]})
+	require.NoError(t, migrate(before), "the release before goes on")
+}
+
+// TestContract: the release before a migration that takes something away is
+// refused as soon as that has begun.
+func TestContract(t *testing.T) {
+	cfg := Config{Driver: "sqlite", DSN: filepath.Join(t.TempDir(), "test.db")}
+	db, err := Open(t.Context(), cfg)
+	require.NoError(t, err)
+	defer db.Close()
+	files := map[string]string{"0001_first.sql": "CREATE TABLE a (b BIGINT, c BIGINT);\n"}
+	before := testMigrations(files)
+	require.NoError(t, db.Migrate(t.Context(), before))
+	files["0002_second.sql"] = "-- contract\n-- It breaks.\nALTER TABLE a DROP COLUMN missing;\n"
+	require.Error(t, db.Migrate(t.Context(), testMigrations(files)))
+	require.ErrorIs(t, db.Migrate(t.Context(), before), ErrNewer)
+
+	files["0002_second.sql"] = "-- contract\nALTER TABLE a DROP COLUMN c;\n"
+	after := testMigrations(files)
+	require.NoError(t, db.Migrate(t.Context(), after))
+	require.NoError(t, db.Migrate(t.Context(), after), "again")
+	require.ErrorIs(t, db.Migrate(t.Context(), before), ErrNewer)
 }

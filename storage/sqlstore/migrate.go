@@ -80,5 +80,8 @@ func (s *Store) migrate(ctx context.Context) error {
 				})
 			})
 	}
-	return storageError(s.db.Migrate(ctx, m))
+	if err := s.db.Migrate(ctx, m); err != nil {
+		return storageError(err)
+	}
+	return s.Ping(ctx)
 }

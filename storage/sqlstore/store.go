@@ -97,6 +97,7 @@ type Store struct {
 	counted       enrollmentCounts
 	held          sync.Map // names of leases that were taken and not lost or released
 	sweepCounters sweepCounters
+	newer         atomic.Bool // see Stats.SchemaNewer
 
 	closeOnce sync.Once
 	closeErr  error
@@ -106,6 +107,9 @@ type Store struct {
 type Stats struct {
 	// Statements that were sent to the database.
 	Statements int64
+	// SchemaNewer: the next release has migrated the database, which this one
+	// goes on to serve.
+	SchemaNewer bool
 	// Leases that are held, by name, as far as this store knows.
 	Leases []string
 	// Retries of whole transactions: deadlocks, lost connections, failovers.
@@ -198,9 +202,9 @@ func (s *Store) Close() error {
 // Stats returns the counters.
 func (s *Store) Stats() Stats {
 	return Stats{
-		Statements: s.db.Statements(),
-		Leases:     s.leasesHeld(),
-		Retries:    s.db.Retries(), ActivityDropped: s.act.dropped.Load(),
+		Statements: s.db.Statements(), SchemaNewer: s.newer.Load(),
+		Leases:  s.leasesHeld(),
+		Retries: s.db.Retries(), ActivityDropped: s.act.dropped.Load(),
 		EventsDropped: s.act.eventsDropped.Load(), EventsUnreadable: s.unreadable.Load(),
 		Promoted: s.sweepCounters.promoted.Load(), Expired: s.sweepCounters.expired.Load(),
 		RemovedRows: s.sweepCounters.rows.Load(), RemovedResults: s.sweepCounters.results.Load(),
@@ -214,21 +218,29 @@ func (s *Store) Pools() map[string]sql.DBStats { return s.db.Pools() }
 
 // Ping implements storage.Health.
 func (s *Store) Ping(ctx context.Context) error {
-	var version int64
 	err := s.read(ctx, func(ctx context.Context, t *tx) error {
-		var err error
-		version, err = sqldb.SchemaVersion(ctx, t.Tx)
+		newer, err := migrations().Serves(ctx, t.Tx)
+		if err == nil {
+			s.noteSchema(ctx, newer)
+		}
 		return err
 	})
-	if err != nil {
+	switch {
+	case errors.Is(err, sqldb.ErrNewer):
+		return fmt.Errorf("%w: %w", ErrSchema, err)
+	case err != nil:
 		return fmt.Errorf("reaching the database: %w", err)
-	}
-	if known := migrations().Newest(); version != known {
-		return fmt.Errorf("%w: the database has schema %d, this binary knows %d", ErrSchema, version, known)
 	}
 	return nil
 }
 
+// noteSchema notes whether the database has the schema of the next release.
+func (s *Store) noteSchema(ctx context.Context, newer bool) {
+	if s.newer.Swap(newer) != newer && newer {
+		s.log.WarnContext(ctx, "the database has the schema of the next release; upgrade this replica, too, before the release after that")
+	}
+}
+
 // ErrSchema is Ping's error for a database that answers, and that another
-// release has migrated since it was opened.
+// release has migrated to a schema that this one cannot work with.
 var ErrSchema = errors.New("schema is not the one this binary knows")

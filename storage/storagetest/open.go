@@ -15,7 +15,8 @@ func openTests() []subtest {
 		{"replicas that start at once migrate once", openAtOnce},
 		{"a migration that was interrupted is resumed", openInterrupted},
 		{"a step that was done and not recorded is repeated", openUnrecorded},
-		{"a database of a newer release is refused", openNewer},
+		{"a database of a much newer release is refused", openNewer},
+		{"a database of the next release is served", openNext},
 		{"checksums of migrations are recorded, and others refused", openEdited},
 		{"tables of NanoMDM are refused", openForeign},
 		{"identifiers are compared byte for byte", openBinary},
@@ -85,6 +86,32 @@ func openNewer(t *testing.T, h *Harness) {
 	store := h.Open(t, nil)
 	h.Exec(t, "INSERT INTO nano_schema (version, step, applied_at) VALUES (9999, 1, 0)")
 	require.ErrorContains(t, store.Ping(t.Context()), "9999")
+	_, err := sqlstore.Open(t.Context(), h.cfg)
+	require.ErrorContains(t, err, "newer version")
+}
+
+// openNext: the next release expands the schema, and replicas of this one go on
+// beside it and may be started again.
+func openNext(t *testing.T, h *Harness) {
+	h.virgin(t)
+	store := h.Open(t, nil)
+	known := h.Int(t, "SELECT MAX(version) FROM nano_schema")
+	require.False(t, store.Stats().SchemaNewer)
+	h.Exec(t, "ALTER TABLE nano_enrollments ADD COLUMN next_release BIGINT")
+	h.Exec(t, "INSERT INTO nano_schema (version, step, applied_at) VALUES (?, 1, 0)", known+1)
+	h.Exec(t, "INSERT INTO nano_migrations (version, checksum, recorded_at) VALUES (?, 'of the next release', 0)", known+1)
+	require.NoError(t, store.Ping(t.Context()))
+	require.True(t, store.Stats().SchemaNewer)
+	again := h.Open(t, nil)
+	require.NoError(t, again.Ping(t.Context()))
+	require.True(t, again.Stats().SchemaNewer)
+	h.Store = again
+	h.Enroll(t, "D")
+	h.enqueue(t, []string{"D"}, "C")
+	require.Equal(t, "C", h.device("D").polls(t))
+
+	h.Exec(t, "INSERT INTO nano_schema (version, step, applied_at) VALUES (?, 0, 0)", known+1)
+	require.ErrorIs(t, again.Ping(t.Context()), sqlstore.ErrSchema, "what that migration takes away is in use here")
 	_, err := sqlstore.Open(t.Context(), h.cfg)
 	require.ErrorContains(t, err, "newer version")
 }
