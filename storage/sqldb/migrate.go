@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 )
 
 // Migrations bring a schema up to date, one recorded step at a time.
@@ -24,7 +25,8 @@ type Migrations struct {
 	// Checksums are those of Files, in their order; see Checksum. They freeze
 	// the files: one that was edited is refused.
 	Checksums []string
-	// Bootstrap makes the tables that Hold needs; each can be repeated.
+	// Bootstrap makes the tables that Hold needs, each by a statement that begins
+	// with createTable.
 	Bootstrap []string
 	// Refuse is asked about a database without a record of migrations; it gets
 	// the names of its tables.
@@ -34,6 +36,9 @@ type Migrations struct {
 	// and so does ctx.
 	Hold func(ctx context.Context, work func(ctx context.Context, check func(context.Context, *Tx) error) error) error
 }
+
+// createTable is how each statement that makes a table of Bootstrap begins.
+const createTable = "CREATE TABLE IF NOT EXISTS "
 
 // records make the tables of the steps that were done, and of the checksums of
 // the migrations that were done in full.
@@ -246,6 +251,9 @@ func (db *DB) recordChecksums(ctx context.Context, m *Migrations) error {
 	})
 }
 
+// slowStep is how long a step takes to be worth a line of its own in the log.
+const slowStep = time.Second
+
 // applySteps runs the steps without a record. A step is not interrupted when
 // workCtx ends: one that takes long would never end. Its transaction checks
 // that nobody else migrates, and it can be repeated.
@@ -254,14 +262,25 @@ func (db *DB) applySteps(ctx, workCtx context.Context, m *Migrations, all []step
 	if err != nil {
 		return err
 	}
+	if len(missing) == 0 {
+		return nil // another process was first
+	}
+	began := time.Now()
+	db.log.InfoContext(ctx, "migrating the database", "to", m.Newest(), "steps", len(missing))
 	for _, st := range missing {
 		if workCtx.Err() != nil {
 			return context.Cause(workCtx)
 		}
+		stepBegan := time.Now()
 		if err := db.applyStep(ctx, st, check); err != nil {
 			return fmt.Errorf("migration %d, step %d: %w", st.version, st.number, err)
 		}
+		if took := time.Since(stepBegan); took > slowStep {
+			db.log.InfoContext(ctx, "a slow step of a migration is done", "version", st.version, "step", st.number,
+				"statement", statement{text: st.statement}.name(), "took", took.Round(time.Millisecond))
+		}
 	}
+	db.log.InfoContext(ctx, "the database is migrated", "to", m.Newest(), "took", time.Since(began).Round(time.Millisecond))
 	return nil
 }
 
@@ -278,6 +297,10 @@ func (db *DB) prepareSchema(ctx context.Context, m *Migrations) error {
 		}
 	}
 	for _, statement := range slices.Concat(records[:], m.Bootstrap) {
+		// A statement waits for the table even if it has nothing to make.
+		if made := strings.Fields(strings.TrimPrefix(statement, createTable)); slices.Contains(tables, made[0]) {
+			continue
+		}
 		if err := db.writeUntimed(ctx, func(ctx context.Context, t *Tx) error {
 			return t.execText(ctx, db.dialect.ddl(statement))
 		}); err != nil && !db.dialect.repeated(err) {
@@ -382,3 +405,9 @@ func (m *Migrations) Serves(ctx context.Context, t *Tx) (newer bool, err error) 
 // ErrNewer: a newer program has migrated the database to a schema that this one
 // cannot work with.
 var ErrNewer = errors.New("the schema is too new")
+
+// SchemaVersion returns the newest migration that was begun on the database.
+func SchemaVersion(ctx context.Context, t *Tx) (version int64, err error) {
+	err = t.QueryRow(ctx, `SELECT COALESCE(MAX(version), 0) FROM nano_schema`).Scan(&version)
+	return version, err
+}

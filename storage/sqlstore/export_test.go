@@ -191,3 +191,9 @@ func (s *Store) DeviceStatementsForTest(ids []string, uuid string) map[string]St
 		"enrolled":  {Text: "SELECT id FROM nano_enrollments WHERE id " + is, Args: idArgs},
 	}
 }
+
+// StandStillForTest lets time pass in which the store does nothing.
+func (s *Store) StandStillForTest(d time.Duration) {
+	uptime := s.uptime
+	s.uptime = func() time.Duration { return uptime() + d }
+}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"time"
 
 	"github.com/nanomdm/nanomdm/storage"
 )
@@ -32,6 +33,7 @@ func (s *Store) PeekLease(ctx context.Context, name string) (storage.Lease, erro
 
 // TakeLease implements storage.Leases.
 func (s *Store) TakeLease(ctx context.Context, seen storage.Lease, holder string) (storage.Lease, error) {
+	asked := s.uptime()
 	next := storage.Lease{Name: seen.Name, Holder: holder, Fence: seen.Fence + 1, Beat: seen.Beat + 1}
 	err := s.write(ctx, func(ctx context.Context, t *tx) error {
 		if seen.Fence == 0 && seen.Beat == 0 { // there was no row
@@ -49,12 +51,13 @@ func (s *Store) TakeLease(ctx context.Context, seen storage.Lease, holder string
 	if err != nil {
 		return storage.Lease{}, fmt.Errorf("taking lease %s: %w", seen.Name, err)
 	}
-	s.held.Store(next.Name, true)
+	s.held.Store(next.Name, asked)
 	return next, nil
 }
 
 // RenewLease implements storage.Leases.
 func (s *Store) RenewLease(ctx context.Context, l storage.Lease) (storage.Lease, error) {
+	asked := s.uptime()
 	next := l
 	next.Beat++
 	err := s.write(ctx, func(ctx context.Context, t *tx) error {
@@ -67,6 +70,7 @@ func (s *Store) RenewLease(ctx context.Context, l storage.Lease) (storage.Lease,
 	if err != nil {
 		return storage.Lease{}, fmt.Errorf("renewing lease %s: %w", l.Name, err)
 	}
+	s.held.Store(l.Name, asked)
 	return next, nil
 }
 
@@ -108,12 +112,20 @@ func (t *tx) checkLease(ctx context.Context, l storage.Lease) error {
 	return err
 }
 
-// leasesHeld lists the leases that were taken here and neither lost nor
-// released.
+// surelyHeld is how long after it was taken or renewed a lease counts as held:
+// the longest time to live in use. A replica that was stopped for longer may
+// have been followed and not know it yet.
+const surelyHeld = 15 * time.Second
+
+// leasesHeld lists the leases that were taken or renewed here a short time ago,
+// and neither lost nor released.
 func (s *Store) leasesHeld() []string {
 	var names []string
-	s.held.Range(func(name, _ any) bool {
-		names = append(names, name.(string))
+	now := s.uptime()
+	s.held.Range(func(name, asked any) bool {
+		if now-asked.(time.Duration) < surelyHeld {
+			names = append(names, name.(string))
+		}
 		return true
 	})
 	slices.Sort(names)

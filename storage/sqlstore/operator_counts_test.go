@@ -78,6 +78,8 @@ func TestHeldLeases(t *testing.T) {
 	mine, err := store.TakeLease(t.Context(), seen, "me")
 	require.NoError(t, err)
 	require.Equal(t, []string{"push"}, store.Stats().Leases)
+	store.StandStillForTest(15 * time.Second)
+	require.Empty(t, store.Stats().Leases, "another may have it by now")
 	mine, err = store.RenewLease(t.Context(), mine)
 	require.NoError(t, err)
 	require.Equal(t, []string{"push"}, store.Stats().Leases)

@@ -95,7 +95,9 @@ type Store struct {
 	texts         deviceTexts
 	unreadable    atomic.Int64 // what Stats calls EventsUnreadable
 	counted       enrollmentCounts
-	held          sync.Map // names of leases that were taken and not lost or released
+	held          sync.Map // uptime of the last sign of leases that were taken and not lost or released, by name
+	uptime        func() time.Duration
+	probe         writeProbe
 	sweepCounters sweepCounters
 	newer         atomic.Bool // see Stats.SchemaNewer
 
@@ -136,8 +138,8 @@ type Stats struct {
 // migrates, the others wait. The context bounds opening only.
 //
 // The error is storage.ErrUnavailable if a database server is out of reach or
-// not ready, so that it is worth to try again later; anything else needs an
-// operator.
+// not ready, as a standby is that takes no writes, so that it is worth to try
+// again later; anything else needs an operator.
 //
 // Close must be called to release the store.
 func Open(ctx context.Context, cfg Config) (*Store, error) {
@@ -181,10 +183,14 @@ func connectStore(ctx context.Context, cfg Config) (*Store, error) {
 		cfg: cfg, db: db, now: cfg.Now, log: cfg.Logger, seal: newSealing(cfg),
 		texts: newDeviceTexts(db.Dialect()), counted: enrollmentCounts{turn: make(chan struct{}, 1)},
 	}
+	began := time.Now()
+	s.uptime = func() time.Duration { return time.Since(began) }
 	db.Prepare(s.texts.enrollmentState, s.texts.certificateLookup)
-	if err := s.migrate(ctx); err != nil {
-		db.Close()
-		return nil, fmt.Errorf("preparing the %s database: %w", cfg.Driver, err)
+	for _, prepare := range []func(context.Context) error{s.migrate, s.probeWrite} {
+		if err := prepare(ctx); err != nil {
+			db.Close()
+			return nil, fmt.Errorf("preparing the %s database: %w", cfg.Driver, notNow(err))
+		}
 	}
 	return s, nil
 }
@@ -230,6 +236,9 @@ func (s *Store) Ping(ctx context.Context) error {
 		return fmt.Errorf("%w: %w", ErrSchema, err)
 	case err != nil:
 		return fmt.Errorf("reaching the database: %w", err)
+	}
+	if err := s.probe.ask(s.uptime(), func() error { return s.probeWrite(ctx) }); err != nil {
+		return fmt.Errorf("writing to the database: %w", err)
 	}
 	return nil
 }

@@ -133,6 +133,36 @@ func TestIdleTransactionsEnd(t *testing.T) {
 	})
 }
 
+// TestOpenWaitsForWriter: a start on a standby, which takes no writes, is to be
+// tried again, with a schema and without one.
+func TestOpenWaitsForWriter(t *testing.T) {
+	readOnly := map[string]string{"pgsql": "default_transaction_read_only=on", "mysql": "transaction_read_only=1", "mariadb": "tx_read_only=1"}
+	for _, engine := range storagetest.Engines(t) {
+		if engine.Name == "sqlite" {
+			continue
+		}
+		t.Run(engine.Name, func(t *testing.T) {
+			cfg := engine.Virgin(t)
+			standby := cfg
+			sep := "?"
+			if strings.Contains(cfg.DSN, "?") {
+				sep = "&"
+			}
+			standby.DSN += sep + readOnly[engine.Name]
+			_, err := sqlstore.Open(t.Context(), standby)
+			require.ErrorIs(t, err, storage.ErrUnavailable)
+			store, err := sqlstore.Open(t.Context(), cfg)
+			require.NoError(t, err)
+			require.NoError(t, store.Close())
+			_, err = sqlstore.Open(t.Context(), standby)
+			require.ErrorIs(t, err, storage.ErrUnavailable)
+			store, err = sqlstore.Open(t.Context(), cfg)
+			require.NoError(t, err, "it is the writer now")
+			require.NoError(t, store.Close())
+		})
+	}
+}
+
 // servers are the engines with more than one writer and with widths.
 func servers(t *testing.T, run func(t *testing.T, h *storagetest.Harness)) {
 	for _, engine := range storagetest.Engines(t) {
