@@ -115,6 +115,7 @@ func age(since time.Time) float64 {
 }
 
 func emitStore(emit metrics.Emit, stats sqlstore.Stats) {
+	emit("nanomdm_database_clock_offset_seconds", stats.ClockOffset.Seconds())
 	emit("nanomdm_store_schema_newer", truth(stats.SchemaNewer))
 	emit("nanomdm_store_statements_total", float64(stats.Statements))
 	emit("nanomdm_store_removed_total", float64(stats.RemovedRows), "queue")

@@ -147,6 +147,7 @@ func (b *building) addStore() {
 			cfg := sqlstore.Config{
 				Driver:          b.o.storage,
 				DSN:             string(b.o.storageDSN),
+				DatabaseClock:   true,
 				Logger:          b.log,
 				ConnMaxLifetime: b.o.storageOptions.connMaxLifetime,
 				ConnMaxIdleTime: b.o.storageOptions.connMaxIdleTime,

@@ -49,6 +49,7 @@ func Table() []Metric {
 
 		{"nanomdm_store_up", Gauge, nil, "1 while the database answers and its schema is current.", groupStore},
 		{"nanomdm_store_schema_newer", Gauge, nil, "1 if the next release has migrated the database: this replica serves on, and is to be upgraded before the release after that.", groupStore},
+		{"nanomdm_database_clock_offset_seconds", Gauge, nil, "How far the database's clock is ahead of this machine's. Beyond a second times follow the database's; beyond five is a warning in the log.", groupStore},
 		{"nanomdm_store_statements_total", Counter, nil, "SQL statements sent.", groupStore},
 		{"nanomdm_store_retries_total", Counter, nil, "Transactions begun again after a deadlock, a lost connection or a failover.", groupStore},
 		{"nanomdm_store_commit_messages", Histogram, nil, "Device messages in each group commit: 1, up to 2, 4, ... 256.", groupStore},

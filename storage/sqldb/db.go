@@ -73,8 +73,9 @@ type DB struct {
 	read       *sql.DB // reads outside transactions; write itself but for SQLite
 	writeStmts *stmtCache
 	readStmts  *stmtCache
-	prepared   map[string]bool // texts that Prepare named
-	now        func() time.Time
+	prepared   map[string]bool  // texts that Prepare named
+	machine    func() time.Time // Config.Now
+	offset     atomic.Int64     // see ClockOffset
 	log        *slog.Logger
 
 	retries atomic.Int64
@@ -109,7 +110,7 @@ func Open(ctx context.Context, cfg Config) (*DB, error) {
 	if err != nil {
 		return nil, err
 	}
-	db := &DB{dialect: p.dialect, write: p.write, read: p.read, now: cfg.Now, log: cfg.Logger}
+	db := &DB{dialect: p.dialect, write: p.write, read: p.read, machine: cfg.Now, log: cfg.Logger}
 	if db.dialect.prepare != prepareNone {
 		db.writeStmts, db.readStmts = newStmtCache(p.write), newStmtCache(p.read)
 	}

@@ -153,6 +153,10 @@ type Dialect struct {
 	// tables is the query that lists the names of the database's own tables.
 	tables string
 
+	// clock is the query that reads the server's clock, in UTC microseconds;
+	// empty where it is the machine's own.
+	clock string
+
 	// release closes what else was opened; may be nil.
 	release func() error
 

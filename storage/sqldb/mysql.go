@@ -330,6 +330,7 @@ func mysqlCommon() *Dialect {
 			}
 			return false
 		},
+		clock:  "SELECT CAST(UNIX_TIMESTAMP(SYSDATE(6)) * 1000000 AS SIGNED)",
 		tables: "SELECT table_name FROM information_schema.tables WHERE table_schema = DATABASE()",
 	}
 }

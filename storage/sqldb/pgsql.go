@@ -225,6 +225,7 @@ FROM information_schema.columns WHERE table_schema = current_schema()`,
 			}
 			return false
 		},
+		clock:  "SELECT CAST(EXTRACT(EPOCH FROM clock_timestamp()) * 1000000 AS BIGINT)",
 		tables: "SELECT table_name FROM information_schema.tables WHERE table_schema = current_schema()",
 	}
 }

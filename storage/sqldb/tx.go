@@ -80,7 +80,7 @@ func (db *DB) Read(ctx context.Context, fn func(ctx context.Context, t *Tx) erro
 }
 
 func (db *DB) newTx(stmts *stmtCache) *Tx {
-	return &Tx{Dialect: db.dialect, Now: db.now().UnixMicro(), sent: &db.sent, stmts: stmts, prepared: db.prepared}
+	return &Tx{Dialect: db.dialect, Now: db.Now().UnixMicro(), sent: &db.sent, stmts: stmts, prepared: db.prepared}
 }
 
 // attempt runs fn in a transaction once. It works on a connection of its own,

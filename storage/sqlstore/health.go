@@ -67,3 +67,11 @@ func notNow(err error) error {
 	}
 	return err
 }
+
+// measureClock compares the clocks, if the store goes by the database's.
+func (s *Store) measureClock(ctx context.Context) error {
+	if !s.cfg.DatabaseClock {
+		return nil
+	}
+	return storageError(s.db.MeasureClock(ctx))
+}

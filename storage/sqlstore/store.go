@@ -38,6 +38,9 @@ type Config struct {
 	DSN string
 	// Now is the clock of everything that is stored; time.Now if nil.
 	Now func() time.Time
+	// DatabaseClock bounds Now by the clock of a database server, so that
+	// replicas agree on what is due.
+	DatabaseClock bool
 	// Logger takes what no caller can be told; nothing is logged if nil.
 	Logger *slog.Logger
 	// ConnMaxLifetime and ConnMaxIdleTime bound the age of a connection to a
@@ -112,6 +115,8 @@ type Stats struct {
 	// SchemaNewer: the next release has migrated the database, which this one
 	// goes on to serve.
 	SchemaNewer bool
+	// ClockOffset is how far the database's clock is ahead of this machine's.
+	ClockOffset time.Duration
 	// Leases that are held, by name, as far as this store knows.
 	Leases []string
 	// Retries of whole transactions: deadlocks, lost connections, failovers.
@@ -183,10 +188,13 @@ func connectStore(ctx context.Context, cfg Config) (*Store, error) {
 		cfg: cfg, db: db, now: cfg.Now, log: cfg.Logger, seal: newSealing(cfg),
 		texts: newDeviceTexts(db.Dialect()), counted: enrollmentCounts{turn: make(chan struct{}, 1)},
 	}
+	if cfg.DatabaseClock {
+		s.now = db.Now
+	}
 	began := time.Now()
 	s.uptime = func() time.Duration { return time.Since(began) }
 	db.Prepare(s.texts.enrollmentState, s.texts.certificateLookup)
-	for _, prepare := range []func(context.Context) error{s.migrate, s.probeWrite} {
+	for _, prepare := range []func(context.Context) error{s.measureClock, s.migrate, s.probeWrite} {
 		if err := prepare(ctx); err != nil {
 			db.Close()
 			return nil, fmt.Errorf("preparing the %s database: %w", cfg.Driver, notNow(err))
@@ -209,8 +217,9 @@ func (s *Store) Close() error {
 func (s *Store) Stats() Stats {
 	return Stats{
 		Statements: s.db.Statements(), SchemaNewer: s.newer.Load(),
-		Leases:  s.leasesHeld(),
-		Retries: s.db.Retries(), ActivityDropped: s.act.dropped.Load(),
+		ClockOffset: s.db.ClockOffset(),
+		Leases:      s.leasesHeld(),
+		Retries:     s.db.Retries(), ActivityDropped: s.act.dropped.Load(),
 		EventsDropped: s.act.eventsDropped.Load(), EventsUnreadable: s.unreadable.Load(),
 		Promoted: s.sweepCounters.promoted.Load(), Expired: s.sweepCounters.expired.Load(),
 		RemovedRows: s.sweepCounters.rows.Load(), RemovedResults: s.sweepCounters.results.Load(),
@@ -237,7 +246,7 @@ func (s *Store) Ping(ctx context.Context) error {
 	case err != nil:
 		return fmt.Errorf("reaching the database: %w", err)
 	}
-	if err := s.probe.ask(s.uptime(), func() error { return s.probeWrite(ctx) }); err != nil {
+	if err := s.probe.ask(s.uptime(), func() error { return cmp.Or(s.probeWrite(ctx), s.measureClock(ctx)) }); err != nil {
 		return fmt.Errorf("writing to the database: %w", err)
 	}
 	return nil

@@ -163,6 +163,23 @@ func TestOpenWaitsForWriter(t *testing.T) {
 	}
 }
 
+// TestDatabaseClock: what is due is decided by the database's clock, whatever
+// the replica's says.
+func TestDatabaseClock(t *testing.T) {
+	servers(t, func(t *testing.T, h *storagetest.Harness) {
+		for _, wrong := range []time.Duration{-10 * time.Minute, 10 * time.Minute} {
+			store := h.Open(t, func(cfg *sqlstore.Config) {
+				cfg.DatabaseClock, cfg.Now = true, func() time.Time { return time.Now().Add(wrong) }
+			})
+			require.InDelta(t, -wrong.Seconds(), store.Stats().ClockOffset.Seconds(), 2)
+			id := "K" + wrong.String()
+			require.NoError(t, store.CreateAPIKey(t.Context(), &storage.APIKey{Name: id, Role: "reader", Hash: storage.KeyHash{byte(len(id))}}))
+			at := time.UnixMicro(h.Int(t, "SELECT created_at FROM nano_api_keys WHERE name = ?", id))
+			require.WithinDuration(t, time.Now(), at, 5*time.Second)
+		}
+	})
+}
+
 // servers are the engines with more than one writer and with widths.
 func servers(t *testing.T, run func(t *testing.T, h *storagetest.Harness)) {
 	for _, engine := range storagetest.Engines(t) {
