@@ -205,6 +205,7 @@ func checkMySQLVersion(version string) (mariadb bool, err error) {
 func mysqlDialect() *Dialect {
 	d := mysqlCommon()
 	d.name = "mysql"
+	d.snapshot = append([]string{"SET SESSION wait_timeout = 28800"}, d.snapshot...) // see pgsqlDialect
 	d.forShare = " FOR SHARE"
 	d.values = " AS new"
 	d.proposed = func(column string) string { return "new." + column }
@@ -225,6 +226,7 @@ func mysqlDialect() *Dialect {
 func mariadbDialect() *Dialect {
 	d := mysqlCommon()
 	d.name = "mariadb"
+	d.snapshot = append([]string{"SET SESSION idle_transaction_timeout = 0"}, d.snapshot...) // see pgsqlDialect
 	d.forShare = " LOCK IN SHARE MODE"
 	d.proposed = func(column string) string { return "VALUES(" + column + ")" }
 	d.conflict = func(columns []string, set string) string {

@@ -120,7 +120,8 @@ func checkPgSQL(ctx context.Context, cfg Config, db *sql.DB) error {
 
 func pgsqlDialect() *Dialect {
 	return &Dialect{
-		snapshot: []string{"BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY"},
+		// A backup may wait for where it is written to.
+		snapshot: []string{"SET idle_in_transaction_session_timeout = 0", "BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY"},
 		name:     "pgsql",
 		numbered: true,
 		// A server's default may be stricter, at the price of retries.
