@@ -102,7 +102,7 @@ func TestEightyColumns(t *testing.T) {
 		dir := t.TempDir()
 		for _, line := range []string{
 			"help", "enrollments ls", "enrollments ls -serial none", "enrollments ls -o wide", "show C02XK0AAJG51", "queue C02XK0AAJG51", "commands ls",
-			"status " + goldenUUID, "audit", "keys ls", "sinks ls", "pushcert ls", "stats", "replicas", "top -count 1", "context ls", "events", "version", "shwo",
+			"status " + goldenUUID, "audit", "keys ls", "sinks ls", "pushcert ls", "stats", "replicas", "top -count 1", "context ls", "events", "shwo",
 		} {
 			var out, errs bytes.Buffer
 			e := &env{
