@@ -474,22 +474,23 @@ func enrollUserAuthenticate(t *testing.T, h *Harness) {
 	require.ErrorIs(t, u.with("other").userAuthenticate(t), storage.ErrIdentity)
 }
 
+// Topic, magic and serial number are whole by then: mdm.Decode refuses others.
 func enrollOddTexts(t *testing.T, h *Harness) {
 	long := strings.Repeat("ä", 300)
 	for i, text := range []string{"", long, "\x00", "\xff\xfe", "𝄞'\"\\?$1", "a\x00b", strings.Repeat("x", 100_000)} {
 		d := h.device(fmt.Sprint("D", i))
 		src := d.source()
 		_, err := d.apply(t, &storage.Authenticate{Src: src, Message: &mdm.Authenticate{
-			Topic: text, Model: text, ModelName: text, DeviceName: text, OSVersion: text, BuildVersion: text,
-			ProductName: text, SerialNumber: text, IMEI: text, MEID: text, Raw: []byte(text),
+			Topic: topicA, Model: text, ModelName: text, DeviceName: text, OSVersion: text, BuildVersion: text,
+			ProductName: text, SerialNumber: "S", IMEI: text, MEID: text, Raw: []byte(text),
 		}})
 		require.NoError(t, err)
 		_, err = d.apply(t, &storage.TokenUpdate{Src: src, Message: &mdm.TokenUpdate{
-			Topic: text, PushMagic: text, Token: []byte(text), UnlockToken: []byte(text), Raw: []byte(text)}})
+			Topic: topicA, PushMagic: "magic", Token: []byte(text), UnlockToken: []byte(text), Raw: []byte(text)}})
 		require.NoError(t, err)
 		u := d.user("U")
 		_, err = u.apply(t, &storage.TokenUpdate{Src: u.source(), Message: &mdm.TokenUpdate{
-			Enrollment: mdm.Enrollment{UserID: text, UserShortName: text, UserLongName: text}, Topic: text}})
+			Enrollment: mdm.Enrollment{UserID: text, UserShortName: text, UserLongName: text}, Topic: topicA}})
 		require.NoError(t, err)
 		for _, uuid := range []string{text, "unknown"} {
 			_, err = d.report(t, mdm.StatusAcknowledged, uuid)
