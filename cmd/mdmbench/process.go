@@ -75,7 +75,7 @@ func startDaemon(ctx context.Context, program, dir, caFile, storage, dsn string)
 			cmd.Env = append(cmd.Env, pair)
 		}
 	}
-	cmd.Env = append(cmd.Env, "NANOMDM_API="+apiKey, "NANOMDM_STORAGE_DSN="+dsn, "NANOMDM_WEBHOOK_ALLOW_NETWORKS=127.0.0.1")
+	cmd.Env = append(cmd.Env, "NANOMDM_API="+apiKey, "NANOMDM_STORAGE_DSN="+dsn, "NANOMDM_WEBHOOK_NETWORKS=127.0.0.1")
 	cmd.Stdout, cmd.Stderr = log, log
 	if err := cmd.Start(); err != nil {
 		return nil, err

@@ -155,8 +155,8 @@ func (w *world) startDaemon(ts *testscript.TestScript, args []string) error {
 		return err
 	}
 	w.daemon = exec.Command(w.program, append([]string{
-		"-ca", "ca/ca.pem", "-listen", "127.0.0.1:0", "-webhook-allow-networks", "127.0.0.0/8", "-storage-dsn", "mdm.db", "-apns-url", w.apns.URL(), "-apns-ca", "apns-ca.pem",
-		"-webhook-allow-networks", "127.0.0.0/8", // where the receivers are
+		"-ca", "ca/ca.pem", "-listen", "127.0.0.1:0", "-webhook-networks", "127.0.0.0/8", "-storage-dsn", "mdm.db", "-apns-url", w.apns.URL(), "-apns-ca", "apns-ca.pem",
+		"-webhook-networks", "127.0.0.0/8", // where the receivers are
 	}, args...)...)
 	w.daemon.Dir, w.daemon.Env = w.dir, []string{"NANOMDM_API=" + mainKey, "PATH=" + os.Getenv("PATH")}
 	before := len(w.log.String())

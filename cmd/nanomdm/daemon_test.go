@@ -22,6 +22,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/nanomdm/nanomdm/mdm/mdmtest"
+	"github.com/nanomdm/nanomdm/release"
 )
 
 // daemon is the real program, run in the test's process on a port of its own.
@@ -194,7 +195,7 @@ func TestAPIKey(t *testing.T) {
 	}
 	status, body, _ := d.api("GET", "/version", "", "", nil)
 	require.Equal(t, 200, status)
-	require.JSONEq(t, `{"version":"dev"}`, body)
+	require.JSONEq(t, `{"version":"`+release.String()+`"}`, body)
 	require.NotContains(t, d.log.String(), testKey)
 }
 

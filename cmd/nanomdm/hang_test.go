@@ -152,7 +152,7 @@ func TestReceiverHangs(t *testing.T) {
 		t.Run(e.Name, func(t *testing.T) {
 			cfg := e.Config(t)
 			h := newHanger(t)
-			m := newMortal(t, "-storage", cfg.Driver, "-storage-dsn", cfg.DSN, "-webhook-timeout", "2s", "-webhook-allow-networks", "127.0.0.1")
+			m := newMortal(t, "-storage", cfg.Driver, "-storage-dsn", cfg.DSN, "-webhook-timeout", "2s", "-webhook-networks", "127.0.0.1")
 			r := &reporters{said: make([]int, max(2, *hangReports/5))}
 			client := &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: len(r.said)}, Timeout: 20 * time.Second}
 			for i := range r.said {

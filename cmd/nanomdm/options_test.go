@@ -59,7 +59,7 @@ func TestDefaults(t *testing.T) {
 		pushRetry:    []time.Duration{3 * time.Minute, time.Hour, 24 * time.Hour},
 		secretParams: []string{"ticket"}, webhookWorkers: 32, webhookTimeout: 30 * time.Second, webhookMaxAge: 3 * 24 * time.Hour, webhookMaxBacklog: 1_000_000,
 		expiryNotice: 30 * 24 * time.Hour, retainEvents: 7 * 24 * time.Hour,
-		maxBody: 16 << 20, maxInFlight: 256 << 20, maxRequests: 4096, maxUserChannels: 200, drainTimeout: 30 * time.Second, logFormat: logText,
+		maxBody: 16 << 20, maxCheckin: 256 << 10, maxStatus: 4 << 20, maxHourlyBytes: 1 << 30, maxInFlight: 256 << 20, maxRequests: 4096, maxUserChannels: 200, drainTimeout: 30 * time.Second, logFormat: logText,
 	}, o)
 }
 
@@ -217,7 +217,7 @@ func TestStoresOfNanoMDM(t *testing.T) {
 				return
 			}
 			require.ErrorContains(t, err, c.want)
-			require.ErrorContains(t, err, "PUT /migration")
+			require.ErrorContains(t, err, "nano2nano")
 		})
 	}
 }

@@ -107,7 +107,7 @@ func TestSecretsStaySecret(t *testing.T) {
 		"NANOMDM_AUTHENTICATE_URL=" + with(hook.URL, "u", text("hook password")),
 		"NANOMDM_DM=" + with(gone.URL, "u", text("backend password")) + "/", "NANOMDM_AUTH_PROXY_URL=" + with(gone.URL, "u", text("backend password")) + "/",
 	}, "-storage-dsn", file, "-seal-key-file", keyFile, "-seal-commands", "-debug", "-migration", "-api", text("API key"),
-		"-webhook-allow-networks", "127.0.0.1")
+		"-webhook-networks", "127.0.0.1")
 	d.eventually("/readyz", 200)
 	var said bytes.Buffer // answers to operators and devices that should have no secrets
 	api := func(method, path, user, key string, body []byte) int {

@@ -27,7 +27,7 @@ type consumer struct {
 	n       int
 	took    []webhook.Event
 	headers []http.Header
-	// refuse says whether to answer the nth request with 500.
+	// refuse says whether to answer the nth request with 503.
 	refuse func(n int) bool
 }
 
@@ -47,7 +47,7 @@ func newConsumer(t *testing.T, refuse func(n int) bool) *consumer {
 		defer c.mu.Unlock()
 		c.n++
 		if c.refuse != nil && c.refuse(c.n) {
-			w.WriteHeader(http.StatusInternalServerError)
+			w.WriteHeader(http.StatusServiceUnavailable)
 			return
 		}
 		c.took = append(c.took, e)

@@ -390,7 +390,7 @@ func (a *API) storeSink(ctx context.Context, r *http.Request) (int, any, error) 
 		return 0, nil, badRequest("%v", err)
 	}
 	if err := a.cfg.SinkGuard.CheckURL(k.URL); err != nil {
-		return 0, nil, badRequest("url: %v; -webhook-allow-networks can allow it", err)
+		return 0, nil, badRequest("url: %v; -webhook-networks can allow it", err)
 	}
 	if err := a.store.PutEventSink(ctx, k); err != nil {
 		return 0, nil, err

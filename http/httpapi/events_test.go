@@ -249,7 +249,7 @@ func TestSinks(t *testing.T) {
 	require.True(t, shown.Filter.Idle)
 
 	for _, internal := range []string{"http://127.0.0.1/", "http://localhost:8080/", "https://10.0.0.1/", "http://169.254.169.254/latest/", "http://[::1]/"} {
-		require.Contains(t, put("internal", `{"url": "`+internal+`"}`, 400), "-webhook-allow-networks")
+		require.Contains(t, put("internal", `{"url": "`+internal+`"}`, 400), "-webhook-networks")
 	}
 	require.Contains(t, put("clear", `{"url": "http://hook.example.org/", "tokens": true}`, 200), `"warning": "tokens are sent over http`)
 	status, _, _ := o.do(o.admin(), "DELETE", "/v1/sinks/clear", "")

@@ -524,6 +524,7 @@ func (r *runner) startReady(sending context.Context) {
 // that the sink does not take, since its filter has changed, count as sent.
 func (r *runner) launch(sending context.Context, b *enrollmentBatch) {
 	r.inFlight++
+	from, failures := b.from, b.failures // the loop may change them meanwhile
 	go func() {
 		res := result{batch: b}
 		for i := range b.events {
@@ -534,10 +535,10 @@ func (r *runner) launch(sending context.Context, b *enrollmentBatch) {
 			}
 			before := e.Attempts
 			switch {
-			case b.from == fromRedelivery:
+			case from == fromRedelivery:
 				before++ // it was sent before
 			case i == 0:
-				before += b.failures
+				before += failures
 			}
 			if res.failure, res.tries = r.send(sending, e, before); res.failure != nil {
 				res.interrupted = sending.Err() != nil
