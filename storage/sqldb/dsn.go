@@ -17,7 +17,7 @@ import (
 
 // Forms of a data source name, for error messages.
 const (
-	pgsqlForm  = "postgres://user:password@host:5432/name, or host=... dbname=..."
+	pgsqlForm  = "postgres://user:password@host:5432/name, or host=NAME dbname=NAME"
 	mysqlForm  = "user:password@tcp(host:3306)/name?param=value"
 	sqliteForm = "the path of a file, or :memory:"
 )

@@ -228,8 +228,8 @@ type Result struct {
 	err  error
 }
 
-// Stop is returned by a function of Each that wants no more rows.
-var Stop = errors.New("no more rows are wanted")
+// ErrStop is returned by a function of Each that wants no more rows.
+var ErrStop = errors.New("no more rows are wanted")
 
 // Each calls a function for each row, up to its first error, and ends the
 // statement.
@@ -239,7 +239,7 @@ func (r Result) Each(read func(Row) error) error {
 	}
 	defer r.rows.Close()
 	for r.rows.Next() {
-		if err := read(r.rows); errors.Is(err, Stop) {
+		if err := read(r.rows); errors.Is(err, ErrStop) {
 			return r.rows.Close()
 		} else if err != nil {
 			return err

@@ -46,7 +46,7 @@ type opKind struct {
 type need int
 
 const (
-	needsNothing need = iota
+	_ need = iota // nothing
 	// needsDevice: without the device it fails with storage.ErrNotEnrolled.
 	needsDevice
 	// needsEnrollment: so it does without the device's own enrollment.

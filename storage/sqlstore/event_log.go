@@ -44,7 +44,7 @@ func batchesAfter(ctx context.Context, t *tx, after int64, limit int) (list []nu
 		}
 		list = append(list, b)
 		if events += min(b.size, b.last-after); events >= int64(limit) {
-			return sqldb.Stop
+			return sqldb.ErrStop
 		}
 		return nil
 	})

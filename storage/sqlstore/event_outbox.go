@@ -107,7 +107,7 @@ func unnumbered(ctx context.Context, t *tx, limit int) (batches []unnumberedBatc
 			return err
 		}
 		if events += b.size; events > limit && len(batches) > 0 {
-			return sqldb.Stop
+			return sqldb.ErrStop
 		}
 		batches = append(batches, b)
 		return nil

@@ -390,7 +390,7 @@ func TestLater(t *testing.T) {
 				return insertAll(later, 41, 43, 1) // one in the middle is
 			})
 			require.Error(t, err)
-			if engine.Name != "sqlite" { // where nothing waits, and who sends it knows what it was
+			if engine.Name != "sqlite" && engine.Name != "mariadb" { // where nothing waits, and who sends it knows what it was
 				require.ErrorContains(t, err, "INSERT INTO nano_event_counters: ")
 			}
 			require.Error(t, store.LaterForTest(t.Context(), func(later later, number number) error {

@@ -43,7 +43,7 @@ var fleetParts = []struct{ table, what string }{
 
 func openFleet(ctx context.Context, s *sqlSource) (*fleet, error) {
 	if n := len(s.cfg.FleetKey); n != 0 && n < 32 {
-		return nil, errors.New("Fleet's private key has at least 32 characters")
+		return nil, errors.New("the private key of Fleet has at least 32 characters")
 	}
 	return &fleet{s}, nil
 }

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"go.etcd.io/bbolt"
+	berrors "go.etcd.io/bbolt/errors"
 	"google.golang.org/protobuf/encoding/protowire"
 
 	"github.com/nanomdm/nanomdm/cryptoutil"
@@ -62,7 +63,7 @@ func openMicroMDM(cfg Config) (Source, error) {
 		return nil, fmt.Errorf("opening the source: %w", err)
 	}
 	db, err := bbolt.Open(cfg.DSN, 0o600, &bbolt.Options{ReadOnly: true, Timeout: boltWait})
-	if errors.Is(err, bbolt.ErrTimeout) {
+	if errors.Is(err, berrors.ErrTimeout) {
 		return nil, errors.New("opening the source: MicroMDM is running and holds the file: stop it, or read a copy that GET /boltbackup gave")
 	}
 	if err != nil {

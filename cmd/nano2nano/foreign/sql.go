@@ -244,14 +244,6 @@ func (s *sqlSource) when(t sql.NullTime) time.Time {
 
 func places(n int) string { return "(?" + strings.Repeat(", ?", n-1) + ")" }
 
-func anys[T any](list []T) []any {
-	out := make([]any, len(list))
-	for i, v := range list {
-		out[i] = v
-	}
-	return out
-}
-
 func (s *sqlSource) Count(ctx context.Context) (c Counts, err error) {
 	for table, into := range map[string]*int64{"devices": &c.Devices, "commands": &c.Commands} {
 		if err := s.conn.QueryRowContext(ctx, "SELECT COUNT(*) FROM "+s.table(table)).Scan(into); err != nil {
