@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -16,16 +17,16 @@ func TestSupervise(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var log bytes.Buffer
 		s := newServer(slog.New(slog.NewTextHandler(&log, nil)), time.Minute, time.Minute)
-		restarts, failing := 0, false
-		s.restarted = func(name string) { require.Equal(t, "sweep", name); restarts++ }
-		s.failing = func(_ string, now bool) { failing = now }
+		var restarts atomic.Int32
+		var failing atomic.Bool
+		s.restarted = func(name string) { require.Equal(t, "sweep", name); restarts.Add(1) }
+		s.failing = func(_ string, now bool) { failing.Store(now) }
 		ctx, stop := context.WithCancel(t.Context())
-		runs := 0
+		var runs atomic.Int32
 		done := make(chan error, 1)
 		go func() {
 			done <- s.supervise(ctx, "sweep", func(ctx context.Context) error {
-				runs++
-				switch runs {
+				switch runs.Add(1) {
 				case 1:
 					panic("boom")
 				case 2:
@@ -41,16 +42,16 @@ func TestSupervise(t *testing.T) {
 		}()
 		time.Sleep(3 * time.Second)
 		synctest.Wait()
-		require.Greater(t, runs, 1, "it starts again after a panic")
-		require.False(t, failing, "one failure is no alarm")
+		require.Greater(t, runs.Load(), int32(1), "it starts again after a panic")
+		require.False(t, failing.Load(), "one failure is no alarm")
 		time.Sleep(time.Minute)
 		synctest.Wait()
-		require.Equal(t, 6, runs)
-		require.Equal(t, 5, restarts)
-		require.True(t, failing, "five in a row are")
+		require.EqualValues(t, 6, runs.Load())
+		require.EqualValues(t, 5, restarts.Load())
+		require.True(t, failing.Load(), "five in a row are")
 		time.Sleep(steadyAfter)
 		synctest.Wait()
-		require.False(t, failing, "it runs again")
+		require.False(t, failing.Load(), "it runs again")
 		stop()
 		require.ErrorIs(t, <-done, context.Canceled)
 		for _, part := range []string{"panic: boom", "supervise_test.go", "error=broken", "it ended by itself"} {
