@@ -13,6 +13,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/nanomdm/nanomdm/backoff"
 	"github.com/nanomdm/nanomdm/mdm/mdmtest"
 	"github.com/nanomdm/nanomdm/push/apnstest"
 )
@@ -160,7 +161,7 @@ func (s *sleeper) poll(ctx context.Context, f *fleet) {
 		if err == nil && !endsWithNotNow(visit) {
 			return
 		}
-		_ = sleep(ctx, s.pause(100*time.Millisecond, 600*time.Millisecond))
+		_ = backoff.Sleep(ctx, s.pause(100*time.Millisecond, 600*time.Millisecond))
 	}
 }
 
@@ -178,7 +179,7 @@ func (s *sleeper) enrollAgain(ctx context.Context, f *fleet) {
 	f.history.enrolling(s.id)
 	for _, step := range []func(context.Context) error{s.device.Authenticate, s.device.TokenUpdate} {
 		for step(ctx) != nil {
-			if sleep(ctx, s.pause(100*time.Millisecond, 600*time.Millisecond)) != nil {
+			if backoff.Sleep(ctx, s.pause(100*time.Millisecond, 600*time.Millisecond)) != nil {
 				return
 			}
 		}

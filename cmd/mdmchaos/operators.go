@@ -17,6 +17,7 @@ import (
 
 	"github.com/google/uuid"
 
+	"github.com/nanomdm/nanomdm/backoff"
 	"github.com/nanomdm/nanomdm/mdm/mdmtest"
 )
 
@@ -107,7 +108,7 @@ func (o *operator) run(ctx, finish context.Context, all *operators) {
 		if o.keyed && o.rng.IntN(3) == 0 {
 			o.again(ctx, c, all)
 		}
-		_ = sleep(ctx, o.pause)
+		_ = backoff.Sleep(ctx, o.pause)
 	}
 }
 
@@ -130,7 +131,7 @@ func (o *operator) repeat(ctx context.Context, c *call, all *operators) {
 				return
 			}
 		}
-		_ = sleep(ctx, 50*time.Millisecond+time.Duration(o.rng.Int64N(int64(300*time.Millisecond))))
+		_ = backoff.Sleep(ctx, 50*time.Millisecond+time.Duration(o.rng.Int64N(int64(300*time.Millisecond))))
 	}
 }
 

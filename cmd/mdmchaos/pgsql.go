@@ -14,6 +14,8 @@ import (
 	"time"
 
 	_ "github.com/jackc/pgx/v5/stdlib" // the driver pgx
+
+	"github.com/nanomdm/nanomdm/backoff"
 )
 
 // pgCluster is PostgreSQL: a primary, and perhaps a synchronous standby or
@@ -195,7 +197,7 @@ func (c *pgCluster) failOver(ctx context.Context) error {
 // lag stops the standby, so that commits hang, for d; then the primary dies.
 func (c *pgCluster) lag(ctx context.Context, d time.Duration) error {
 	c.nodes[1-c.primary].process.signal(syscall.SIGSTOP)
-	if err := sleep(ctx, d); err != nil {
+	if err := backoff.Sleep(ctx, d); err != nil {
 		return err
 	}
 	return c.failOver(ctx)
@@ -243,7 +245,7 @@ func (c *pgCluster) fillDisk() error {
 		return err
 	}
 	defer f.Close()
-	// What is written meanwhile takes a part: the rest is tried in steps.
+	// Writes meanwhile take a part, so the rest is tried in steps.
 	for size := int64(s.Bavail) * s.Bsize; size > 0; size -= 64 << 10 {
 		if err := syscall.Fallocate(int(f.Fd()), 0, 0, size); err == nil {
 			return nil

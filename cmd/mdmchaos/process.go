@@ -15,6 +15,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"github.com/nanomdm/nanomdm/backoff"
 )
 
 // process is a child in a process group of its own, so that a signal reaches
@@ -166,20 +168,8 @@ func await(ctx context.Context, limit time.Duration, what string, ready func() e
 		if time.Now().After(deadline) {
 			return fmt.Errorf("waiting %v for %s: %w", limit, what, err)
 		}
-		if err := sleep(ctx, 100*time.Millisecond); err != nil {
+		if err := backoff.Sleep(ctx, 100*time.Millisecond); err != nil {
 			return err
 		}
-	}
-}
-
-// sleep waits for d or for the end of the context.
-func sleep(ctx context.Context, d time.Duration) error {
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	select {
-	case <-timer.C:
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
 	}
 }

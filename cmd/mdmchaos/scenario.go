@@ -12,6 +12,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/nanomdm/nanomdm/backoff"
 	"github.com/nanomdm/nanomdm/mdm/mdmtest"
 	"github.com/nanomdm/nanomdm/push/apnstest"
 )
@@ -76,7 +77,7 @@ func (w *world) note(format string, args ...any) {
 
 // between waits for a random time.
 func (w *world) between(ctx context.Context, low, high time.Duration) error {
-	return sleep(ctx, low+time.Duration(w.rng.Int64N(int64(high-low))))
+	return backoff.Sleep(ctx, low+time.Duration(w.rng.Int64N(int64(high-low))))
 }
 
 func killReplica(ctx context.Context, w *world) error {
