@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"math"
 	"slices"
 	"sync"
@@ -275,10 +276,7 @@ func (a *activityLog) store(ctx context.Context, chunk []activity) error {
 		if err := storeSeen(ctx, t, chunk); err != nil {
 			return err
 		}
-		if err := storePaid(ctx, t, chunk, false); err != nil {
-			return err
-		}
-		return storePaid(ctx, t, chunk, true)
+		return storePaid(ctx, t, chunk)
 	})
 	offers := offersOf(chunk)
 	if err != nil || len(offers) == 0 {
@@ -287,28 +285,30 @@ func (a *activityLog) store(ctx context.Context, chunk []activity) error {
 	return a.s.write(ctx, func(ctx context.Context, t *tx) error { return storeOffers(ctx, t, offers) })
 }
 
-// offersOf returns the rows that were offered, by how often.
-func offersOf(chunk []activity) map[int][]keyPair {
-	offers := make(map[int][]keyPair)
+// offersOf returns the rows that were offered, with how often.
+func offersOf(chunk []activity) map[keyPair]int {
+	offers := make(map[keyPair]int)
 	for _, n := range chunk {
 		if n.offers > 0 {
-			offers[n.offers] = append(offers[n.offers], keyPair{ID: n.id, Item: n.offered})
+			offers[keyPair{ID: n.id, Item: n.offered}] = n.offers
 		}
 	}
 	return offers
 }
 
-// storeOffers counts offers of rows that still wait.
-func storeOffers(ctx context.Context, t *tx, offers map[int][]keyPair) error {
-	for times, keys := range offers {
-		waiting, err := lockKeys(ctx, t, keys, stillWaits)
-		if err != nil {
-			return fmt.Errorf("locking commands that were offered: %w", err)
-		}
-		if len(waiting) == 0 {
-			continue
-		}
-		q, args := queueRows.UpdateLockedText(t.Tx, "attempts = attempts + ?", waiting)
+// storeOffers counts offers of rows that still wait. It locks all rows before
+// the first statement that changes some: several statements have no key order.
+func storeOffers(ctx context.Context, t *tx, offers map[keyPair]int) error {
+	waiting, err := lockKeys(ctx, t, slices.Collect(maps.Keys(offers)), stillWaits)
+	if err != nil {
+		return fmt.Errorf("locking commands that were offered: %w", err)
+	}
+	byTimes := make(map[int][]keyPair)
+	for _, k := range waiting {
+		byTimes[offers[k]] = append(byTimes[offers[k]], k)
+	}
+	for times, keys := range byTimes {
+		q, args := queueRows.UpdateLockedText(t.Tx, "attempts = attempts + ?", keys)
 		if _, err := t.Exec(ctx, q, append([]any{times}, args...)...); err != nil {
 			return fmt.Errorf("counting offers: %w", err)
 		}
@@ -331,30 +331,39 @@ func storeSeen(ctx context.Context, t *tx, chunk []activity) error {
 		[]string{"last_seen_at = " + t.Dialect.Greatest() + "(" + table + ".last_seen_at, new.last_seen_at)"}, args)
 }
 
-// storePaid writes the payments that do, or do not, also set the time of the
-// next push.
-func storePaid(ctx context.Context, t *tx, chunk []activity, setPushAt bool) error {
-	const table = "nano_enrollment_push"
-	cols := []string{"id", "paid_seq"}
-	var set []string
-	if setPushAt {
-		cols = append(cols, "push_at")
-		// Before paid_seq, and without reading it: MySQL assigns in order.
-		set = append(set, "push_at = CASE WHEN new.paid_seq >= "+table+".owed_seq THEN new.push_at ELSE "+table+".push_at END")
-	}
-	set = append(set, "paid_seq = "+t.Dialect.Greatest()+"("+table+".paid_seq, new.paid_seq)")
-	var args []any
+// storePaid writes the payments. Those that also set the time of the next push
+// need a statement of their own, so all rows are locked before: several
+// statements have no key order.
+func storePaid(ctx context.Context, t *tx, chunk []activity) error {
+	var plain, planning []any
+	var ids []string
 	for _, n := range chunk {
-		if n.setPushAt != setPushAt || n.paid == 0 && !setPushAt || n.planned && setPushAt {
+		switch {
+		case n.setPushAt && !n.planned:
+			planning = append(planning, n.id, n.paid, null(n.pushAt))
+		case !n.setPushAt && n.paid != 0:
+			plain = append(plain, n.id, n.paid)
+		default:
 			continue
 		}
-		args = append(args, n.id, n.paid)
-		if setPushAt {
-			args = append(args, null(n.pushAt))
+		ids = append(ids, n.id)
+	}
+	const table = "nano_enrollment_push"
+	if len(plain) > 0 && len(planning) > 0 {
+		if _, err := lock(ctx, t, table, ids); err != nil {
+			return err
 		}
 	}
-	if len(args) == 0 {
+	pay := "paid_seq = " + t.Dialect.Greatest() + "(" + table + ".paid_seq, new.paid_seq)"
+	if len(plain) > 0 {
+		if err := t.Upsert(ctx, table, []string{"id", "paid_seq"}, []string{"id"}, []string{pay}, plain); err != nil {
+			return err
+		}
+	}
+	if len(planning) == 0 {
 		return nil
 	}
-	return t.Upsert(ctx, table, cols, []string{"id"}, set, args)
+	// Before paid_seq, and without reading it: MySQL assigns in order.
+	plan := "push_at = CASE WHEN new.paid_seq >= " + table + ".owed_seq THEN new.push_at ELSE " + table + ".push_at END"
+	return t.Upsert(ctx, table, []string{"id", "paid_seq", "push_at"}, []string{"id"}, []string{plan, pay}, planning)
 }

@@ -48,7 +48,7 @@ func updateTokens(ctx context.Context, t *tx, batch []*opRun, r *opRound) error 
 			plain = append(plain, p)
 		}
 	}
-	if _, err := lock(ctx, t, "nano_enrollment_push", repeating); err != nil {
+	if _, err := lock(ctx, t, "nano_enrollment_push", ids); err != nil {
 		return err
 	}
 	if err := updateDevices(ctx, t, []string{"token_update", "token_update_at"}, plain, func(p *opRun) []any {

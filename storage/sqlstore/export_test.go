@@ -197,3 +197,14 @@ func (s *Store) StandStillForTest(d time.Duration) {
 	uptime := s.uptime
 	s.uptime = func() time.Duration { return uptime() + d }
 }
+
+// PushedForTest notes that a push about all commands up to seq was accepted;
+// plan: and that the next one has a time.
+func (s *Store) PushedForTest(id string, seq int64, plan bool) {
+	s.act.note(activity{id: id, paid: seq, setPushAt: plan, pushAt: 1})
+}
+
+// OfferedForTest notes that a command was offered so many times.
+func (s *Store) OfferedForTest(id, uuid string, times int) {
+	s.act.note(activity{id: id, offered: uuid, offers: times, offeredAt: 1})
+}
