@@ -61,11 +61,7 @@ func (c *pgCluster) start(ctx context.Context) error {
 		"-D", first.data, "-U", databaseUser, "--auth=trust", "--no-sync", "--encoding=UTF8", "--locale=C.UTF-8"); err != nil {
 		return err
 	}
-	// Until the standby is there, commits must not wait for it.
-	if err := c.run(ctx, first, ""); err != nil {
-		return err
-	}
-	if err := execute(ctx, "pgx", pgURL(first.address(), "postgres"), "CREATE DATABASE "+databaseName); err != nil {
+	if err := c.run(ctx, first); err != nil {
 		return err
 	}
 	if c.synchronous {
@@ -75,9 +71,12 @@ func (c *pgCluster) start(ctx context.Context) error {
 		if err := c.follow(ctx, 1); err != nil {
 			return err
 		}
-		if err := c.synchronize(ctx, first); err != nil {
+		if err := c.awaitStandby(ctx); err != nil {
 			return err
 		}
+	}
+	if err := execute(ctx, "pgx", pgURL(first.address(), "postgres"), "CREATE DATABASE "+databaseName); err != nil {
+		return err
 	}
 	if c.relay, err = newRelay(first.address()); err != nil {
 		return err
@@ -114,8 +113,15 @@ func (c *pgCluster) add(i int) (*pgNode, error) {
 	return node, nil
 }
 
-// run starts a node and waits until it answers.
-func (c *pgCluster) run(ctx context.Context, n *pgNode, standbys string) (err error) {
+// run starts a node and waits until it answers. Every node of a synchronous
+// cluster waits for its standby in each commit, also right after it was
+// promoted: nothing that a primary acknowledged alone may be lost with it. The
+// standby's receiver counts, a base backup's does not.
+func (c *pgCluster) run(ctx context.Context, n *pgNode) (err error) {
+	standbys := ""
+	if c.synchronous {
+		standbys = "walreceiver"
+	}
 	n.process, err = start(c.dir, n.name, "postgres", nil, filepath.Join(c.bin, "postgres"), "-D", n.data,
 		"-p", strconv.Itoa(n.port), "-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories=",
 		"-c", "max_connections=200", "-c", "synchronous_standby_names="+standbys, "-c", "max_wal_size=96MB",
@@ -146,18 +152,13 @@ func (c *pgCluster) follow(ctx context.Context, i int) error {
 		"-p", strconv.Itoa(c.nodes[c.primary].port), "-U", databaseUser); err != nil {
 		return err
 	}
-	return c.run(ctx, n, "")
+	return c.run(ctx, n)
 }
 
-// synchronize makes commits of the primary wait for the standby, and waits
-// until it follows.
-func (c *pgCluster) synchronize(ctx context.Context, primary *pgNode) error {
-	dsn := pgURL(primary.address(), "postgres")
-	// The command line beats ALTER SYSTEM, so the node starts again with it.
-	primary.process.stop(syscall.SIGINT)
-	if err := c.run(ctx, primary, "*"); err != nil {
-		return err
-	}
+// awaitStandby waits until commits of the primary wait for the standby and for
+// nothing else.
+func (c *pgCluster) awaitStandby(ctx context.Context) error {
+	dsn := pgURL(c.nodes[c.primary].address(), "postgres")
 	return await(ctx, nodeReady, "the standby", func() error {
 		n, err := number(ctx, "pgx", dsn, "SELECT count(*) FROM pg_stat_replication WHERE sync_state = 'sync'")
 		if err == nil && n == 0 {
@@ -190,8 +191,7 @@ func (c *pgCluster) failOver(ctx context.Context) error {
 	if err := c.follow(ctx, 1-c.primary); err != nil {
 		return err
 	}
-	// The promoted node runs with the settings of a standby.
-	return execute(ctx, "pgx", pgURL(next.address(), "postgres"), "SELECT 1")
+	return c.awaitStandby(ctx)
 }
 
 // lag stops the standby, so that commits hang, for d; then the primary dies.
@@ -210,7 +210,7 @@ func (c *pgCluster) heal(ctx context.Context) error {
 			continue
 		}
 		if i == c.primary {
-			if err := c.run(ctx, n, ""); err != nil {
+			if err := c.run(ctx, n); err != nil {
 				return err
 			}
 		}
