@@ -38,6 +38,7 @@ func openPgSQL(ctx context.Context, cfg Config) (*pools, error) {
 	if pc.ConnectTimeout == 0 {
 		pc.ConnectTimeout = dialTimeout
 	}
+	noteUnreplicated(pc)
 	preparing := &pgsqlPreparing{log: cfg.Logger}
 	db := stdlib.OpenDB(*pc, append(preparing.options(), stdlib.OptionAfterConnect(pgsqlSession(pc)))...)
 	sizePool(db, cfg)
@@ -231,6 +232,34 @@ FROM information_schema.columns WHERE table_schema = current_schema()`,
 	}
 }
 
+// errUnreplicated is the outcome of a COMMIT that stopped waiting for the
+// synchronous standby, for instance at a statement_timeout. PostgreSQL reports
+// it as a success, with a warning, but a failover loses the transaction.
+var errUnreplicated = fmt.Errorf("%w: the transaction is committed, but no synchronous standby has confirmed it", ErrUnavailable)
+
+// unreplicatedKey is where a connection keeps that it got that warning.
+const unreplicatedKey = "unreplicated"
+
+// noteUnreplicated makes connections remember the warning. It has no code of
+// its own and its text is translated, so the server's routine tells it.
+func noteUnreplicated(pc *pgx.ConnConfig) {
+	pc.OnNotice = func(conn *pgconn.PgConn, n *pgconn.Notice) {
+		if n.Routine == "SyncRepWaitForLSN" {
+			conn.CustomData()[unreplicatedKey] = true
+		}
+	}
+}
+
+// unreplicated is errUnreplicated if the connection got the warning since it
+// was last called.
+func unreplicated(conn *pgconn.PgConn) error {
+	if _, warned := conn.CustomData()[unreplicatedKey]; !warned {
+		return nil
+	}
+	delete(conn.CustomData(), unreplicatedKey)
+	return errUnreplicated
+}
+
 // pgsqlExecBatch sends all statements before it reads the first outcome.
 func pgsqlExecBatch(ctx context.Context, conn *sql.Conn, deferred []statement) error {
 	return pgsqlQueryBatch(ctx, conn, deferred, nil)
@@ -247,7 +276,7 @@ func pgsqlQueryBatch(ctx context.Context, conn *sql.Conn, deferred []statement, 
 			b.Queue(q.Text, q.Args...)
 		}
 		results := dc.(*stdlib.Conn).Conn().SendBatch(ctx, &b)
-		defer func() { err = cmp.Or(err, results.Close()) }()
+		defer func() { err = cmp.Or(err, results.Close(), unreplicated(dc.(*stdlib.Conn).Conn().PgConn())) }()
 		for _, s := range deferred {
 			tag, err := results.Exec()
 			if err == nil && tag.String() == "ROLLBACK" {
