@@ -53,6 +53,9 @@ type DeviceRecord struct {
 	SerialNumber, Model, ModelName, DeviceName string
 	OSVersion, BuildVersion, ProductName       string
 	IMEI, MEID                                 string
+	// Tags are those that an operator gave it, sorted. An import adds them to
+	// those that are there.
+	Tags []string
 
 	Authenticate   Checkin
 	TokenUpdate    Checkin
@@ -117,7 +120,7 @@ type Imported struct {
 
 // Refusal is a record that cannot be imported.
 type Refusal struct {
-	Kind   string // "device", "pin", "command", "item", "push certificate"
+	Kind   string // "device", "tag", "pin", "command", "item", "push certificate"
 	Key    string
 	Reason string
 }

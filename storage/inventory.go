@@ -18,6 +18,7 @@ type EnrollmentFilter struct {
 	Topic   string // APNs'
 	Serial  string
 	User    string // short name or user id of a user channel
+	Tag     string // of the device
 	Model   string // model, model name or product name
 	// OSVersion is compared as a whole.
 	OSVersion      string
@@ -78,6 +79,7 @@ type Enrollment struct {
 	SerialNumber, DeviceName, Model, ModelName, ProductName string
 	OSVersion, BuildVersion, IMEI, MEID                     string
 	UserID, UserShortName, UserLongName                     string
+	Tags                                                    []string // of the device, sorted
 
 	Tally                 int // TokenUpdates since the last Authenticate
 	AwaitingConfiguration bool

@@ -112,6 +112,7 @@ func deviceDiffers(source, here *storage.DeviceRecord) string {
 		{"unlock token", bytes.Equal(source.UnlockToken.Value, here.UnlockToken.Value)},
 		{"bootstrap token", bytes.Equal(source.BootstrapToken.Value, here.BootstrapToken.Value)},
 		{"certificate pins", samePins(source.Pins, here.Pins)},
+		{"tags", !slices.ContainsFunc(source.Tags, func(tag string) bool { return !slices.Contains(here.Tags, tag) })},
 		{"number of users", len(source.Users) == len(here.Users)},
 	} {
 		if !part.same {

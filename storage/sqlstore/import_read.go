@@ -91,7 +91,7 @@ func (s *Store) ExportDevices(ctx context.Context, ids []string) (list []*storag
 	}
 	err = s.read(ctx, func(ctx context.Context, t *tx) error {
 		e := &exporting{t: t, devices: make(map[string]*storage.DeviceRecord), channels: make(map[string]*storage.ChannelRecord), users: make(map[string]*storage.UserRecord)}
-		for _, read := range []func(context.Context, []string) error{e.readDevices, e.readUsers, e.readEnrollments, e.readPins} {
+		for _, read := range []func(context.Context, []string) error{e.readDevices, e.readTags, e.readUsers, e.readEnrollments, e.readPins} {
 			if err := read(ctx, ids); err != nil {
 				return err
 			}
@@ -151,6 +151,14 @@ authenticate, authenticate_at, token_update, token_update_at, unlock_token, unlo
 			return e.open(id, map[string]*[]byte{authenticateColumn: &d.Authenticate.Raw, tokenUpdateColumn: &d.TokenUpdate.Raw,
 				unlockTokenColumn: &d.UnlockToken.Value, bootstrapTokenColumn: &d.BootstrapToken.Value})
 		})
+}
+
+func (e *exporting) readTags(ctx context.Context, ids []string) error {
+	tags, _, err := readTags(ctx, e.t, storage.Scope{}, ids)
+	for id, d := range e.devices {
+		d.Tags = tags[id]
+	}
+	return err
 }
 
 // open unseals columns of a row.

@@ -146,7 +146,7 @@ func (s *Store) ImportDevices(ctx context.Context, devices []*storage.DeviceReco
 			imp.devices = append(imp.devices, &own)
 		}
 		for _, step := range []func(context.Context) error{imp.readDevices, imp.readChannels, imp.readCommands,
-			imp.writeDevices, imp.writeUsers, imp.writeEnrollments, imp.writeActivity, imp.writePins, imp.writeQueues} {
+			imp.writeDevices, imp.writeTags, imp.writeUsers, imp.writeEnrollments, imp.writeActivity, imp.writePins, imp.writeQueues} {
 			if err := step(ctx); err != nil {
 				return err
 			}
@@ -377,6 +377,32 @@ func (i *importing) tokenAt(token storage.Token) any {
 		return nil
 	}
 	return null(micros(token.At))
+}
+
+// writeTags adds tags, as many as a device may have.
+func (i *importing) writeTags(ctx context.Context) error {
+	var args []any
+	if !slices.ContainsFunc(i.devices, func(d *storage.DeviceRecord) bool { return len(d.Tags) > 0 }) {
+		return nil
+	}
+	there, _, err := readTags(ctx, i.t, storage.Scope{}, i.ids())
+	if err != nil {
+		return err
+	}
+	for _, d := range i.devices {
+		id := d.Channel.ID
+		add := without(slices.Compact(slices.Sorted(slices.Values(d.Tags))), there[id])
+		for n, tag := range add {
+			if why := storage.TagFault(tag); why != "" {
+				i.refuse("tag", id, fmt.Sprintf("%.80q: %s", tag, why))
+			} else if len(there[id])+n >= storage.MaxTags {
+				i.refuse("tag", id, fmt.Sprintf("%s: a device cannot have more than %d", tag, storage.MaxTags))
+			} else {
+				args = append(args, id, tag, i.t.Now)
+			}
+		}
+	}
+	return i.t.upsertChunks(ctx, deviceTags.Name, []string{"id", "tag", "created_at"}, []string{"id", "tag"}, nil, args)
 }
 
 func (i *importing) writeUsers(ctx context.Context) error {

@@ -23,6 +23,7 @@ func filters() map[string]storage.EnrollmentFilter {
 		"topic":                      {Topic: "rare"},
 		"serial":                     {Serial: "rare"},
 		"user":                       {User: "rare"},
+		"tag":                        {Tag: "rare"},
 		"model":                      {Model: "rare"},
 		"os_version":                 {OSVersion: "rare"},
 		"last_seen_before":           {LastSeenBefore: time.UnixMicro(100)},
@@ -46,7 +47,7 @@ func plantFleet(t *testing.T, h *storagetest.Harness, n int) {
 			h.Exec(t, "INSERT INTO "+head+" VALUES "+place+strings.Repeat(", "+place, len(chunk)-1), slices.Concat(chunk...)...)
 		}
 	}
-	var devices, users, enrollments, pushes, seen, certs, queue, commands [][]any
+	var devices, tags, users, enrollments, pushes, seen, certs, queue, commands [][]any
 	for i := range n {
 		id := fmt.Sprintf("D%06d", i)
 		rare := i%100 == 7
@@ -57,6 +58,7 @@ func plantFleet(t *testing.T, h *storagetest.Harness, n int) {
 			finished, pushAt, enabled = nil, i+1, 0
 		}
 		devices = append(devices, []any{id, word, word, word, word, word, []byte("raw"), 1, 1, 1})
+		tags = append(tags, []any{id, word, 1})
 		users = append(users, []any{id, id, word, word, 1, 1})
 		enrollments = append(enrollments, []any{id, id, typ, word, enabled, 1, 1})
 		pushes = append(pushes, []any{id, class, pushAt})
@@ -68,6 +70,7 @@ func plantFleet(t *testing.T, h *storagetest.Harness, n int) {
 		commands = append(commands, []any{fmt.Sprintf("C%d", i), word, []byte("raw"), i + 1})
 	}
 	insert("nano_devices (id, serial_number, model, model_name, product_name, os_version, authenticate, authenticate_at, created_at, updated_at)", devices)
+	insert("nano_device_tags (id, tag, created_at)", tags)
 	insert("nano_users (id, device_id, user_id, user_short_name, created_at, updated_at)", users)
 	insert("nano_enrollments (id, device_id, type, topic, enabled, created_at, updated_at)", enrollments)
 	insert("nano_enrollment_push (id, last_push_class, push_at)", pushes)
@@ -81,7 +84,7 @@ func plantFleet(t *testing.T, h *storagetest.Harness, n int) {
 // analyze has the engine look at how the tables' values are spread.
 func analyze(t *testing.T, h *storagetest.Harness) {
 	t.Helper()
-	for _, table := range []string{"nano_devices", "nano_users", "nano_enrollments", "nano_enrollment_push", "nano_enrollment_activity",
+	for _, table := range []string{"nano_devices", "nano_device_tags", "nano_users", "nano_enrollments", "nano_enrollment_push", "nano_enrollment_activity",
 		"nano_cert_auth_associations", "nano_enrollment_queue", "nano_commands"} {
 		analyze := map[string]string{"sqlite": "ANALYZE ", "pgsql": "VACUUM ANALYZE "}[h.Engine.Name]
 		if analyze == "" {

@@ -43,6 +43,15 @@ var enrollmentFilters = [...]filterRow{
 		},
 	},
 	{
+		given: func(_ storage.Scope, f storage.EnrollmentFilter) bool { return f.Tag != "" },
+		source: func(_ storage.Scope, f storage.EnrollmentFilter) (source, bool) {
+			return eachOf(true, equalTo("nano_device_tags", "tag", f.Tag)), true
+		},
+		condition: func(b *conditionBuilder, scope storage.Scope, f storage.EnrollmentFilter) {
+			b.add("EXISTS (SELECT 1 FROM nano_device_tags g WHERE g.id = e.device_id AND g.tag = ?"+tagInSight(scope)+")", f.Tag)
+		},
+	},
+	{
 		given:  func(_ storage.Scope, f storage.EnrollmentFilter) bool { return f.Push != "" },
 		source: pushSource,
 		condition: func(b *conditionBuilder, _ storage.Scope, f storage.EnrollmentFilter) {

@@ -262,6 +262,9 @@ func (s *Store) Enrollments(ctx context.Context, scope storage.Scope, ids []stri
 		if err := countWaiting(ctx, t, byID); err != nil {
 			return fmt.Errorf("counting commands: %w", err)
 		}
+		if err := addTags(ctx, t, scope, byID); err != nil {
+			return err
+		}
 		for _, id := range ids {
 			if e := byID[id]; e != nil {
 				list = append(list, *e)
@@ -344,6 +347,20 @@ func scanEnrollment(row sqldb.Row) (*storage.Enrollment, error) {
 		e.Push.Attempts = 0
 	}
 	return e, nil
+}
+
+// addTags reads the tags of the enrollments' devices.
+func addTags(ctx context.Context, t *tx, scope storage.Scope, byID map[string]*storage.Enrollment) error {
+	var devices []string
+	for _, e := range byID {
+		devices = append(devices, e.DeviceID)
+	}
+	slices.Sort(devices)
+	tags, _, err := readTags(ctx, t, scope, slices.Compact(devices))
+	for _, e := range byID {
+		e.Tags = tags[e.DeviceID]
+	}
+	return err
 }
 
 // countWaiting counts what waits for each.

@@ -63,7 +63,9 @@ func populate(t *testing.T, h *Harness, store *sqlstore.Store) {
 	require.NoError(t, store.StorePushCert(t.Context(), &storage.PushCert{Topic: topicA, CertPEM: []byte("certificate"), KeyPEM: []byte("key-secret"), NotAfter: past(9000)}))
 	require.NoError(t, store.AppendAudit(t.Context(), &storage.AuditRecord{Who: "who", Action: "action", Detail: "détail", Outcome: storage.AuditDone}))
 	d := h.device("D").on(store)
-	_, err := d.apply(t, &storage.Report{Src: d.telling(event("report", storage.TopicConnect)).source(), Status: mdm.StatusAcknowledged, CommandUUID: "C", Raw: nil})
+	_, err := store.ChangeTags(t.Context(), everything, storage.TagChange{IDs: []string{"D"}, Add: []string{"lab"}, Record: func([]string) *storage.AuditRecord { return deed("tags") }})
+	require.NoError(t, err)
+	_, err = d.apply(t, &storage.Report{Src: d.telling(event("report", storage.TopicConnect)).source(), Status: mdm.StatusAcknowledged, CommandUUID: "C", Raw: nil})
 	require.NoError(t, err)
 	require.NoError(t, store.Flush(t.Context()))
 }
@@ -101,6 +103,7 @@ func backupEverywhere(t *testing.T, h *Harness) {
 	require.NoError(t, err)
 	rows, want := contents(t, h.cfg)
 	require.Positive(t, rows["nano_events"])
+	require.Positive(t, rows["nano_device_tags"])
 	for _, e := range Engines(t) {
 		if e.variable != "" && e.dsn == "" {
 			continue

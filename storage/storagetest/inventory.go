@@ -92,6 +92,7 @@ func inventoryFilters(t *testing.T, h *Harness) {
 	require.NoError(t, h.Store.Flush(t.Context()))
 	h.Clock.Advance(time.Hour)
 	now := h.Clock.Now()
+	h.tags(t, everything, []string{"mac", "pad"}, []string{"lab"}, nil)
 	for id, class := range map[string]string{"phone": "retry_later", "mac": storage.PushAccepted} {
 		require.NoError(t, h.Store.RecordPushes(t.Context(), []storage.PushRecord{{ID: id, At: now, Class: class, Attempts: 1, NextAt: now.Add(time.Hour)}}))
 	}
@@ -114,6 +115,8 @@ func inventoryFilters(t *testing.T, h *Harness) {
 		"serial of nobody":       {storage.EnrollmentFilter{Serial: "S9"}, ""},
 		"user id":                {storage.EnrollmentFilter{User: "anna"}, "mac:anna"},
 		"user short name":        {storage.EnrollmentFilter{User: "short"}, "mac:anna"},
+		"tag":                    {storage.EnrollmentFilter{Tag: "lab"}, "mac mac:anna pad"},
+		"tag of nobody":          {storage.EnrollmentFilter{Tag: "Lab"}, ""},
 		"model":                  {storage.EnrollmentFilter{Model: "P1LL/A"}, "pad phone"},
 		"model name":             {storage.EnrollmentFilter{Model: "MacBook Air"}, "mac mac:anna"},
 		"product name":           {storage.EnrollmentFilter{Model: "iPad14,1"}, "pad"},

@@ -265,6 +265,7 @@ func deleteDevice(t *testing.T, h *Harness) {
 	require.NoError(t, d.user("never").userAuthenticate(t))
 	other := h.device("E").with("c2").enrolls(t)
 	require.NoError(t, d.setBootstrapToken(t, "token"))
+	h.tags(t, everything, []string{"D"}, []string{"lab"}, nil)
 	uuids := numbered("C", 120)
 	h.enqueue(t, []string{"D", "D:u"}, uuids...)
 	h.enqueue(t, []string{"D", "E"}, "shared")
@@ -277,7 +278,7 @@ func deleteDevice(t *testing.T, h *Harness) {
 	require.NoError(t, h.Store.DeleteEnrollment(t.Context(), everything, "D", deed("x")))
 	require.Equal(t, 1, h.deeds(t, "x"))
 	for table, column := range map[string]string{"nano_devices": "id", "nano_users": "device_id", "nano_enrollments": "device_id", "nano_enrollment_push": "id",
-		"nano_enrollment_activity": "id", "nano_enrollment_queue": "id", "nano_command_results": "id"} {
+		"nano_enrollment_activity": "id", "nano_enrollment_queue": "id", "nano_command_results": "id", "nano_device_tags": "id"} {
 		require.Zero(t, h.Int(t, "SELECT COUNT(*) FROM "+table+" WHERE "+column+" IN ('D', 'D:u', 'D:never')"), table)
 	}
 	require.Equal(t, []string{"shared"}, h.Strings(t, "SELECT command_uuid FROM nano_commands"), "commands of nobody else go, too")

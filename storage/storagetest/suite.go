@@ -57,6 +57,7 @@ func topics() []topic {
 		{"sweep", sweepTests()},
 		{"audit", auditTests()},
 		{"inventory", inventoryTests()},
+		{"tags", tagTests()},
 		{"outbox", outboxTests()},
 		{"sinks", sinkTests()},
 		{"deliveries", deliveryTests()},
