@@ -28,6 +28,7 @@ const (
 	actReadBootstrap = "enrollment.bootstrap_token.read"
 	actReadUnlock    = "enrollment.unlock_token.read"
 	actOpenRenewal   = "enrollment.renewal.open"
+	actTags          = "enrollment.tags"
 	actCloseRenewal  = "enrollment.renewal.close"
 	actMakeKey       = "key.create"
 	actDeleteKey     = "key.delete"

@@ -31,6 +31,7 @@ type enrollmentInfo struct {
 	IMEI                  string           `json:"imei,omitempty"`
 	MEID                  string           `json:"meid,omitempty"`
 	User                  *userInfo        `json:"user,omitempty"`
+	Tags                  []string         `json:"tags,omitempty"`
 	TokenUpdateTally      int              `json:"token_update_tally"`
 	AwaitingConfiguration bool             `json:"awaiting_configuration,omitempty"`
 	EnrolledAt            time.Time        `json:"enrolled_at,omitzero"`
@@ -107,7 +108,7 @@ func infoOfEnrollment(e *storage.Enrollment) enrollmentInfo {
 	info := enrollmentInfo{
 		ID: e.ID, Type: e.Type, DeviceID: e.DeviceID, Enabled: e.Enabled, OperatorDisabled: e.OperatorDisabled, Topic: e.Topic,
 		SerialNumber: e.SerialNumber, DeviceName: e.DeviceName, Model: e.Model, ModelName: e.ModelName, ProductName: e.ProductName,
-		OSVersion: e.OSVersion, BuildVersion: e.BuildVersion, IMEI: e.IMEI, MEID: e.MEID,
+		OSVersion: e.OSVersion, BuildVersion: e.BuildVersion, IMEI: e.IMEI, MEID: e.MEID, Tags: e.Tags,
 		TokenUpdateTally: e.Tally, AwaitingConfiguration: e.AwaitingConfiguration,
 		EnrolledAt: e.EnrolledAt, CreatedAt: e.CreatedAt, LastSeenAt: e.LastSeenAt, RenewalUntil: e.RenewalUntil,
 		HasBootstrapToken: e.HasBootstrapToken, HasUnlockToken: e.HasUnlockToken,

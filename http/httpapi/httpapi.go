@@ -70,6 +70,7 @@ type Store interface {
 	storage.Resealer
 	storage.Audit
 	storage.Enrollments
+	storage.Tags
 	storage.Refusals
 	storage.Inventory
 	storage.EnrollmentSteering

@@ -20,6 +20,7 @@ type selector struct {
 	Topic                    *string `json:"topic,omitempty"`
 	Serial                   *string `json:"serial,omitempty"`
 	User                     *string `json:"user,omitempty"`
+	Tag                      *string `json:"tag,omitempty"`
 	Model                    *string `json:"model,omitempty"`
 	OSVersion                *string `json:"os_version,omitempty"`
 	LastSeenBefore           *string `json:"last_seen_before,omitempty"`
@@ -39,7 +40,7 @@ func (q *query) selector() selector {
 	}
 	return selector{
 		Type: text("type"), Enabled: q.flag("enabled"), Topic: text("topic"), Serial: text("serial"), User: text("user"),
-		Model: text("model"), OSVersion: text("os_version"), LastSeenBefore: text("last_seen_before"),
+		Tag: text("tag"), Model: text("model"), OSVersion: text("os_version"), LastSeenBefore: text("last_seen_before"),
 		LastSeenAfter: text("last_seen_after"), Waiting: q.flag("waiting"), PushStatus: text("push_status"),
 		CertificateExpiresBefore: text("certificate_expires_before"),
 	}
@@ -81,6 +82,7 @@ func (s selector) filter() (storage.EnrollmentFilter, error) {
 	f.Topic = word("topic", s.Topic)
 	f.Serial = word("serial", s.Serial)
 	f.User = word("user", s.User)
+	f.Tag = word("tag", s.Tag)
 	f.Model = word("model", s.Model)
 	f.OSVersion = word("os_version", s.OSVersion)
 	f.LastSeenBefore = at("last_seen_before", s.LastSeenBefore)

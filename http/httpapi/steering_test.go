@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -182,6 +183,55 @@ func TestRenewals(t *testing.T) {
 	}
 	require.Len(t, o.deeds("enrollment.renewal.open"), 4)
 	require.Len(t, o.deeds("enrollment.renewal.close"), 1)
+}
+
+func TestTags(t *testing.T) {
+	o := newOperators(t)
+	for _, id := range []string{"a", "b"} {
+		o.enrollFully(id, "S-"+id, "topic-a")
+	}
+	key := call{key: o.makeKey("helpdesk", "enqueue")}
+	require.Equal(t, []any{"lab"}, o.asks(key, 200, "PUT", "/v1/enrollments/S-a/tags/lab", "")["tags"])
+	require.Equal(t, []any{"lab"}, o.asks(key, 200, "PUT", "/v1/enrollments/a/tags/lab", "")["tags"])
+	require.Equal(t, []any{"lab"}, o.asks(key, 200, "GET", "/v1/enrollments/a", "")["tags"])
+	require.NotContains(t, o.asks(key, 200, "GET", "/v1/enrollments/b", ""), "tags")
+	for path, want := range map[string]string{
+		"a/tags/" + strings.Repeat("x", 65): "longer than 64", "a/tags/a%20b": "other characters", "a/tags/-x": "begin with",
+	} {
+		require.Contains(t, o.asks(key, 400, "PUT", "/v1/enrollments/"+path, "")["error"], want)
+	}
+	o.asks(key, 404, "PUT", "/v1/enrollments/nobody/tags/lab", "")
+
+	answer := o.asks(key, 200, "POST", "/v1/tags", `{"ids": ["a", "b", "nobody"], "add": ["berlin", "berlin"], "remove": ["lab"]}`)
+	require.EqualValues(t, 2, answer["changed"])
+	require.Equal(t, []any{"nobody"}, answer["missing"])
+	answer = o.asks(key, 200, "POST", "/v1/tags", `{"selector": {"tag": "berlin", "serial": "S-b"}, "add": ["lab"]}`)
+	require.EqualValues(t, 1, answer["changed"])
+	for body, want := range map[string]string{
+		`{"ids": ["a"]}`: "give a tag", `{"add": ["x"]}`: "ids or a selector", `{"ids": ["a"], "add": ["x y"]}`: `add: "x y" is no tag`,
+		`{"ids": ["a"], "add": ["x"], "remove": ["x"]}`: "in both", `{"ids": ["a"], "remove": [""]}`: "remove: ",
+	} {
+		require.Contains(t, o.asks(key, 400, "POST", "/v1/tags", body)["error"], want, body)
+	}
+	page := o.asks(key, 200, "GET", "/v1/tags?limit=1", "")
+	require.Equal(t, []any{map[string]any{"tag": "berlin", "devices": 2.0}}, page["tags"])
+	page = o.asks(key, 200, "GET", "/v1/tags?limit=1&after="+url.QueryEscape(page["next"].(string)), "")
+	require.Equal(t, []any{map[string]any{"tag": "lab", "devices": 1.0}}, page["tags"])
+	require.NotContains(t, page, "next")
+
+	for range 2 {
+		require.Equal(t, []any{"berlin"}, o.asks(key, 200, "DELETE", "/v1/enrollments/b/tags/lab", "")["tags"])
+	}
+	full := make([]string, storage.MaxTags)
+	for i := range full {
+		full[i] = fmt.Sprintf("%q", fmt.Sprint("t", i))
+	}
+	o.asks(key, 200, "POST", "/v1/tags", `{"ids": ["b"], "add": [`+strings.Join(full, ",")+`], "remove": ["berlin"]}`)
+	require.Contains(t, o.asks(key, 409, "PUT", "/v1/enrollments/b/tags/more", "")["error"], "has 50 tags already")
+	require.Equal(t, []any{"b"}, o.asks(key, 200, "POST", "/v1/tags", `{"ids": ["b"], "add": ["more"]}`)["full"])
+
+	require.Equal(t, []string{" done", "a done", "b b has 50 tags already", "b done", "b done", "b done", "nobody no enrollment has that id or serial number"},
+		o.deeds("enrollment.tags"), "of what changed, and of what was refused")
 }
 
 func TestQueueAndCommands(t *testing.T) {
@@ -430,6 +480,10 @@ func TestTenants(t *testing.T) {
 		"POST /v1/enrollments/{id}/enable":                  {},
 		"PUT /v1/enrollments/{id}/renewal":                  {body: `{"for": "1h"}`},
 		"DELETE /v1/enrollments/{id}/renewal":               {},
+		"PUT /v1/enrollments/{id}/tags/{tag}":               {},
+		"DELETE /v1/enrollments/{id}/tags/{tag}":            {},
+		"GET /v1/tags":                                      {},
+		"POST /v1/tags":                                     {body: `{"add": ["lab"], "remove": ["blue"], "ids": ["{who}"]}`},
 		"PUT /v1/renewals":                                  {body: `{"for": "1h", "ids": ["{who}"]}`},
 		"POST /v1/enrollments/{id}/bootstrap_token":         {},
 		"POST /v1/enrollments/{id}/unlock_token":            {},
@@ -464,6 +518,7 @@ func TestTenants(t *testing.T) {
 		o.asks(o.admin(), 200, "PUT", "/v1/enqueue/theirs?nopush=1", command(uuid))
 	}
 	o.reports("theirs", mdm.StatusError, "failed", "secret result")
+	o.asks(o.admin(), 200, "PUT", "/v1/enrollments/theirs/tags/blue", "")
 	state := func() string {
 		require.NoError(t, o.store.Flush(t.Context()))
 		var all bytes.Buffer
