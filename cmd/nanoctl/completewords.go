@@ -59,6 +59,9 @@ func (e *env) completions(ctx context.Context, args []string) []string {
 	flags.SetOutput(io.Discard)
 	if len(rest) > 1 {
 		if f := flags.Lookup(strings.TrimLeft(rest[len(rest)-2], "-")); f != nil && strings.HasPrefix(rest[len(rest)-2], "-") && !isSwitch(f) {
+			if f.Name == "tag" {
+				return e.listed(ctx, "/v1/tags", "tags", "tag")
+			}
 			return flagValues(c.name, f.Name)
 		}
 	}
@@ -118,6 +121,8 @@ func (e *env) argumentValues(ctx context.Context, c *command, n int) []string {
 		return names
 	case word == "ID|SERIAL":
 		return e.listed(ctx, "/v1/enrollments", "enrollments", "serial_number", "id")
+	case word == "TAG":
+		return e.listed(ctx, "/v1/tags", "tags", "tag")
 	case word == "COMMAND_UUID":
 		return e.listed(ctx, "/v1/commands", "commands", "command_uuid")
 	case word == "SINK", word == "NAME" && strings.HasPrefix(c.name, "sinks "):
@@ -141,7 +146,7 @@ func (e *env) listed(ctx context.Context, path, field string, names ...string) [
 	}
 	defer e.api.http.CloseIdleConnections()
 	query := url.Values{}
-	if slices.Contains([]string{"/v1/enrollments", "/v1/commands"}, path) {
+	if slices.Contains([]string{"/v1/enrollments", "/v1/commands", "/v1/tags"}, path) {
 		query.Set("limit", fmt.Sprint(completeItems))
 	}
 	var page map[string]json.RawMessage

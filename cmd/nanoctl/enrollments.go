@@ -35,6 +35,7 @@ type enrollment struct {
 	IMEI                  string     `json:"imei"`
 	MEID                  string     `json:"meid"`
 	User                  *userInfo  `json:"user"`
+	Tags                  []string   `json:"tags"`
 	Tally                 int        `json:"token_update_tally"`
 	AwaitingConfiguration bool       `json:"awaiting_configuration"`
 	EnrolledAt            *time.Time `json:"enrolled_at"`
@@ -148,7 +149,7 @@ func naming(argument string, err error) error {
 // filter selects enrollments; the names are the server's.
 type filter struct {
 	enabled, waiting                           string
-	kind, topic, serial, user, model           string
+	kind, topic, serial, user, tag, model      string
 	osVersion                                  string
 	pushStatus                                 string
 	stale, certExpires                         age
@@ -161,6 +162,7 @@ func (f *filter) flags(flags *flag.FlagSet) {
 	flags.StringVar(&f.topic, "topic", "", "APNs `topic`")
 	flags.StringVar(&f.serial, "serial", "", "serial `number`")
 	flags.StringVar(&f.user, "user", "", "a user's short `name`")
+	flags.StringVar(&f.tag, "tag", "", "a device's `tag`")
 	flags.StringVar(&f.model, "model", "", "`model`, such as MacBookPro18,3")
 	flags.StringVar(&f.osVersion, "os-version", "", "OS `version`, such as 15.1")
 	flags.Var(&f.stale, "stale", "not seen for so long, such as `7d`")
@@ -176,7 +178,7 @@ func (f *filter) flags(flags *flag.FlagSet) {
 func (f *filter) query() url.Values {
 	q := url.Values{}
 	for name, value := range map[string]string{
-		"type": f.kind, "enabled": f.enabled, "topic": f.topic, "serial": f.serial, "user": f.user, "model": f.model,
+		"type": f.kind, "enabled": f.enabled, "topic": f.topic, "serial": f.serial, "user": f.user, "tag": f.tag, "model": f.model,
 		"os_version": f.osVersion, "waiting": f.waiting, "push_status": f.pushStatus,
 	} {
 		if value != "" {
@@ -221,6 +223,7 @@ var enrollmentColumns = []column[enrollment]{
 	{heading: "WAITING", cell: func(x *enrollment) string { return strconv.Itoa(x.waiting()) }},
 	{heading: "PUSH", cell: (*enrollment).pushed, clip: true, tone: toneOf},
 	{heading: "MODEL", cell: func(x *enrollment) string { return x.Model }, wide: true},
+	{heading: "TAGS", cell: func(x *enrollment) string { return strings.Join(x.Tags, ",") }, wide: true},
 	{heading: "TYPE", cell: func(x *enrollment) string { return x.Type }, wide: true},
 	{heading: "ID", cell: func(x *enrollment) string { return x.ID }, wide: true},
 }
@@ -265,7 +268,7 @@ func (e *env) showEnrollment(x *enrollment) error {
 	rows := [][2]string{
 		{"id", x.ID}, {"type", x.Type}, {"device", unlessEqual(x.DeviceID, x.ID)}, {"status", x.status()}, {"serial number", x.Serial},
 		{"name", x.DeviceName}, {"model", joined(x.Model, x.ModelName, x.ProductName)}, {"OS", joined(x.OSVersion, x.BuildVersion)},
-		{"IMEI", x.IMEI}, {"MEID", x.MEID}, {"topic", x.Topic},
+		{"IMEI", x.IMEI}, {"MEID", x.MEID}, {"tags", joined(x.Tags...)}, {"topic", x.Topic},
 	}
 	if x.User != nil {
 		rows = append(rows, [2]string{"user", joined(x.User.ShortName, x.User.LongName)})

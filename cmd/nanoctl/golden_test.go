@@ -42,7 +42,7 @@ const (
 func goldenEnrollment(i int, more string) string {
 	return fmt.Sprintf(`{"id":"0000810%d-001A2B3C4D5E6F7%d","type":"Device","device_id":"0000810%d-001A2B3C4D5E6F7%d","enabled":true,"serial_number":"C02XK0AAJG5%d",
 "device_name":"Marketing MacBook Pro of Ann-Sophie %d","model":"MacBookPro18,3","model_name":"MacBook Pro","os_version":"15.1.1","build_version":"24B91","topic":%q,
-"token_update_tally":2,"enrolled_at":%q,"last_seen_at":%q%s}`, i, i, i, i, i, i, goldenTopic, at(-90*24*time.Hour), at(-4*time.Hour), more)
+"token_update_tally":2,"tags":["lab","berlin-3rd-floor"],"enrolled_at":%q,"last_seen_at":%q%s}`, i, i, i, i, i, i, goldenTopic, at(-90*24*time.Hour), at(-4*time.Hour), more)
 }
 
 // goldenServer answers what the golden file shows.
@@ -59,6 +59,7 @@ func goldenServer() http.Handler {
 {"command_uuid":"0E1F3A3E-4C5B-4B0E-9E6C-0C4C2F1D7B12","request_type":"ManagedApplicationConfiguration","created_at":"` + at(-50*time.Hour) + `","states":{"acknowledged":400,"error":99,"expired":1}}]}`,
 		"/v1/audit": `{"audit":[{"at":"` + at(-time.Hour) + `","who":"helpdesk","action":"command.enqueue","target":"` + goldenUUID + `","detail":"ProfileList for 160 enrollments: a, b, c; selected by {}","outcome":"done"},
 {"at":"` + at(-2*time.Hour) + `","who":"nanomdm","action":"enrollment.bootstrap_token.read","target":"00008101-001A2B3C4D5E6F71","outcome":"the device has not escrowed one"}]}`,
+		"/v1/tags":  `{"tags":[{"tag":"berlin-3rd-floor","devices":160},{"tag":"lab","devices":12}]}`,
 		"/v1/keys":  `{"keys":[{"name":"helpdesk","role":"push","topics":["` + goldenTopic + `"],"created_at":"` + at(-time.Hour) + `","created_by":"nanomdm"}]}`,
 		"/v1/sinks": `{"sinks":[{"name":"siem","url":"https://siem.example.org/hooks/mdm/production/events","filter":{"topics":["mdm.Connect","mdm.CheckOut"]},"backlog":{"behind":3,"waiting":2,"again":1,"dead":4,"oldest_at":"` + at(-2*time.Minute) + `"}},{"name":"log","filter":{}}]}`,
 		"/v1/pushcerts": `{"pushcerts":[{"topic":"` + goldenTopic + `","not_after":"` + at(20*24*time.Hour) + `","updated_at":"` + at(-340*24*time.Hour) + `","version":1,"enrollments":160,"last_class":"accepted","last_at":"` + at(-3*time.Second) + `"}],
@@ -83,6 +84,9 @@ func goldenServer() http.Handler {
 		if r.URL.Query().Get("state") == "scheduled" || r.URL.Query().Get("serial") == "none" {
 			answer = `{}`
 		}
+		if r.Method == http.MethodPost && r.URL.Path == "/v1/tags" {
+			answer = `{"changed":1}`
+		}
 		if !known {
 			w.WriteHeader(http.StatusNotFound)
 			answer = `{"error":"not found"}`
@@ -101,7 +105,7 @@ func TestEightyColumns(t *testing.T) {
 		var screen bytes.Buffer
 		dir := t.TempDir()
 		for _, line := range []string{
-			"help", "enrollments ls", "enrollments ls -serial none", "enrollments ls -o wide", "show C02XK0AAJG51", "queue C02XK0AAJG51", "commands ls",
+			"help", "enrollments ls", "enrollments ls -serial none", "enrollments ls -o wide", "show C02XK0AAJG51", "queue C02XK0AAJG51", "tags ls", "tag C02XK0AAJG51 lab", "tag C02XK0AAJG51", "commands ls",
 			"status " + goldenUUID, "audit", "keys ls", "sinks ls", "pushcert ls", "stats", "replicas", "top -count 1", "context ls", "events", "shwo",
 		} {
 			var out, errs bytes.Buffer

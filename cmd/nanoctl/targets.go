@@ -27,6 +27,9 @@ func (t *targets) flags(flags *flag.FlagSet) {
 	t.filter.flags(flags)
 }
 
+// selects says whether -all or filters choose enrollments.
+func (t *targets) selects() bool { return t.all || len(t.filter.query()) > 0 }
+
 // deviceTypes are the types of device channels.
 var deviceTypes = []string{"Device", "User Enrollment (Device)"}
 
@@ -36,7 +39,7 @@ var deviceTypes = []string{"Device", "User Enrollment (Device)"}
 // whoever enrolls meanwhile.
 func (t *targets) resolve(ctx context.Context, e *env, args []string) ([]enrollment, error) {
 	query := t.filter.query()
-	selects := t.all || len(query) > 0
+	selects := t.selects()
 	if t.from != "" {
 		names, err := e.readLines(t.from)
 		if err != nil {
