@@ -12,13 +12,13 @@ func States() []State {
 
 // QueueItem is a command of an enrollment, as it stands.
 type QueueItem struct {
-	EnrollmentID string
-	CommandUUID  string
-	RequestType  string // "" if the command is gone
-	State        State
-	Seq          int64
-	Priority     int
-	CreatedAt    time.Time
+	Enrollment  string // the id of the enrollment
+	CommandUUID string
+	RequestType string // "" if the command is gone
+	State       State
+	Seq         int64
+	Priority    int
+	CreatedAt   time.Time
 	// Zero times: never.
 	NotBefore   time.Time // while it is scheduled
 	ExpiresAt   time.Time

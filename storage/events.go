@@ -65,25 +65,54 @@ func BearsTokens(topic string) bool {
 	return true
 }
 
-// EventRecord is an event as it stands in the log.
-type EventRecord struct {
-	Event
-	// Seq is its number in the log, which is the cursor of who has read it.
-	// Numbers grow; some are missing.
-	Seq         int64
-	Enroll      mdm.EnrollID // zero for an event that is of no enrollment
-	APNsTopic   string
-	RequestType string // mdm.Connect with a known command, and command events
-	Tally       int    // mdm.TokenUpdate: since the last Authenticate
+// Event reports one change to other systems, and is committed with it. This is
+// the store's shape; package webhook has the one that is sent.
+//
+// The tags name the fields in the stored JSON. A field that is tagged "-" is
+// stored in another place, or not at all.
+type Event struct {
+	// The middleware that makes the event sets these.
+
+	ID        string    `json:"id"`    // UUID, unique
+	Topic     string    `json:"topic"` // "mdm.TokenUpdate"
+	CreatedAt time.Time `json:"-"`
+	// UDID and EnrollmentID are the identifiers in the device's message;
+	// EnrollmentID is that of a User Enrollment.
+	UDID         string `json:"udid,omitempty"`
+	EnrollmentID string `json:"enrollment_id,omitempty"`
+	Status       string `json:"status,omitempty"` // reports only
+	// CommandUUID is set in reports and in events of commands.
+	CommandUUID string            `json:"command_uuid,omitempty"`
+	Params      map[string]string `json:"params,omitempty"`
+	// TraceParent is the traceparent header of the request, at most 255
+	// characters. Receivers get it, too.
+	TraceParent string `json:"traceparent,omitempty"`
+	Raw         []byte `json:"-"` // the body as it came
+	// Volatile marks an event that reports no change (an Idle poll, a Get…):
+	// it may be written with the next activity batch, and a crash may lose it.
+	Volatile bool `json:"-"`
+
+	// The store sets these when it writes the event.
+
+	Enroll      mdm.EnrollID `json:"-"` // zero for an event that is of no enrollment
+	APNsTopic   string       `json:"apns_topic,omitempty"`
+	RequestType string       `json:"request_type,omitempty"` // of the event's command, if that is known
+	Tally       int          `json:"tally,omitempty"`        // mdm.TokenUpdate: since the last Authenticate
 	// RawSize is the size of the payload as stored, in bytes. -1: the event
 	// has none, or it was removed because a sink was too far behind.
-	RawSize int64
-	// RawLeft says that Raw is empty because the payload is large: it is to
-	// be read by EventPayload.
-	RawLeft bool
+	RawSize int64 `json:"size"`
+	// RawApart says that the payload is stored apart from the event, so that
+	// Raw is empty: EventPayload reads it.
+	RawApart bool `json:"apart,omitempty"`
+
+	// The store sets these when it reads the event.
+
+	// Seq is the event's number in the log, and the cursor of a reader that
+	// got so far. Numbers grow; some are missing.
+	Seq int64 `json:"-"`
 	// Attempts counts deliveries that failed; WaitingEvents and
 	// RedeliveredEvents only.
-	Attempts int
+	Attempts int `json:"-"`
 }
 
 // Idle says whether the event is of a poll without a result.
@@ -120,8 +149,8 @@ func (f *EventFilter) Wants(e *Event, typ mdm.EnrollType) bool {
 }
 
 // Match says whether the filter lets the event through.
-func (f *EventFilter) Match(r *EventRecord) bool {
-	if !f.Wants(&r.Event, r.Enroll.Type) {
+func (f *EventFilter) Match(r *Event) bool {
+	if !f.Wants(r, r.Enroll.Type) {
 		return false
 	}
 	if len(f.RequestTypes) > 0 && r.CommandUUID != "" && !slices.Contains(f.RequestTypes, r.RequestType) {
@@ -178,7 +207,7 @@ func (s *EventSink) Wants(e *Event, typ mdm.EnrollType) bool {
 }
 
 // Match says whether the sink takes the event.
-func (s *EventSink) Match(r *EventRecord) bool {
+func (s *EventSink) Match(r *Event) bool {
 	return s.Enabled && (s.Tokens || !BearsTokens(r.Topic)) && s.Filter.Match(r)
 }
 
@@ -214,7 +243,7 @@ type EventLog interface {
 	// ReadEvents returns events in order and where to go on: behind the last
 	// one that was looked at, which may be one that the Scope or the topics
 	// leave out.
-	ReadEvents(ctx context.Context, scope Scope, q EventQuery) (events []EventRecord, next int64, err error)
+	ReadEvents(ctx context.Context, scope Scope, q EventQuery) (events []Event, next int64, err error)
 	// EventPayload reads one payload, or fails with ErrNotFound.
 	EventPayload(ctx context.Context, seq int64) ([]byte, error)
 	// LastEvent returns the last number that was given, 0 if none.
@@ -298,8 +327,8 @@ type Outbox interface {
 	// together. It returns how many, and the last number there is.
 	NumberEvents(ctx context.Context, l Lease, limit int) (n int, last int64, err error)
 	// SinkPage reads up to limit events after a number, for any sink. Payloads
-	// over 64 KiB are left (RawLeft).
-	SinkPage(ctx context.Context, after int64, limit int) ([]EventRecord, error)
+	// over 64 KiB are left (RawApart).
+	SinkPage(ctx context.Context, after int64, limit int) ([]Event, error)
 	// Settle writes what a deliverer did for a sink as it read it. It fails
 	// with ErrNotFound, and writes nothing, if that was deleted, also if there
 	// is a new one of its name.
@@ -319,10 +348,10 @@ type Deliveries interface {
 	WaitingEnrollments(ctx context.Context, sink string, limit int) ([]WaitingEnrollment, error)
 	// WaitingEvents reads an enrollment's first waiting events, in order, as
 	// SinkPage does.
-	WaitingEvents(ctx context.Context, sink, enrollment string, limit int) ([]EventRecord, error)
+	WaitingEvents(ctx context.Context, sink, enrollment string, limit int) ([]Event, error)
 	// RedeliveredEvents reads up to limit of those that are to be sent again
 	// and are due, in order.
-	RedeliveredEvents(ctx context.Context, sink string, limit int) ([]EventRecord, error)
+	RedeliveredEvents(ctx context.Context, sink string, limit int) ([]Event, error)
 	// EventBacklogs counts, for each enabled sink with a URL, by name.
 	EventBacklogs(ctx context.Context) ([]SinkBacklog, error)
 }

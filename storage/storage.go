@@ -85,26 +85,6 @@ type Pin struct {
 	Unconfirmed bool
 }
 
-// Event is one fact for the outside, committed with the change that it
-// reports. The store adds the order inside the enrollment and the tally.
-type Event struct {
-	ID           string // UUID, unique
-	Topic        string // "mdm.TokenUpdate"
-	CreatedAt    time.Time
-	UDID         string
-	EnrollmentID string // of a User Enrollment
-	Status       string // reports only
-	CommandUUID  string // reports only
-	Params       map[string]string
-	// TraceParent is that of the request, to be sent along; at most 255
-	// characters.
-	TraceParent string
-	Raw         []byte // the body as it came
-	// Volatile marks an event that reports no change (an Idle poll, a Get…):
-	// it may be written with the next activity batch, and a crash may lose it.
-	Volatile bool
-}
-
 // Source says which channel speaks, with which certificate, and what is to be
 // told to the outside once the change is made.
 type Source struct {

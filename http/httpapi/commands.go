@@ -46,7 +46,7 @@ type itemInfo struct {
 
 func infoOfItem(i *storage.QueueItem) itemInfo {
 	return itemInfo{
-		EnrollmentID: i.EnrollmentID, CommandUUID: i.CommandUUID, RequestType: i.RequestType, State: i.State.String(), Seq: i.Seq, Priority: i.Priority,
+		EnrollmentID: i.Enrollment, CommandUUID: i.CommandUUID, RequestType: i.RequestType, State: i.State.String(), Seq: i.Seq, Priority: i.Priority,
 		CreatedAt: i.CreatedAt, NotBefore: i.NotBefore, ExpiresAt: i.ExpiresAt, FinishedAt: i.FinishedAt, Attempts: i.Attempts,
 		NotNowCount: i.NotNowCount, NotNowAt: i.NotNowAt, SupersedeKey: i.SupersedeKey,
 	}
@@ -227,7 +227,7 @@ func (a *API) showCommand(ctx context.Context, r *http.Request) (int, any, error
 	answer := commandStatus{commandInfo: infoOfCommand(c), Done: !waitsFor(c)}
 	if len(items) > limit {
 		items = items[:limit]
-		answer.Next = a.cursors.seal(r, itemPlace{items[limit-1].EnrollmentID})
+		answer.Next = a.cursors.seal(r, itemPlace{items[limit-1].Enrollment})
 	}
 	if answer.Enrollments, err = a.namedItems(ctx, items); err != nil {
 		return 0, nil, err

@@ -150,11 +150,11 @@ func (a *API) readEvents(r *http.Request, query storage.EventQuery, limit int) (
 
 // completePayload reads a large payload, and takes one away that the caller may
 // not see.
-func (a *API) completePayload(ctx context.Context, who caller, e *storage.EventRecord) (err error) {
+func (a *API) completePayload(ctx context.Context, who caller, e *storage.Event) (err error) {
 	switch {
 	case storage.BearsTokens(e.Topic) && who.role < roleAdmin:
 		e.Raw = nil
-	case e.RawLeft:
+	case e.RawApart:
 		if e.Raw, err = a.store.EventPayload(ctx, e.Seq); err != nil && !errors.Is(err, storage.ErrNotFound) {
 			return err
 		}
@@ -162,12 +162,12 @@ func (a *API) completePayload(ctx context.Context, who caller, e *storage.EventR
 	return nil
 }
 
-func (a *API) loggedEvent(r *http.Request, e *storage.EventRecord) loggedEvent {
+func (a *API) loggedEvent(r *http.Request, e *storage.Event) loggedEvent {
 	return loggedEvent{Event: webhook.NewEvent(e), Cursor: a.cursors.event(r, e.Seq), RequestType: e.RequestType}
 }
 
 // loggedEvents are events without payloads, which a list for people leaves out.
-func (a *API) loggedEvents(r *http.Request, events []storage.EventRecord) ([]loggedEvent, error) {
+func (a *API) loggedEvents(r *http.Request, events []storage.Event) ([]loggedEvent, error) {
 	page, ids := make([]loggedEvent, len(events)), make([]string, len(events))
 	for i := range events {
 		events[i].Raw = nil

@@ -23,7 +23,7 @@ type eventChoice struct {
 	since  time.Time
 }
 
-func (c *eventChoice) has(e *storage.EventRecord) bool {
+func (c *eventChoice) has(e *storage.Event) bool {
 	return (c.id == "" || e.Enroll.ID == c.id) && !e.CreatedAt.Before(c.since)
 }
 
@@ -36,7 +36,7 @@ func (a *API) newestEvents(r *http.Request, n int, c *eventChoice) (int, any, er
 	if err != nil {
 		return 0, nil, err
 	}
-	var found []storage.EventRecord
+	var found []storage.Event
 	reads := 0
 	for high := last; high > 0 && len(found) < n && reads < newestReads; {
 		low := max(0, high-newestWindow)
@@ -60,7 +60,7 @@ func (a *API) newestEvents(r *http.Request, n int, c *eventChoice) (int, any, er
 
 // eventWindow reads the chosen events with numbers above low up to high, and
 // the time of the oldest one that it saw.
-func (a *API) eventWindow(ctx context.Context, low, high int64, c *eventChoice, reads *int) (found []storage.EventRecord, oldest time.Time, err error) {
+func (a *API) eventWindow(ctx context.Context, low, high int64, c *eventChoice, reads *int) (found []storage.Event, oldest time.Time, err error) {
 	for after := low; after < high && *reads < newestReads; {
 		*reads++
 		events, next, err := a.store.ReadEvents(ctx, callerOf(ctx).scope, storage.EventQuery{After: after, Limit: eventRows, Topics: c.topics})

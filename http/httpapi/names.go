@@ -49,7 +49,7 @@ func (a *API) namedItems(ctx context.Context, items []storage.QueueItem) ([]item
 	}
 	ids := make([]string, len(items))
 	for i := range items {
-		ids[i] = items[i].EnrollmentID
+		ids[i] = items[i].Enrollment
 	}
 	list, err := a.store.Enrollments(ctx, callerOf(ctx).scope, ids)
 	if err != nil {

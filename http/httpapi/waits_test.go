@@ -30,9 +30,9 @@ func (s *quietLog) LastEvent(context.Context) (int64, error) {
 	return s.newest.Load(), nil
 }
 
-func (s *quietLog) ReadEvents(_ context.Context, _ storage.Scope, q storage.EventQuery) ([]storage.EventRecord, int64, error) {
+func (s *quietLog) ReadEvents(_ context.Context, _ storage.Scope, q storage.EventQuery) ([]storage.Event, int64, error) {
 	if newest := s.newest.Load(); newest > q.After {
-		return []storage.EventRecord{{Seq: newest, Event: storage.Event{ID: "e", Topic: storage.TopicCheckOut}}}, newest, nil
+		return []storage.Event{{Seq: newest, ID: "e", Topic: storage.TopicCheckOut}}, newest, nil
 	}
 	return nil, q.After, nil
 }

@@ -92,7 +92,7 @@ func TestOutcomes(t *testing.T) {
 	o := newOutcomes(7)
 	require.False(t, o.pending())
 	require.False(t, o.due(noon))
-	e := storage.EventRecord{Seq: 9, Enroll: mdm.EnrollID{ID: "A"}, Event: storage.Event{CreatedAt: noon}}
+	e := storage.Event{Seq: 9, Enroll: mdm.EnrollID{ID: "A"}, CreatedAt: noon}
 	o.wait(&e)
 	o.delivered(8)
 	o.cursor = 9

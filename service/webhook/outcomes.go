@@ -29,7 +29,7 @@ func newOutcomes(cursor int64) *outcomes {
 func (o *outcomes) put(d storage.Delivery) { o.rows[d.Seq] = &d }
 
 // wait stores an event that was not tried behind the enrollment's others.
-func (o *outcomes) wait(e *storage.EventRecord) { o.put(rowOf(e, storage.DeliveryWaiting)) }
+func (o *outcomes) wait(e *storage.Event) { o.put(rowOf(e, storage.DeliveryWaiting)) }
 
 // delivered removes the row of an event.
 func (o *outcomes) delivered(seq int64) { o.rows[seq] = nil }
@@ -63,6 +63,6 @@ func (o *outcomes) stored(now time.Time) {
 }
 
 // rowOf is the row of an event in a state.
-func rowOf(e *storage.EventRecord, state storage.DeliveryState) storage.Delivery {
+func rowOf(e *storage.Event, state storage.DeliveryState) storage.Delivery {
 	return storage.Delivery{Seq: e.Seq, Enrollment: e.Enroll.ID, CreatedAt: e.CreatedAt, State: state}
 }

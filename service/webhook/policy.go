@@ -42,7 +42,7 @@ type verdict struct {
 // assess applies a policy to an event whose last try failed, the last one of
 // tries made just now. before counts the failures of the receiver at the same
 // event that attempts does not count.
-func assess(policy storage.OnError, e *storage.EventRecord, f *failure, tries, before int, retry backoff.Policy) verdict {
+func assess(policy storage.OnError, e *storage.Event, f *failure, tries, before int, retry backoff.Policy) verdict {
 	switch {
 	case f.permanent:
 		return verdict{attempts: e.Attempts + tries, dead: true}

@@ -17,7 +17,7 @@ func TestAssess(t *testing.T) {
 	retry := backoff.Policy{First: time.Second, Max: time.Hour}
 	refused := &failure{received: true, answered: true}
 	absent := &failure{}
-	event := func(attempts int) *storage.EventRecord { return &storage.EventRecord{Attempts: attempts} }
+	event := func(attempts int) *storage.Event { return &storage.Event{Attempts: attempts} }
 	for name, c := range map[string]struct {
 		got         verdict
 		want        verdict

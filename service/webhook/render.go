@@ -63,7 +63,7 @@ type ServerSideEvent struct {
 }
 
 // NewEvent gives a record its public form.
-func NewEvent(r *storage.EventRecord) Event {
+func NewEvent(r *storage.Event) Event {
 	e := Event{Topic: r.Topic, EventID: r.ID, CreatedAt: r.CreatedAt.UTC()}
 	ids := IDs{ID: r.Enroll.ID, Type: r.Enroll.Type, ParentID: r.Enroll.ParentID}
 	switch {
@@ -86,7 +86,7 @@ func NewEvent(r *storage.EventRecord) Event {
 }
 
 // render makes the body that is sent.
-func render(r *storage.EventRecord) ([]byte, error) {
+func render(r *storage.Event) ([]byte, error) {
 	body, err := json.Marshal(NewEvent(r))
 	if err != nil {
 		return nil, fmt.Errorf("encoding event %s: %w", r.ID, err)

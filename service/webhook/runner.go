@@ -54,7 +54,7 @@ const (
 // order.
 type enrollmentBatch struct {
 	enrollment string
-	events     []storage.EventRecord
+	events     []storage.Event
 	from       source
 	more       bool // there may be further rows behind these
 	// failures counts those of the receiver at the first event that are not
@@ -554,7 +554,7 @@ func (r *runner) launch(sending context.Context, b *enrollmentBatch) {
 
 // send tries an event, more than once if that may help soon. before is how
 // often it was tried. It runs in the goroutine of a batch.
-func (r *runner) send(sending context.Context, e *storage.EventRecord, before int) (f *failure, tries int) {
+func (r *runner) send(sending context.Context, e *storage.Event, before int) (f *failure, tries int) {
 	for {
 		begun := time.Now()
 		f = r.trySend(sending, e, before+tries+1)
@@ -575,7 +575,7 @@ func (r *runner) send(sending context.Context, e *storage.EventRecord, before in
 func (r *runner) skips() bool { return r.sink.OnError == storage.OnErrorSkip }
 
 // trySend tries once and counts the try while it is slow.
-func (r *runner) trySend(sending context.Context, e *storage.EventRecord, attempt int) *failure {
+func (r *runner) trySend(sending context.Context, e *storage.Event, attempt int) *failure {
 	if !r.skips() {
 		return r.d.send.send(sending, &r.sink, e, attempt)
 	}
@@ -710,7 +710,7 @@ const warnEvery = time.Minute
 
 // deadLetter counts a dead letter, and warns of one that the receiver failed
 // to take.
-func (r *runner) deadLetter(ctx context.Context, e *storage.EventRecord, f *failure, v verdict, now time.Time) {
+func (r *runner) deadLetter(ctx context.Context, e *storage.Event, f *failure, v verdict, now time.Time) {
 	if !v.refused {
 		r.count.dead.Add(1)
 		return
@@ -726,7 +726,7 @@ func (r *runner) deadLetter(ctx context.Context, e *storage.EventRecord, f *fail
 
 // persistWaiting blocks an enrollment and stores events of the page that were
 // not tried.
-func (r *runner) persistWaiting(events []storage.EventRecord, enrollment string, next time.Time) {
+func (r *runner) persistWaiting(events []storage.Event, enrollment string, next time.Time) {
 	r.backlog.block(enrollment, next)
 	for i := range events {
 		r.out.wait(&events[i])

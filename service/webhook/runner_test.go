@@ -20,7 +20,7 @@ type emptyPageStore struct {
 	onEmpty func()
 }
 
-func (s *emptyPageStore) SinkPage(ctx context.Context, after int64, limit int) ([]storage.EventRecord, error) {
+func (s *emptyPageStore) SinkPage(ctx context.Context, after int64, limit int) ([]storage.Event, error) {
 	events, err := s.Store.SinkPage(ctx, after, limit)
 	if err == nil && len(events) == 0 {
 		s.once.Do(s.onEmpty)

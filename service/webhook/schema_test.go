@@ -159,13 +159,13 @@ func TestSchemaRefuses(t *testing.T) {
 }
 
 // examples are of each topic, in the order of the documentation.
-func examples() []storage.EventRecord {
+func examples() []storage.Event {
 	at := time.Date(2026, 3, 1, 12, 0, 0, 123456000, time.UTC)
 	device := mdm.EnrollID{Type: mdm.Device, ID: "5A1DB3C2-8E8B-4D0A-9C2D-2F8A1C0E7B11"}
 	user := mdm.EnrollID{Type: mdm.User, ID: device.ID + ":0B7C4F6E-37C1-4B38-8C69-0E5E0D8D8A11", ParentID: device.ID}
-	var list []storage.EventRecord
-	add := func(topic string, enroll mdm.EnrollID, change func(*storage.EventRecord)) {
-		r := storage.EventRecord{Enroll: enroll}
+	var list []storage.Event
+	add := func(topic string, enroll mdm.EnrollID, change func(*storage.Event)) {
+		r := storage.Event{Enroll: enroll}
 		n := len(list) + 1
 		r.ID = fmt.Sprintf("019ca949-0%03x-7f3c-9a41-6d1c2b8e%04x", n, n*7919%65536)
 		r.Topic, r.CreatedAt, r.UDID = topic, at.Add(time.Duration(n)*time.Minute), device.ID
@@ -177,32 +177,32 @@ func examples() []storage.EventRecord {
 		}
 		list = append(list, r)
 	}
-	add(storage.TopicAuthenticate, device, func(r *storage.EventRecord) { r.Params = map[string]string{"site": "berlin"} })
-	add(storage.TopicTokenUpdate, device, func(r *storage.EventRecord) { r.Tally = 1 })
+	add(storage.TopicAuthenticate, device, func(r *storage.Event) { r.Params = map[string]string{"site": "berlin"} })
+	add(storage.TopicTokenUpdate, device, func(r *storage.Event) { r.Tally = 1 })
 	add(storage.TopicCheckOut, device, nil)
 	add(storage.TopicUserAuthenticate, user, nil)
 	add(storage.TopicSetBootstrapToken, device, nil)
 	add(storage.TopicGetBootstrapToken, device, nil)
-	add(storage.TopicConnect, device, func(r *storage.EventRecord) {
+	add(storage.TopicConnect, device, func(r *storage.Event) {
 		r.Status, r.CommandUUID = "Acknowledged", "7f9a2c1e-5b0d-4d7e-8f55-0d7a7e1f3c90"
 	})
 	add(storage.TopicDeclarativeManagement, device, nil)
 	add(storage.TopicGetToken, device, nil)
-	add(storage.TopicCommandExpired, device, func(r *storage.EventRecord) {
+	add(storage.TopicCommandExpired, device, func(r *storage.Event) {
 		r.APNsTopic, r.CommandUUID, r.RequestType = "com.apple.mgmt.External.a", "7f9a2c1e-5b0d-4d7e-8f55-0d7a7e1f3c90", "DeviceLock"
 	})
-	add(storage.TopicPushFailed, device, func(r *storage.EventRecord) {
+	add(storage.TopicPushFailed, device, func(r *storage.Event) {
 		r.APNsTopic = "com.apple.mgmt.External.a"
 		r.Params = map[string]string{"class": "token_dead", "status": "410", "reason": "Unregistered", "apns_id": "C2F4D1B6-6D0B-4E6A-9B54-3C0A8F4F1E22"}
 	})
-	add(storage.TopicPushCertExpiring, mdm.EnrollID{}, func(r *storage.EventRecord) {
+	add(storage.TopicPushCertExpiring, mdm.EnrollID{}, func(r *storage.Event) {
 		r.UDID, r.APNsTopic, r.Params = "", "com.apple.mgmt.External.a", map[string]string{"not_after": "2026-03-29T12:00:00Z"}
 	})
-	add(storage.TopicIdentityExpiring, device, func(r *storage.EventRecord) {
+	add(storage.TopicIdentityExpiring, device, func(r *storage.Event) {
 		r.APNsTopic = "com.apple.mgmt.External.a"
 		r.Params = map[string]string{"not_after": "2026-03-29T12:00:00Z", "certificate_sha256": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"}
 	})
-	add(storage.TopicEnrollmentDeleted, device, func(r *storage.EventRecord) { r.APNsTopic = "com.apple.mgmt.External.a" })
+	add(storage.TopicEnrollmentDeleted, device, func(r *storage.Event) { r.APNsTopic = "com.apple.mgmt.External.a" })
 	return list
 }
 

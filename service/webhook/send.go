@@ -101,10 +101,10 @@ func (s *sender) close() {
 }
 
 // send tries once. attempt is the number of the try, from 1.
-func (s *sender) send(ctx context.Context, k *storage.EventSink, r *storage.EventRecord, attempt int) *failure {
+func (s *sender) send(ctx context.Context, k *storage.EventSink, r *storage.Event, attempt int) *failure {
 	ctx, cancel := context.WithTimeout(ctx, s.timeout)
 	defer cancel()
-	if r.RawLeft {
+	if r.RawApart {
 		weight := min(r.RawSize, maxSending)
 		if err := s.large.Acquire(ctx, weight); err != nil {
 			return &failure{text: "too many large events at once"}
@@ -125,7 +125,7 @@ func (s *sender) send(ctx context.Context, k *storage.EventSink, r *storage.Even
 	return s.post(ctx, k, r, body, attempt)
 }
 
-func (s *sender) post(ctx context.Context, k *storage.EventSink, r *storage.EventRecord, body []byte, attempt int) *failure {
+func (s *sender) post(ctx context.Context, k *storage.EventSink, r *storage.Event, body []byte, attempt int) *failure {
 	// A connection that was kept may turn out to be closed: the transport then
 	// makes a new one, which may fail.
 	var connected atomic.Bool

@@ -43,7 +43,7 @@ func TestEventIsOneWrite(t *testing.T) {
 		return countingConn{conn, &writes}, err
 	})
 	defer s.close()
-	e := &storage.EventRecord{Event: storage.Event{ID: "E", Topic: storage.TopicConnect, Raw: bytes.Repeat([]byte("x"), 20_000)}}
+	e := &storage.Event{ID: "E", Topic: storage.TopicConnect, Raw: bytes.Repeat([]byte("x"), 20_000)}
 	require.Nil(t, s.send(t.Context(), &storage.EventSink{URL: receiver.URL, Keys: []string{"key"}}, e, 1))
 	require.Greater(t, got.Load(), int64(20_000))
 	require.EqualValues(t, 1, writes.Load())
@@ -54,7 +54,7 @@ func TestEventIsOneWrite(t *testing.T) {
 func TestGuardedSinks(t *testing.T) {
 	receiver := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
 	defer receiver.Close()
-	e := &storage.EventRecord{Event: storage.Event{ID: "E", Topic: storage.TopicConnect}}
+	e := &storage.Event{ID: "E", Topic: storage.TopicConnect}
 	s := newSender(nil, 10*time.Second, 1, nil, callout.Guard{}, nil)
 	defer s.close()
 	require.Nil(t, s.send(t.Context(), &storage.EventSink{URL: receiver.URL, Configured: true}, e, 1))

@@ -89,7 +89,7 @@ type activityLog struct {
 
 	mu         sync.Mutex
 	pending    map[string]activity
-	events     []outEvent
+	events     []storage.Event
 	eventBytes int
 
 	flushing sync.Mutex // one flush at a time
@@ -148,14 +148,14 @@ func (a *activityLog) note(n activity) {
 
 // tell remembers events that report no change. It never waits for the
 // database either: what finds no room is dropped and counted.
-func (a *activityLog) tell(events []outEvent) {
+func (a *activityLog) tell(events []storage.Event) {
 	if len(events) == 0 {
 		return
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	for i := range events {
-		size := events[i].size()
+		size := eventSize(&events[i])
 		if a.eventBytes+size > activityBytes {
 			a.eventsDropped.Add(1)
 			continue
@@ -202,7 +202,7 @@ func (a *activityLog) flush(ctx context.Context, offerAge time.Duration) error {
 }
 
 // take empties the log, but for offers that began after a time.
-func (a *activityLog) take(after int64) (rows []activity, events []outEvent) {
+func (a *activityLog) take(after int64) (rows []activity, events []storage.Event) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	pending := make(map[string]activity, len(a.pending))
@@ -249,11 +249,11 @@ func (a *activityLog) flushRows(ctx context.Context, rows []activity) error {
 }
 
 // flushEvents writes events in chunks of one transaction each.
-func (a *activityLog) flushEvents(ctx context.Context, events []outEvent) error {
+func (a *activityLog) flushEvents(ctx context.Context, events []storage.Event) error {
 	for len(events) > 0 {
 		n, bytes := 0, 0
-		for n < len(events) && n < eventRows && (n == 0 || bytes+events[n].size() <= batchBytes) {
-			bytes += events[n].size()
+		for n < len(events) && n < eventRows && (n == 0 || bytes+eventSize(&events[n]) <= batchBytes) {
+			bytes += eventSize(&events[n])
 			n++
 		}
 		chunk := events[:n]

@@ -2,10 +2,12 @@ package sqlstore
 
 import (
 	"context"
-	"crypto/rand"
+	"encoding/binary"
 	"fmt"
 	"slices"
 	"time"
+
+	"github.com/google/uuid"
 
 	"github.com/nanomdm/nanomdm/mdm"
 	"github.com/nanomdm/nanomdm/storage"
@@ -67,17 +69,16 @@ func announceSome(ctx context.Context, t *tx, list []announcement) error {
 	if err != nil {
 		return err
 	}
-	events := make([]outEvent, len(list))
+	events := make([]storage.Event, len(list))
 	for i, a := range list {
-		e := outEvent{
-			Event: storage.Event{ID: eventID(t.Now), Topic: a.topic, CreatedAt: fromMicros(t.Now), CommandUUID: a.commandUUID, Params: a.detail},
-			facts: facts{topic: a.apnsTopic, requestType: a.requestType},
+		e := storage.Event{
+			ID: eventID(t.Now), Topic: a.topic, CreatedAt: fromMicros(t.Now), CommandUUID: a.commandUUID, Params: a.detail,
+			Enroll: mdm.EnrollID{ID: a.enrollment}, APNsTopic: a.apnsTopic, RequestType: a.requestType,
 		}
-		e.enroll.ID = a.enrollment
 		if of := to[a.enrollment]; of != nil {
-			e.topic, e.enroll.Type = of.topic, of.typ
+			e.APNsTopic, e.Enroll.Type = of.topic, of.typ
 			if a.enrollment != of.deviceID {
-				e.enroll.ParentID = of.deviceID
+				e.Enroll.ParentID = of.deviceID
 			}
 			switch of.typ {
 			case mdm.UserEnrollment, mdm.UserEnrollmentDevice:
@@ -114,18 +115,15 @@ func eventEnrollments(ctx context.Context, t *tx, ids []string) (map[string]*eve
 	return to, err
 }
 
-// eventID makes a UUID of version 7 (RFC 9562): as it begins with the time,
-// events lie in the order in which they came.
+// eventID makes a UUID of version 7 (RFC 9562) from the transaction's time, so
+// that events lie in the index in the order in which they came.
 func eventID(now int64) string {
-	var b [16]byte
-	_, _ = rand.Read(b[6:]) // never fails
-	ms := now / 1000
-	for i := range 6 {
-		b[i] = byte(ms >> (8 * (5 - i)))
-	}
-	b[6] = b[6]&0x0f | 0x70
-	b[8] = b[8]&0x3f | 0x80
-	return fmt.Sprintf("%x-%x-%x-%x-%x", b[:4], b[4:6], b[6:8], b[8:10], b[10:])
+	id := uuid.New()
+	var ms [8]byte
+	binary.BigEndian.PutUint64(ms[:], uint64(now/1000))
+	copy(id[:6], ms[2:])
+	id[6] = id[6]&0x0f | 0x70
+	return id.String()
 }
 
 // expiring is a certificate that is near its end.

@@ -38,20 +38,20 @@ func (s *Store) WaitingEnrollments(ctx context.Context, sink string, limit int) 
 }
 
 // WaitingEvents implements storage.Deliveries.
-func (s *Store) WaitingEvents(ctx context.Context, sink, enrollment string, limit int) ([]storage.EventRecord, error) {
+func (s *Store) WaitingEvents(ctx context.Context, sink, enrollment string, limit int) ([]storage.Event, error) {
 	return s.deliveries(ctx, `WHERE sink = ? AND state = ? AND enrollment_id = ? ORDER BY seq LIMIT ?`,
 		sink, int(storage.DeliveryWaiting), enrollment, limit)
 }
 
 // RedeliveredEvents implements storage.Deliveries.
-func (s *Store) RedeliveredEvents(ctx context.Context, sink string, limit int) ([]storage.EventRecord, error) {
+func (s *Store) RedeliveredEvents(ctx context.Context, sink string, limit int) ([]storage.Event, error) {
 	return s.deliveries(ctx, `WHERE sink = ? AND state = ? AND next_at <= ? ORDER BY next_at, seq LIMIT ?`,
 		sink, int(storage.DeliveryAgain), micros(s.now()), limit)
 }
 
 // deliveries reads the events of deliveries, in the order of those.
-func (s *Store) deliveries(ctx context.Context, where string, args ...any) ([]storage.EventRecord, error) {
-	var events []storage.EventRecord
+func (s *Store) deliveries(ctx context.Context, where string, args ...any) ([]storage.Event, error) {
+	var events []storage.Event
 	err := s.read(ctx, func(ctx context.Context, t *tx) error {
 		rows, err := deliveryRecords(ctx, t, where, slices.Clone(args)...)
 		if err != nil || len(rows) == 0 {
@@ -62,14 +62,14 @@ func (s *Store) deliveries(ctx context.Context, where string, args ...any) ([]st
 		for i := range rows {
 			place[rows[i].seq] = i
 		}
-		events, err = s.eventsOf(ctx, t, batchesOfRows(rows), func(_ *eventDetails, seq int64) bool {
-			_, wanted := place[seq]
+		events, err = s.eventsOf(ctx, t, batchesOfRows(rows), func(e *storage.Event) bool {
+			_, wanted := place[e.Seq]
 			return wanted
 		})
 		if err != nil {
 			return err
 		}
-		slices.SortFunc(events, func(a, b storage.EventRecord) int { return cmp.Compare(place[a.Seq], place[b.Seq]) })
+		slices.SortFunc(events, func(a, b storage.Event) int { return cmp.Compare(place[a.Seq], place[b.Seq]) })
 		for i := range events {
 			events[i].Attempts = rows[place[events[i].Seq]].attempts
 		}
@@ -170,7 +170,7 @@ func oldestUnsettled(ctx context.Context, t *tx, sink *storage.EventSink) (time.
 	if err != nil || len(list) == 0 {
 		return time.Time{}, err
 	}
-	events, err := loggedEvents(ctx, t, idsOf(list), nil, func(seq int64) bool { return seq >= from })
+	events, err := sinkEvents(ctx, t, idsOf(list), nil, func(e *storage.Event) bool { return e.Seq >= from })
 	if err != nil || len(events) == 0 {
 		return time.Time{}, err
 	}

@@ -55,7 +55,7 @@ func batchesAfter(ctx context.Context, t *tx, after int64, limit int) (list []nu
 type eventBatch struct {
 	id       string
 	last     int64
-	events   []eventDetails
+	events   []storage.Event
 	payloads []byte // if they were asked for
 	cut      bool   // some of them are lost, which each finds out, or all events are
 }
@@ -63,22 +63,19 @@ type eventBatch struct {
 // number is that of the event at a place.
 func (b *eventBatch) number(at int) int64 { return b.last - int64(len(b.events)-1-at) }
 
-// each calls fn with each event of a batch that was read with payloads, and
-// the one that stands there, nil if there is none. Size is -1 if it should and
-// does not: one that is lost must not hold up the others.
-func (b *eventBatch) each(fn func(d *eventDetails, seq int64, payload []byte)) {
+// addPayloads gives the events of a batch the payloads that are stored with it.
+// A payload that is lost makes RawSize -1: it must not hold up the others.
+func (b *eventBatch) addPayloads() {
 	rest := b.payloads
-	for at := range b.events {
-		d := &b.events[at]
-		var payload []byte
+	for i := range b.events {
+		e := &b.events[i]
 		switch {
-		case d.Apart || d.Size < 0:
-		case d.Size > len(rest):
-			d.Size, rest, b.cut = -1, nil, true
+		case e.RawApart || e.RawSize < 0:
+		case e.RawSize > int64(len(rest)):
+			e.RawSize, rest, b.cut = -1, nil, true
 		default:
-			payload, rest = rest[:d.Size:d.Size], rest[d.Size:]
+			e.Raw, rest = rest[:e.RawSize:e.RawSize], rest[e.RawSize:]
 		}
-		fn(d, b.number(at), payload)
 	}
 }
 
@@ -117,8 +114,11 @@ func scanBatches(ctx context.Context, t *tx, list []eventBatch, q string, args [
 			return err
 		}
 		var err error
-		if b.events, err = decompressDetails(details); err != nil {
-			b.events, b.cut = nil, true // those behind it must not wait for it
+		if b.events, err = decodeEvents(details); err != nil {
+			b.events, b.cut = nil, true // the batches behind it must not wait for it
+		}
+		for i := range b.events {
+			b.events[i].Seq = b.number(i)
 		}
 		b.payloads, _ = decompress(b.payloads, eventBytes) // what is lost is noticed by whoever wants it
 		list = append(list, b)
@@ -137,37 +137,37 @@ func idsOf(list []numberedBatch) []string {
 }
 
 // eventsOf reads those events of batches that fit, in order.
-func (s *Store) eventsOf(ctx context.Context, t *tx, ids []string, fits func(d *eventDetails, seq int64) bool) ([]storage.EventRecord, error) {
+func (s *Store) eventsOf(ctx context.Context, t *tx, ids []string, fits func(e *storage.Event) bool) ([]storage.Event, error) {
 	batches, err := readBatches(ctx, t, ids, true)
 	if err != nil {
 		return nil, err
 	}
-	var events []storage.EventRecord
+	var events []storage.Event
 	for i := range batches {
-		batches[i].each(func(d *eventDetails, seq int64, payload []byte) {
-			if fits(d, seq) {
-				r := d.record(seq)
-				r.Raw = payload
-				events = append(events, r)
+		b := &batches[i]
+		b.addPayloads()
+		for j := range b.events {
+			if fits(&b.events[j]) {
+				events = append(events, b.events[j])
 			}
-		})
-		if batches[i].cut {
+		}
+		if b.cut {
 			s.unreadable.Add(1)
-			s.log.Error("events or payloads of them cannot be read any more, and are left out", "batch", batches[i].id, "through", batches[i].last)
+			s.log.Error("events or payloads of them cannot be read any more, and are left out", "batch", b.id, "through", b.last)
 		}
 	}
 	return events, nil
 }
 
 // addApart reads payloads that are left but small.
-func (s *Store) addApart(ctx context.Context, t *tx, events []storage.EventRecord) error {
-	left := make(map[string][]*storage.EventRecord) // one may be stored twice
+func (s *Store) addApart(ctx context.Context, t *tx, events []storage.Event) error {
+	left := make(map[string][]*storage.Event) // one may be stored twice
 	var keys []keyPair
 	for i := range events {
-		if r := &events[i]; r.RawLeft && r.RawSize <= smallPayload {
+		if r := &events[i]; r.RawApart && r.RawSize <= smallPayload {
 			left[r.ID] = append(left[r.ID], r)
 			keys = append(keys, keyPair{ID: r.ID})
-			r.RawSize, r.RawLeft = -1, false // unless it is found
+			r.RawSize, r.RawApart = -1, false // unless it is found
 		}
 	}
 	for chunk := range slices.Chunk(keys, idRows) {
@@ -182,7 +182,7 @@ func (s *Store) addApart(ctx context.Context, t *tx, events []storage.EventRecor
 	return nil
 }
 
-func (s *Store) scanApart(ctx context.Context, t *tx, left map[string][]*storage.EventRecord, args []any) error {
+func (s *Store) scanApart(ctx context.Context, t *tx, left map[string][]*storage.Event, args []any) error {
 	err := t.Query(ctx, `SELECT p.event_id, p.payload FROM `+t.Dialect.PairTable("id", "command_uuid")+t.Dialect.Lookup(false, "nano_event_payloads", "p", "p.event_id = r.id"), args...).Each(func(row sqldb.Row) error {
 		var id string
 		var value []byte
@@ -226,8 +226,8 @@ func (s *Store) LastEvent(ctx context.Context) (int64, error) {
 }
 
 // SinkPage implements storage.Outbox.
-func (s *Store) SinkPage(ctx context.Context, after int64, limit int) ([]storage.EventRecord, error) {
-	var events []storage.EventRecord
+func (s *Store) SinkPage(ctx context.Context, after int64, limit int) ([]storage.Event, error) {
+	var events []storage.Event
 	err := s.read(ctx, func(ctx context.Context, t *tx) error {
 		events = nil
 		for after := after; len(events) == 0; { // the first ones may be removed by now
@@ -235,7 +235,7 @@ func (s *Store) SinkPage(ctx context.Context, after int64, limit int) ([]storage
 			if err != nil || len(list) == 0 {
 				return err
 			}
-			events, err = s.eventsOf(ctx, t, idsOf(list), func(_ *eventDetails, seq int64) bool { return seq > after })
+			events, err = s.eventsOf(ctx, t, idsOf(list), func(e *storage.Event) bool { return e.Seq > after })
 			if err != nil {
 				return err
 			}
@@ -251,10 +251,10 @@ func (s *Store) SinkPage(ctx context.Context, after int64, limit int) ([]storage
 }
 
 // ReadEvents implements storage.EventLog.
-func (s *Store) ReadEvents(ctx context.Context, scope storage.Scope, q storage.EventQuery) (events []storage.EventRecord, next int64, err error) {
+func (s *Store) ReadEvents(ctx context.Context, scope storage.Scope, q storage.EventQuery) (events []storage.Event, next int64, err error) {
 	all := len(q.Topics)+len(scope.Topics) == 0
-	match := func(d *eventDetails) bool {
-		return (len(q.Topics) == 0 || slices.Contains(q.Topics, d.Topic)) && (len(scope.Topics) == 0 || slices.Contains(scope.Topics, d.APNsTopic))
+	match := func(e *storage.Event) bool {
+		return (len(q.Topics) == 0 || slices.Contains(q.Topics, e.Topic)) && (len(scope.Topics) == 0 || slices.Contains(scope.Topics, e.APNsTopic))
 	}
 	step := q.Limit
 	if !all {
@@ -281,7 +281,7 @@ func (s *Store) ReadEvents(ctx context.Context, scope storage.Scope, q storage.E
 					return err
 				}
 			}
-			found, err := s.eventsOf(ctx, t, ids, func(d *eventDetails, seq int64) bool { return seq > next && match(d) })
+			found, err := s.eventsOf(ctx, t, ids, func(e *storage.Event) bool { return e.Seq > next && match(e) })
 			if err != nil {
 				return err
 			}
@@ -302,13 +302,13 @@ func (s *Store) ReadEvents(ctx context.Context, scope storage.Scope, q storage.E
 
 // having are those batches that have an event that matches, or may have had one: those
 // that are damaged are for whoever reads the others to notice.
-func having(ctx context.Context, t *tx, ids []string, match func(d *eventDetails) bool) (found []string, err error) {
+func having(ctx context.Context, t *tx, ids []string, match func(e *storage.Event) bool) (found []string, err error) {
 	batches, err := readBatches(ctx, t, ids, false)
 	if err != nil {
 		return nil, err
 	}
 	for _, b := range batches {
-		if b.cut || slices.ContainsFunc(b.events, func(d eventDetails) bool { return match(&d) }) {
+		if b.cut || slices.ContainsFunc(b.events, func(e storage.Event) bool { return match(&e) }) {
 			found = append(found, b.id)
 		}
 	}
@@ -323,7 +323,7 @@ func (s *Store) EventPayload(ctx context.Context, seq int64) ([]byte, error) {
 		if err != nil {
 			return err
 		}
-		events, err := s.eventsOf(ctx, t, idsOf(list), func(_ *eventDetails, at int64) bool { return at == seq })
+		events, err := s.eventsOf(ctx, t, idsOf(list), func(e *storage.Event) bool { return e.Seq == seq })
 		if err != nil {
 			return err
 		}
@@ -331,7 +331,7 @@ func (s *Store) EventPayload(ctx context.Context, seq int64) ([]byte, error) {
 			return sql.ErrNoRows
 		}
 		payload = events[0].Raw
-		if !events[0].RawLeft {
+		if !events[0].RawApart {
 			return nil
 		}
 		id := events[0].ID

@@ -58,7 +58,7 @@ func (s *Store) redeliverSome(ctx context.Context, sink *storage.EventSink, r st
 		for i := 0; i < len(list) && (r.Limit == 0 || total+int64(len(put)) < int64(r.Limit)); i++ {
 			e := &list[i]
 			gone := e.RawSize < 0 && !storage.ServerTopic(e.Topic)
-			if gone || e.state == storage.DeliveryWaiting || !sink.Match(&e.EventRecord) {
+			if gone || e.state == storage.DeliveryWaiting || !sink.Match(&e.Event) {
 				continue
 			}
 			batches[e.Seq] = e.batch
@@ -71,17 +71,17 @@ func (s *Store) redeliverSome(ctx context.Context, sink *storage.EventSink, r st
 	return n, next, err
 }
 
-// loggedEvent is an event of the log, and how it stands with a sink: state is
-// 0 if that has it.
-type loggedEvent struct {
-	storage.EventRecord
+// sinkEvent is an event of the log and its state at a sink, which is 0 if the
+// sink has it.
+type sinkEvent struct {
+	storage.Event
 	batch string
 	state storage.DeliveryState
 }
 
 // redeliverable reads what comes next in a range of the log, up to end, which
 // is 0 if there is nothing.
-func redeliverable(ctx context.Context, t *tx, sink string, after, through int64) (list []loggedEvent, end int64, err error) {
+func redeliverable(ctx context.Context, t *tx, sink string, after, through int64) (list []sinkEvent, end int64, err error) {
 	found, err := batchesAfter(ctx, t, after, redeliverRows)
 	if err != nil || len(found) == 0 {
 		return nil, 0, err
@@ -91,13 +91,13 @@ func redeliverable(ctx context.Context, t *tx, sink string, after, through int64
 	if err != nil {
 		return nil, 0, err
 	}
-	list, err = loggedEvents(ctx, t, idsOf(found), statesOf(rows), func(seq int64) bool { return seq > after && seq <= end })
+	list, err = sinkEvents(ctx, t, idsOf(found), statesOf(rows), func(e *storage.Event) bool { return e.Seq > after && e.Seq <= end })
 	return list, end, err
 }
 
 // deadLetters reads those of a sink that come next, up to end, which is 0 if
 // there are no more.
-func deadLetters(ctx context.Context, t *tx, sink string, after, through int64) (list []loggedEvent, end int64, err error) {
+func deadLetters(ctx context.Context, t *tx, sink string, after, through int64) (list []sinkEvent, end int64, err error) {
 	rows, err := deliveryRecords(ctx, t, `WHERE sink = ? AND seq > ? AND seq <= ? AND state IN (`+
 		strconv.Itoa(int(storage.DeliveryDead))+`, `+strconv.Itoa(int(storage.DeliveryDropped))+`) ORDER BY seq LIMIT ?`, sink, after, through, redeliverRows)
 	if err != nil || len(rows) == 0 {
@@ -107,22 +107,22 @@ func deadLetters(ctx context.Context, t *tx, sink string, after, through int64) 
 		end = rows[len(rows)-1].seq
 	}
 	states := statesOf(rows)
-	list, err = loggedEvents(ctx, t, batchesOfRows(rows), states, func(seq int64) bool { return states[seq] != 0 })
+	list, err = sinkEvents(ctx, t, batchesOfRows(rows), states, func(e *storage.Event) bool { return states[e.Seq] != 0 })
 	return list, end, err
 }
 
-// loggedEvents reads events of batches without their payloads. states are by
+// sinkEvents reads events of batches without their payloads. states are by
 // their numbers.
-func loggedEvents(ctx context.Context, t *tx, ids []string, states map[int64]storage.DeliveryState, wanted func(seq int64) bool) (list []loggedEvent, err error) {
+func sinkEvents(ctx context.Context, t *tx, ids []string, states map[int64]storage.DeliveryState, wanted func(e *storage.Event) bool) (list []sinkEvent, err error) {
 	batches, err := readBatches(ctx, t, ids, false)
 	if err != nil {
 		return nil, err
 	}
 	for i := range batches {
 		b := &batches[i]
-		for at := range b.events {
-			if seq := b.number(at); wanted(seq) {
-				list = append(list, loggedEvent{EventRecord: b.events[at].record(seq), batch: b.id, state: states[seq]})
+		for j := range b.events {
+			if e := &b.events[j]; wanted(e) {
+				list = append(list, sinkEvent{Event: *e, batch: b.id, state: states[e.Seq]})
 			}
 		}
 	}

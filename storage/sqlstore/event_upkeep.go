@@ -3,7 +3,6 @@ package sqlstore
 import (
 	"context"
 	"database/sql"
-	"encoding/json"
 	"fmt"
 	"slices"
 	"time"
@@ -86,22 +85,24 @@ func dropPayloads(ctx context.Context, t *tx, rows []deliveryRow) error {
 		if b.cut {
 			continue
 		}
+		b.addPayloads()
 		var kept []byte
-		b.each(func(d *eventDetails, seq int64, payload []byte) {
-			if !drop[seq] {
-				kept = append(kept, payload...)
-				return
+		for j := range b.events {
+			e := &b.events[j]
+			if !drop[e.Seq] {
+				kept = append(kept, e.Raw...)
+				continue
 			}
-			if d.Apart {
-				apart = append(apart, d.ID)
+			if e.RawApart {
+				apart = append(apart, e.ID)
 			}
-			d.Size, d.Apart = -1, false
-		})
-		details, err := json.Marshal(b.events)
+			e.RawSize, e.RawApart = -1, false
+		}
+		details, err := encodeEvents(b.events)
 		if err != nil {
 			return err
 		}
-		if err := t.ExecDeferred(ctx, `UPDATE nano_events SET details = ?, payloads = ? WHERE batch_id = ?`, compress(details), compress(kept), b.id); err != nil {
+		if err := t.ExecDeferred(ctx, `UPDATE nano_events SET details = ?, payloads = ? WHERE batch_id = ?`, details, compress(kept), b.id); err != nil {
 			return err
 		}
 	}
@@ -177,9 +178,9 @@ func deleteBatches(ctx context.Context, t *tx, ids []string) error {
 	}
 	var apart []string
 	for _, b := range batches {
-		for _, d := range b.events {
-			if d.Apart {
-				apart = append(apart, d.ID)
+		for _, e := range b.events {
+			if e.RawApart {
+				apart = append(apart, e.ID)
 			}
 		}
 	}

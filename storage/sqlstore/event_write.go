@@ -32,110 +32,98 @@ type facts struct {
 	requestType string
 }
 
-// outEvent is an event on its way into the outbox.
-type outEvent struct {
-	storage.Event
-	enroll mdm.EnrollID
-	facts
-}
-
-// size is about how much the event takes, in bytes.
-func (e *outEvent) size() int { return 512 + len(e.Raw) }
+// eventSize estimates how many bytes an event takes.
+func eventSize(e *storage.Event) int { return 512 + len(e.Raw) }
 
 // outgoing returns the events of the operations that were carried out.
-func outgoing(batch []*opRun) []outEvent {
-	var events []outEvent
+func outgoing(batch []*opRun) []storage.Event {
+	var events []storage.Event
 	for _, p := range batch {
 		if p.err != nil || p.settled || p.facts.repeated {
 			continue
 		}
 		for _, e := range p.src.Events {
-			events = append(events, outEvent{Event: e, enroll: p.src.Enroll, facts: p.facts})
+			e.Enroll, e.APNsTopic, e.RequestType, e.Tally = p.src.Enroll, p.facts.topic, p.facts.requestType, p.facts.tally
+			events = append(events, e)
 		}
 	}
 	return events
 }
 
-// insertEvents puts what operations tell into the outbox, with what the
-// database knows of the enrollments that it is of.
-func insertEvents(ctx context.Context, t *tx, events []outEvent) error {
+// insertEvents inserts events of devices into the outbox. An event without an
+// APNs topic gets that of its enrollment.
+func insertEvents(ctx context.Context, t *tx, events []storage.Event) error {
 	if len(events) == 0 {
 		return nil
 	}
 	var ids []string
 	for i := range events {
-		if e := &events[i]; e.topic == "" {
-			ids = append(ids, e.enroll.ID)
+		if e := &events[i]; e.APNsTopic == "" {
+			ids = append(ids, e.Enroll.ID)
 		}
 	}
 	if len(ids) > 0 {
-		to, err := eventEnrollments(ctx, t, ids)
+		enrollments, err := eventEnrollments(ctx, t, ids)
 		if err != nil {
 			return fmt.Errorf("reading enrollments: %w", err)
 		}
 		for i := range events {
 			e := &events[i]
-			if a := to[e.enroll.ID]; a != nil {
-				e.topic = cmp.Or(e.topic, a.topic)
+			if enrollment := enrollments[e.Enroll.ID]; enrollment != nil {
+				e.APNsTopic = cmp.Or(e.APNsTopic, enrollment.topic)
 			}
 		}
 	}
 	return putEvents(ctx, t, events)
 }
 
-// eventDetails is an event as the JSON of its batch has it.
-type eventDetails struct {
-	ID           string            `json:"id"`
-	Enrollment   string            `json:"enrollment"`
-	Type         mdm.EnrollType    `json:"type"`
-	Parent       string            `json:"parent,omitempty"`
-	Topic        string            `json:"topic"`
-	UDID         string            `json:"udid,omitempty"`
-	EnrollmentID string            `json:"enrollment_id,omitempty"`
-	APNsTopic    string            `json:"apns_topic,omitempty"`
-	RequestType  string            `json:"request_type,omitempty"`
-	Status       string            `json:"status,omitempty"`
-	CommandUUID  string            `json:"command_uuid,omitempty"`
-	Tally        int               `json:"tally,omitempty"`
-	Params       map[string]string `json:"params,omitempty"`
-	TraceParent  string            `json:"traceparent,omitempty"`
-	CreatedAt    int64             `json:"created_at"`
-	// Size is that of the payload as it is stored, -1 if there is none.
-	Size int `json:"size"`
-	// Apart: the payload has a row of nano_event_payloads.
-	Apart bool `json:"apart,omitempty"`
+// eventRow is an event in the JSON of its batch: storage.Event with the id of
+// its enrollment and its time, which are stored in another form.
+type eventRow struct {
+	storage.Event
+	Enrollment string         `json:"enrollment"`
+	Type       mdm.EnrollType `json:"type"`
+	Parent     string         `json:"parent,omitempty"`
+	Created    int64          `json:"created_at"`
 }
 
-func (e *outEvent) details() eventDetails {
-	d := eventDetails{
-		ID: e.ID, Enrollment: e.enroll.ID, Type: e.enroll.Type, Parent: e.enroll.ParentID,
-		Topic: e.Topic, UDID: clip(e.UDID), EnrollmentID: clip(e.EnrollmentID), APNsTopic: clip(e.topic), RequestType: clip(e.requestType),
-		Status: clip(e.Status), CommandUUID: clip(e.CommandUUID), Tally: e.tally, Params: e.Params, TraceParent: clip(e.TraceParent),
-		CreatedAt: micros(e.CreatedAt), Size: len(e.Raw),
-		Apart: len(e.Raw) > maxInlinePayload || len(e.Raw) > 0 && storage.BearsTokens(e.Topic),
+// encodeEvents returns the compressed JSON of a batch's events.
+func encodeEvents(events []storage.Event) ([]byte, error) {
+	rows := make([]eventRow, len(events))
+	for i := range events {
+		e := &events[i]
+		rows[i] = eventRow{Event: *e, Enrollment: e.Enroll.ID, Type: e.Enroll.Type, Parent: e.Enroll.ParentID, Created: micros(e.CreatedAt)}
 	}
-	if e.Raw == nil {
-		d.Size = -1
+	text, err := json.Marshal(rows)
+	if err != nil {
+		return nil, err
 	}
-	return d
+	return compress(text), nil
 }
 
-// record is the event without its payload, which is left if it is apart.
-func (d *eventDetails) record(seq int64) storage.EventRecord {
-	return storage.EventRecord{
-		Event: storage.Event{
-			ID: d.ID, Topic: d.Topic, CreatedAt: fromMicros(d.CreatedAt), UDID: d.UDID, EnrollmentID: d.EnrollmentID,
-			Status: d.Status, CommandUUID: d.CommandUUID, Params: d.Params, TraceParent: d.TraceParent,
-		},
-		Seq: seq, Enroll: mdm.EnrollID{Type: d.Type, ID: d.Enrollment, ParentID: d.Parent},
-		APNsTopic: d.APNsTopic, RequestType: d.RequestType, Tally: d.Tally,
-		RawSize: int64(d.Size), RawLeft: d.Apart,
+// decodeEvents reads the events of a batch, without payloads and numbers.
+func decodeEvents(value []byte) ([]storage.Event, error) {
+	text, err := decompress(value, maxBatchSize)
+	if err != nil {
+		return nil, err
 	}
+	var rows []eventRow
+	if err := json.Unmarshal(text, &rows); err != nil {
+		return nil, err
+	}
+	events := make([]storage.Event, len(rows))
+	for i := range rows {
+		row := &rows[i]
+		events[i] = row.Event
+		events[i].Enroll = mdm.EnrollID{Type: row.Type, ID: row.Enrollment, ParentID: row.Parent}
+		events[i].CreatedAt = fromMicros(row.Created)
+	}
+	return events, nil
 }
 
 // putEvents inserts events, in batches that are numbered later. It belongs
 // behind the locks of what the events tell.
-func putEvents(ctx context.Context, t *tx, events []outEvent) error {
+func putEvents(ctx context.Context, t *tx, events []storage.Event) error {
 	for len(events) > 0 {
 		n, err := putBatch(ctx, t, events)
 		if err != nil {
@@ -146,43 +134,59 @@ func putEvents(ctx context.Context, t *tx, events []outEvent) error {
 	return nil
 }
 
+// bounded returns an event as it is stored: with the size and the place of its
+// payload, and its texts no longer than columns are.
+func bounded(e storage.Event) storage.Event {
+	for _, text := range []*string{&e.UDID, &e.EnrollmentID, &e.APNsTopic, &e.RequestType, &e.Status, &e.CommandUUID, &e.TraceParent} {
+		*text = clip(*text)
+	}
+	e.RawSize = int64(len(e.Raw))
+	if e.Raw == nil {
+		e.RawSize = -1
+	}
+	e.RawApart = len(e.Raw) > maxInlinePayload || len(e.Raw) > 0 && storage.BearsTokens(e.Topic)
+	return e
+}
+
 // putBatch inserts the first n events as a batch.
-func putBatch(ctx context.Context, t *tx, events []outEvent) (n int, err error) {
-	var details []eventDetails
+func putBatch(ctx context.Context, t *tx, events []storage.Event) (n int, err error) {
+	var batch []storage.Event
 	var payloads []byte
 	var apart []any
-	var newest int64
 	params := 0
 	for n < len(events) && n < eventRows {
-		e := &events[n]
-		d := e.details()
+		e := bounded(events[n])
 		for k, v := range e.Params {
 			params += len(k) + len(v)
 		}
-		if n > 0 && (params > eventBytes || !d.Apart && len(payloads)+len(e.Raw) > eventBytes) {
+		if n > 0 && (params > eventBytes || !e.RawApart && len(payloads)+len(e.Raw) > eventBytes) {
 			break
 		}
-		if d.Apart {
+		if e.RawApart {
 			value := t.sealedEvent(e.Topic, e.ID, e.Raw)
-			d.Size = len(value)
+			e.RawSize = int64(len(value))
 			apart = append(apart, e.ID, e.Topic, value)
 		} else {
 			payloads = append(payloads, e.Raw...)
 		}
-		details, newest = append(details, d), max(newest, d.CreatedAt)
+		batch = append(batch, e)
 		n++
 	}
-	return n, storeBatch(ctx, t, details, payloads, apart, newest)
+	return n, storeBatch(ctx, t, batch, payloads, apart)
 }
 
 // storeBatch inserts a batch. Its stamp is larger than those of all that were
 // committed before and wait to be numbered, whatever the clocks of replicas
 // say, so that batches are numbered in an order in which they could have been
 // committed one after the other.
-func storeBatch(ctx context.Context, t *tx, details []eventDetails, payloads []byte, apart []any, newest int64) error {
-	text, err := json.Marshal(details)
+func storeBatch(ctx context.Context, t *tx, batch []storage.Event, payloads []byte, apart []any) error {
+	details, err := encodeEvents(batch)
 	if err != nil {
 		return err
+	}
+	var newest int64
+	for i := range batch {
+		newest = max(newest, micros(batch[i].CreatedAt))
 	}
 	if len(apart) > 0 {
 		// They may be there: events without a change are stored again if nothing
@@ -192,12 +196,12 @@ func storeBatch(ctx context.Context, t *tx, details []eventDetails, payloads []b
 		}
 	}
 	id := eventID(t.Now)
-	if err := t.ExecDeferred(ctx, "INSERT INTO nano_events (batch_id, details, payloads) VALUES (?, ?, ?)", id, compress(text), compress(payloads)); err != nil {
+	if err := t.ExecDeferred(ctx, "INSERT INTO nano_events (batch_id, details, payloads) VALUES (?, ?, ?)", id, details, compress(payloads)); err != nil {
 		return err
 	}
 	return t.ExecDeferred(ctx, `INSERT INTO nano_event_batches (batch_id, stamp, size, newest)
 SELECT ?, `+t.Dialect.Greatest()+`(`+t.Dialect.IntPlaceholder()+`, COALESCE(MAX(stamp) + 1, 0)), `+t.Dialect.IntPlaceholder()+`, `+t.Dialect.IntPlaceholder()+` FROM nano_event_batches WHERE seq = 0`,
-		id, t.Now, len(details), newest)
+		id, t.Now, len(batch), newest)
 }
 
 // maxBatchSize bounds what is made room for when details of a batch are read, in
@@ -231,14 +235,4 @@ func decompress(value []byte, most int) ([]byte, error) {
 		return nil, fmt.Errorf("%d bytes, more than a batch of events has", size)
 	}
 	return s2.Decode(nil, value)
-}
-
-// decompressDetails reads the events of a batch.
-func decompressDetails(value []byte) (events []eventDetails, err error) {
-	text, err := decompress(value, maxBatchSize)
-	if err != nil {
-		return nil, err
-	}
-	err = json.Unmarshal(text, &events)
-	return events, err
 }

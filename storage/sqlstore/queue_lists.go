@@ -39,7 +39,7 @@ func scanItem(row sqldb.Row, i *storage.QueueItem) error {
 	var created int64
 	var notBefore, expires, finished, notNow sql.Null[int64]
 	var key sql.Null[string]
-	if err := row.Scan(&i.EnrollmentID, &i.CommandUUID, &i.State, &i.Seq, &i.Priority, &created, &notBefore, &expires, &finished,
+	if err := row.Scan(&i.Enrollment, &i.CommandUUID, &i.State, &i.Seq, &i.Priority, &created, &notBefore, &expires, &finished,
 		&i.Attempts, &i.NotNowCount, &notNow, &key); err != nil {
 		return err
 	}

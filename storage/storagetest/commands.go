@@ -36,7 +36,7 @@ func (h *Harness) queue(t *testing.T, id string, state storage.State, limit int)
 			return uuids
 		}
 		for _, i := range items {
-			require.Equal(t, id, i.EnrollmentID)
+			require.Equal(t, id, i.Enrollment)
 			uuids = append(uuids, i.CommandUUID)
 		}
 		last := items[len(items)-1]
@@ -71,8 +71,8 @@ func queueInOrder(t *testing.T, h *Harness) {
 	items, err := h.Store.Queue(t.Context(), storage.Scope{}, "D", 0, storage.QueueKey{}, 2)
 	require.NoError(t, err)
 	require.Equal(t, []storage.QueueItem{
-		{EnrollmentID: "D", CommandUUID: "first", RequestType: "B", State: storage.Queued, Seq: 2, Priority: 5, CreatedAt: now, ExpiresAt: now.Add(time.Hour), SupersedeKey: "k"},
-		{EnrollmentID: "D", CommandUUID: "second", RequestType: "A", State: storage.NotNow, Seq: 1, CreatedAt: now, NotNowAt: now, NotNowCount: 1},
+		{Enrollment: "D", CommandUUID: "first", RequestType: "B", State: storage.Queued, Seq: 2, Priority: 5, CreatedAt: now, ExpiresAt: now.Add(time.Hour), SupersedeKey: "k"},
+		{Enrollment: "D", CommandUUID: "second", RequestType: "A", State: storage.NotNow, Seq: 1, CreatedAt: now, NotNowAt: now, NotNowCount: 1},
 	}, items)
 	item, err := h.Store.QueueItem(t.Context(), storage.Scope{}, "D", "later")
 	require.NoError(t, err)
@@ -232,7 +232,7 @@ func commandItems(t *testing.T, h *Harness) {
 				break
 			}
 			for _, i := range items {
-				got = append(got, i.EnrollmentID)
+				got = append(got, i.Enrollment)
 				require.Equal(t, "A", i.RequestType)
 			}
 			after = got[len(got)-1]
@@ -242,7 +242,7 @@ func commandItems(t *testing.T, h *Harness) {
 	items, err := h.Store.CommandItems(t.Context(), storage.Scope{}, "C1", storage.Failed, "", 10)
 	require.NoError(t, err)
 	require.Len(t, items, 1)
-	require.Equal(t, ids[5], items[0].EnrollmentID)
+	require.Equal(t, ids[5], items[0].Enrollment)
 }
 
 func commandsScope(t *testing.T, h *Harness) {

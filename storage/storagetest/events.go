@@ -121,7 +121,7 @@ func hook(topics ...string) storage.EventSink {
 	return storage.EventSink{Name: "hook", URL: "http://hook/", Enabled: true, Tokens: true, Filter: storage.EventFilter{Topics: topics}}
 }
 
-func idsOf(events []storage.EventRecord) (ids []string) {
+func idsOf(events []storage.Event) (ids []string) {
 	for _, e := range events {
 		ids = append(ids, e.ID)
 	}
@@ -333,7 +333,7 @@ func outboxPage(t *testing.T, h *Harness) {
 	require.EqualValues(t, 2, e.Seq)
 	require.Equal(t, "raw a2", string(e.Raw))
 	require.EqualValues(t, 6, e.RawSize)
-	require.False(t, e.RawLeft)
+	require.False(t, e.RawApart)
 	require.Equal(t, topicA, e.APNsTopic)
 	events, err = h.Store.SinkPage(t.Context(), 3, 10)
 	require.NoError(t, err)
@@ -349,7 +349,7 @@ func outboxLarge(t *testing.T, h *Harness) {
 	h.number(t, l)
 	events, err := h.Store.SinkPage(t.Context(), 0, 10)
 	require.NoError(t, err)
-	require.True(t, events[0].RawLeft)
+	require.True(t, events[0].RawApart)
 	require.Empty(t, events[0].Raw)
 	require.EqualValues(t, 1<<20, events[0].RawSize)
 	raw, err := h.Store.EventPayload(t.Context(), events[0].Seq)
@@ -724,7 +724,7 @@ func upkeepPayloads(t *testing.T, h *Harness) {
 	require.NoError(t, err)
 	for i, want := range []string{"", "", "raw a3"} {
 		require.Equal(t, want, string(events[i].Raw))
-		require.False(t, events[i].RawLeft)
+		require.False(t, events[i].RawApart)
 	}
 	require.EqualValues(t, -1, events[0].RawSize)
 	require.EqualValues(t, 6, events[2].RawSize)
@@ -750,7 +750,7 @@ func outboxMixed(t *testing.T, h *Harness) {
 	want := mixed()
 	h.device("A").enrolls(t).telling(want...).reports(t, mdm.StatusAcknowledged, "X")
 	h.number(t, l)
-	check := func(events []storage.EventRecord) {
+	check := func(events []storage.Event) {
 		t.Helper()
 		require.Len(t, events, len(want))
 		for i, e := range events {
@@ -761,8 +761,8 @@ func outboxMixed(t *testing.T, h *Harness) {
 				size = -1
 			}
 			require.EqualValues(t, size, e.RawSize, e.ID)
-			require.Equal(t, size > 64<<10, e.RawLeft, e.ID)
-			if !e.RawLeft {
+			require.Equal(t, size > 64<<10, e.RawApart, e.ID)
+			if !e.RawApart {
 				require.True(t, bytes.Equal(want[i].Raw, e.Raw), e.ID)
 			}
 			raw, err := h.Store.EventPayload(t.Context(), e.Seq)
@@ -1016,12 +1016,12 @@ func upkeepWithoutLease(t *testing.T, h *Harness) {
 }
 
 // announcedEvents reads the server's own events, oldest first.
-func announcedEvents(t *testing.T, h *Harness, l storage.Lease) []storage.EventRecord {
+func announcedEvents(t *testing.T, h *Harness, l storage.Lease) []storage.Event {
 	t.Helper()
 	h.number(t, l)
 	events, err := h.Store.SinkPage(t.Context(), 0, 1000)
 	require.NoError(t, err)
-	return slices.DeleteFunc(events, func(e storage.EventRecord) bool { return !storage.ServerTopic(e.Topic) })
+	return slices.DeleteFunc(events, func(e storage.Event) bool { return !storage.ServerTopic(e.Topic) })
 }
 
 func upkeepExpiring(t *testing.T, h *Harness) {
@@ -1046,7 +1046,7 @@ func upkeepExpiring(t *testing.T, h *Harness) {
 	}
 	events := announcedEvents(t, h, l)
 	require.Len(t, events, 2)
-	slices.SortFunc(events, func(a, b storage.EventRecord) int { return -len(a.Enroll.ID) + len(b.Enroll.ID) })
+	slices.SortFunc(events, func(a, b storage.Event) int { return -len(a.Enroll.ID) + len(b.Enroll.ID) })
 	require.Equal(t, storage.TopicIdentityExpiring, events[0].Topic)
 	require.Equal(t, mdm.EnrollID{Type: mdm.Device, ID: "A"}, events[0].Enroll)
 	require.Equal(t, soon.Format(time.RFC3339), events[0].Params["not_after"])

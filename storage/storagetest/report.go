@@ -480,7 +480,7 @@ func eventCommits(t *testing.T, h *Harness) {
 	for _, e := range page {
 		require.Equal(t, "raw "+e.ID, string(e.Raw))
 		require.EqualValues(t, len(e.Raw), e.RawSize)
-		require.False(t, e.RawLeft)
+		require.False(t, e.RawApart)
 	}
 }
 
