@@ -18,9 +18,10 @@ import (
 type Migrations struct {
 	// Files are NNNN_name.sql, numbered from 1 without a gap. A statement ends
 	// with ; at the end of a line, is one step, can be repeated, and is never
-	// changed after a release. {word} stands for one of the engine's words. A
-	// file whose first line is "-- contract" takes something away that the
-	// release before it uses; all others only add, so that it goes on.
+	// changed after a release. {word} stands for one of the engine's words. Two
+	// lines before the first statement have a meaning. "-- release": this file
+	// is the first one of a release. "-- contract": it takes something away that
+	// the release before it uses; all others only add, so that it goes on.
 	Files fs.FS
 	// Checksums are those of Files, in their order; see Checksum. They freeze
 	// the files: one that was edited is refused.
@@ -96,8 +97,28 @@ type step struct {
 	statement       string
 }
 
-// contractLine is the first line of a migration that takes something away.
-const contractLine = "-- contract\n"
+// marks are the lines at the beginning of a migration that have a meaning, and
+// the numbers of the records that are made for them before its first step.
+var marks = map[string]int64{"-- release": releaseStep, "-- contract": contractStep}
+
+const (
+	releaseStep  = -1
+	contractStep = 0
+)
+
+// marksOf returns the numbers of a migration's marks.
+func marksOf(text string) (numbers []int64) {
+	for line := range strings.Lines(text) {
+		line = strings.TrimSpace(line)
+		if line != "" && !strings.HasPrefix(line, "--") {
+			break
+		}
+		if number, ok := marks[line]; ok {
+			numbers = append(numbers, number)
+		}
+	}
+	return numbers
+}
 
 // steps returns every statement of every migration, in order.
 func (m *Migrations) steps(d *Dialect) ([]step, error) {
@@ -116,8 +137,8 @@ func (m *Migrations) steps(d *Dialect) ([]step, error) {
 		if err != nil {
 			return nil, err
 		}
-		if strings.HasPrefix(string(text), contractLine) {
-			all = append(all, step{version, contractStep, ""})
+		for _, number := range marksOf(string(text)) {
+			all = append(all, step{version, number, ""})
 		}
 		for i, statement := range statements(string(text)) {
 			text := d.ddl(statement)
@@ -380,23 +401,20 @@ func (db *DB) applyStep(ctx context.Context, st step, check func(context.Context
 	return err
 }
 
-// contractStep is the number of the record that is made before the first step
-// of a migration that takes something away.
-const contractStep = 0
-
 // Serves says whether a program with these migrations can work with the
-// database as it is. That is so with the schema of the next migration, unless
-// it takes something away: a rolling upgrade, and one step back from it, runs
-// both releases on it. newer says that it is that schema.
+// database as it is. That is so with the schema of the next release, unless it
+// takes something away: a rolling upgrade, and one step back from it, runs both
+// releases on it. newer says that it is that schema.
 func (m *Migrations) Serves(ctx context.Context, t *Tx) (newer bool, err error) {
 	known := m.Newest()
-	var version, contracts int64
-	err = t.QueryRow(ctx, `SELECT COALESCE(MAX(version), 0), COALESCE(MAX(CASE WHEN version > ? AND step = ? THEN 1 ELSE 0 END), 0) FROM nano_schema`,
-		known, contractStep).Scan(&version, &contracts)
+	var version, releases, contracts int64
+	err = t.QueryRow(ctx, `SELECT COALESCE(MAX(version), 0), COALESCE(SUM(CASE WHEN version > ? AND step = ? THEN 1 ELSE 0 END), 0),
+		COALESCE(SUM(CASE WHEN version > ? AND step = ? THEN 1 ELSE 0 END), 0) FROM nano_schema`,
+		known, releaseStep, known, contractStep).Scan(&version, &releases, &contracts)
 	switch {
 	case err != nil:
 		return false, err
-	case version > known+1 || contracts > 0:
+	case releases > 1 || contracts > 0:
 		return false, fmt.Errorf("%w: it has schema %d, made by a newer version of this program; this one knows %d", ErrNewer, version, known)
 	}
 	return version > known, nil

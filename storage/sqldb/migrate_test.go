@@ -2,7 +2,9 @@ package sqldb
 
 import (
 	"context"
+	"maps"
 	"path/filepath"
+	"slices"
 	"testing"
 	"testing/fstest"
 
@@ -18,11 +20,9 @@ func testMigrations(files map[string]string) *Migrations {
 			return work(ctx, func(context.Context, *Tx) error { return nil })
 		},
 	}
-	for _, name := range []string{"0001_first.sql", "0002_second.sql"} {
-		if text, ok := files[name]; ok {
-			m.Files.(fstest.MapFS)[name] = &fstest.MapFile{Data: []byte(text)}
-			m.Checksums = append(m.Checksums, Checksum([]byte(text)))
-		}
+	for _, name := range slices.Sorted(maps.Keys(files)) {
+		m.Files.(fstest.MapFS)[name] = &fstest.MapFile{Data: []byte(files[name])}
+		m.Checksums = append(m.Checksums, Checksum([]byte(files[name])))
 	}
 	return m
 }
@@ -73,6 +73,27 @@ func TestMigrateRefusesEdited(t *testing.T) {
 	require.NoError(t, migrate(testMigrations(first)), "a new file is no edit")
 	before := testMigrations(map[string]string{"0001_first.sql": first["0001_first.sql"]})
 	require.NoError(t, migrate(before), "the release before goes on")
+}
+
+// TestReleases: a program serves the schema of the next release, of however many
+// migrations, and not that of the release after it.
+func TestReleases(t *testing.T) {
+	cfg := Config{Driver: "sqlite", DSN: filepath.Join(t.TempDir(), "test.db")}
+	db, err := Open(t.Context(), cfg)
+	require.NoError(t, err)
+	defer db.Close()
+	files := map[string]string{"0001_first.sql": "CREATE TABLE a (b BIGINT);\n"}
+	first := testMigrations(files)
+	require.NoError(t, db.Migrate(t.Context(), first))
+	files["0002_second.sql"] = "-- Why it is.\n-- release\nALTER TABLE a ADD COLUMN c BIGINT;\n"
+	files["0003_third.sql"] = "ALTER TABLE a ADD COLUMN d BIGINT;\n-- release\n"
+	next := testMigrations(files)
+	require.NoError(t, db.Migrate(t.Context(), next))
+	require.NoError(t, db.Migrate(t.Context(), first), "the release before goes on")
+	files["0004_fourth.sql"] = "-- release\nALTER TABLE a ADD COLUMN e BIGINT;\n"
+	require.NoError(t, db.Migrate(t.Context(), testMigrations(files)))
+	require.NoError(t, db.Migrate(t.Context(), next))
+	require.ErrorIs(t, db.Migrate(t.Context(), first), ErrNewer)
 }
 
 // TestContract: the release before a migration that takes something away is

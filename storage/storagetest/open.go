@@ -84,7 +84,7 @@ func openUnrecorded(t *testing.T, h *Harness) {
 func openNewer(t *testing.T, h *Harness) {
 	h.virgin(t)
 	store := h.Open(t, nil)
-	h.Exec(t, "INSERT INTO nano_schema (version, step, applied_at) VALUES (9999, 1, 0)")
+	h.Exec(t, "INSERT INTO nano_schema (version, step, applied_at) VALUES (9998, -1, 0), (9998, 1, 0), (9999, -1, 0), (9999, 1, 0)")
 	require.ErrorContains(t, store.Ping(t.Context()), "9999")
 	_, err := sqlstore.Open(t.Context(), h.cfg)
 	require.ErrorContains(t, err, "newer version")
@@ -98,7 +98,7 @@ func openNext(t *testing.T, h *Harness) {
 	known := h.Int(t, "SELECT MAX(version) FROM nano_schema")
 	require.False(t, store.Stats().SchemaNewer)
 	h.Exec(t, "ALTER TABLE nano_enrollments ADD COLUMN next_release BIGINT")
-	h.Exec(t, "INSERT INTO nano_schema (version, step, applied_at) VALUES (?, 1, 0)", known+1)
+	h.Exec(t, "INSERT INTO nano_schema (version, step, applied_at) VALUES (?, -1, 0), (?, 1, 0), (?, 1, 0)", known+1, known+1, known+2)
 	h.Exec(t, "INSERT INTO nano_migrations (version, checksum, recorded_at) VALUES (?, 'of the next release', 0)", known+1)
 	require.NoError(t, store.Ping(t.Context()))
 	require.True(t, store.Stats().SchemaNewer)
