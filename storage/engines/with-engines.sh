@@ -23,6 +23,8 @@
 #   ENGINES_DURABLE=1           keep the engines' default durability. Without it
 #                               they skip fsync: right for tests, wrong for
 #                               benchmarks.
+#   ENGINES_TLS=FOLDER          they also speak TLS, with server.pem and
+#                               server.key of that folder. Always Debian's.
 #   NANOMDM_ENGINES_OPTIONAL=1  go on, with a warning, without an engine that
 #                               cannot be had. Ignored when CI=true.
 
@@ -54,6 +56,7 @@ say() { printf 'with-engines: %s\n' "$*" >&2; }
 die() { say "$*"; exit 1; }
 
 durable() { [[ ${ENGINES_DURABLE:-} == 1 ]]; }
+tls() { [[ -n ${ENGINES_TLS:-} ]]; }
 root() { ((EUID == 0)); }
 
 # without ENGINE REASON: the engine cannot be had. Ends the run, unless whoever
@@ -348,6 +351,7 @@ init_pgsql() {
 start_pgsql() {
 	local relaxed=(-c fsync=off -c synchronous_commit=off -c full_page_writes=off)
 	durable && relaxed=()
+	tls && relaxed+=(-c ssl=on -c ssl_cert_file="$work/pgsql/server.pem" -c ssl_key_file="$work/pgsql/server.key")
 	as postgres "${stop_signal[pgsql]}" "$pgsql_bin/postgres" -D "$work/pgsql/data" -p "${port[pgsql]}" \
 		-c listen_addresses=127.0.0.1 -c unix_socket_directories= -c max_connections=400 \
 		"${relaxed[@]+"${relaxed[@]}"}"
@@ -378,6 +382,7 @@ init_mariadb() {
 start_mariadb() {
 	local relaxed=(--innodb-flush-log-at-trx-commit=0 --innodb-doublewrite=0 --innodb-flush-method=nosync)
 	durable && relaxed=()
+	tls && relaxed+=(--ssl-cert="$work/mariadb/server.pem" --ssl-key="$work/mariadb/server.key")
 	# The character set is what Debian's own configuration sets.
 	as mysql "${stop_signal[mariadb]}" "$mariadb_server" --no-defaults --datadir="$work/mariadb/data" \
 		--bind-address=127.0.0.1 --port="${port[mariadb]}" --skip-name-resolve \
@@ -399,6 +404,7 @@ start_mysql() {
 	local relaxed=(--skip-log-bin --innodb-flush-log-at-trx-commit=0 --innodb-doublewrite=OFF --innodb-flush-method=nosync)
 	durable && relaxed=()
 	local inside=${mysql_work#"$mysql_tree"}
+	tls && relaxed+=(--ssl-cert="$inside/server.pem" --ssl-key="$inside/server.key")
 	in_mysql_tree mysqld --no-defaults --datadir="$inside/data" \
 		--bind-address=127.0.0.1 --port="${port[mysql]}" --skip-name-resolve \
 		--socket="$inside/socket" --pid-file="$inside/data/pid" \
@@ -419,9 +425,18 @@ make_folders() {
 		id -u postgres >/dev/null 2>&1 && chown postgres:postgres "$work/pgsql"
 		id -u mysql >/dev/null 2>&1 && chown mysql:mysql "$work/mariadb"
 	fi
+	copy_certificate "$work/pgsql" postgres && copy_certificate "$work/mariadb" mysql || return
 	if [[ " ${engines[*]} " == *" mysql "* ]]; then
-		make_mysql_folder
+		make_mysql_folder && copy_certificate "$mysql_work" "$(stat -c %u:%g "$mysql_work")"
 	fi
+}
+
+# copy_certificate FOLDER OWNER: the servers insist that the key is their own.
+copy_certificate() {
+	tls || return 0
+	install -m 600 "$ENGINES_TLS/server.pem" "$ENGINES_TLS/server.key" "$1" || return
+	root || return 0
+	chown "$2" "$1/server.pem" "$1/server.key"
 }
 
 # MySQL's data lies in the kept tree, where nobody else tidies up: what runs that
@@ -532,7 +547,7 @@ if ((${#engines[@]} > 0)); then
 	work=$(mktemp -d "${TMPDIR:-/tmp}/nanomdm-engines.XXXXXX") || exit 1
 	chmod 711 "$work"
 	prepare_tools
-	if docker_answers; then
+	if ! tls && docker_answers; then
 		start_containers
 	else
 		start_packages

@@ -86,7 +86,8 @@ type DB struct {
 // Open connects to the database, checks that its version and settings can be
 // worked with, and sets what correctness needs for its connections. The
 // context bounds opening only. The error is ErrUnavailable if a database
-// server is out of reach or not ready. Close must be called to release the DB.
+// server is out of reach or not ready. Errors with a known cause say what an
+// operator can do about it. Close must be called to release the DB.
 func Open(ctx context.Context, cfg Config) (*DB, error) {
 	if cfg.Now == nil {
 		cfg.Now = time.Now
@@ -126,7 +127,8 @@ func connect(ctx context.Context, cfg Config) (*pools, error) {
 	connectCtx, cancel := context.WithTimeout(ctx, connectTimeout)
 	defer cancel()
 	p, err := e.open(connectCtx, cfg)
-	if err != nil && e.server && ctx.Err() == nil && (e.unavailable(err) || errors.Is(err, context.DeadlineExceeded)) {
+	err = withRemedy(err, e.remedy)
+	if err != nil && e.server && ctx.Err() == nil && !untrusted(err) && (e.unavailable(err) || errors.Is(err, context.DeadlineExceeded)) {
 		err = fmt.Errorf("%w: %w", ErrUnavailable, err)
 	}
 	return p, err

@@ -21,14 +21,16 @@ type engine struct {
 	server bool
 	// unavailable recognizes the errors of a server that is out of reach.
 	unavailable func(error) bool
+	// remedy says what an operator can do about an error; see Dialect.
+	remedy func(error) string
 }
 
 // engines are those that Config.Driver names. A new engine is a file with a
 // dialect and a function that opens it, and a line here.
 var engines = map[string]engine{
-	"sqlite": {open: openSQLite},
-	"pgsql":  {open: openPgSQL, server: true, unavailable: pgsqlDialect().unavailable},
-	"mysql":  {open: openMySQL, server: true, unavailable: mysqlDialect().unavailable},
+	"sqlite": {open: openSQLite, remedy: sqliteRemedy},
+	"pgsql":  {open: openPgSQL, server: true, unavailable: pgsqlDialect().unavailable, remedy: pgsqlRemedy},
+	"mysql":  {open: openMySQL, server: true, unavailable: mysqlDialect().unavailable, remedy: mysqlRemedy},
 }
 
 // pools are the connections to one database.
@@ -75,6 +77,12 @@ type Dialect struct {
 
 	// unique: a row of that key exists.
 	unique func(error) bool
+	// readOnly: the server of this connection takes no writes. Another connection
+	// may reach one that does.
+	readOnly func(error) bool
+	// remedy says what an operator can do about an error; empty if that is not
+	// known.
+	remedy func(error) string
 	// retryable: the engine rolled the transaction back or never began it, and
 	// repeating it may work.
 	retryable func(error) bool

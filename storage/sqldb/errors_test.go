@@ -64,13 +64,20 @@ func TestErrorClasses(t *testing.T) {
 				got := db.classify(c.err)
 				require.ErrorIs(t, got, c.err)
 				if c.want == nil {
-					require.Equal(t, c.err, got)
+					require.NotErrorIs(t, got, ErrUnavailable)
+					require.NotErrorIs(t, got, ErrBusy)
 					continue
 				}
 				require.ErrorIs(t, got, c.want, "%v", c.err)
 			}
 		})
 	}
+}
+
+// readOnlyError is ER_OPTION_PREVENTS_STATEMENT as a replica returns it. Other
+// options have the same number.
+func readOnlyError() error {
+	return fmt.Errorf("inserting: %w", &mysql.MySQLError{Number: 1290, Message: "The MySQL server is running with the --super-read-only option so it cannot execute this statement"})
 }
 
 func mysqlClasses(my func(uint16) error) []struct{ err, want error } {
@@ -87,12 +94,46 @@ func mysqlClasses(my func(uint16) error) []struct{ err, want error } {
 		{my(9999), ErrUnavailable},                                        // a number that nobody knows
 		{fmt.Errorf("sending: %w", mysql.ErrInvalidConn), ErrUnavailable}, // broken
 		{fmt.Errorf("sending: %w", errors.New("bad connection")), ErrUnavailable}, // the driver's own
-		{my(1213), ErrBusy}, // deadlock, lost certification
-		{my(1205), ErrBusy}, // lock timeout
-		{my(1290), ErrBusy}, // read only: a former primary
-		{my(1062), nil},     // it exists
-		{my(1064), nil},     // syntax
-		{my(1406), nil},     // too long
-		{my(1153), nil},     // larger than a packet
+		{my(1213), ErrBusy},        // deadlock, lost certification
+		{my(1205), ErrBusy},        // lock timeout
+		{readOnlyError(), ErrBusy}, // read only: a former primary
+		{my(1062), nil},            // it exists
+		{my(1064), nil},            // syntax
+		{my(1406), nil},            // too long
+		{my(1153), nil},            // larger than a packet
+	}
+}
+
+// Errors whose cause an operator can remove say how.
+func TestRemedies(t *testing.T) {
+	pg := func(code string) error { return &pgconn.PgError{Code: code} }
+	my := func(number uint16) error { return &mysql.MySQLError{Number: number} }
+	for name, tc := range map[string]struct {
+		remedy func(error) string
+		err    error
+		want   string
+	}{
+		"pgsql disk full":          {pgsqlRemedy, pg("53100"), remedyDisk},
+		"pgsql connections":        {pgsqlRemedy, pg("53300"), remedyConnections},
+		"pgsql deadlock":           {pgsqlRemedy, pg("40P01"), ""},
+		"mysql disk full":          {mysqlRemedy, my(1021), remedyDisk},
+		"mysql table full":         {mysqlRemedy, my(1114), remedyDisk},
+		"mysql no space for a row": {mysqlRemedy, &mysql.MySQLError{Number: 1030, Message: `Got error 28 "No space left on device" from storage engine InnoDB`}, remedyDisk},
+		"mysql engine error":       {mysqlRemedy, &mysql.MySQLError{Number: 1030, Message: "Got error 168 from storage engine"}, ""},
+		"mysql connections":        {mysqlRemedy, my(1040), remedyConnections},
+		"mysql read-only":          {mysqlRemedy, readOnlyError(), remedyReadOnly},
+		"mysql another option":     {mysqlRemedy, &mysql.MySQLError{Number: 1290, Message: "running with the --secure-file-priv option"}, ""},
+		"mysql plain text":         {mysqlRemedy, fmt.Errorf("connecting: %w", mysql.ErrNoTLS), remedyPlain},
+		"none":                     {mysqlRemedy, io.EOF, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			err := withRemedy(withRemedy(tc.err, tc.remedy), tc.remedy)
+			require.ErrorIs(t, err, tc.err)
+			if tc.want == "" {
+				require.Equal(t, tc.err, err)
+				return
+			}
+			require.EqualError(t, err, tc.err.Error()+": "+tc.want, "once")
+		})
 	}
 }

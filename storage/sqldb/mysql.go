@@ -33,7 +33,6 @@ func openMySQL(ctx context.Context, cfg Config) (*pools, error) {
 	mc.ParseTime = false
 	mc.ClientFoundRows = true
 	mc.InterpolateParams = true // one round trip for each statement
-	mc.RejectReadOnly = true    // a former primary: find the new one
 	if mc.Timeout == 0 {
 		mc.Timeout = dialTimeout
 	}
@@ -159,19 +158,22 @@ func isGalera(ctx context.Context, db *sql.DB) (bool, error) {
 	return value == "ON", err
 }
 
-// checkMySQLWrites names the setting by which the server refuses writes. The
-// driver reports such a refusal as a bad connection, without a reason.
+// checkMySQLWrites names the settings by which the server refuses writes. With
+// read_only alone it takes those of administrators, but a server that has it is
+// nevertheless none to write to.
 func checkMySQLWrites(ctx context.Context, db *sql.DB, mariadb bool) error {
-	setting := "super_read_only"
+	settings := []string{"super_read_only", "read_only"}
 	if mariadb {
-		setting = "read_only"
+		settings = settings[1:]
 	}
-	var on bool
-	if err := db.QueryRowContext(ctx, "SELECT @@global."+setting).Scan(&on); err != nil {
-		return fmt.Errorf("connecting: %w", err)
-	}
-	if on {
-		return fmt.Errorf("%w: the server takes no writes, its %s is on: it is a replica, or a primary after a failover; name the primary in -storage-dsn", ErrUnavailable, setting)
+	for _, setting := range settings {
+		var value string
+		if err := db.QueryRowContext(ctx, "SELECT @@global."+setting).Scan(&value); err != nil {
+			return fmt.Errorf("connecting: %w", err)
+		}
+		if value != "0" && value != "OFF" { // newer releases of MariaDB have several words
+			return fmt.Errorf("%w: %s is on: %s", ErrUnavailable, setting, remedyReadOnly)
+		}
 	}
 	return nil
 }
@@ -274,19 +276,18 @@ func mysqlCommon() *Dialect {
 			n := mysqlNumber(err)
 			return n == 1062 || n == 1586
 		},
+		readOnly: mysqlReadOnly,
+		remedy:   mysqlRemedy,
 		retryable: func(err error) bool {
 			switch mysqlNumber(err) {
 			case 1213, // ER_LOCK_DEADLOCK, and a cluster's lost certification
 				1205, // ER_LOCK_WAIT_TIMEOUT
 				1020, // ER_CHECKREAD: changed since it was read
 				3101, // ER_TRANSACTION_ROLLBACK_DURING_COMMIT
-				3572, // ER_LOCK_NOWAIT
-				1290, // ER_OPTION_PREVENTS_STATEMENT: read only, a former primary
-				1792, // ER_CANT_EXECUTE_IN_READ_ONLY_TRANSACTION
-				1836: // ER_READ_ONLY_MODE
+				3572: // ER_LOCK_NOWAIT
 				return true
 			}
-			return false
+			return mysqlReadOnly(err)
 		},
 		unavailable: func(err error) bool {
 			switch mysqlNumber(err) {

@@ -105,7 +105,7 @@ func checkPgSQL(ctx context.Context, cfg Config, db *sql.DB) error {
 	case standby:
 		return fmt.Errorf("%w: the server is a standby, which takes no writes: name all servers in -storage-dsn, with target_session_attrs=read-write", ErrUnavailable)
 	case readOnly == "on":
-		return fmt.Errorf("%w: the server takes no writes, default_transaction_read_only is on for this database or role", ErrUnavailable)
+		return fmt.Errorf("%w: the server takes no writes, default_transaction_read_only is on for this database or role: turn it off with ALTER DATABASE or ALTER ROLE", ErrUnavailable)
 	}
 	if version < pgsqlOldest {
 		return fmt.Errorf("PostgreSQL %d is too old, %d is the oldest that is served", version/10000, pgsqlOldest/10000)
@@ -164,7 +164,9 @@ FROM information_schema.columns WHERE table_schema = current_schema()`,
 		conflict: onConflict,
 		proposed: excluded,
 
-		unique: func(err error) bool { return pgCode(err) == "23505" },
+		unique:   func(err error) bool { return pgCode(err) == "23505" },
+		readOnly: func(err error) bool { return pgCode(err) == "25006" },
+		remedy:   pgsqlRemedy,
 		retryable: func(err error) bool {
 			switch pgCode(err) {
 			case "40001", // serialization_failure

@@ -47,6 +47,7 @@ func (db *DB) retry(ctx context.Context, try func() (again bool, err error)) err
 // classify marks errors that callers tell apart from broken statements: the
 // database is away, or too busy to ever get a turn.
 func (db *DB) classify(err error) error {
+	err = withRemedy(err, db.dialect.remedy)
 	switch {
 	case errors.Is(err, ErrUnavailable), errors.Is(err, ErrBusy), errors.Is(err, context.Canceled):
 		return err

@@ -204,6 +204,7 @@ func sqliteDialect() *Dialect {
 			code := sqliteCode(err) & 0xff
 			return code == sqlite3.SQLITE_BUSY || code == sqlite3.SQLITE_LOCKED
 		},
+		remedy: sqliteRemedy,
 		unavailable: func(err error) bool {
 			switch sqliteCode(err) & 0xff {
 			case sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL:

@@ -108,7 +108,7 @@ func (db *DB) attempt(ctx context.Context, fn func(ctx context.Context, t *Tx) e
 	err = fn(ctx, t)
 	finished = true
 	if err != nil {
-		if rerr := t.rollback(ctx); rerr != nil {
+		if rerr := t.rollback(ctx); rerr != nil || db.dialect.readOnly != nil && db.dialect.readOnly(err) {
 			discard(conn)
 		}
 		return db.dialect.temporary(err), err
