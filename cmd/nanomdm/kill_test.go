@@ -30,6 +30,7 @@ var kills = flag.Int("kills", 3, "how often the daemon is killed, on each engine
 // again, always at the same address and with the same database.
 type mortal struct {
 	*daemon
+	program string // the daemon, or the test binary as the daemon
 	address string
 	args    []string
 	cmd     *exec.Cmd
@@ -38,7 +39,7 @@ type mortal struct {
 func (m *mortal) begin() {
 	m.t.Helper()
 	m.log = &syncBuffer{}
-	m.cmd = exec.Command(os.Args[0], append([]string{"-ca", filepath.Join(m.dir, "ca.pem"), "-listen", m.address}, m.args...)...)
+	m.cmd = exec.Command(m.program, append([]string{"-ca", filepath.Join(m.dir, "ca.pem"), "-listen", m.address}, m.args...)...)
 	m.cmd.Env = append(os.Environ(), asDaemon+"=1", "NANOMDM_API="+testKey)
 	m.cmd.Stdout, m.cmd.Stderr = io.Discard, m.log
 	require.NoError(m.t, m.cmd.Start())
@@ -167,18 +168,29 @@ func newMortal(t *testing.T, args ...string) *mortal {
 	t.Helper()
 	ca, err := mdmtest.NewCA()
 	require.NoError(t, err)
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	require.NoError(t, err)
-	m := &mortal{daemon: &daemon{t: t, ca: ca, dir: t.TempDir()}, address: l.Addr().String(), args: args}
-	require.NoError(t, l.Close())
-	m.url = "http://" + m.address
+	m := &mortal{daemon: &daemon{t: t, ca: ca, dir: t.TempDir()}, program: os.Args[0], args: args}
 	require.NoError(t, os.WriteFile(filepath.Join(m.dir, "ca.pem"), ca.PEM(), 0o600))
+	m.listen()
 	m.begin()
-	t.Cleanup(func() {
-		require.NoError(t, m.cmd.Process.Signal(syscall.SIGTERM))
-		require.NoError(t, m.cmd.Wait(), "the daemon left with an error: %s", m.log)
-	})
-	require.Eventually(t, func() bool {
+	t.Cleanup(m.end)
+	m.ready()
+	return m
+}
+
+// listen chooses a free address.
+func (m *mortal) listen() {
+	m.t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(m.t, err)
+	m.address = l.Addr().String()
+	m.url = "http://" + m.address
+	require.NoError(m.t, l.Close())
+}
+
+// ready waits until the daemon can serve.
+func (m *mortal) ready() {
+	m.t.Helper()
+	require.Eventually(m.t, func() bool {
 		resp, err := http.Get(m.url + "/readyz")
 		if err != nil {
 			return false
@@ -186,7 +198,15 @@ func newMortal(t *testing.T, args ...string) *mortal {
 		defer resp.Body.Close()
 		return resp.StatusCode == 200
 	}, time.Minute, 20*time.Millisecond, "the daemon does not start: %s", m.log)
-	return m
+}
+
+// end stops the daemon, which has to leave with 0.
+func (m *mortal) end() {
+	m.t.Helper()
+	if m.cmd.ProcessState == nil {
+		require.NoError(m.t, m.cmd.Process.Signal(syscall.SIGTERM))
+		require.NoError(m.t, m.cmd.Wait(), "the daemon left with an error: %s", m.log)
+	}
 }
 
 // feed queues a command for all, again and again. Calls that fail are repeated
