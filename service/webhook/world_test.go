@@ -357,7 +357,7 @@ func (w *world) backlog() storage.SinkBacklog {
 // drained waits, by the test's clock, until nothing is before the sink.
 func (w *world) drained(within time.Duration) {
 	w.t.Helper()
-	for begun := time.Now(); ; time.Sleep(100 * time.Millisecond) {
+	for begun := time.Now(); ; time.Sleep(time.Second) {
 		n, err := w.store.WaitingCounts(w.t.Context())
 		require.NoError(w.t, err)
 		if b := w.backlog(); n.Unnumbered+b.Behind+b.Waiting+b.Again == 0 {
