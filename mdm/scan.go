@@ -475,38 +475,47 @@ func (s *scanner) tree(d *document) error {
 			}
 		}
 		at := s.pos
-		k, empty, err := s.startTag()
+		v, empty, err := s.element(d)
 		if err != nil {
 			return err
-		}
-		v := value{kind: k, start: s.pos, end: s.pos}
-		switch k {
-		case kindKey, kindPlist:
-			return malformed(at, k.String()+" where a value is wanted")
-		case kindDict, kindArray:
-		default:
-			if err := s.scalar(d, &v, empty); err != nil {
-				return err
-			}
 		}
 		in := scopeNone
 		switch {
 		case slot != nil:
 			in = d.put(slot, v)
-		case top.scope == scopeErrorChain && k == kindDict && len(d.chain) < maxErrorChain:
+		case top.scope == scopeErrorChain && v.kind == kindDict && len(d.chain) < maxErrorChain:
 			d.chain = append(d.chain, chainItem{})
 			in = scopeErrorChainItem
 		}
-		if k != kindDict && k != kindArray || empty {
+		if v.kind != kindDict && v.kind != kindArray || empty {
 			continue
 		}
 		if depth == maxDepth {
 			return malformed(at, fmt.Sprintf("more than %d levels", maxDepth))
 		}
-		stack[depth] = frame{array: k == kindArray, scope: in}
+		stack[depth] = frame{array: v.kind == kindArray, scope: in}
 		depth++
 	}
 	return nil
+}
+
+// element reads a value, of a container only its start tag; empty says that the
+// element ends with that.
+func (s *scanner) element(d *document) (v value, empty bool, err error) {
+	at := s.pos
+	kind, empty, err := s.startTag()
+	if err != nil {
+		return value{}, false, err
+	}
+	v = value{kind: kind, start: s.pos, end: s.pos}
+	switch kind {
+	case kindKey, kindPlist:
+		return value{}, false, malformed(at, kind.String()+" where a value is wanted")
+	case kindDict, kindArray:
+		return v, empty, nil
+	}
+	err = s.scalar(d, &v, empty)
+	return v, empty, err
 }
 
 // dictKey reads a key element and returns where its value goes.

@@ -20,7 +20,7 @@ import (
 	"time"
 )
 
-// options is what the command line says.
+// options are the flags.
 type options struct {
 	program, out, profiles string
 	engines, only          string
@@ -44,6 +44,25 @@ func run(ctx context.Context, args []string) error {
 	if len(args) == 2 && args[0] == referenceCommand {
 		return serveReference(ctx, args[1])
 	}
+	o, err := parseOptions(args)
+	if err != nil {
+		return err
+	}
+	reports, failed := measureEngines(ctx, o)
+	if len(reports) == 0 {
+		return errors.Join(failed, errors.New("no engine was measured"))
+	}
+	if o.out == "" {
+		return errors.Join(failed, write(os.Stdout, o, reports))
+	}
+	f, err := os.Create(o.out)
+	if err != nil {
+		return errors.Join(failed, err)
+	}
+	return errors.Join(failed, write(f, o, reports), f.Close())
+}
+
+func parseOptions(args []string) (*options, error) {
 	o := &options{}
 	flags := flag.NewFlagSet("mdmbench", flag.ContinueOnError)
 	flags.StringVar(&o.program, "nanomdm", "bin/nanomdm", "the daemon's `program`")
@@ -60,23 +79,26 @@ func run(ctx context.Context, args []string) error {
 	flags.DurationVar(&o.paced, "paced", 8*time.Second, "how long, at least, reports are sent at a steady rate while the webhook's receiver hangs, and half as long before and after, without a webhook")
 	flags.BoolVar(&o.quick, "quick", false, "a fraction of everything, in a minute or two for each engine")
 	if err := flags.Parse(args); err != nil {
-		return err
+		return nil, err
 	}
 	if o.quick {
 		o.devices, o.fleet, o.history, o.historyFleet = 500, 0, 50, 100
 		o.rounds, o.duration = 3, time.Second
 	}
 	if o.devices < 1 || o.rounds < 1 || o.duration <= 0 || o.paced <= 0 || o.history < 0 || o.fleet < 0 || (o.history > 0 && o.historyFleet < 1) {
-		return errors.New("-devices, -rounds, -duration, -paced and -history-devices are above zero, -fleet and -history not below")
+		return nil, errors.New("-devices, -rounds, -duration, -paced and -history-devices are above zero, -fleet and -history not below")
 	}
 	for name := range strings.SplitSeq(o.only, ",") {
 		if name != "" && !slices.Contains(measurements(), name) {
-			return fmt.Errorf("-only %s is none of %s", name, strings.Join(measurements(), ", "))
+			return nil, fmt.Errorf("-only %s is none of %s", name, strings.Join(measurements(), ", "))
 		}
 	}
+	return o, nil
+}
 
-	var reports []*report
-	var failed error
+// measureEngines measures the chosen engines that are present. An engine that
+// fails does not discard the reports of the others.
+func measureEngines(ctx context.Context, o *options) (reports []*report, failed error) {
 	for _, e := range engines() {
 		if !strings.Contains(","+o.engines+",", ","+e.name+",") {
 			continue
@@ -88,19 +110,9 @@ func run(ctx context.Context, args []string) error {
 		r, err := measureEngine(ctx, o, e)
 		if err != nil {
 			failed = errors.Join(failed, fmt.Errorf("%s: %w", e.label, err))
-			continue // what the others gave is not thrown away
+			continue
 		}
 		reports = append(reports, r)
 	}
-	if len(reports) == 0 {
-		return errors.Join(failed, errors.New("no engine was measured"))
-	}
-	if o.out == "" {
-		return errors.Join(failed, write(os.Stdout, o, reports))
-	}
-	f, err := os.Create(o.out)
-	if err != nil {
-		return errors.Join(failed, err)
-	}
-	return errors.Join(failed, write(f, o, reports), f.Close())
+	return reports, failed
 }

@@ -242,15 +242,7 @@ func (b *bench) round(ctx context.Context, s *series, visits [][]message) error 
 			return fmt.Errorf("the reference failed: %s", ref.failure)
 		}
 	}
-	metricsBefore, err := b.daemon.metrics(ctx)
-	if err != nil {
-		return err
-	}
-	commitsBefore, known, err := b.db.commits(ctx)
-	if err != nil {
-		return err
-	}
-	cpuBefore, err := b.db.cpu()
+	before, err := b.readCounters(ctx)
 	if err != nil {
 		return err
 	}
@@ -262,35 +254,52 @@ func (b *bench) round(ctx context.Context, s *series, visits [][]message) error 
 	if err != nil {
 		return err
 	}
-	cpuAfter, err := b.db.cpu()
+	after, err := b.readCounters(ctx)
 	if err != nil {
 		return err
 	}
-	commitsAfter, _, err := b.db.commits(ctx)
-	if err != nil {
-		return err
+	s.add(o, ref, before, after)
+	return nil
+}
+
+// counters are what daemon and database have counted so far.
+type counters struct {
+	daemon  map[string]float64 // by metric
+	cpu     time.Duration      // of the database
+	commits float64
+	known   bool // the database counts commits
+}
+
+func (b *bench) readCounters(ctx context.Context) (c counters, err error) {
+	if c.daemon, err = b.daemon.metrics(ctx); err != nil {
+		return c, err
 	}
-	metricsAfter, err := b.daemon.metrics(ctx)
-	if err != nil {
-		return err
+	if c.commits, c.known, err = b.db.commits(ctx); err != nil {
+		return c, err
 	}
-	delta := func(name string) float64 { return metricsAfter[name] - metricsBefore[name] }
+	c.cpu, err = b.db.cpu()
+	return c, err
+}
+
+// add adds a round: of the daemon, of the reference if there was one, and the
+// counters before and after the daemon's turn.
+func (s *series) add(o, ref sample, before, after counters) {
+	delta := func(name string) float64 { return after.daemon[name] - before.daemon[name] }
 	s.rates = append(s.rates, o.rate())
 	if s.load.rate == 0 {
 		s.ratios, s.references = append(s.ratios, o.rate()/ref.rate()), append(s.references, ref.rate())
 	}
 	s.p50s, s.p99s = append(s.p50s, o.percentile(0.5)), append(s.p99s, o.percentile(0.99))
-	s.daemon, s.db, s.reference = s.daemon+o.cpu, s.db+cpuAfter-cpuBefore, s.reference+ref.cpu
+	s.daemon, s.db, s.reference = s.daemon+o.cpu, s.db+after.cpu-before.cpu, s.reference+ref.cpu
 	s.statements += delta("nanomdm_store_statements_total")
 	s.commits += delta("nanomdm_store_commit_messages_count")
 	s.allocations += delta("go_memstats_mallocs_total")
-	s.dbCommits, s.dbCounts = s.dbCommits+commitsAfter-commitsBefore, known
+	s.dbCommits, s.dbCounts = s.dbCommits+after.commits-before.commits, after.known
 	s.requests, s.referenceRequests = s.requests+o.requests, s.referenceRequests+ref.requests
 	s.failed += o.failed
 	if s.failure == "" {
 		s.failure = o.failure
 	}
-	return nil
 }
 
 // conclude reports what the rounds of a measurement found.

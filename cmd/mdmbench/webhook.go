@@ -47,47 +47,15 @@ func pacedTimes(devices int, length time.Duration) int {
 // The two kinds with a receiver are between, in changing order. The receiver is part
 // of this process, so that its processor time is the client's.
 func (b *bench) webhook(ctx context.Context, devices []device) error {
-	type turn struct {
-		during      func(measure func() error) error
-		full, paced *series
-		length      time.Duration // at least, at a steady pace
-	}
-	some := devices[:min(pacedDevices, len(devices))]
-	paced := pacedLoad
-	paced.connections = min(paced.connections, max(1, len(some)/2)) // none comes on two at once
-	kind := func(name string, length time.Duration, during func(measure func() error) error) turn {
-		return turn{
-			during: during,
-			full:   &series{name: name, load: load{connections: 64}},
-			paced:  &series{name: pacedName(name), load: paced},
-			length: length,
-		}
-	}
-	unhooked := kind(unhookedName, b.o.paced/2, func(measure func() error) error { return measure() })
-	hooked := kind(hookedName, 0, func(measure func() error) error { return b.hooked(ctx, false, measure) })
-	hanging := kind(hangingName, b.o.paced, func(measure func() error) error { return b.hooked(ctx, true, measure) })
-	take := func(t turn) error {
-		return t.during(func() error {
-			visits, err := b.visits(ctx, devices, commandsEach)
-			if err != nil {
-				return err
-			}
-			if err := b.round(ctx, t.full, visits); err != nil {
-				return err
-			}
-			times := max(1, pacedTimes(len(some), t.length))
-			if visits, err = b.repeatedVisits(ctx, some, commandsEach, times); err != nil {
-				return err
-			}
-			return b.round(ctx, t.paced, visits)
-		})
-	}
+	unhooked := newTurn(unhookedName, devices, b.o.paced/2, func(measure func() error) error { return measure() })
+	hooked := newTurn(hookedName, devices, 0, func(measure func() error) error { return b.hooked(ctx, false, measure) })
+	hanging := newTurn(hangingName, devices, b.o.paced, func(measure func() error) error { return b.hooked(ctx, true, measure) })
 	// Tables that are nearly empty are the fastest, and the first turn would have
 	// them to itself: it does not count.
 	first := unhooked
 	first.length = min(first.length, time.Minute)
 	first.full, first.paced = &series{load: first.full.load}, &series{load: first.paced.load}
-	if err := take(first); err != nil {
+	if err := b.take(ctx, first, devices); err != nil {
 		return err
 	}
 	for round := range b.o.rounds {
@@ -96,7 +64,7 @@ func (b *bench) webhook(ctx context.Context, devices []device) error {
 			slices.Reverse(turns)
 		}
 		for _, t := range turns {
-			if err := take(t); err != nil {
+			if err := b.take(ctx, t, devices); err != nil {
 				return err
 			}
 		}
@@ -106,6 +74,46 @@ func (b *bench) webhook(ctx context.Context, devices []device) error {
 		b.conclude(t.paced)
 	}
 	return nil
+}
+
+// turn is one kind of receiver, and the measurements of reports with it.
+type turn struct {
+	during      func(measure func() error) error
+	full, paced *series
+	length      time.Duration // at least, at a steady pace
+}
+
+func newTurn(name string, devices []device, length time.Duration, during func(measure func() error) error) turn {
+	paced := pacedLoad
+	paced.connections = min(paced.connections, max(1, len(steadyDevices(devices))/2)) // none comes on two at once
+	return turn{
+		during: during,
+		full:   &series{name: name, load: load{connections: 64}},
+		paced:  &series{name: pacedName(name), load: paced},
+		length: length,
+	}
+}
+
+// steadyDevices are those that report at a steady pace.
+func steadyDevices(devices []device) []device { return devices[:min(pacedDevices, len(devices))] }
+
+// take makes the measurements of a turn: at full speed, then at a steady pace.
+func (b *bench) take(ctx context.Context, t turn, devices []device) error {
+	return t.during(func() error {
+		visits, err := b.visits(ctx, devices, commandsEach)
+		if err != nil {
+			return err
+		}
+		if err := b.round(ctx, t.full, visits); err != nil {
+			return err
+		}
+		steady := steadyDevices(devices)
+		times := max(1, pacedTimes(len(steady), t.length))
+		if visits, err = b.repeatedVisits(ctx, steady, commandsEach, times); err != nil {
+			return err
+		}
+		return b.round(ctx, t.paced, visits)
+	})
 }
 
 // hooked measures while there is a receiver, and sees to it that it got

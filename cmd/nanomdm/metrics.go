@@ -9,102 +9,122 @@ import (
 	"github.com/nanomdm/nanomdm/storage/sqlstore"
 )
 
-// How old numbers may be that cost a query.
+// The ages at which metrics that cost a query are read anew.
 const (
-	censusEvery       = 15 * time.Second
+	waitingEvery      = 15 * time.Second
 	certificatesEvery = 5 * time.Minute
 )
 
-// observe tells the metrics where values come from that the store and the
-// daemon itself keep.
+// observe adds the sources of the metrics that the daemon and the store keep
+// themselves.
 func (b *building) observe(store *sqlstore.Store) {
-	b.metrics.Add(metrics.Source{Name: "daemon", Collect: func(_ context.Context, emit metrics.Emit) error {
-		ready, _ := b.gate.Ready()
-		emit("nanomdm_ready", truth(ready))
-		emit("nanomdm_stalls_total", float64(b.stalls.Count()))
-		emit("nanomdm_store_up", truth(b.gate.StoreUp()))
-		emit("nanomdm_sealing", truth(b.sealer != nil), "secrets")
-		emit("nanomdm_sealing", truth(b.o.sealCommands), "commands")
-		now := time.Now()
-		if cfg := b.side.tls; cfg != nil && cfg.Certificates[0].Leaf != nil {
-			emit("nanomdm_tls_certificate_expiry_seconds", cfg.Certificates[0].Leaf.NotAfter.Sub(now).Seconds())
-		}
-		if !b.side.caNotAfter.IsZero() {
-			emit("nanomdm_ca_certificate_expiry_seconds", b.side.caNotAfter.Sub(now).Seconds())
-		}
-		return nil
-	}})
-	b.metrics.Add(metrics.Source{Name: "store", Collect: func(_ context.Context, emit metrics.Emit) error {
-		emitStore(emit, store.Stats())
-		for pool, stats := range store.Pools() {
-			emit("nanomdm_store_pool_connections", float64(stats.InUse), pool, "in_use")
-			emit("nanomdm_store_pool_connections", float64(stats.Idle), pool, "idle")
-			emit("nanomdm_store_pool_max_connections", float64(stats.MaxOpenConnections), pool)
-			emit("nanomdm_store_pool_waits_total", float64(stats.WaitCount), pool)
-			emit("nanomdm_store_pool_wait_seconds_total", stats.WaitDuration.Seconds(), pool)
-		}
-		return nil
-	}})
-	b.metrics.Add(metrics.Source{Name: "waiting", Every: censusEvery, Collect: func(ctx context.Context, emit metrics.Emit) error {
-		waiting, err := store.WaitingCounts(ctx)
-		if err != nil {
-			return err
-		}
-		for state, backlog := range waiting.Waiting {
-			emit("nanomdm_queue_commands", float64(backlog.Count), state.String())
-			emit("nanomdm_queue_oldest_seconds", age(backlog.Oldest), state.String())
-		}
-		emit("nanomdm_push_owed_enrollments", float64(waiting.PushesOwed))
-		emit("nanomdm_events_unnumbered", float64(waiting.Unnumbered))
-		return nil
-	}})
-	b.metrics.Add(metrics.Source{Name: "webhook", Every: censusEvery, Collect: func(ctx context.Context, emit metrics.Emit) error {
-		backlogs, err := store.EventBacklogs(ctx)
-		if err != nil {
-			return err
-		}
-		for _, sink := range backlogs {
-			emit("nanomdm_webhook_backlog_events", float64(sink.Behind), sink.Sink)
-			emit("nanomdm_webhook_oldest_seconds", age(sink.Oldest), sink.Sink)
-			emit("nanomdm_webhook_events", float64(sink.Waiting), sink.Sink, "waiting")
-			emit("nanomdm_webhook_events", float64(sink.Again), sink.Sink, "again")
-			emit("nanomdm_webhook_events", float64(sink.Dead), sink.Sink, "dead")
-			emit("nanomdm_webhook_events", float64(sink.Dropped), sink.Sink, "dropped")
-		}
-		sinks, err := store.EventSinks(ctx)
-		if err != nil {
-			return err
-		}
-		for _, sink := range sinks {
-			emit("nanomdm_webhook_off", truth(!sink.Enabled), sink.Name)
-		}
-		return nil
-	}})
-	b.metrics.Add(metrics.Source{Name: "certificates", Every: certificatesEvery, Collect: func(ctx context.Context, emit metrics.Emit) error {
-		now := time.Now()
-		counts, err := store.CertificatesExpiring(ctx, now, now.Add(7*24*time.Hour), now.Add(30*24*time.Hour))
-		if err != nil {
-			return err
-		}
-		for i, within := range []string{"0d", "7d", "30d"} {
-			emit("nanomdm_identity_certificates_expiring", float64(counts[i]), within)
-		}
-		next, err := store.NextCertificateExpiry(ctx, now)
-		if err != nil {
-			return err
-		}
-		if !next.IsZero() {
-			emit("nanomdm_identity_certificate_expiry_seconds", next.Sub(now).Seconds())
-		}
-		pushCerts, err := store.PushCertificatesExpiry(ctx)
-		if err != nil {
-			return err
-		}
-		for topic, at := range pushCerts {
-			emit("nanomdm_push_certificate_expiry_seconds", at.Sub(now).Seconds(), topic)
-		}
-		return nil
-	}})
+	b.metrics.Add(metrics.Source{Name: "daemon", Collect: b.collectDaemon})
+	for _, source := range []struct {
+		name    string
+		every   time.Duration
+		collect func(context.Context, *sqlstore.Store, metrics.Emit) error
+	}{
+		{"store", 0, collectStore},
+		{"waiting", waitingEvery, collectWaiting},
+		{"webhook", waitingEvery, collectWebhook},
+		{"certificates", certificatesEvery, collectCertificates},
+	} {
+		b.metrics.Add(metrics.Source{Name: source.name, Every: source.every, Collect: func(ctx context.Context, emit metrics.Emit) error {
+			return source.collect(ctx, store, emit)
+		}})
+	}
+}
+
+func (b *building) collectDaemon(_ context.Context, emit metrics.Emit) error {
+	ready, _ := b.gate.Ready()
+	emit("nanomdm_ready", truth(ready))
+	emit("nanomdm_stalls_total", float64(b.stalls.Count()))
+	emit("nanomdm_store_up", truth(b.gate.StoreUp()))
+	emit("nanomdm_sealing", truth(b.sealer != nil), "secrets")
+	emit("nanomdm_sealing", truth(b.o.sealCommands), "commands")
+	now := time.Now()
+	if cfg := b.side.tls; cfg != nil && cfg.Certificates[0].Leaf != nil {
+		emit("nanomdm_tls_certificate_expiry_seconds", cfg.Certificates[0].Leaf.NotAfter.Sub(now).Seconds())
+	}
+	if !b.side.caNotAfter.IsZero() {
+		emit("nanomdm_ca_certificate_expiry_seconds", b.side.caNotAfter.Sub(now).Seconds())
+	}
+	return nil
+}
+
+func collectStore(_ context.Context, store *sqlstore.Store, emit metrics.Emit) error {
+	emitStore(emit, store.Stats())
+	for pool, stats := range store.Pools() {
+		emit("nanomdm_store_pool_connections", float64(stats.InUse), pool, "in_use")
+		emit("nanomdm_store_pool_connections", float64(stats.Idle), pool, "idle")
+		emit("nanomdm_store_pool_max_connections", float64(stats.MaxOpenConnections), pool)
+		emit("nanomdm_store_pool_waits_total", float64(stats.WaitCount), pool)
+		emit("nanomdm_store_pool_wait_seconds_total", stats.WaitDuration.Seconds(), pool)
+	}
+	return nil
+}
+
+func collectWaiting(ctx context.Context, store *sqlstore.Store, emit metrics.Emit) error {
+	waiting, err := store.WaitingCounts(ctx)
+	if err != nil {
+		return err
+	}
+	for state, backlog := range waiting.Waiting {
+		emit("nanomdm_queue_commands", float64(backlog.Count), state.String())
+		emit("nanomdm_queue_oldest_seconds", age(backlog.Oldest), state.String())
+	}
+	emit("nanomdm_push_owed_enrollments", float64(waiting.PushesOwed))
+	emit("nanomdm_events_unnumbered", float64(waiting.Unnumbered))
+	return nil
+}
+
+func collectWebhook(ctx context.Context, store *sqlstore.Store, emit metrics.Emit) error {
+	backlogs, err := store.EventBacklogs(ctx)
+	if err != nil {
+		return err
+	}
+	for _, sink := range backlogs {
+		emit("nanomdm_webhook_backlog_events", float64(sink.Behind), sink.Sink)
+		emit("nanomdm_webhook_oldest_seconds", age(sink.Oldest), sink.Sink)
+		emit("nanomdm_webhook_events", float64(sink.Waiting), sink.Sink, "waiting")
+		emit("nanomdm_webhook_events", float64(sink.Again), sink.Sink, "again")
+		emit("nanomdm_webhook_events", float64(sink.Dead), sink.Sink, "dead")
+		emit("nanomdm_webhook_events", float64(sink.Dropped), sink.Sink, "dropped")
+	}
+	sinks, err := store.EventSinks(ctx)
+	if err != nil {
+		return err
+	}
+	for _, sink := range sinks {
+		emit("nanomdm_webhook_off", truth(!sink.Enabled), sink.Name)
+	}
+	return nil
+}
+
+func collectCertificates(ctx context.Context, store *sqlstore.Store, emit metrics.Emit) error {
+	now := time.Now()
+	counts, err := store.CertificatesExpiring(ctx, now, now.Add(7*24*time.Hour), now.Add(30*24*time.Hour))
+	if err != nil {
+		return err
+	}
+	for i, within := range []string{"0d", "7d", "30d"} {
+		emit("nanomdm_identity_certificates_expiring", float64(counts[i]), within)
+	}
+	next, err := store.NextCertificateExpiry(ctx, now)
+	if err != nil {
+		return err
+	}
+	if !next.IsZero() {
+		emit("nanomdm_identity_certificate_expiry_seconds", next.Sub(now).Seconds())
+	}
+	pushCerts, err := store.PushCertificatesExpiry(ctx)
+	if err != nil {
+		return err
+	}
+	for topic, at := range pushCerts {
+		emit("nanomdm_push_certificate_expiry_seconds", at.Sub(now).Seconds(), topic)
+	}
+	return nil
 }
 
 func age(since time.Time) float64 {

@@ -21,6 +21,7 @@ import (
 	"github.com/nanomdm/nanomdm/http/metrics"
 	"github.com/nanomdm/nanomdm/http/requestlog"
 	"github.com/nanomdm/nanomdm/http/stall"
+	"github.com/nanomdm/nanomdm/push"
 	"github.com/nanomdm/nanomdm/release"
 	"github.com/nanomdm/nanomdm/service"
 	"github.com/nanomdm/nanomdm/service/callout"
@@ -29,6 +30,7 @@ import (
 	"github.com/nanomdm/nanomdm/service/devicelog"
 	"github.com/nanomdm/nanomdm/service/dm"
 	"github.com/nanomdm/nanomdm/service/dump"
+	"github.com/nanomdm/nanomdm/service/webhook"
 	"github.com/nanomdm/nanomdm/storage"
 	"github.com/nanomdm/nanomdm/storage/sqlstore"
 	"github.com/nanomdm/nanomdm/textinput"
@@ -57,10 +59,10 @@ type building struct {
 	apiFront *gate.Front // nil without -api-listen
 }
 
-// wire puts the daemon together: what is closed when it stops is a component
-// of the server that it returns. Errors of several files are reported at once.
-// The database is opened when the server runs, so that a start while it is
-// away waits, with probes answered.
+// wire puts the daemon together. Everything that has to be closed is a
+// component of the server that it returns. Errors of several files are reported
+// at once. The database is opened when the server runs, so that a start while
+// the database is away waits, with probes answered.
 func wire(o options, environ []string, log *slog.Logger, stdout io.Writer) (*server, error) {
 	counters := metrics.New(release.String())
 	side, err := loadDeviceSide(o, log, counters.Checked)
@@ -71,69 +73,84 @@ func wire(o options, environ []string, log *slog.Logger, stdout io.Writer) (*ser
 	if b.systemd, err = newNotifier(lookup(environ)); err != nil {
 		return nil, err
 	}
-	if b.sealer, err = loadSealer(o, log); err != nil {
-		return nil, err
-	}
-	if b.apnsCA, err = loadAPNsCA(o, log); err != nil {
-		return nil, err
-	}
-	if b.storageCA, err = loadRoots("storage-ca", o.storageCA, log); err != nil {
-		return nil, err
-	}
-	if b.webhookCA, err = loadRoots("webhook-ca", o.webhookCA, log); err != nil {
-		return nil, err
-	}
-	if b.sinks, err = loadSinks(o); err != nil {
-		return nil, err
-	}
-	listener, err := listen("listen", o.listen)
-	if err != nil {
+	if err := b.loadFiles(); err != nil {
 		return nil, err
 	}
 	b.s = newServer(log, o.drainTimeout, stopTimeout)
-	b.stalls = stall.New(log, nil)
-	b.s.background("stall watch", b.stalls.Run)
 	b.s.drainDelay = o.drainDelay
-	b.address = listener.Addr().String()
-	b.front = b.gate.Front()
-	maxHeader := maxHeaderBytes
-	if o.api != "" && o.apiListen == "" {
-		maxHeader = maxAPIHeaderBytes
-	}
-	b.s.serve("http", listener, b.logged(b.front), side.tls, maxHeader)
-	ready := []any{"version", release.String(), "listen", listener.Addr().String(), "storage", o.storage, "api", o.api != ""}
-	if o.apiListen != "" {
-		apiListener, err := listen("api-listen", o.apiListen)
-		if err != nil {
-			return nil, errors.Join(err, listener.Close())
-		}
-		b.apiFront = b.gate.Front()
-		b.s.serve("api", apiListener, b.logged(b.apiFront), withoutClientAuth(side.tls), maxAPIHeaderBytes)
-		ready = append(ready, "api_listen", apiListener.Addr().String())
-	}
-	b.s.started = func() {
-		b.gate.Started()
-		b.tell(notifyReady)
-		log.Info("nanomdm is ready", ready...)
-	}
 	b.s.restarted = b.metrics.Restarted
 	b.s.failing = b.gate.SetFailing
 	b.s.stopping = func() {
 		b.gate.Drain()
-		b.tell(notifyStopping)
+		b.notify(notifyStopping)
+	}
+	b.stalls = stall.New(log, nil)
+	b.s.background("stall watch", b.stalls.Run)
+	if err := b.openListeners(); err != nil {
+		return nil, err
 	}
 	b.addStore()
 	return b.s, nil
+}
+
+// loadFiles reads the files of options that are not the device side's.
+func (b *building) loadFiles() (err error) {
+	if b.sealer, err = loadSealer(b.o, b.log); err != nil {
+		return err
+	}
+	if b.apnsCA, err = loadAPNsCA(b.o, b.log); err != nil {
+		return err
+	}
+	if b.storageCA, err = loadRoots("storage-ca", b.o.storageCA, b.log); err != nil {
+		return err
+	}
+	if b.webhookCA, err = loadRoots("webhook-ca", b.o.webhookCA, b.log); err != nil {
+		return err
+	}
+	b.sinks, err = loadSinks(b.o)
+	return err
+}
+
+// openListeners opens the listener, and the API's own with -api-listen. Their
+// fronts turn requests away until the server has started.
+func (b *building) openListeners() error {
+	listener, err := listen("listen", b.o.listen)
+	if err != nil {
+		return err
+	}
+	b.address = listener.Addr().String()
+	b.front = b.gate.Front()
+	maxHeader := maxHeaderBytes
+	if b.o.api != "" && b.o.apiListen == "" {
+		maxHeader = maxAPIHeaderBytes
+	}
+	b.s.serve("http", listener, b.logged(b.front), b.side.tls, maxHeader)
+	ready := []any{"version", release.String(), "listen", b.address, "storage", b.o.storage, "api", b.o.api != ""}
+	if b.o.apiListen != "" {
+		apiListener, err := listen("api-listen", b.o.apiListen)
+		if err != nil {
+			return errors.Join(err, listener.Close())
+		}
+		b.apiFront = b.gate.Front()
+		b.s.serve("api", apiListener, b.logged(b.apiFront), withoutClientAuth(b.side.tls), maxAPIHeaderBytes)
+		ready = append(ready, "api_listen", apiListener.Addr().String())
+	}
+	b.s.started = func() {
+		b.gate.Started()
+		b.notify(notifyReady)
+		b.log.Info("nanomdm is ready", ready...)
+	}
+	return nil
 }
 
 func (b *building) logged(next http.Handler) http.Handler {
 	return requestlog.Middleware(b.log, requestlog.Config{Trusted: b.o.trustedProxies, Panicked: b.metrics.Panicked}, next)
 }
 
-// tell is for messages that nobody can do anything about if they fail.
-func (b *building) tell(state string) {
+// notify sends systemd a state. A failure is logged: nobody can mend it.
+func (b *building) notify(state string) {
 	if err := b.systemd.notify(state); err != nil {
-		b.log.Warn("systemd was not told", "error", err)
+		b.log.Warn("systemd was not notified", "error", err)
 	}
 }
 
@@ -159,7 +176,7 @@ func (b *building) addStore() {
 				Committed:       b.metrics.Committed,
 				Polled:          b.metrics.Polled,
 			}
-			store, err = openStore(ctx, cfg, b.log, func() { b.tell(notifyWaiting(openPauses.Max)) })
+			store, err = openStore(ctx, cfg, b.log, func() { b.notify(notifyWaiting(openPauses.Max)) })
 			if err != nil {
 				return err
 			}
@@ -172,19 +189,17 @@ func (b *building) addStore() {
 	})
 }
 
-// assemble puts together what needs the store. It runs while the server
-// starts: components that it adds start next, in order, and requests are let
-// in when all of them have.
+// assemble puts together the parts that need the store. It runs while the
+// server starts: components that it adds start next, in order, and requests are
+// let in when all of them have.
 func (b *building) assemble(ctx context.Context, store *sqlstore.Store) error {
-	o, log, s, side := b.o, b.log, b.s, b.side
-	mux := http.NewServeMux() // the device side's
-	operators := mux
-	mux.Handle("/version", httpapi.Version(release.String()))
+	devices := http.NewServeMux()
+	operators := devices
+	devices.Handle("/version", httpapi.Version(release.String()))
 	if b.apiFront != nil {
 		operators = http.NewServeMux()
 		operators.Handle("/version", httpapi.Version(release.String()))
 	}
-
 	pusher, err := b.push(store)
 	if err != nil {
 		return err
@@ -193,73 +208,98 @@ func (b *building) assemble(ctx context.Context, store *sqlstore.Store) error {
 	if err != nil {
 		return err
 	}
-	protocol := core.New(store, side.core)
 	var api *httpapi.API
-	if o.api != "" {
-		if api, err = httpapi.New(string(o.api), store, pusher, httpapi.Config{
-			MaxBody: o.maxBody, Refused: b.metrics.APIRefused, SinksChanged: sinks.Refresh, SinkGuard: callout.Guard{Allowed: o.webhookAllowed}, Draining: s.draining(),
-			Version: release.String(), Logger: log,
-		}); err != nil {
+	if b.o.api != "" {
+		if api, err = b.addAPI(operators, store, pusher, sinks); err != nil {
 			return err
 		}
-		routes := http.NewServeMux()
-		api.Register(routes)
-		operators.Handle("/", gate.Limit(o.maxRequests, b.metrics.TurnedAway("api", "limit"), routes))
-		operators.Handle("GET /metrics", api.Reader(b.metrics.Handler()))
 	}
-	if side.identity != nil {
-		chain := []service.Middleware{b.metrics.Middleware()}
-		if o.dump {
-			log.Warn("-dump writes what devices say and are told to standard output, their tokens and passwords with it: not for production")
-			chain = append(chain, dump.New(b.stdout))
-		}
-		chain = append(chain, devicelog.New(log), events, certauth.New(certauth.Config{
-			Retro: o.retro, Reenroll: o.reenroll, Renewal: o.renewal, Confirm: side.confirm,
-		}))
-		h := httpmdm.New(service.Chain(protocol, chain...), side.identity, httpmdm.Config{
-			Pins: store, Refusals: store, MaxBody: o.maxBody, MaxCheckin: o.maxCheckin, MaxStatus: o.maxStatus, MaxHourly: o.maxHourlyBytes, MaxInFlight: o.maxInFlight, MaxRequests: o.maxRequests,
-			Refused: b.metrics.Refused, Stalled: b.stalls.Since,
-			AuthProxyTransport: side.authProxy, Logger: log,
-		})
-		s.background("record of refusals", h.RecordRefusals)
-		if o.migration {
+	if b.side.identity != nil {
+		protocol := core.New(store, b.side.core)
+		h := b.deviceHandler(store, protocol, events)
+		b.addDevices(devices, b.deviceRoutes(h, store))
+		if b.o.migration {
 			operators.Handle("/migration", api.Migration(h.Migration(protocol)))
 		}
-		routes := map[string]http.Handler{"/mdm": h.MDM(httpmdm.Any)}
-		if o.checkin {
-			routes["/mdm"], routes["/checkin"] = h.MDM(httpmdm.Reports), h.MDM(httpmdm.Checkins)
-		}
-		for _, path := range o.mdmPaths {
-			routes[path] = h.MDM(httpmdm.Any)
-		}
-		if o.authProxyURL != nil {
-			if o.certHeader == "" && !o.tlsClientAuth {
-				log.Warn("devices that sign their messages are refused at /authproxy/ without a body, unless the signature has a signing time; use -cert-header or -tls-client-auth")
-			}
-			routes["/authproxy/"] = h.AuthProxy("/authproxy/", o.authProxyURL, store)
-		}
-		b.addDevices(mux, routes)
 	}
-
 	b.observe(store)
 	b.upkeep(store)
-	s.background("database watch", func(ctx context.Context) error {
-		return b.gate.Watch(ctx, func(ctx context.Context) (bool, error) {
-			err := store.Ping(ctx)
-			return err != nil && !errors.Is(err, sqlstore.ErrSchema), err
-		})
-	})
-	if b.systemd != nil && b.systemd.watchdog > 0 {
-		s.background("watchdog", func(ctx context.Context) error { return b.systemd.watch(ctx, log) })
-	}
-	s.add(component{name: "doors", start: func(context.Context) error {
-		b.front.Open(mux)
+	b.watch(store)
+	b.s.add(component{name: "doors", start: func(context.Context) error {
+		b.front.Open(devices)
 		if b.apiFront != nil {
 			b.apiFront.Open(operators)
 		}
 		return nil
 	}})
 	return nil
+}
+
+// addAPI adds the operator side's routes to mux.
+func (b *building) addAPI(mux *http.ServeMux, store *sqlstore.Store, pusher *push.Service, sinks *webhook.Sinks) (*httpapi.API, error) {
+	api, err := httpapi.New(string(b.o.api), store, pusher, httpapi.Config{
+		MaxBody: b.o.maxBody, Refused: b.metrics.APIRefused, SinksChanged: sinks.Refresh, SinkGuard: callout.Guard{Allowed: b.o.webhookAllowed},
+		Draining: b.s.draining(), Version: release.String(), Logger: b.log,
+	})
+	if err != nil {
+		return nil, err
+	}
+	routes := http.NewServeMux()
+	api.Register(routes)
+	mux.Handle("/", gate.Limit(b.o.maxRequests, b.metrics.TurnedAway("api", "limit"), routes))
+	mux.Handle("GET /metrics", api.Reader(b.metrics.Handler()))
+	return api, nil
+}
+
+// deviceHandler puts the middleware before the protocol, and both behind the
+// device side of HTTP.
+func (b *building) deviceHandler(store *sqlstore.Store, protocol service.Handler, events service.Middleware) *httpmdm.Handler {
+	chain := []service.Middleware{b.metrics.Middleware()}
+	if b.o.dump {
+		b.log.Warn("-dump writes every message of devices and every answer to standard output, tokens and passwords included: not for production")
+		chain = append(chain, dump.New(b.stdout))
+	}
+	chain = append(chain, devicelog.New(b.log), events, certauth.New(certauth.Config{
+		Retro: b.o.retro, Reenroll: b.o.reenroll, Renewal: b.o.renewal, Confirm: b.side.confirm,
+	}))
+	h := httpmdm.New(service.Chain(protocol, chain...), b.side.identity, httpmdm.Config{
+		Pins: store, Refusals: store, MaxBody: b.o.maxBody, MaxCheckin: b.o.maxCheckin, MaxStatus: b.o.maxStatus, MaxHourly: b.o.maxHourlyBytes,
+		MaxInFlight: b.o.maxInFlight, MaxRequests: b.o.maxRequests, Refused: b.metrics.Refused, Stalled: b.stalls.Since,
+		AuthProxyTransport: b.side.authProxy, Logger: b.log,
+	})
+	b.s.background("record of refusals", h.RecordRefusals)
+	return h
+}
+
+// deviceRoutes returns the paths of the device side.
+func (b *building) deviceRoutes(h *httpmdm.Handler, store *sqlstore.Store) map[string]http.Handler {
+	routes := map[string]http.Handler{"/mdm": h.MDM(httpmdm.Any)}
+	if b.o.checkin {
+		routes["/mdm"], routes["/checkin"] = h.MDM(httpmdm.Reports), h.MDM(httpmdm.Checkins)
+	}
+	for _, path := range b.o.mdmPaths {
+		routes[path] = h.MDM(httpmdm.Any)
+	}
+	if b.o.authProxyURL != nil {
+		if b.o.certHeader == "" && !b.o.tlsClientAuth {
+			b.log.Warn("devices that sign their messages are refused at /authproxy/ without a body, unless the signature has a signing time; use -cert-header or -tls-client-auth")
+		}
+		routes["/authproxy/"] = h.AuthProxy("/authproxy/", b.o.authProxyURL, store)
+	}
+	return routes
+}
+
+// watch adds what watches the database and reports to systemd's watchdog.
+func (b *building) watch(store *sqlstore.Store) {
+	b.s.background("database watch", func(ctx context.Context) error {
+		return b.gate.Watch(ctx, func(ctx context.Context) (bool, error) {
+			err := store.Ping(ctx)
+			return err != nil && !errors.Is(err, sqlstore.ErrSchema), err
+		})
+	})
+	if b.systemd != nil && b.systemd.watchdog > 0 {
+		b.s.background("watchdog", func(ctx context.Context) error { return b.systemd.watch(ctx, b.log) })
+	}
 }
 
 // addDevices puts the device side's routes behind one limit, and turns them
@@ -274,7 +314,8 @@ func (b *building) addDevices(mux *http.ServeMux, routes map[string]http.Handler
 	}
 }
 
-// withoutClientAuth is for a listener where nobody is asked for a certificate.
+// withoutClientAuth returns the configuration of a listener that asks no client
+// for a certificate.
 func withoutClientAuth(cfg *tls.Config) *tls.Config {
 	if cfg == nil {
 		return nil
@@ -296,8 +337,8 @@ func lookup(environ []string) func(string) string {
 	}
 }
 
-// deviceSide is what the device side needs from files. identity is nil with
-// -disable-mdm.
+// deviceSide is everything that the device side needs from files. identity is
+// nil with -disable-mdm.
 type deviceSide struct {
 	identity   *httpmdm.Identity
 	tls        *tls.Config
@@ -310,75 +351,78 @@ type deviceSide struct {
 func loadDeviceSide(o options, log *slog.Logger, checked func()) (*deviceSide, error) {
 	side := &deviceSide{core: core.Config{EmptyDigestChallenge: o.uaZLDC}}
 	var errs []error
-	fail := func(flag string, err error) { errs = append(errs, fmt.Errorf("-%s: %w", flag, err)) }
-
 	if o.tlsCert != "" {
-		cert, err := loadServerCertificate(o, log)
-		if err != nil {
-			errs = append(errs, err)
-		}
-		side.tls = &tls.Config{Certificates: []tls.Certificate{cert}, MinVersion: tls.VersionTLS12}
-		if o.tlsClientAuth {
-			// Requested, not required: the API shares the listener. What is
-			// shown is verified by httpmdm.
-			side.tls.ClientAuth = tls.RequestClientCert
-		}
+		errs = append(errs, side.loadTLS(o, log))
 	}
 	if o.disableMDM {
 		return side, errors.Join(errs...)
 	}
-
 	if o.reenroll == storage.ReenrollAllow {
 		log.Warn("any certificate of -ca may enroll a known device anew, and then gets its commands; -reenroll same-subject and deny are stricter")
 	}
-	if verifier, notAfter, err := loadVerifier(o, checked, log); err != nil {
-		errs = append(errs, err)
-	} else {
+	verifier, notAfter, err := loadVerifier(o, checked, log)
+	if err == nil {
 		side.caNotAfter = notAfter
 		side.identity = chooseIdentity(o, verifier, log)
 	}
+	errs = append(errs, err)
 	if o.dm != nil {
-		roots, err := loadRoots("dm-ca", o.dmCA, log)
-		if err != nil {
-			errs = append(errs, err)
-		}
-		backend, err := dm.New(o.dm.String(), dm.Config{
-			SendKey: []byte(o.dmSendHMACKey), RecvKey: []byte(o.dmRecvHMACKey), Client: callout.Client(callout.Transport(roots)),
-		})
-		if err != nil {
-			fail("dm", err)
-		} else {
-			side.core.DeclarativeManagement = backend
-		}
+		errs = append(errs, side.loadDM(o, log))
 	}
 	if o.authenticateURL != nil {
-		roots, err := loadRoots("authenticate-ca", o.authenticateCA, log)
-		if err != nil {
-			errs = append(errs, err)
-		}
-		hook, err := certauth.NewHook(o.authenticateURL.String(), certauth.HookConfig{
-			Key: []byte(o.authenticateKey), Client: callout.Client(callout.Transport(roots)),
-		})
-		if err != nil {
-			fail("authenticate-url", err)
-		} else {
-			side.confirm = hook
-		}
+		errs = append(errs, side.loadAuthenticateHook(o, log))
 	}
 	if o.authProxyURL != nil {
 		roots, err := loadRoots("auth-proxy-ca", o.authProxyCA, log)
-		if err != nil {
-			errs = append(errs, err)
-		}
+		errs = append(errs, err)
 		side.authProxy = callout.Transport(roots)
 	}
 	if o.returnToService != "" {
-		var err error
-		if side.core.ReturnToService, err = readDict(o.returnToService); err != nil {
-			fail("return-to-service", err)
-		}
+		side.core.ReturnToService, err = readDict(o.returnToService)
+		errs = append(errs, ofOption("return-to-service", err))
 	}
 	return side, errors.Join(errs...)
+}
+
+// ofOption names the option that an error is about.
+func ofOption(name string, err error) error {
+	if err == nil {
+		return nil
+	}
+	return fmt.Errorf("-%s: %w", name, err)
+}
+
+func (side *deviceSide) loadTLS(o options, log *slog.Logger) error {
+	cert, err := loadServerCertificate(o, log)
+	side.tls = &tls.Config{Certificates: []tls.Certificate{cert}, MinVersion: tls.VersionTLS12}
+	if o.tlsClientAuth {
+		// Requested, not required: the API shares the listener. httpmdm verifies
+		// the certificate that a client shows.
+		side.tls.ClientAuth = tls.RequestClientCert
+	}
+	return err
+}
+
+func (side *deviceSide) loadDM(o options, log *slog.Logger) error {
+	roots, rootsErr := loadRoots("dm-ca", o.dmCA, log)
+	backend, err := dm.New(o.dm.String(), dm.Config{
+		SendKey: []byte(o.dmSendHMACKey), RecvKey: []byte(o.dmRecvHMACKey), Client: callout.Client(callout.Transport(roots)),
+	})
+	if err == nil {
+		side.core.DeclarativeManagement = backend
+	}
+	return errors.Join(rootsErr, ofOption("dm", err))
+}
+
+func (side *deviceSide) loadAuthenticateHook(o options, log *slog.Logger) error {
+	roots, rootsErr := loadRoots("authenticate-ca", o.authenticateCA, log)
+	hook, err := certauth.NewHook(o.authenticateURL.String(), certauth.HookConfig{
+		Key: []byte(o.authenticateKey), Client: callout.Client(callout.Transport(roots)),
+	})
+	if err == nil {
+		side.confirm = hook
+	}
+	return errors.Join(rootsErr, ofOption("authenticate-url", err))
 }
 
 func loadVerifier(o options, checked func(), log *slog.Logger) (*certverify.Verifier, time.Time, error) {

@@ -72,51 +72,23 @@ func (cfg Config) withDefaults() (Config, *url.URL, error) {
 	if cfg.URL == "" {
 		cfg.URL = DefaultURL
 	}
-	u, err := url.Parse(cfg.URL)
-	switch {
-	case err != nil:
-		// The parser's error repeats its input, which may hold credentials.
-		return cfg, nil, errors.New("apns: Config.URL: not a URL")
-	case u.Scheme != "https":
-		return cfg, nil, fmt.Errorf("apns: Config.URL: scheme is %q, must be https", u.Scheme)
-	case u.Hostname() == "":
-		return cfg, nil, errors.New("apns: Config.URL: no host")
-	case u.User != nil, u.RawQuery != "", u.Fragment != "", u.Path != "" && u.Path != "/":
-		return cfg, nil, errors.New("apns: Config.URL: only scheme, host and port are allowed")
+	server, err := parseServer(cfg.URL)
+	if err != nil {
+		return cfg, nil, err
 	}
-	for _, f := range []struct {
-		name string
-		val  *int
-		def  int
-	}{
-		{"Workers", &cfg.Workers, 1000},
-		{"MaxConnsPerTopic", &cfg.MaxConnsPerTopic, 16},
+	for _, err := range []error{
+		setDefault("Workers", &cfg.Workers, 1000),
+		setDefault("MaxConnsPerTopic", &cfg.MaxConnsPerTopic, 16),
+		setDefault("Expiration", &cfg.Expiration, 7*24*time.Hour),
+		setDefault("DialTimeout", &cfg.DialTimeout, 15*time.Second),
+		setDefault("StreamTimeout", &cfg.StreamTimeout, 30*time.Second),
+		setDefault("PushTimeout", &cfg.PushTimeout, 60*time.Second),
+		setDefault("PingInterval", &cfg.PingInterval, 10*time.Second),
+		setDefault("PingTimeout", &cfg.PingTimeout, 5*time.Second),
+		setDefault("CertificateTTL", &cfg.CertificateTTL, 30*time.Second),
 	} {
-		if *f.val < 0 {
-			return cfg, nil, fmt.Errorf("apns: Config.%s: %d is negative", f.name, *f.val)
-		}
-		if *f.val == 0 {
-			*f.val = f.def
-		}
-	}
-	for _, f := range []struct {
-		name string
-		val  *time.Duration
-		def  time.Duration
-	}{
-		{"Expiration", &cfg.Expiration, 7 * 24 * time.Hour},
-		{"DialTimeout", &cfg.DialTimeout, 15 * time.Second},
-		{"StreamTimeout", &cfg.StreamTimeout, 30 * time.Second},
-		{"PushTimeout", &cfg.PushTimeout, 60 * time.Second},
-		{"PingInterval", &cfg.PingInterval, 10 * time.Second},
-		{"PingTimeout", &cfg.PingTimeout, 5 * time.Second},
-		{"CertificateTTL", &cfg.CertificateTTL, 30 * time.Second},
-	} {
-		if *f.val < 0 {
-			return cfg, nil, fmt.Errorf("apns: Config.%s: %v is negative", f.name, *f.val)
-		}
-		if *f.val == 0 {
-			*f.val = f.def
+		if err != nil {
+			return cfg, nil, err
 		}
 	}
 	if cfg.Expiration < time.Second {
@@ -136,7 +108,35 @@ func (cfg Config) withDefaults() (Config, *url.URL, error) {
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
-	return cfg, &url.URL{Scheme: "https", Host: u.Host}, nil
+	return cfg, server, nil
+}
+
+// parseServer returns the scheme, host and port of Config.URL.
+func parseServer(text string) (*url.URL, error) {
+	u, err := url.Parse(text)
+	switch {
+	case err != nil:
+		// The parser's error repeats its input, which may hold credentials.
+		return nil, errors.New("apns: Config.URL: not a URL")
+	case u.Scheme != "https":
+		return nil, fmt.Errorf("apns: Config.URL: scheme is %q, must be https", u.Scheme)
+	case u.Hostname() == "":
+		return nil, errors.New("apns: Config.URL: no host")
+	case u.User != nil, u.RawQuery != "", u.Fragment != "", u.Path != "" && u.Path != "/":
+		return nil, errors.New("apns: Config.URL: only scheme, host and port are allowed")
+	}
+	return &url.URL{Scheme: "https", Host: u.Host}, nil
+}
+
+// setDefault sets a field of Config that is zero, and refuses a negative one.
+func setDefault[T int | time.Duration](name string, field *T, value T) error {
+	if *field < 0 {
+		return fmt.Errorf("apns: Config.%s: %v is negative", name, *field)
+	}
+	if *field == 0 {
+		*field = value
+	}
+	return nil
 }
 
 // hostPort returns the address to dial for an https URL.

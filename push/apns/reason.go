@@ -84,6 +84,11 @@ func verdictOf(status int, reason string) verdict {
 		statusReason{503, reasonShutdown}:
 		return verdict{class: RetryLater, retryAfter: serverPause}
 	}
+	return verdictOfStatus(status, reason)
+}
+
+// verdictOfStatus is the verdict on a reason that the table does not have.
+func verdictOfStatus(status int, reason string) verdict {
 	switch {
 	case status == http.StatusOK:
 		return verdict{class: Accepted}

@@ -5,6 +5,7 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
+	"maps"
 	"strconv"
 	"strings"
 	"time"
@@ -41,10 +42,8 @@ func openMySQL(ctx context.Context, cfg Config) (*pools, error) {
 		return nil, err
 	}
 	d := mysqlDialect()
-	isolation, collation := "transaction_isolation", "utf8mb4_0900_bin"
 	if server.mariadb {
 		d = mariadbDialect()
-		isolation, collation = "tx_isolation", "utf8mb4_nopad_bin"
 	} else {
 		// Never on MariaDB: when another node of a Galera cluster aborts the
 		// transaction between two statements of one text, the rest of the text
@@ -56,6 +55,38 @@ func openMySQL(ctx context.Context, cfg Config) (*pools, error) {
 	mc.Collation = "" // the driver knows neither of ours by name
 	if err := mc.Apply(mysql.Charset("utf8mb4", "")); err != nil {
 		return nil, err
+	}
+	mc.Params = server.params(mc.Params)
+	connector, err := mysql.NewConnector(mc)
+	if err != nil {
+		return nil, err
+	}
+	db := sql.OpenDB(connector)
+	if seconds, err := strconv.Atoi(mc.Params["wait_timeout"]); err == nil && seconds > 0 {
+		// The pool gives a connection up before the server does.
+		cfg.ConnMaxIdleTime = min(cfg.ConnMaxIdleTime, time.Duration(seconds)*time.Second*3/4)
+	}
+	sizePool(db, cfg)
+	if err := db.PingContext(ctx); err != nil {
+		db.Close()
+		return nil, fmt.Errorf("connecting: %w", err)
+	}
+	return &pools{dialect: d, write: db, read: db}, nil
+}
+
+// mysqlServer is the kind of server at the other end of a connection.
+type mysqlServer struct {
+	mariadb   bool
+	galera    bool // a node of a cluster that several nodes write to
+	maxPacket int
+}
+
+// params returns the system variables of the pool's connections. Those of the
+// DSN take precedence.
+func (server mysqlServer) params(ofDSN map[string]string) map[string]string {
+	isolation, collation := "transaction_isolation", "utf8mb4_0900_bin"
+	if server.mariadb {
+		isolation, collation = "tx_isolation", "utf8mb4_nopad_bin"
 	}
 	params := map[string]string{
 		isolation: "'READ-COMMITTED'",
@@ -70,46 +101,20 @@ func openMySQL(ctx context.Context, cfg Config) (*pools, error) {
 	// A process that was stopped must not keep its transaction and locks for long.
 	if server.mariadb {
 		params["idle_transaction_timeout"] = "5"
+		// A table for each subquery's results by its arguments, which are
+		// never the same: more than half of the cost of a poll.
+		params["optimizer_switch"] = "'subquery_cache=off'"
 	} else {
 		params["wait_timeout"] = "8" // MySQL ends idle connections only, in a transaction or not
 	}
 	if server.galera {
 		// Each transaction, and each statement outside of one, first waits for
-		// what the other nodes have committed: a device that reaches another
-		// replica must not be offered a command that it has answered.
+		// the commits of the other nodes: a device that reaches another replica
+		// must not be offered a command that it has answered.
 		params["wsrep_sync_wait"] = "7"
 	}
-	if server.mariadb {
-		// A table for each subquery's results by its arguments, which are
-		// never the same: more than half of the cost of a poll.
-		params["optimizer_switch"] = "'subquery_cache=off'"
-	}
-	for k, v := range mc.Params {
-		params[k] = v
-	}
-	mc.Params = params
-	connector, err := mysql.NewConnector(mc)
-	if err != nil {
-		return nil, err
-	}
-	db := sql.OpenDB(connector)
-	if seconds, err := strconv.Atoi(params["wait_timeout"]); err == nil && seconds > 0 {
-		// The pool gives a connection up before the server does.
-		cfg.ConnMaxIdleTime = min(cfg.ConnMaxIdleTime, time.Duration(seconds)*time.Second*3/4)
-	}
-	sizePool(db, cfg)
-	if err := db.PingContext(ctx); err != nil {
-		db.Close()
-		return nil, fmt.Errorf("connecting: %w", err)
-	}
-	return &pools{dialect: d, write: db, read: db}, nil
-}
-
-// mysqlServer is what matters about the other side.
-type mysqlServer struct {
-	mariadb   bool
-	galera    bool // a node of a cluster that several nodes write to
-	maxPacket int
+	maps.Copy(params, ofDSN)
+	return params
 }
 
 func askMySQL(ctx context.Context, cfg Config, mc *mysql.Config) (mysqlServer, error) {
@@ -272,55 +277,13 @@ func mysqlCommon() *Dialect {
 		pairArgs:       jsonPairs,
 		lookup:         inOrder("STRAIGHT_JOIN"),
 
-		unique: func(err error) bool {
-			n := mysqlNumber(err)
-			return n == 1062 || n == 1586
-		},
-		readOnly: mysqlReadOnly,
-		remedy:   mysqlRemedy,
-		retryable: func(err error) bool {
-			switch mysqlNumber(err) {
-			case 1213, // ER_LOCK_DEADLOCK, and a cluster's lost certification
-				1205, // ER_LOCK_WAIT_TIMEOUT
-				1020, // ER_CHECKREAD: changed since it was read
-				3101, // ER_TRANSACTION_ROLLBACK_DURING_COMMIT
-				3572: // ER_LOCK_NOWAIT
-				return true
-			}
-			return mysqlReadOnly(err)
-		},
-		unavailable: func(err error) bool {
-			switch mysqlNumber(err) {
-			case 1040, // ER_CON_COUNT_ERROR
-				1047, // ER_UNKNOWN_COM_ERROR: a cluster's node is not ready
-				1053, // ER_SERVER_SHUTDOWN
-				1927, // ER_CONNECTION_KILLED
-				4031: // ER_CLIENT_INTERACTION_TIMEOUT
-				return true
-			}
-			return errors.Is(err, mysql.ErrInvalidConn) || mysqlBadConnection(err) || lostConnection(err)
-		},
-		fromEngine: func(err error) bool { return mysqlNumber(err) != 0 },
-		statementFault: func(err error) bool {
-			n := mysqlNumber(err)
-			switch {
-			case n >= 3140 && n <= 3158: // JSON documents and paths
-				return true
-			}
-			switch n {
-			case 1048, // ER_BAD_NULL_ERROR
-				1052, 1054, 1060, 1061, 1062, 1064, 1091, // names and syntax
-				1050, 1051, 1136, 1146, // tables and counts of columns
-				1044, 1142, 1143, 1227, // privileges
-				1118, 1366, 1264, 1292, 1406, 1425, // values and their sizes
-				1153, 1301, // larger than max_allowed_packet
-				1215, 1216, 1217, 1364, 1451, 1452, 1586, 3819, 4025, // constraints
-				1241, 1242, 1267, 1305, 1390, // expressions
-				4078, 4079, 4037, 4038: // MariaDB: types, JSON
-				return true
-			}
-			return false
-		},
+		unique:         mysqlUnique,
+		readOnly:       mysqlReadOnly,
+		remedy:         mysqlRemedy,
+		retryable:      mysqlRetryable,
+		unavailable:    mysqlUnavailable,
+		fromEngine:     func(err error) bool { return mysqlNumber(err) != 0 },
+		statementFault: mysqlStatementFault,
 
 		words: map[string]string{"blob": "LONGBLOB", "room": "", "where": "--", "pgsql": "--"}, // it has no such indexes
 		// DDL commits by itself, so a step may have been done and not
@@ -336,6 +299,58 @@ func mysqlCommon() *Dialect {
 		clock:  "SELECT CAST(UNIX_TIMESTAMP(SYSDATE(6)) * 1000000 AS SIGNED)",
 		tables: "SELECT table_name FROM information_schema.tables WHERE table_schema = DATABASE()",
 	}
+}
+
+// The classes of errors, by their numbers, which MySQL and MariaDB share.
+
+func mysqlUnique(err error) bool {
+	n := mysqlNumber(err)
+	return n == 1062 || n == 1586
+}
+
+func mysqlRetryable(err error) bool {
+	switch mysqlNumber(err) {
+	case 1213, // ER_LOCK_DEADLOCK, and a cluster's lost certification
+		1205, // ER_LOCK_WAIT_TIMEOUT
+		1020, // ER_CHECKREAD: changed since it was read
+		3101, // ER_TRANSACTION_ROLLBACK_DURING_COMMIT
+		3572: // ER_LOCK_NOWAIT
+		return true
+	}
+	return mysqlReadOnly(err)
+}
+
+func mysqlUnavailable(err error) bool {
+	switch mysqlNumber(err) {
+	case 1040, // ER_CON_COUNT_ERROR
+		1047, // ER_UNKNOWN_COM_ERROR: a cluster's node is not ready
+		1053, // ER_SERVER_SHUTDOWN
+		1927, // ER_CONNECTION_KILLED
+		4031: // ER_CLIENT_INTERACTION_TIMEOUT
+		return true
+	}
+	return errors.Is(err, mysql.ErrInvalidConn) || mysqlBadConnection(err) || lostConnection(err)
+}
+
+func mysqlStatementFault(err error) bool {
+	n := mysqlNumber(err)
+	switch {
+	case n >= 3140 && n <= 3158: // JSON documents and paths
+		return true
+	}
+	switch n {
+	case 1048, // ER_BAD_NULL_ERROR
+		1052, 1054, 1060, 1061, 1062, 1064, 1091, // names and syntax
+		1050, 1051, 1136, 1146, // tables and counts of columns
+		1044, 1142, 1143, 1227, // privileges
+		1118, 1366, 1264, 1292, 1406, 1425, // values and their sizes
+		1153, 1301, // larger than max_allowed_packet
+		1215, 1216, 1217, 1364, 1451, 1452, 1586, 3819, 4025, // constraints
+		1241, 1242, 1267, 1305, 1390, // expressions
+		4078, 4079, 4037, 4038: // MariaDB: types, JSON
+		return true
+	}
+	return false
 }
 
 // maxBatchBytes is the size of texts that are sent as one, in bytes. What is

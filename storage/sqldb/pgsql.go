@@ -164,50 +164,13 @@ FROM information_schema.columns WHERE table_schema = current_schema()`,
 		conflict: onConflict,
 		proposed: excluded,
 
-		unique:   func(err error) bool { return pgCode(err) == "23505" },
-		readOnly: func(err error) bool { return pgCode(err) == "25006" },
-		remedy:   pgsqlRemedy,
-		retryable: func(err error) bool {
-			switch pgCode(err) {
-			case "40001", // serialization_failure
-				"40P01", // deadlock_detected
-				"55P03", // lock_not_available
-				"25006": // read_only_sql_transaction: a former primary
-				return true
-			}
-			return preparedLost(err) || pgconn.SafeToRetry(err)
-		},
-		unavailable: func(err error) bool {
-			code := pgCode(err)
-			switch {
-			case code == "":
-				var connect *pgconn.ConnectError
-				return errors.As(err, &connect) || lostConnection(err)
-			case code[:2] == "08": // connection exceptions
-				return true
-			}
-			switch code {
-			case "57P01", "57P02", "57P03", // shutting down, crashed, starting
-				"25P03", // idle_in_transaction_session_timeout: the connection is gone
-				"53300": // too_many_connections
-				return true
-			}
-			return false
-		},
-		fromEngine: func(err error) bool { return pgCode(err) != "" },
-		statementFault: func(err error) bool {
-			code := pgCode(err)
-			switch code[:2] {
-			case "0A", // feature_not_supported
-				"21", // cardinality_violation
-				"22", // data exceptions: too long, out of range, not UTF-8
-				"23", // integrity constraints
-				"42", // syntax, names, privileges
-				"54": // program limits: too many columns, too complex
-				return !preparedLost(err)
-			}
-			return false
-		},
+		unique:         func(err error) bool { return pgCode(err) == "23505" },
+		readOnly:       func(err error) bool { return pgCode(err) == "25006" },
+		remedy:         pgsqlRemedy,
+		retryable:      pgsqlRetryable,
+		unavailable:    pgsqlUnavailable,
+		fromEngine:     func(err error) bool { return pgCode(err) != "" },
+		statementFault: pgsqlStatementFault,
 
 		words: map[string]string{
 			"id":            `VARCHAR(255) COLLATE "C"`,
@@ -232,6 +195,49 @@ FROM information_schema.columns WHERE table_schema = current_schema()`,
 		clock:  "SELECT CAST(EXTRACT(EPOCH FROM clock_timestamp()) * 1000000 AS BIGINT)",
 		tables: "SELECT table_name FROM information_schema.tables WHERE table_schema = current_schema()",
 	}
+}
+
+func pgsqlRetryable(err error) bool {
+	switch pgCode(err) {
+	case "40001", // serialization_failure
+		"40P01", // deadlock_detected
+		"55P03", // lock_not_available
+		"25006": // read_only_sql_transaction: a former primary
+		return true
+	}
+	return preparedLost(err) || pgconn.SafeToRetry(err)
+}
+
+func pgsqlUnavailable(err error) bool {
+	code := pgCode(err)
+	switch {
+	case code == "":
+		var connect *pgconn.ConnectError
+		return errors.As(err, &connect) || lostConnection(err)
+	case code[:2] == "08": // connection exceptions
+		return true
+	}
+	switch code {
+	case "57P01", "57P02", "57P03", // shutting down, crashed, starting
+		"25P03", // idle_in_transaction_session_timeout: the connection is gone
+		"53300": // too_many_connections
+		return true
+	}
+	return false
+}
+
+func pgsqlStatementFault(err error) bool {
+	code := pgCode(err)
+	switch code[:2] {
+	case "0A", // feature_not_supported
+		"21", // cardinality_violation
+		"22", // data exceptions: too long, out of range, not UTF-8
+		"23", // integrity constraints
+		"42", // syntax, names, privileges
+		"54": // program limits: too many columns, too complex
+		return !preparedLost(err)
+	}
+	return false
 }
 
 // errUnreplicated is the outcome of a COMMIT that stopped waiting for the

@@ -193,34 +193,12 @@ func sqliteDialect() *Dialect {
 		conflict: onConflict,
 		proposed: excluded,
 
-		unique: func(err error) bool {
-			switch sqliteCode(err) {
-			case sqlite3.SQLITE_CONSTRAINT_UNIQUE, sqlite3.SQLITE_CONSTRAINT_PRIMARYKEY, sqlite3.SQLITE_CONSTRAINT_ROWID:
-				return true
-			}
-			return false
-		},
-		retryable: func(err error) bool {
-			code := sqliteCode(err) & 0xff
-			return code == sqlite3.SQLITE_BUSY || code == sqlite3.SQLITE_LOCKED
-		},
-		remedy: sqliteRemedy,
-		unavailable: func(err error) bool {
-			switch sqliteCode(err) & 0xff {
-			case sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL:
-				return true
-			}
-			return false
-		},
-		fromEngine: func(err error) bool { return sqliteCode(err) != 0 },
-		statementFault: func(err error) bool {
-			switch sqliteCode(err) & 0xff {
-			case sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_TOOBIG,
-				sqlite3.SQLITE_RANGE, sqlite3.SQLITE_MISUSE:
-				return true
-			}
-			return false
-		},
+		unique:         sqliteUnique,
+		retryable:      sqliteRetryable,
+		remedy:         sqliteRemedy,
+		unavailable:    sqliteUnavailable,
+		fromEngine:     func(err error) bool { return sqliteCode(err) != 0 },
+		statementFault: sqliteStatementFault,
 
 		words: map[string]string{
 			"id":            "TEXT",
@@ -235,6 +213,36 @@ func sqliteDialect() *Dialect {
 		repeated: func(error) bool { return false },
 		tables:   "SELECT name FROM sqlite_master WHERE type = 'table'",
 	}
+}
+
+func sqliteUnique(err error) bool {
+	switch sqliteCode(err) {
+	case sqlite3.SQLITE_CONSTRAINT_UNIQUE, sqlite3.SQLITE_CONSTRAINT_PRIMARYKEY, sqlite3.SQLITE_CONSTRAINT_ROWID:
+		return true
+	}
+	return false
+}
+
+func sqliteRetryable(err error) bool {
+	code := sqliteCode(err) & 0xff
+	return code == sqlite3.SQLITE_BUSY || code == sqlite3.SQLITE_LOCKED
+}
+
+func sqliteUnavailable(err error) bool {
+	switch sqliteCode(err) & 0xff {
+	case sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL:
+		return true
+	}
+	return false
+}
+
+func sqliteStatementFault(err error) bool {
+	switch sqliteCode(err) & 0xff {
+	case sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_TOOBIG,
+		sqlite3.SQLITE_RANGE, sqlite3.SQLITE_MISUSE:
+		return true
+	}
+	return false
 }
 
 func sqliteCode(err error) int {

@@ -3,6 +3,7 @@ package sqlstore
 import (
 	"context"
 	"fmt"
+	"slices"
 
 	"github.com/nanomdm/nanomdm/mdm"
 	"github.com/nanomdm/nanomdm/storage"
@@ -24,21 +25,11 @@ func updateTokens(ctx context.Context, t *tx, batch []*opRun, r *opRound) error 
 	var ids, repeating []string
 	for _, p := range batch {
 		m := p.op.(*storage.TokenUpdate).Message
-		tally, enrolledAt := int64(1), t.Now
-		if e := r.rows.byID[p.id()]; e != nil {
-			tally = e.tally + 1
-			if e.tally > 0 && e.enrolledAt.Valid {
-				enrolledAt = e.enrolledAt.V
-			}
-			if e.enrolledAt.Valid { // it may have been owed a push
-				repeating = append(repeating, p.id())
-			}
-		}
-		p.out.Tally = int(tally)
-		p.facts.tally = p.out.Tally
-		args = append(args, p.id(), p.device, string(p.src.Enroll.Type), r.topicOf(p, m.Topic), m.PushMagic, notNil(m.Token), t.Now,
-			true, tally, m.AwaitingConfiguration, enrolledAt, t.Now, t.Now)
+		args = append(args, tokenUpdateRow(t, p, r)...)
 		ids = append(ids, p.id())
+		if e := r.rows.byID[p.id()]; e != nil && e.enrolledAt.Valid { // it may have been owed a push
+			repeating = append(repeating, p.id())
+		}
 		switch {
 		case p.src.Enroll.IsUserChannel():
 			users = append(users, p)
@@ -69,15 +60,31 @@ func updateTokens(ctx context.Context, t *tx, batch []*opRun, r *opRound) error 
 		return err
 	}
 	err := t.Upsert(ctx, "nano_enrollments",
-		[]string{"id", "device_id", "type", "topic", "push_magic", "token", "token_at", "enabled", "token_update_tally",
-			"awaiting_configuration", "enrolled_at", "created_at", "updated_at"},
-		[]string{"id"},
-		[]string{"device_id", "type", "topic", "push_magic", "token", "token_at", "enabled", "token_update_tally",
-			"awaiting_configuration", "enrolled_at", "updated_at"}, args)
+		slices.Concat([]string{"id", "created_at"}, tokenUpdateColumns), []string{"id"}, tokenUpdateColumns, args)
 	if err != nil {
 		return fmt.Errorf("storing enrollments: %w", err)
 	}
 	return makePushable(ctx, t, ids, repeating)
+}
+
+// tokenUpdateColumns are what a TokenUpdate sets of an enrollment.
+var tokenUpdateColumns = []string{"device_id", "type", "topic", "push_magic", "token", "token_at", "enabled", "token_update_tally",
+	"awaiting_configuration", "enrolled_at", "updated_at"}
+
+// tokenUpdateRow counts a TokenUpdate, and returns its enrollment's row.
+func tokenUpdateRow(t *tx, p *opRun, r *opRound) []any {
+	m := p.op.(*storage.TokenUpdate).Message
+	tally, enrolledAt := int64(1), t.Now
+	if e := r.rows.byID[p.id()]; e != nil {
+		tally = e.tally + 1
+		if e.tally > 0 && e.enrolledAt.Valid {
+			enrolledAt = e.enrolledAt.V
+		}
+	}
+	p.out.Tally = int(tally)
+	p.facts.tally = p.out.Tally
+	return []any{p.id(), t.Now, p.device, string(p.src.Enroll.Type), r.topicOf(p, m.Topic), m.PushMagic, notNil(m.Token), t.Now,
+		true, tally, m.AwaitingConfiguration, enrolledAt, t.Now}
 }
 
 // makePushable makes enrollments with a new token pushable, and has what is owed to

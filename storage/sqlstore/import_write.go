@@ -586,8 +586,8 @@ func (i *importing) readItems(ctx context.Context) (map[keyPair]knownItem, error
 
 var importedItem = []string{"seq", "priority", "state", "supersede_key", "created_at", "not_before", "expires_at", "finished_at", "notnow_count", "notnow_at"}
 
-// writeQueues stores queue rows and results, and makes pushes owed for what
-// waits and was not there before.
+// writeQueues stores queue rows and results. An enrollment with a new row that
+// waits is owed a push.
 func (i *importing) writeQueues(ctx context.Context) error {
 	known, err := i.readItems(ctx)
 	if err != nil {
@@ -599,54 +599,70 @@ func (i *importing) writeQueues(ctx context.Context) error {
 			waiting[key.ID] = append(waiting[key.ID], key)
 		}
 	}
-	var rows, results, pushes []any
-	var stale []keyPair
+	w := queueWrites{i: i, known: known}
 	for _, c := range i.channels() {
-		named := make(map[string]bool, len(c.Queue))
-		seq, waits, fresh := int64(0), false, false
-		for _, item := range c.Queue {
-			seq++
-			key := keyPair{ID: c.ID, Item: item.CommandUUID}
-			if named[item.CommandUUID] {
-				continue
-			}
-			named[item.CommandUUID] = true
-			if !item.State.Terminal() && !i.commands[item.CommandUUID] {
-				i.refuse("queue", c.ID+" "+item.CommandUUID, "its command was not imported")
-				continue
-			}
-			was, there := known[key]
-			if there && was.state.Terminal() {
-				continue
-			}
-			if !item.State.Terminal() {
-				waits, fresh = true, fresh || !there
-			}
-			rows = append(rows, c.ID, item.CommandUUID, seq, item.Priority, int(item.State), nilIfBlank(item.SupersedeKey), micros(item.CreatedAt),
-				null(micros(item.NotBefore)), null(micros(item.ExpiresAt)), null(i.finishedAt(item)), item.NotNowCount, null(micros(item.NotNowAt)))
-			if r := item.Result; r != nil {
-				results = append(results, c.ID, item.CommandUUID, clip(r.Status), notNil(r.Raw), r.Late, micros(cmp.Or(r.CreatedAt, item.FinishedAt)))
-			}
-		}
-		for _, key := range waiting[c.ID] {
-			if !named[key.Item] {
-				stale = append(stale, key)
-			}
-		}
-		pushes = append(pushes, i.pushRow(c, seq, waits && fresh && c.Enabled)...)
+		w.add(c, waiting[c.ID])
 	}
-	if err := i.t.upsertChunks(ctx, "nano_enrollment_queue", slices.Concat([]string{"id", "command_uuid"}, importedItem), []string{"command_uuid", "id"}, importedItem, rows); err != nil {
+	if err := i.t.upsertChunks(ctx, "nano_enrollment_queue", slices.Concat([]string{"id", "command_uuid"}, importedItem), []string{"command_uuid", "id"}, importedItem, w.rows); err != nil {
 		return fmt.Errorf("storing queue rows: %w", err)
 	}
 	set := []string{"status", "result", "late", "created_at"}
-	if err := i.t.upsertChunks(ctx, "nano_command_results", slices.Concat([]string{"id", "command_uuid"}, set), []string{"id", "command_uuid"}, set, results); err != nil {
+	if err := i.t.upsertChunks(ctx, "nano_command_results", slices.Concat([]string{"id", "command_uuid"}, set), []string{"id", "command_uuid"}, set, w.results); err != nil {
 		return fmt.Errorf("storing results: %w", err)
 	}
 	set = []string{"last_seq", "owed_seq", "push_at"}
-	if err := i.t.upsertChunks(ctx, "nano_enrollment_push", slices.Concat([]string{"id"}, set), []string{"id"}, set, pushes); err != nil {
+	if err := i.t.upsertChunks(ctx, "nano_enrollment_push", slices.Concat([]string{"id"}, set), []string{"id"}, set, w.pushes); err != nil {
 		return fmt.Errorf("storing push rows: %w", err)
 	}
-	return i.cancel(ctx, stale)
+	return i.cancel(ctx, w.stale)
+}
+
+// queueWrites are the rows that an import writes for the queues of channels.
+type queueWrites struct {
+	i                     *importing
+	known                 map[keyPair]knownItem
+	rows, results, pushes []any
+	stale                 []keyPair // rows that the source no longer has
+}
+
+// add adds the rows of a channel. waiting are its rows that came with an earlier
+// import and have not ended.
+func (w *queueWrites) add(c importedChannel, waiting []keyPair) {
+	named := make(map[string]bool, len(c.Queue))
+	seq, owed := int64(0), false
+	for _, item := range c.Queue {
+		seq++
+		key := keyPair{ID: c.ID, Item: item.CommandUUID}
+		if named[item.CommandUUID] {
+			continue
+		}
+		named[item.CommandUUID] = true
+		if !item.State.Terminal() && !w.i.commands[item.CommandUUID] {
+			w.i.refuse("queue", c.ID+" "+item.CommandUUID, "its command was not imported")
+			continue
+		}
+		was, exists := w.known[key]
+		if exists && was.state.Terminal() {
+			continue
+		}
+		owed = owed || !item.State.Terminal() && !exists
+		w.addItem(c, item, seq)
+	}
+	for _, key := range waiting {
+		if !named[key.Item] {
+			w.stale = append(w.stale, key)
+		}
+	}
+	w.pushes = append(w.pushes, w.i.pushRow(c, seq, owed && c.Enabled)...)
+}
+
+// addItem adds the queue row of a command, and its result if it has one.
+func (w *queueWrites) addItem(c importedChannel, item storage.ItemRecord, seq int64) {
+	w.rows = append(w.rows, c.ID, item.CommandUUID, seq, item.Priority, int(item.State), nilIfBlank(item.SupersedeKey), micros(item.CreatedAt),
+		null(micros(item.NotBefore)), null(micros(item.ExpiresAt)), null(w.i.finishedAt(item)), item.NotNowCount, null(micros(item.NotNowAt)))
+	if r := item.Result; r != nil {
+		w.results = append(w.results, c.ID, item.CommandUUID, clip(r.Status), notNil(r.Raw), r.Late, micros(cmp.Or(r.CreatedAt, item.FinishedAt)))
+	}
 }
 
 // finishedAt is never empty for a row that has ended, since history goes by it.
@@ -665,14 +681,14 @@ func nilIfBlank(s string) any {
 }
 
 // pushRow is the row with a channel's queue numbers.
-func (i *importing) pushRow(c importedChannel, seq int64, owe bool) []any {
+func (i *importing) pushRow(c importedChannel, seq int64, owed bool) []any {
 	p := i.push[c.ID]
 	p.last = max(p.last, seq)
 	at := any(nil)
 	if p.pushAt.Valid {
 		at = p.pushAt.V
 	}
-	if owe {
+	if owed {
 		p.owed = p.last
 		h := fnv.New32a()
 		h.Write([]byte(c.ID))

@@ -206,22 +206,14 @@ func (s *Store) FindCommands(ctx context.Context, scope storage.Scope, f storage
 		return nil, storage.CommandKey{}, nil
 	}
 	next = after
-	for looked := 0; looked < commandsLooked; {
+	for read := 0; read < commandsLooked; {
 		n := min(max(limit-len(list), 100), candidateRows)
 		q, args := commandsQuery(s.db.Dialect(), f, rare, next, n)
-		var found []storage.CommandInfo
-		var chosen map[string]bool
-		err := s.read(ctx, func(ctx context.Context, t *tx) (err error) {
-			if found, err = sqldb.Collect(t.Query(ctx, q, slices.Clone(args)...), scanCommand); err != nil {
-				return err
-			}
-			chosen, err = chooseCommands(ctx, t, scope, f.State, found)
-			return err
-		})
+		found, chosen, err := s.candidateCommands(ctx, scope, f.State, q, args)
 		if err != nil {
 			return nil, storage.CommandKey{}, fmt.Errorf("looking for commands: %w", err)
 		}
-		looked += len(found)
+		read += len(found)
 		full := false
 		for i := range found {
 			if full = len(list) == limit; full {
@@ -252,6 +244,20 @@ func (s *Store) FindCommands(ctx context.Context, scope storage.Scope, f storage
 		return nil, storage.CommandKey{}, fmt.Errorf("counting the enrollments of commands: %w", err)
 	}
 	return list, next, nil
+}
+
+// candidateCommands reads commands, and which of them are in the scope and have a
+// row in the state; nil is all.
+func (s *Store) candidateCommands(ctx context.Context, scope storage.Scope, state storage.State, query string, args []any) (
+	found []storage.CommandInfo, chosen map[string]bool, err error) {
+	err = s.read(ctx, func(ctx context.Context, t *tx) (err error) {
+		if found, err = sqldb.Collect(t.Query(ctx, query, slices.Clone(args)...), scanCommand); err != nil {
+			return err
+		}
+		chosen, err = chooseCommands(ctx, t, scope, state, found)
+		return err
+	})
+	return found, chosen, err
 }
 
 // rareCommands lists the commands with a row in a state if that is rare, since
