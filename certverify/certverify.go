@@ -48,6 +48,10 @@ type Config struct {
 	// already accepted, for a CA whose clock runs ahead of ours and a device
 	// that enrolls at once. Default 0. Expiry gets no such grace.
 	ClockSkew time.Duration
+	// AllowExpired accepts a device's certificate that has expired and was right
+	// at the end of its validity, for callers that know certificates again. It
+	// does so of devices alone: chains through an expired CA stay refused.
+	AllowExpired bool
 	// CacheSize is how many verified certificates are remembered, about 100
 	// bytes each. 0 means 65,536, a negative number none.
 	CacheSize int
@@ -69,6 +73,7 @@ type Verifier struct {
 	detached      []*x509.Certificate // of configured, the others
 	isRoot        map[digest]bool
 	skew          time.Duration
+	allowExpired  bool
 	checked       func()
 	now           func() time.Time
 
@@ -117,6 +122,7 @@ func New(rootsPEM, intermediatesPEM []byte, cfg Config) (*Verifier, error) {
 		configured:    slices.Concat(roots, intermediates),
 		isRoot:        make(map[digest]bool),
 		skew:          cfg.ClockSkew,
+		allowExpired:  cfg.AllowExpired,
 		checked:       cfg.Checked,
 		now:           cfg.Now,
 		known:         newMemory[validity](cmp.Or(cfg.CacheSize, defaultCacheSize)),
@@ -195,15 +201,24 @@ func (v *Verifier) Verify(cert *x509.Certificate, chain []*x509.Certificate) err
 		whole = combine(whole, sha256.Sum256(c.Raw))
 	}
 	if r, ok := v.refused.get(whole); ok && r.holds(now) {
-		return r.err
+		return v.unlessAllowed(r.err)
 	}
 	period, err := v.verify(cert, issuers, now)
 	if err != nil {
 		v.refused.put(whole, refusal{err, validity{now, v.refusedUntil(cert, now)}})
-		return err
+		return v.unlessAllowed(err)
 	}
 	v.known.put(leaf, period)
 	return nil
+}
+
+// unlessAllowed is err, or nil if it is the expiry that Config.AllowExpired is
+// about.
+func (v *Verifier) unlessAllowed(err error) error {
+	if v.allowExpired && errors.Is(err, ErrExpired) {
+		return nil
+	}
+	return err
 }
 
 // refusedUntil returns when a refusal is looked at again: after refusalLife, or

@@ -73,7 +73,9 @@ type Scope struct {
 type Pin struct {
 	Hash        string // cryptoutil.CertificateHash: lower-case hex SHA-256 of the DER
 	Certificate []byte // DER
-	NotAfter    time.Time
+	// NotAfter is when it expires. One that has expired acts for the device that
+	// it is pinned to, if the caller lets it come so far, and is never pinned.
+	NotAfter time.Time
 	// Retro allows to pin this certificate to an enrollment that exists and
 	// has none.
 	Retro bool

@@ -306,7 +306,7 @@ func TestStartsThatCannotSucceed(t *testing.T) {
 	t.Run("a newer schema", func(t *testing.T) {
 		file := filepath.Join(dir, "newer.db")
 		sqliteExec(t, file, "CREATE TABLE nano_schema (version BIGINT, step BIGINT, applied_at BIGINT)")
-		sqliteExec(t, file, "INSERT INTO nano_schema VALUES (9999, 1, 1)")
+		sqliteExec(t, file, "INSERT INTO nano_schema VALUES (9998, -1, 1), (9999, -1, 1), (9999, 1, 1)")
 		refused(t, "made by a newer version", "-storage-dsn", file)
 	})
 	t.Run("a wrong password", func(t *testing.T) {

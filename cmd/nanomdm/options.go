@@ -30,6 +30,7 @@ type options struct {
 	retro         bool
 	reenroll      storage.Reenroll
 	renewal       storage.Renewal
+	allowExpired  bool
 
 	authenticateURL *url.URL
 	authenticateCA  string
@@ -203,6 +204,9 @@ func (o *options) table() []option {
 		{name: "renewal", arg: "POLICY", def: "window", group: groupIdentity, set: to(&o.renewal, parseRenewal),
 			help:   "Who may renew a certificate without enrolling: deny, window, same-subject.",
 			detail: "Devices that renew their certificate by themselves come with another one, and no Authenticate. `deny`: they have to enroll anew. `window`: it is taken while an operator's renewal window is open. `same-subject`: besides, at any time, if it has the subject of the pinned one and names the device. Queue and tokens stay."},
+		{name: "expired-certificates", arg: "POLICY", def: "refuse", group: groupIdentity, set: to(&o.allowExpired, parseExpired),
+			help:   "Whether a pinned certificate counts after its end: refuse or pinned.",
+			detail: "`pinned`: a certificate that has expired acts for the enrollment that it is pinned to, as in MicroMDM, so that devices which came from there are not lost; it is never pinned anew. Expired CAs stay refused. `nanomdm_identity_expired_messages_total` counts the messages, and `nanoctl enrollments ls -certificate-expires-in 0d` lists the devices, whose certificates are to be renewed."},
 		{name: "authenticate-url", arg: "URL", group: groupIdentity, set: to(&o.authenticateURL, parseURL),
 			help:   "Ask this URL before a certificate is pinned to an enrollment.",
 			detail: "403 refuses: the device gets Apple's document for an unrecognized device. 200 and 204 agree, and while there is no answer devices that need one get 503. See [identity and keys](identity-and-keys.md)."},
@@ -435,6 +439,10 @@ func writeHelp(w io.Writer) {
 			}
 		}
 		lead := fmt.Sprintf("  -%s %s", op.name, op.arg)
+		if len(lead) >= column { // a line of its own
+			fmt.Fprintln(&b, lead)
+			lead = ""
+		}
 		for _, line := range lines {
 			fmt.Fprintf(&b, "%-*s%s\n", column, lead, line)
 			lead = ""

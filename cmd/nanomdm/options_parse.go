@@ -69,6 +69,14 @@ func parseReenroll(s string) (storage.Reenroll, error) {
 	return 0, fmt.Errorf("%q is not a policy: use allow, same-subject or deny", s)
 }
 
+func parseExpired(s string) (allow bool, err error) {
+	switch s {
+	case "refuse", "pinned":
+		return s == "pinned", nil
+	}
+	return false, fmt.Errorf("%q is not a policy: use refuse or pinned", s)
+}
+
 func parseRenewal(s string) (storage.Renewal, error) {
 	switch s {
 	case "deny":

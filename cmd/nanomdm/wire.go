@@ -239,7 +239,7 @@ func (b *building) assemble(ctx context.Context, store *sqlstore.Store) error {
 func (b *building) addAPI(mux *http.ServeMux, store *sqlstore.Store, pusher *push.Service, sinks *webhook.Sinks) (*httpapi.API, error) {
 	api, err := httpapi.New(string(b.o.api), store, pusher, httpapi.Config{
 		MaxBody: b.o.maxBody, Refused: b.metrics.APIRefused, SinksChanged: sinks.Refresh, SinkGuard: callout.Guard{Allowed: b.o.webhookAllowed},
-		Draining: b.s.draining(), Version: release.String(), Logger: b.log,
+		Draining: b.s.draining(), ExpiredServed: b.o.allowExpired, Version: release.String(), Logger: b.log,
 	})
 	if err != nil {
 		return nil, err
@@ -260,7 +260,7 @@ func (b *building) deviceHandler(store *sqlstore.Store, protocol service.Handler
 		chain = append(chain, dump.New(b.stdout))
 	}
 	chain = append(chain, devicelog.New(b.log), events, certauth.New(certauth.Config{
-		Retro: b.o.retro, Reenroll: b.o.reenroll, Renewal: b.o.renewal, Confirm: b.side.confirm,
+		Retro: b.o.retro, Reenroll: b.o.reenroll, Renewal: b.o.renewal, Confirm: b.side.confirm, Expired: b.metrics.Expired,
 	}))
 	h := httpmdm.New(service.Chain(protocol, chain...), b.side.identity, httpmdm.Config{
 		Pins: store, Refusals: store, MaxBody: b.o.maxBody, MaxCheckin: b.o.maxCheckin, MaxStatus: b.o.maxStatus, MaxHourly: b.o.maxHourlyBytes,
@@ -436,7 +436,7 @@ func loadVerifier(o options, checked func(), log *slog.Logger) (*certverify.Veri
 			return nil, time.Time{}, err
 		}
 	}
-	verifier, err := certverify.New(roots.data, intermediates.data, certverify.Config{ClockSkew: o.clockSkew, Checked: checked})
+	verifier, err := certverify.New(roots.data, intermediates.data, certverify.Config{ClockSkew: o.clockSkew, AllowExpired: o.allowExpired, Checked: checked})
 	if err != nil {
 		return nil, time.Time{}, fmt.Errorf("-ca, -intermediate: %w", err)
 	}

@@ -29,6 +29,8 @@ type diagnosis struct {
 	cert   *storage.PushCertInfo // for its topic; nil if there is none
 	// refusals are of its requests, the newest first.
 	refusals []storage.EnrollmentRefusal
+	// expiredServed is Config.ExpiredServed.
+	expiredServed bool
 
 	said []string
 }
@@ -176,6 +178,8 @@ func (d *diagnosis) identity() {
 	case c == nil && d.e.Enabled:
 		d.say("No identity certificate is pinned to it: what it sends is refused unless the server runs with -retro.")
 	case c == nil || c.NotAfter.IsZero():
+	case !c.NotAfter.After(d.now) && d.expiredServed:
+		d.say("Its identity certificate expired at %s; it is served all the same (-expired-certificates pinned). Renew the certificate.", stamp(c.NotAfter))
 	case !c.NotAfter.After(d.now):
 		d.say("Its identity certificate expired at %s: what it sends is refused.", stamp(c.NotAfter))
 	case c.NotAfter.Sub(d.now) < nearEnd:

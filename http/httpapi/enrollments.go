@@ -233,7 +233,7 @@ func (a *API) enrollmentDetail(ctx context.Context, id string) (*enrollmentDetai
 	if len(list) == 0 {
 		return nil, storage.ErrNotFound
 	}
-	c := diagnosis{now: a.cfg.Now(), e: &list[0]}
+	c := diagnosis{now: a.cfg.Now(), e: &list[0], expiredServed: a.cfg.ExpiredServed}
 	if c.e.ID != c.e.DeviceID {
 		if list, err = a.store.Enrollments(ctx, scope, []string{c.e.DeviceID}); err != nil {
 			return nil, err

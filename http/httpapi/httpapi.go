@@ -41,6 +41,8 @@ type Config struct {
 	// Draining is closed when the server is about to stop: waiting calls answer
 	// then.
 	Draining <-chan struct{}
+	// ExpiredServed: devices whose pinned certificate has expired are served.
+	ExpiredServed bool
 	// Version of the server, for statistics.
 	Version string
 	// Logger; default discards.

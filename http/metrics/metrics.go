@@ -37,6 +37,7 @@ type Metrics struct {
 	api       *prometheus.CounterVec
 	panics    prometheus.Counter
 	checks    prometheus.Counter
+	expired   prometheus.Counter
 	commits   prometheus.Observer
 	polls     prometheus.Observer
 	failures  *prometheus.CounterVec
@@ -57,13 +58,14 @@ func New(version string) *Metrics {
 	m.failures = counterVec("nanomdm_metrics_source_failures_total")
 	m.restarts = counterVec("nanomdm_background_restarts_total")
 	panics, checks := counterVec("nanomdm_http_panics_total"), counterVec("nanomdm_identity_signature_checks_total")
-	m.panics, m.checks = panics.WithLabelValues(), checks.WithLabelValues()
+	expired := counterVec("nanomdm_identity_expired_messages_total")
+	m.panics, m.checks, m.expired = panics.WithLabelValues(), checks.WithLabelValues(), expired.WithLabelValues()
 	commits := histogramVec("nanomdm_store_commit_messages", 1, 2, 4, 8, 16, 32, 64, 128, 256)
 	polls := histogramVec("nanomdm_store_poll_messages", 1, 2, 4, 8, 16, 32, 64, 128, 256)
 	m.commits, m.polls = commits.WithLabelValues(), polls.WithLabelValues()
 	build := gaugeVec("nanomdm_build_info")
 	build.WithLabelValues(version, runtime.Version()).Set(1)
-	m.registry.MustRegister(m.restarts, m.requests, m.durations, m.refusals, m.turned, m.api, m.failures, panics, checks, commits, polls, build,
+	m.registry.MustRegister(m.restarts, m.requests, m.durations, m.refusals, m.turned, m.api, m.failures, panics, checks, expired, commits, polls, build,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
 }
@@ -90,6 +92,10 @@ func (m *Metrics) Restarted(component string) { m.restarts.WithLabelValues(compo
 // Checked counts a signature check of a device's certificate; certverify's
 // Config.Checked.
 func (m *Metrics) Checked() { m.checks.Inc() }
+
+// Expired counts a message of a device with an expired certificate; certauth's
+// Config.Expired.
+func (m *Metrics) Expired() { m.expired.Inc() }
 
 // Committed counts a group commit of so many device messages; sqlstore's
 // Config.Committed.

@@ -93,6 +93,7 @@ func Table() []Metric {
 		{"nanomdm_push_certificate_expiry_seconds", Gauge, []string{"topic"}, "Time until a topic's push certificate expires; negative when it has. At most 1000 topics.", groupIdentity},
 		{"nanomdm_identity_certificates_expiring", Gauge, []string{"within"}, "Pinned device certificates that expire within 7d or 30d, or have (0d). Counted up to 100000.", groupIdentity},
 		{"nanomdm_identity_certificate_expiry_seconds", Gauge, nil, "Time until the next pinned device certificate expires.", groupIdentity},
+		{"nanomdm_identity_expired_messages_total", Counter, nil, "Messages of devices whose pinned certificate has expired; see -expired-certificates.", groupIdentity},
 		{"nanomdm_identity_signature_checks_total", Counter, nil, "Signatures on certificates of device requests that were checked. A known certificate needs none, a new device one and one for each new intermediate; many more than there are new devices are somebody's forgeries.", groupIdentity},
 		{"nanomdm_ca_certificate_expiry_seconds", Gauge, nil, "Time until the first of the certificates in -ca expires.", groupIdentity},
 		{"nanomdm_tls_certificate_expiry_seconds", Gauge, nil, "Time until the certificate of -tls-cert expires.", groupIdentity},

@@ -8,6 +8,7 @@ import (
 	"context"
 	"errors"
 	"net/http"
+	"time"
 
 	"github.com/nanomdm/nanomdm/cryptoutil"
 	"github.com/nanomdm/nanomdm/service"
@@ -24,6 +25,10 @@ type Config struct {
 	// that has another one.
 	Reenroll storage.Reenroll
 	Renewal  storage.Renewal
+	// Expired is called for each message that was taken from a device whose
+	// certificate has expired, which needs a verifier that lets it pass; may be
+	// nil.
+	Expired func()
 	// Confirm is asked before a certificate is pinned; nil asks nobody.
 	Confirm Confirmer
 }
@@ -58,6 +63,9 @@ func New(cfg Config) service.Middleware {
 				Unconfirmed: cfg.Confirm != nil,
 			}
 			resp, err := next.Handle(ctx, r)
+			if err == nil && cfg.Expired != nil && time.Now().After(r.Certificate.NotAfter) {
+				cfg.Expired()
+			}
 			if cfg.Confirm == nil || !errors.Is(err, storage.ErrUnconfirmed) {
 				return resp, err
 			}

@@ -75,9 +75,15 @@ func readCertificates(ctx context.Context, t *tx, batch []*opRun) (*certificates
 	return c, c.readClaims(ctx, t, batch)
 }
 
+// expired says whether the certificate of an operation has expired.
+func (p *opRun) expired(now int64) bool {
+	end := p.src.Pin.NotAfter
+	return !end.IsZero() && micros(end) < now
+}
+
 // checkCertificate says whether the certificate of an operation may act for its
 // device, and whether it has to be pinned for that.
-func (c *certificates) checkCertificate(p *opRun) (pin bool, err error) {
+func (c *certificates) checkCertificate(p *opRun, now int64) (pin bool, err error) {
 	if p.src.Pin == nil {
 		return false, nil
 	}
@@ -86,13 +92,16 @@ func (c *certificates) checkCertificate(p *opRun) (pin bool, err error) {
 	} else if ok && known.device != p.device {
 		return false, errOthers
 	}
-	if !c.devices[p.device] {
+	if !c.devices[p.device] && !p.expired(now) {
 		switch p.kind.needs {
 		case skipsUnknown:
 			return false, nil
 		case needsDevice, needsEnrollment:
 			return false, storage.ErrNotEnrolled
 		}
+	}
+	if p.expired(now) {
+		return false, errExpired
 	}
 	if !c.mayTakeOver(p) {
 		return false, c.refusal(p)
@@ -118,7 +127,7 @@ func admit(ctx context.Context, t *tx, batch []*opRun) (*certificates, error) {
 	var pins []*opRun
 	var renewed []string
 	for _, p := range batch {
-		pin, err := certs.checkCertificate(p)
+		pin, err := certs.checkCertificate(p, t.Now)
 		p.err = cmp.Or(err, p.givenUp())
 		if !pin || p.err != nil {
 			continue

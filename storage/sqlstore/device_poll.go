@@ -72,7 +72,7 @@ func checkPolls(ctx context.Context, t *tx, batch []*opRun, states map[string]*e
 		return err
 	}
 	for _, p := range odd {
-		p.mustWrite, p.err = certs.checkCertificate(p)
+		p.mustWrite, p.err = certs.checkCertificate(p, t.Now)
 	}
 	return nil
 }

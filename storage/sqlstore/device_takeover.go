@@ -104,6 +104,7 @@ var (
 	errBegin   = fmt.Errorf("%w: another one is pinned, and the policy lets this one not take over", storage.ErrIdentity)
 	errRenew   = fmt.Errorf("%w: another one is pinned; a device that renewed its certificate needs a renewal window", storage.ErrIdentity)
 	errUnknown = fmt.Errorf("%w: the device never sent Authenticate", storage.ErrIdentity)
+	errExpired = fmt.Errorf("%w: it has expired, and is not pinned to this device", storage.ErrIdentity)
 	errNone    = fmt.Errorf("%w: none is pinned, and no policy lets this one be", storage.ErrIdentity)
 )
 

@@ -24,6 +24,7 @@ import (
 func identityTests() []subtest {
 	return []subtest{
 		{"Authenticate takes over as the policy has it", reenrollPolicies},
+		{"an expired certificate is never pinned", expiredCertificates},
 		{"other messages take over as the policy has it", renewalPolicies},
 		{"a renewal keeps everything", renewalKeeps},
 		{"a retired certificate comes back in a renewal window alone", renewalGoesBack},
@@ -94,6 +95,31 @@ var takeovers = []struct {
 	{"the same subject with the UDID", shown{subject: namedUDID}, shown{subject: namedUDID}, true},
 	{"the same subject, the serial number beside it", shown{subject: generic}, shown{generic, []string{namedSerial + ".example.org"}}, true},
 	{"another subject with the UDID", shown{subject: generic}, shown{subject: namedUDID}, false},
+}
+
+// expiredCertificates: a certificate that has expired acts for the device that
+// it is pinned to, and is never pinned itself, whatever the policies are.
+func expiredCertificates(t *testing.T, h *Harness) {
+	everything := func(p *storage.Pin) {
+		p.Retro, p.Reenroll, p.Renewal = true, storage.ReenrollAllow, storage.RenewalSameSubject
+	}
+	expired := func(p *storage.Pin) { everything(p); p.NotAfter = h.Clock.Now().Add(-time.Second) }
+	d := h.device(namedUDID).showing(t, shown{subject: namedUDID}).under(everything)
+	d.enrolls(t)
+	other := h.device(namedUDID).showing(t, shown{subject: namedUDID})
+	stranger := h.device("NEW").showing(t, shown{subject: "NEW"})
+	h.device("IMPORTED-1").enrolls(t)
+	imported := h.device("IMPORTED-1").showing(t, shown{subject: "IMPORTED-1"})
+	h.opens(t, namedUDID)
+	for _, c := range []*channel{other, stranger, imported} {
+		require.ErrorIs(t, c.under(expired).authenticate(t), storage.ErrIdentity)
+		require.ErrorIs(t, c.under(expired).seen(t), storage.ErrIdentity)
+	}
+	require.NoError(t, d.under(expired).seen(t))
+	require.NoError(t, d.under(expired).authenticate(t))
+	_, err := d.under(expired).tokenUpdate(t)
+	require.NoError(t, err)
+	require.NoError(t, imported.under(everything).seen(t), "one that has not expired is pinned as ever")
 }
 
 func reenrollPolicies(t *testing.T, h *Harness) {
