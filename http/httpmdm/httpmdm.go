@@ -79,6 +79,7 @@ type Config struct {
 // The reasons to refuse a request, for counting.
 const (
 	ReasonMethod       = "method"
+	ReasonOrigin       = "cross_origin"                  // a web page's
 	ReasonIdentity     = "identity"                      // none, or not of the CA
 	ReasonPeer         = "untrusted_peer"                // certificate header from elsewhere
 	ReasonUnusedHeader = "unused_certificate_header"     // in a mode without one
@@ -102,7 +103,7 @@ const (
 // Reasons lists them all.
 func Reasons() []string {
 	return []string{
-		ReasonMethod, ReasonIdentity, ReasonPeer, ReasonUnusedHeader, ReasonPin, ReasonNotEnrolled, ReasonTopic, ReasonOwnWord, ReasonChannels, ReasonTooLarge,
+		ReasonMethod, ReasonOrigin, ReasonIdentity, ReasonPeer, ReasonUnusedHeader, ReasonPin, ReasonNotEnrolled, ReasonTopic, ReasonOwnWord, ReasonChannels, ReasonTooLarge,
 		ReasonSlow, ReasonMalformed, ReasonOverload, ReasonCrowded, ReasonByteBudget, ReasonUnavailable, ReasonUnrecognized, ReasonOther, ReasonError,
 	}
 }
@@ -116,6 +117,7 @@ type Handler struct {
 	places   *places
 	refusals *refusals
 	bytes    *byteBudget
+	origins  *http.CrossOriginProtection
 }
 
 // New makes a Handler. identity tells who sends; next gets what was decoded.
@@ -139,13 +141,15 @@ func New(next service.Handler, identity *Identity, cfg Config) *Handler {
 	return &Handler{
 		next: next, identity: identity, cfg: cfg, budget: semaphore.NewWeighted(cfg.MaxInFlight),
 		places: newPlaces(newPlaceLimits(cfg)), refusals: newRefusals(cfg.Logger), bytes: newByteBudget(cfg.MaxHourly),
+		origins: http.NewCrossOriginProtection(),
 	}
 }
 
 // errors of the transport itself; the rest comes from identity, mdm, service
 // and storage.
 var (
-	errMethod   = errors.New("method is not PUT")
+	errMethod   = &service.StatusError{Status: http.StatusMethodNotAllowed, Err: errors.New("a request without a message, whose method is neither PUT nor POST")}
+	errOrigin   = &service.StatusError{Status: http.StatusForbidden, Err: errors.New("a web page's request")}
 	errSlow     = &service.StatusError{Status: http.StatusRequestTimeout, Err: errors.New("body came too slowly")}
 	errEncoding = errors.New("compressed bodies are not part of the protocol")
 	errRole     = errors.New("message does not belong on this path")
@@ -157,9 +161,11 @@ var (
 func (h *Handler) MDM(role Role) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		arrived := time.Now()
-		if r.Method != http.MethodPut {
-			w.Header().Set("Allow", http.MethodPut)
-			h.fail(w, r, speaker{}, &service.StatusError{Status: http.StatusMethodNotAllowed, Err: errMethod})
+		if err := h.checkMethod(r); err != nil {
+			if errors.Is(err, errMethod) {
+				w.Header().Set("Allow", http.MethodPut+", "+http.MethodPost)
+			}
+			h.fail(w, r, speaker{}, err)
 			return
 		}
 		id, err := h.identity.fromHeaders(r)
@@ -197,6 +203,20 @@ func (h *Handler) MDM(role Role) http.Handler {
 		}
 		reply(w, resp)
 	})
+}
+
+// checkMethod takes every method with a body, as NanoMDM does, but nothing from a
+// web page, since a browser may show the device's certificate for it.
+func (h *Handler) checkMethod(r *http.Request) error {
+	if r.ContentLength == 0 && r.Method != http.MethodPut && r.Method != http.MethodPost {
+		return errMethod
+	}
+	writing := *r
+	writing.Method = http.MethodPost // the check lets GET pass
+	if err := h.origins.Check(&writing); err != nil {
+		return errOrigin
+	}
+	return nil
 }
 
 // patience is how long after its arrival a check-in may still be carried out:
@@ -377,7 +397,7 @@ func (h *Handler) note(w http.ResponseWriter, r *http.Request, who speaker, err 
 		h.cfg.Refused(why)
 	}
 	switch why {
-	case ReasonMethod, ReasonIdentity, ReasonPeer, ReasonUnusedHeader, ReasonTooLarge, ReasonSlow, ReasonOverload, ReasonCrowded, ReasonByteBudget:
+	case ReasonMethod, ReasonOrigin, ReasonIdentity, ReasonPeer, ReasonUnusedHeader, ReasonTooLarge, ReasonSlow, ReasonOverload, ReasonCrowded, ReasonByteBudget:
 		w.Header().Set("Connection", "close") // the body was not read, and is not waited for
 	}
 	h.refusals.write(r, level, why, status, who, err)
@@ -404,6 +424,8 @@ func reason(err error) string {
 	switch {
 	case errors.Is(err, errMethod):
 		return ReasonMethod
+	case errors.Is(err, errOrigin):
+		return ReasonOrigin
 	case errors.Is(err, errPeer):
 		return ReasonPeer
 	case errors.Is(err, errUnusedHeader):

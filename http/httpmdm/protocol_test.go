@@ -211,14 +211,66 @@ func TestContentTypes(t *testing.T) {
 			require.Equal(t, c.want, resp.Status)
 		})
 	}
-	for _, method := range []string{"GET", "POST", "DELETE"} {
-		req, err := http.NewRequest(method, s.url+"/mdm", bytes.NewReader(idle))
-		require.NoError(t, err)
-		resp, err := http.DefaultClient.Do(req)
-		require.NoError(t, err)
-		require.NoError(t, resp.Body.Close())
-		require.Equal(t, 405, resp.StatusCode)
-		require.Equal(t, "PUT", resp.Header.Get("Allow"))
+}
+
+// TestMethods: NanoMDM does not look at the method. Here, too, a message counts
+// whatever the method, but not from a web page: a browser may hold the device's
+// certificate. A request that cannot hold a message is told what can.
+func TestMethods(t *testing.T) {
+	s := newSite(t, siteConfig{})
+	d := s.enrolled("D1", mdmtest.Config{})
+	idle, checkin := report("D1", "Idle", "", ""), message("GetBootstrapToken", "D1", "")
+	for _, c := range []struct {
+		method, path string
+		body         []byte
+		header       string // Name: value
+		unsigned     bool
+		want         int
+	}{
+		{method: "PUT", path: "/mdm", body: idle, want: 200},
+		{method: "POST", path: "/mdm", body: idle, want: 200},
+		{method: "PATCH", path: "/mdm", body: idle, want: 200},
+		{method: "DELETE", path: "/mdm", body: idle, want: 200},
+		{method: "GET", path: "/mdm", body: idle, want: 200},
+		{method: "POST", path: "/mdm", body: checkin, want: 200},
+		{method: "POST", path: "/checkin", body: checkin, want: 200},
+		{method: "GET", path: "/checkin", body: checkin, want: 200},
+		{method: "POST", path: "/checkin", body: idle, want: 400},
+		{method: "POST", path: "/mdm", body: idle, unsigned: true, want: 400},
+		{method: "GET", path: "/mdm", body: idle, unsigned: true, want: 400},
+		{method: "PUT", path: "/mdm", unsigned: true, want: 400},
+		{method: "POST", path: "/mdm", unsigned: true, want: 400},
+		{method: "GET", path: "/mdm", unsigned: true, want: 405},
+		{method: "HEAD", path: "/mdm", unsigned: true, want: 405},
+		{method: "OPTIONS", path: "/mdm", unsigned: true, want: 405},
+		{method: "DELETE", path: "/checkin", unsigned: true, want: 405},
+		{method: "POST", path: "/mdm", body: idle, header: "Sec-Fetch-Site: same-origin", want: 200},
+		{method: "POST", path: "/mdm", body: idle, header: "Sec-Fetch-Site: cross-site", want: 403},
+		{method: "PUT", path: "/mdm", body: idle, header: "Sec-Fetch-Site: cross-site", want: 403},
+		{method: "GET", path: "/mdm", body: idle, header: "Sec-Fetch-Site: cross-site", want: 403},
+		{method: "POST", path: "/checkin", body: checkin, header: "Origin: https://evil.example", want: 403},
+	} {
+		t.Run(fmt.Sprintf("%s %s %d bytes %s unsigned=%v", c.method, c.path, len(c.body), c.header, c.unsigned), func(t *testing.T) {
+			req, err := http.NewRequest(c.method, s.url+c.path, bytes.NewReader(c.body))
+			require.NoError(t, err)
+			if !c.unsigned {
+				signature, err := mdmtest.Sign(d.Identity(), c.body, mdmtest.SignOptions{})
+				require.NoError(t, err)
+				req.Header.Set("Mdm-Signature", signature)
+			}
+			if name, value, ok := strings.Cut(c.header, ": "); ok {
+				req.Header.Set(name, value)
+			}
+			resp, err := http.DefaultClient.Do(req)
+			require.NoError(t, err)
+			require.NoError(t, resp.Body.Close())
+			require.Equal(t, c.want, resp.StatusCode)
+			allow := ""
+			if c.want == 405 {
+				allow = "PUT, POST"
+			}
+			require.Equal(t, allow, resp.Header.Get("Allow"))
+		})
 	}
 }
 

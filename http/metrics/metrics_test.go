@@ -217,7 +217,8 @@ Beside the tables there are Prometheus' usual ` + "`go_*` and `process_*`" + `. 
 
 // explanations says of each reason what is answered and what it means.
 var explanations = map[string][2]string{
-	httpmdm.ReasonMethod:       {"405", "not a PUT"},
+	httpmdm.ReasonMethod:       {"405", "no message, and neither PUT nor POST"},
+	httpmdm.ReasonOrigin:       {"403", "a web page's request, as its headers say"},
 	httpmdm.ReasonIdentity:     {"400", "no certificate or signature, a broken one, or not of `-ca`"},
 	httpmdm.ReasonPeer:         {"400", "the certificate header from an address that is not in `-trusted-proxies`"},
 	httpmdm.ReasonByteBudget:   {"503", "a device that has sent `-max-hourly-bytes` within the hour"},
