@@ -325,7 +325,7 @@ func TestHostileClients(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes some seconds")
 	}
-	d, pid := startProcess(t, "-max-in-flight", "64M")
+	d, pid := startProcess(t, "-max-in-flight", "256M")
 	honest := d.honest(10)
 	defer honest.stop()
 	watcher := d.watch()

@@ -12,6 +12,8 @@ import (
 	"slices"
 	"sync"
 	"time"
+
+	"github.com/nanomdm/nanomdm/http/gate"
 )
 
 // The limits of every HTTP server here. A handler that waits longer on purpose
@@ -26,6 +28,7 @@ const (
 	idleTimeout       = 2 * time.Minute
 	maxHeaderBytes    = 64 << 10 // of devices alone
 	maxAPIHeaderBytes = 1 << 20  // with the API: NanoMDM's calls name enrollments in the URL
+	maxHeadersMemory  = 64 << 20 // of all requests, copies included
 )
 
 // component is a part of the daemon that lives as long as it does: the store,
@@ -56,6 +59,8 @@ type server struct {
 	restarted func(component string)
 	failing   func(component string, failing bool)
 
+	headers    *gate.Headers
+	turned     func(server string) // counts those whose headers are too many; may be nil
 	components []component
 	fronts     []front
 	failed     chan error    // of what ended by itself; only the first counts
@@ -73,7 +78,8 @@ type front struct {
 func newServer(log *slog.Logger, drainTimeout, stopTimeout time.Duration) *server {
 	return &server{
 		log: log, drainTimeout: drainTimeout, stopTimeout: stopTimeout,
-		failed: make(chan error, 1), drain: make(chan struct{}),
+		headers: gate.NewHeaders(maxHeadersMemory),
+		failed:  make(chan error, 1), drain: make(chan struct{}),
 	}
 }
 
@@ -115,25 +121,31 @@ func (s *server) background(name string, run func(context.Context) error) {
 
 // serve adds an HTTP server on a listener, which it owns from then on. It
 // accepts from the moment run is called, so that probes are answered while
-// components start, and speaks TLS, with HTTP/2, if tlsConfig is not nil.
+// components start, and speaks TLS if tlsConfig is not nil, with HTTP/2 unless
+// headers may be long: then one that never ends would be held uncounted.
 func (s *server) serve(name string, listener net.Listener, handler http.Handler, tlsConfig *tls.Config, maxHeader int) {
 	ctx, cut := context.WithCancel(context.Background())
-	s.fronts = append(s.fronts, front{
-		name:     name,
-		listener: listener,
-		cut:      cut,
-		http: &http.Server{
-			Handler:           handler,
-			TLSConfig:         tlsConfig,
-			ReadHeaderTimeout: readHeaderTimeout,
-			ReadTimeout:       readTimeout,
-			WriteTimeout:      writeTimeout,
-			IdleTimeout:       idleTimeout,
-			MaxHeaderBytes:    maxHeader,
-			ErrorLog:          newServerErrors(name, s.log),
-			BaseContext:       func(net.Listener) context.Context { return ctx },
-		},
+	server := &http.Server{
+		Handler:           handler,
+		TLSConfig:         tlsConfig,
+		ReadHeaderTimeout: readHeaderTimeout,
+		ReadTimeout:       readTimeout,
+		WriteTimeout:      writeTimeout,
+		IdleTimeout:       idleTimeout,
+		MaxHeaderBytes:    maxHeader,
+		ErrorLog:          newServerErrors(name, s.log),
+		BaseContext:       func(net.Listener) context.Context { return ctx },
+	}
+	if maxHeader > maxHeaderBytes {
+		server.Protocols = &http.Protocols{}
+		server.Protocols.SetHTTP1(true)
+	}
+	listener = s.headers.Serve(server, listener, func() {
+		if s.turned != nil {
+			s.turned(name)
+		}
 	})
+	s.fronts = append(s.fronts, front{name: name, listener: listener, cut: cut, http: server})
 }
 
 // draining is closed when the daemon stops accepting: handlers that wait for

@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/nanomdm/nanomdm/http/httpmdm"
 	"github.com/nanomdm/nanomdm/storage/sqldb"
 	"github.com/nanomdm/nanomdm/textinput"
 )
@@ -279,8 +280,8 @@ func (c *configuration) checkListening(o *options) {
 	if o.tlsClientAuth && o.certHeader != "" {
 		c.mistake("-tls-client-auth and -cert-header are two ways to identify a device: keep one")
 	}
-	if o.maxBody > 0 && o.maxInFlight > 0 && o.maxInFlight < o.maxBody {
-		c.mistake("-max-in-flight is smaller than -max-body: make it at least as large")
+	if o.maxBody > 0 && o.maxInFlight > 0 && o.maxInFlight < httpmdm.LeastInFlight*o.maxBody {
+		c.mistake("-max-in-flight is smaller than %d times -max-body: it counts the copies of a body, too", httpmdm.LeastInFlight)
 	}
 }
 

@@ -138,7 +138,7 @@ func TestAllMistakesAtOnce(t *testing.T) {
 		`NANOMDM_PUSH_TIMEOUT: "10" is not a time above zero, such as 30s, 5m or 168h`,
 		`-tls-cert needs the key too: give -tls-key`,
 		`-tls-client-auth and -cert-header are two ways to identify a device: keep one`,
-		`-max-in-flight is smaller than -max-body: make it at least as large`,
+		`-max-in-flight is smaller than 16 times -max-body: it counts the copies of a body, too`,
 		`-storage is given 2 times: this daemon writes to one store, keep one`,
 		`-storage mysql needs to know the database: give -storage-dsn or -storage-dsn-file`,
 		`-ca: name the PEM file of the CAs that issue device identities (or give -disable-mdm)`,

@@ -78,6 +78,8 @@ func wire(o options, environ []string, log *slog.Logger, stdout io.Writer) (*ser
 	}
 	b.s = newServer(log, o.drainTimeout, stopTimeout)
 	b.s.drainDelay = o.drainDelay
+	turned := map[string]func(){"http": counters.TurnedAway("device", "headers"), "api": counters.TurnedAway("api", "headers")}
+	b.s.turned = func(server string) { turned[server]() }
 	b.s.restarted = b.metrics.Restarted
 	b.s.failing = b.gate.SetFailing
 	b.s.stopping = func() {

@@ -21,12 +21,8 @@ const (
 	bodyLongest = 90 * time.Second
 )
 
-// firstRead is how much of a body is read before more memory is taken, in
-// bytes; most messages fit.
-const firstRead = 16 << 10
-
 // readBody takes a place for the request, of cert unless that is nil, and reads
-// the whole body. The bytes that it holds beyond firstRead are taken from the
+// the whole body. The bytes that it holds beyond freeBytes are taken from the
 // budget as they arrive, so that a client that announces much and sends little
 // costs little. limit, if not nil, says from a beginning how long the whole may be.
 // release gives place and bytes back and must always be called.
@@ -46,7 +42,7 @@ func (h *Handler) readBody(w http.ResponseWriter, r *http.Request, cert *x509.Ce
 		body: http.MaxBytesReader(w, r.Body, h.cfg.MaxBody), limitOf: limit,
 	}
 	release = func() {
-		h.budget.Release(in.held)
+		h.memory.reading.Release(in.held)
 		place.leave()
 	}
 	place.awaitBody(in.cut)
@@ -95,15 +91,15 @@ func (b *bodyReader) until(after time.Duration) error {
 	return nil
 }
 
-// take counts that the reader holds room bytes.
+// take counts that the reader holds room bytes, and held those that it grew out of.
 func (b *bodyReader) take(room int64) error {
-	more := room - firstRead - b.held
+	more := (room-freeBytes)*readCopies - b.held
 	switch {
 	case more <= 0:
 		return nil
 	case !b.place.grow(more):
 		return errCrowded
-	case !b.handler.budget.TryAcquire(more):
+	case !b.handler.memory.reading.TryAcquire(more):
 		return errOverload
 	}
 	b.held += more
@@ -121,7 +117,7 @@ func (b *bodyReader) room(want int64) int64 {
 
 func (b *bodyReader) readAll() (body []byte, err error) {
 	var limit time.Duration
-	for room := b.room(firstRead); ; room = b.room(4 * room) {
+	for room := b.room(freeBytes); ; room = b.room(4 * room) {
 		if b.limitOf != nil && len(body) > 0 {
 			limit := b.limitOf(body)
 			if max(int64(len(body)), b.size) > limit {

@@ -21,8 +21,6 @@ import (
 	"strings"
 	"time"
 
-	"golang.org/x/sync/semaphore"
-
 	"github.com/nanomdm/nanomdm/cryptoutil"
 	"github.com/nanomdm/nanomdm/http/requestlog"
 	"github.com/nanomdm/nanomdm/mdm"
@@ -55,10 +53,11 @@ type Config struct {
 	// MaxHourly bounds what one certificate sends to this server in an hour, in
 	// bodies of more than 16 KiB; past it they get 503. Default 1 GiB.
 	MaxHourly int64
-	// MaxInFlight bounds the bytes of all bodies held at once, beyond the
-	// first 16 KiB of each; past it requests get 503 with Retry-After. Polls
-	// and most reports are smaller, so that those who send much do not crowd
-	// them out. Default 256 MiB, at least MaxBody.
+	// MaxInFlight bounds the memory that all bodies and their copies take at
+	// once, beyond the first 4 KiB of each; past it requests get 503 with
+	// Retry-After. Each byte counts BodyCopies times. Polls and most reports are
+	// smaller, so that those who send much do not crowd them out. Default 256
+	// MiB, at least LeastInFlight times MaxBody.
 	MaxInFlight int64
 	// MaxRequests is how many requests the daemon lets in at once. Half of them
 	// may be of one client address, or wait for their bodies. Default 4096.
@@ -113,7 +112,7 @@ type Handler struct {
 	next     service.Handler
 	identity *Identity
 	cfg      Config
-	budget   *semaphore.Weighted
+	memory   *memory
 	places   *places
 	refusals *refusals
 	bytes    *byteBudget
@@ -128,7 +127,7 @@ func New(next service.Handler, identity *Identity, cfg Config) *Handler {
 	if cfg.MaxInFlight <= 0 {
 		cfg.MaxInFlight = 256 << 20
 	}
-	cfg.MaxInFlight = max(cfg.MaxInFlight, cfg.MaxBody)
+	cfg.MaxInFlight = max(cfg.MaxInFlight, LeastInFlight*cfg.MaxBody)
 	cfg.MaxCheckin = min(cmp.Or(cfg.MaxCheckin, 256<<10), cfg.MaxBody)
 	cfg.MaxStatus = min(cmp.Or(cfg.MaxStatus, 4<<20), cfg.MaxBody)
 	cfg.MaxHourly = cmp.Or(cfg.MaxHourly, 1<<30)
@@ -139,7 +138,7 @@ func New(next service.Handler, identity *Identity, cfg Config) *Handler {
 		cfg.Logger = slog.New(slog.DiscardHandler)
 	}
 	return &Handler{
-		next: next, identity: identity, cfg: cfg, budget: semaphore.NewWeighted(cfg.MaxInFlight),
+		next: next, identity: identity, cfg: cfg, memory: newMemory(cfg.MaxInFlight),
 		places: newPlaces(newPlaceLimits(cfg)), refusals: newRefusals(cfg.Logger), bytes: newByteBudget(cfg.MaxHourly),
 		origins: http.NewCrossOriginProtection(),
 	}
@@ -154,7 +153,7 @@ var (
 	errEncoding = errors.New("compressed bodies are not part of the protocol")
 	errRole     = errors.New("message does not belong on this path")
 	tooLarge    = &service.StatusError{Status: http.StatusRequestEntityTooLarge, Err: errors.New("body is larger than -max-body")}
-	errOverload = fmt.Errorf("%w: bodies in flight reach -max-in-flight", storage.ErrBusy)
+	errOverload = fmt.Errorf("%w: bodies and their copies reach -max-in-flight", storage.ErrBusy)
 )
 
 // MDM returns the handler of a path that takes messages of one role.
@@ -188,6 +187,12 @@ func (h *Handler) MDM(role Role) http.Handler {
 			return
 		}
 		h.bytes.add(id.certificate, len(body))
+		done, err := h.memory.work(r.Context(), body)
+		if err != nil {
+			h.fail(w, r, id.speaker, err)
+			return
+		}
+		defer done()
 		req, err := h.request(r, role, body, id.certificate)
 		if err != nil {
 			h.fail(w, r, id.named(body), err)

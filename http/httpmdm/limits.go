@@ -55,9 +55,12 @@ func (h *Handler) checkSize(msg mdm.Message) error {
 	return nil
 }
 
+// countedFrom is the size of bodies that byteBudget does not count.
+const countedFrom = 16 << 10
+
 // byteBudget counts what each certificate sends in an hour, in bodies that are
-// larger than firstRead: there are few of these, and polls are always let in. Safe
-// for concurrent use.
+// larger than countedFrom: there are few of these, and polls are always let in.
+// Safe for concurrent use.
 type byteBudget struct {
 	limit int64
 
@@ -73,7 +76,7 @@ func newByteBudget(limit int64) *byteBudget {
 // allows says whether a certificate may send a body of n bytes, -1 if its size is
 // not known.
 func (b *byteBudget) allows(cert *x509.Certificate, n int64) bool {
-	if 0 <= n && n <= firstRead {
+	if 0 <= n && n <= countedFrom {
 		return true
 	}
 	b.mu.Lock()
@@ -84,7 +87,7 @@ func (b *byteBudget) allows(cert *x509.Certificate, n int64) bool {
 
 // add counts a body whose sender has proven to own the certificate.
 func (b *byteBudget) add(cert *x509.Certificate, n int) {
-	if n <= firstRead {
+	if n <= countedFrom {
 		return
 	}
 	b.mu.Lock()

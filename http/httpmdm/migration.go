@@ -23,6 +23,12 @@ func (h *Handler) Migration(next service.Handler) http.Handler {
 			h.refuseMigration(w, r, "", err)
 			return
 		}
+		done, err := h.memory.work(r.Context(), body)
+		if err != nil {
+			h.refuseMigration(w, r, "", err)
+			return
+		}
+		defer done()
 		req, err := decodeMigration(r, body)
 		if err != nil {
 			h.refuseMigration(w, r, "", err)

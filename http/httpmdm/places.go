@@ -39,10 +39,10 @@ type placeLimits struct {
 func newPlaceLimits(cfg Config) placeLimits {
 	return placeLimits{
 		certificateRequests: requestsPerCertificate,
-		certificateBytes:    max(cfg.MaxBody, cfg.MaxInFlight/8),
+		certificateBytes:    max(readCopies*cfg.MaxBody, cfg.MaxInFlight/8),
 		clientRequests:      max(minRequests, cfg.MaxRequests/2),
 		clientAwaited:       max(minRequests, cfg.MaxRequests/8),
-		clientBytes:         max(cfg.MaxBody, cfg.MaxInFlight/2),
+		clientBytes:         max(readCopies*cfg.MaxBody, cfg.MaxInFlight/4),
 		awaited:             max(minRequests, cfg.MaxRequests/2),
 	}
 }

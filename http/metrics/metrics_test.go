@@ -232,7 +232,7 @@ var explanations = map[string][2]string{
 	httpmdm.ReasonTooLarge:     {"413", "a body larger than `-max-body`, or than `-max-checkin` or `-max-status` for its type"},
 	httpmdm.ReasonSlow:         {"408", "a body that came too slowly"},
 	httpmdm.ReasonMalformed:    {"400", "not a property list, or not a message"},
-	httpmdm.ReasonOverload:     {"503", "bodies in flight reached `-max-in-flight`"},
+	httpmdm.ReasonOverload:     {"503", "bodies and their copies reached `-max-in-flight`"},
 	httpmdm.ReasonCrowded:      {"503", "too many requests of the certificate or the client address were under way, or waited for their bodies"},
 	httpmdm.ReasonUnavailable:  {"503", "the database or the server at `-authenticate-url` was away or too busy, or the client left"},
 	httpmdm.ReasonOther:        {"varies", "what a backend or a policy decided"},

@@ -42,7 +42,7 @@ func Table() []Metric {
 		{"nanomdm_device_request_duration_seconds", Histogram, []string{"message"}, "Time from the decoded message to its answer.", groupDevices},
 		{"nanomdm_device_refusals_total", Counter, []string{"reason"}, "Device requests that were refused, by reason; see below.", groupDevices},
 
-		{"nanomdm_http_turned_away_total", Counter, []string{"side", "reason"}, "Requests answered 503 at the door: side is device or api, reason is limit (-max-requests) or database.", groupHTTP},
+		{"nanomdm_http_turned_away_total", Counter, []string{"side", "reason"}, "Requests answered 503 at the door: side is device or api, reason is limit (-max-requests), database, or headers, whose connections are cut.", groupHTTP},
 		{"nanomdm_http_panics_total", Counter, nil, "Panics of handlers, each answered 500. Any is a bug.", groupHTTP},
 
 		{"nanomdm_api_refusals_total", Counter, []string{"reason"}, "API requests refused for their key: no_key, wrong_key, slowed (too many wrong ones from the address), forbidden (the role or topics of a right one), cross_origin (a page of another origin made the request).", groupHTTP},

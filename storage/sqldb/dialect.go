@@ -124,6 +124,10 @@ type Dialect struct {
 
 	// Arguments and lists.
 
+	// prepareFrom is the size of the arguments, in bytes, from which on a statement
+	// is prepared for one execution, since the driver would copy them several times
+	// to put them into its text; 0 is never.
+	prepareFrom int
 	// maxArgs is how many arguments a statement may have, with some room.
 	maxArgs int
 	// chunkInserts inserts rows by statements of a few sizes, which can stay

@@ -262,9 +262,10 @@ func mysqlCommon() *Dialect {
 	return &Dialect{
 		snapshot: []string{"SET TRANSACTION ISOLATION LEVEL REPEATABLE READ", "START TRANSACTION WITH CONSISTENT SNAPSHOT, READ ONLY"},
 		// Parsing is a quarter of the cost of large statements.
-		prepare:    prepareNamed,
-		forUpdate:  " FOR UPDATE",
-		skipLocked: " SKIP LOCKED",
+		prepare:     prepareNamed,
+		prepareFrom: prepareFrom,
+		forUpdate:   " FOR UPDATE",
+		skipLocked:  " SKIP LOCKED",
 		// Of two indexes that begin with the same column the planners may take
 		// the one that does not help, and read all rows that have ended.
 		forceIndex:     func(index string) string { return " FORCE INDEX (" + index + ")" },
@@ -372,7 +373,13 @@ func mysqlExecBatch(most int) func(ctx context.Context, conn *sql.Conn, deferred
 				texts[i] = s.text
 				args = append(args, s.args...)
 			}
-			if _, err := conn.ExecContext(ctx, strings.Join(texts, "; "), args...); err != nil {
+			exec := conn.ExecContext
+			if n == 1 && argBytes(args) >= prepareFrom {
+				exec = func(ctx context.Context, text string, args ...any) (sql.Result, error) {
+					return execPrepared(ctx, conn, text, args)
+				}
+			}
+			if _, err := exec(ctx, strings.Join(texts, "; "), args...); err != nil {
 				for i, s := range deferred[:n] {
 					texts[i] = s.name()
 				}
@@ -384,19 +391,12 @@ func mysqlExecBatch(most int) func(ctx context.Context, conn *sql.Conn, deferred
 	}
 }
 
+// prepareFrom is the dialect's.
+const prepareFrom = 128 << 10
+
 // size is about how many bytes the statement takes with its arguments inside.
 func (s statement) size() int {
-	n := len(s.text)
-	for _, a := range s.args {
-		switch a := a.(type) {
-		case string:
-			n += 2 * len(a)
-		case []byte:
-			n += 2 * len(a)
-		}
-		n += 32
-	}
-	return n
+	return len(s.text) + 2*argBytes(s.args) + 32*len(s.args)
 }
 
 // mysqlBadConnection recognizes the driver's own error for a connection that

@@ -23,6 +23,7 @@ const (
 type querier interface {
 	ExecContext(ctx context.Context, q string, args ...any) (sql.Result, error)
 	QueryContext(ctx context.Context, q string, args ...any) (*sql.Rows, error)
+	PrepareContext(ctx context.Context, q string) (*sql.Stmt, error)
 }
 
 // Tx runs statements, all in one transaction (DB.Write) or each by itself
@@ -185,6 +186,8 @@ func (t *Tx) Exec(ctx context.Context, q string, args ...any) (int64, error) {
 	var err error
 	if stmt := t.stmt(ctx, q); stmt != nil {
 		res, err = stmt.ExecContext(ctx, args...)
+	} else if from := t.Dialect.prepareFrom; from > 0 && argBytes(args) >= from {
+		res, err = execPrepared(ctx, t.q, q, args)
 	} else {
 		res, err = t.q.ExecContext(ctx, q, args...)
 	}
@@ -314,6 +317,30 @@ func (t *Tx) stmt(ctx context.Context, q string) *sql.Stmt {
 		return nil
 	}
 	return t.sqltx.StmtContext(ctx, stmt)
+}
+
+// execPrepared prepares a statement for one execution.
+func execPrepared(ctx context.Context, on querier, q string, args []any) (sql.Result, error) {
+	stmt, err := on.PrepareContext(ctx, q)
+	if err != nil {
+		return nil, err
+	}
+	defer stmt.Close()
+	return stmt.ExecContext(ctx, args...)
+}
+
+// argBytes is the size of the texts and bytes among arguments.
+func argBytes(args []any) int {
+	n := 0
+	for _, a := range args {
+		switch a := a.(type) {
+		case string:
+			n += len(a)
+		case []byte:
+			n += len(a)
+		}
+	}
+	return n
 }
 
 // storedArgs makes arguments mean the same to each driver.
