@@ -5,28 +5,28 @@ import (
 	"time"
 )
 
-// AuditRecord is one deed of an operator.
+// AuditRecord is one action of an operator.
 type AuditRecord struct {
 	ID string    // set by the store
 	At time.Time // set by the store
-	// Who is the name of the API key.
+	// The name of the API key.
 	Who string
 	// Action is a word of package httpapi, such as "enrollment.delete".
 	Action string
-	// Target is what it was done to: an enrollment's id, a CommandUUID, a
-	// name. Longer ones are cut at 255 characters.
+	// Target is the id of an enrollment, a CommandUUID or another name, cut at
+	// 255 characters.
 	Target string
-	// Detail is for people to read. No secrets.
+	// Detail is text for people, without secrets.
 	Detail string
-	// Outcome is AuditDone, or why it was not done.
+	// Outcome is AuditDone, or the reason why the action was not carried out.
 	Outcome   string
 	RequestID string
 }
 
-// AuditDone is the Outcome of a deed that was done.
+// AuditDone is the Outcome of an action that was carried out.
 const AuditDone = "done"
 
-// AuditFilter says which records are listed; zero fields ask for nothing.
+// AuditFilter chooses records; zero fields choose all.
 type AuditFilter struct {
 	Who, Action, Target string
 	From                time.Time // at this time or later
@@ -39,9 +39,9 @@ type AuditKey struct {
 	ID string
 }
 
-// Audit keeps what operators did. Methods of other roles that take an
-// AuditRecord append it in the transaction of the deed; what was refused, and
-// deeds of several transactions, are appended by whoever asked for them.
+// Audit keeps the actions of operators. Methods of other interfaces that take an
+// AuditRecord append it in the transaction of the action. For refused actions,
+// and for actions of several transactions, the caller appends the record.
 type Audit interface {
 	// AppendAudit appends a record and sets its ID and At.
 	AppendAudit(ctx context.Context, r *AuditRecord) error

@@ -9,13 +9,12 @@ import (
 	"github.com/nanomdm/nanomdm/mdm"
 )
 
-// What a Devices.Apply does with Source.Events, for the Outbox to work: in
-// the transaction of the change, behind its locks, it inserts them in batches
-// that are not yet numbered. Of two batches that nobody has numbered the one
-// that was committed before the other was begun has the smaller stamp. What the
-// Event does not have (APNs topic, request type, tally) is the store's to fill.
+// Devices.Apply stores Source.Events in the transaction of the change, after
+// taking its locks, as batches without numbers; the Outbox numbers them later.
+// Of two batches without numbers, one that was committed before the other was
+// begun has the smaller stamp.
 
-// Topics of events. Those of a device's messages are MicroMDM's.
+// Topics of events about messages of devices. MicroMDM has the same.
 const (
 	TopicAuthenticate          = "mdm.Authenticate"
 	TopicTokenUpdate           = "mdm.TokenUpdate"
@@ -28,8 +27,8 @@ const (
 	TopicGetToken              = "mdm.GetToken"
 )
 
-// Topics of events that the server finds by itself. They are written and sent
-// only where a sink names them.
+// Topics of events about findings of the server. They are written and sent only
+// if the filter of a sink names them.
 const (
 	TopicCommandExpired    = "nanomdm.CommandExpired"
 	TopicPushFailed        = "nanomdm.PushFailed"
@@ -40,7 +39,7 @@ const (
 
 const serverTopics = "nanomdm."
 
-// ServerTopic says whether the topic is one that the server finds by itself.
+// ServerTopic says whether events of the topic are findings of the server.
 func ServerTopic(topic string) bool { return strings.HasPrefix(topic, serverTopics) }
 
 // EventTopics lists every topic, those of devices first.
@@ -52,10 +51,10 @@ func EventTopics() []string {
 	}
 }
 
-// BearsTokens says whether the payload of a topic holds what lets its reader
-// act as the device, its user, or the server: push and unlock tokens,
-// bootstrap tokens, security tokens, digests of passwords. A topic that is not
-// listed as harmless counts as one that does.
+// BearsTokens says whether payloads of a topic hold secrets: push, unlock,
+// bootstrap and security tokens or digests of passwords, with which a reader
+// can act as the device, its user, or the server. A topic counts as one that
+// does unless it is listed as harmless.
 func BearsTokens(topic string) bool {
 	switch topic {
 	case TopicAuthenticate, TopicCheckOut, TopicGetBootstrapToken, TopicConnect, TopicDeclarativeManagement,
@@ -115,25 +114,25 @@ type Event struct {
 	Attempts int `json:"-"`
 }
 
-// Idle says whether the event is of a poll without a result.
+// Idle says whether the event reports a poll without a result.
 func (e *Event) Idle() bool {
 	return e.Topic == TopicConnect && e.Status == string(mdm.StatusIdle)
 }
 
-// EventFilter chooses events. An empty list chooses all, but for Topics,
-// where empty is all topics of devices.
+// EventFilter chooses events. An empty list chooses all; an empty Topics chooses
+// all topics of devices.
 type EventFilter struct {
 	Topics          []string         `json:"topics,omitempty"`
 	EnrollmentTypes []mdm.EnrollType `json:"enrollment_types,omitempty"`
-	// RequestTypes applies to events of commands; others pass.
+	// RequestTypes applies to events of commands; the filter lets others through.
 	RequestTypes []string `json:"request_types,omitempty"`
 	APNsTopics   []string `json:"apns_topics,omitempty"`
 	// Idle lets polls without a result through.
 	Idle bool `json:"idle,omitempty"`
 }
 
-// Wants says whether the filter may let an event through as far as is known
-// before the event is written: its Topic, Status and enrollment type.
+// Wants says whether the filter may let an event through, by the fields that are
+// known before the event is written: Topic, Status and enrollment type.
 func (f *EventFilter) Wants(e *Event, typ mdm.EnrollType) bool {
 	if len(f.Topics) == 0 {
 		if ServerTopic(e.Topic) {
@@ -159,13 +158,13 @@ func (f *EventFilter) Match(r *Event) bool {
 	return len(f.APNsTopics) == 0 || slices.Contains(f.APNsTopics, r.APNsTopic)
 }
 
-// OnError says how a sink treats an event that its receiver has and fails to
-// take: it answers an error, or too late, or drops the connection.
+// OnError is the policy for an event that reached the receiver and failed: the
+// receiver answered an error or too late, or dropped the connection.
 type OnError string
 
 // The policies. The empty one is OnErrorHold.
 const (
-	// OnErrorHold tries the event for as long as a receiver that is down; the
+	// OnErrorHold retries the event as long as if the receiver were down; the
 	// later events of its enrollment wait.
 	OnErrorHold OnError = "hold"
 	// OnErrorSkip makes the event a dead letter after three tries within about
@@ -173,11 +172,11 @@ const (
 	OnErrorSkip OnError = "skip"
 )
 
-// EventSink is somebody who is told events.
+// EventSink is a receiver of events.
 type EventSink struct {
 	Name string
-	// URL is where events are sent. Without one they are only kept in the
-	// log, for readers of ReadEvents.
+	// URL is the address to which events are sent. Without one, events are only
+	// kept in the log, for ReadEvents.
 	URL string
 	// Keys sign; the first one alone signs X-Hmac-Signature. They are secret
 	// and sealed.
@@ -187,62 +186,60 @@ type EventSink struct {
 	Filter  EventFilter
 	OnError OnError
 	// Configured: the sink comes from flags or a file, not from the API. It
-	// counts while a replica runs that has it there: SeenAt then grows.
+	// exists as long as a replica with that configuration runs, which updates
+	// SeenAt.
 	Configured bool
 	SeenAt     time.Time
-	// Enabled is cleared when a receiver says that it is gone; Reason then
+	// Enabled is cleared when the receiver answers that it is gone; Reason then
 	// says so.
 	Enabled bool
 	Reason  string
-	// Cursor is the number up to which events are settled: delivered, or kept
-	// as waiting or dead. The store sets it.
+	// Cursor is the number up to which events are delivered, or stored as
+	// waiting or dead. The store sets it.
 	Cursor    int64
 	CreatedAt time.Time
 	UpdatedAt time.Time
 }
 
-// Wants says whether the sink may take an event, as EventFilter.Wants does.
+// Wants says whether the sink may get an event, as EventFilter.Wants does.
 func (s *EventSink) Wants(e *Event, typ mdm.EnrollType) bool {
 	return s.Enabled && (s.Tokens || !BearsTokens(e.Topic)) && s.Filter.Wants(e, typ)
 }
 
-// Match says whether the sink takes the event.
+// Match says whether the sink gets the event.
 func (s *EventSink) Match(r *Event) bool {
 	return s.Enabled && (s.Tokens || !BearsTokens(r.Topic)) && s.Filter.Match(r)
 }
 
-// EventSinks keeps who is told events. Without an enabled sink no event is
-// to be written.
+// EventSinks keeps the sinks. Without an enabled sink no event is written.
 type EventSinks interface {
 	// EventSinks lists all by name.
 	EventSinks(ctx context.Context) ([]EventSink, error)
-	// PutEventSink stores or replaces a sink. A new one begins behind the
-	// last event that is numbered, one that is there goes on where it was.
-	// ErrConflict if a sink of that name is configured and s is not, or the
-	// other way round.
+	// PutEventSink stores or replaces a sink. A new one begins after the last
+	// numbered event; an existing one keeps its cursor. ErrConflict if a sink of
+	// that name is configured and s is not, or the other way round.
 	PutEventSink(ctx context.Context, s EventSink) error
-	// DeleteEventSink removes a sink and what waits for it, or fails with
+	// DeleteEventSink removes a sink and its deliveries, or fails with
 	// ErrNotFound.
 	DeleteEventSink(ctx context.Context, name string) error
-	// SeeEventSinks sets SeenAt of configured sinks to the present. Names that
-	// are not there are left out.
+	// SeeEventSinks sets SeenAt of configured sinks to the present, and ignores
+	// unknown names.
 	SeeEventSinks(ctx context.Context, names []string) error
 }
 
-// EventQuery asks for events of the log.
+// EventQuery chooses events of the log.
 type EventQuery struct {
 	After  int64 // exclusive; 0 is from the beginning
 	Limit  int
 	Topics []string // empty: all
 }
 
-// EventLog reads what was numbered. A number is only given to events that are
-// committed, and larger numbers are committed later: a reader that goes on
-// after the last number it saw misses nothing.
+// EventLog reads numbered events. Only committed events get a number, and a later
+// number is a later commit: a reader that continues after the last number that
+// it read misses nothing.
 type EventLog interface {
-	// ReadEvents returns events in order and where to go on: behind the last
-	// one that was looked at, which may be one that the Scope or the topics
-	// leave out.
+	// ReadEvents returns events in order, and the number to continue after. That
+	// may be the number of an event that the Scope or the topics leave out.
 	ReadEvents(ctx context.Context, scope Scope, q EventQuery) (events []Event, next int64, err error)
 	// EventPayload reads one payload, or fails with ErrNotFound.
 	EventPayload(ctx context.Context, seq int64) ([]byte, error)
@@ -250,8 +247,8 @@ type EventLog interface {
 	LastEvent(ctx context.Context) (int64, error)
 }
 
-// Redelivery asks for events to be sent to a sink again: those after After up
-// to Through, or the dead letters among them.
+// Redelivery chooses the events to send to a sink again: those after After up to
+// Through, or the dead letters among them.
 type Redelivery struct {
 	Sink    string
 	After   int64
@@ -260,20 +257,21 @@ type Redelivery struct {
 	Limit   int // at most; 0: none
 }
 
-// DeliveryState is how an event stands with a sink that has not got it.
+// DeliveryState is the state of an event at a sink that has not got it.
 type DeliveryState int
 
 // The states. Numbers are stored.
 const (
-	// DeliveryWaiting: it failed, or stands behind one of the same enrollment
-	// that did.
+	// DeliveryWaiting: the event failed, or comes after one of the same
+	// enrollment that did.
 	DeliveryWaiting DeliveryState = 1
-	// DeliveryAgain: it was asked to be sent again. Nothing stands behind it.
+	// DeliveryAgain: an operator asked for another delivery. No event waits for
+	// it.
 	DeliveryAgain DeliveryState = 2
-	// DeliveryDead: given up, kept with its payload.
+	// DeliveryDead: a dead letter, kept with its payload.
 	DeliveryDead DeliveryState = 3
-	// DeliveryDropped: given up because too much waited; the payload goes
-	// once no sink needs it, and then it is DeliveryGone.
+	// DeliveryDropped: a dead letter because too many events waited. Its payload
+	// is removed once no sink needs it, and the state is then DeliveryGone.
 	DeliveryDropped DeliveryState = 4
 	DeliveryGone    DeliveryState = 5
 )
@@ -281,37 +279,38 @@ const (
 // Delivery is a row for an event that a sink has not got.
 type Delivery struct {
 	Seq        int64
-	Enrollment string
+	Enrollment string    // its id
 	CreatedAt  time.Time // of the event
 	State      DeliveryState
 	Attempts   int
-	NextAt     time.Time // waiting heads and DeliveryAgain
+	NextAt     time.Time // of an enrollment's first waiting event, and of DeliveryAgain
 	Error      string
 }
 
 // WaitingEnrollment is an enrollment with waiting events at a sink.
 type WaitingEnrollment struct {
-	Enrollment string
-	First      int64 // number of its first waiting event
-	Attempts   int   // of that one
+	Enrollment string // its id
+	First      int64  // number of its first waiting event
+	Attempts   int    // of that one
 	NextAt     time.Time
 }
 
-// Settlement is what a deliverer has to keep, in one transaction.
+// Settlement is the progress of a deliverer at a sink, written in one
+// transaction.
 type Settlement struct {
 	Cursor int64      // the sink's new one; 0 leaves it
 	Put    []Delivery // rows to insert or to replace
-	Done   []int64    // numbers whose rows are to go: delivered
+	Done   []int64    // numbers of delivered events, whose rows are removed
 }
 
-// MaxCounted is where EventBacklogs stops counting rows: an operator need not
-// know which million it is, and counting them all keeps the database busy.
+// MaxCounted is the number at which EventBacklogs stops counting rows: counting
+// millions keeps the database busy, and operators do not need the exact number.
 const MaxCounted = 100_000
 
-// SinkBacklog is how much a sink has before it.
+// SinkBacklog counts the events that a sink has not got.
 type SinkBacklog struct {
 	Sink    string
-	Behind  int64     // numbers behind the last one
+	Behind  int64     // numbers between its cursor and the last one
 	Oldest  time.Time // of those and of the waiting ones; zero: none
 	Waiting int64     // rows, by state, up to MaxCounted each
 	Again   int64
@@ -319,29 +318,29 @@ type SinkBacklog struct {
 	Dropped int64
 }
 
-// Outbox is the deliverer's side of the events: one replica at a time works
+// Outbox is the deliverer's interface to the events. One replica at a time uses
 // it, under a lease. Every write that takes a Lease checks it (ErrLeaseLost).
 type Outbox interface {
-	// NumberEvents gives the next numbers to committed events, in the order in
-	// which they were committed: to up to limit, or to all that were committed
-	// together. It returns how many, and the last number there is.
+	// NumberEvents gives the next numbers to committed events, in the order of
+	// their commits: to up to limit, or to all of one commit. It returns how
+	// many, and the last number that was given.
 	NumberEvents(ctx context.Context, l Lease, limit int) (n int, last int64, err error)
-	// SinkPage reads up to limit events after a number, for any sink. Payloads
-	// over 64 KiB are left (RawApart).
+	// SinkPage reads up to limit events after a number, for any sink, without
+	// payloads over 64 KiB (RawApart).
 	SinkPage(ctx context.Context, after int64, limit int) ([]Event, error)
-	// Settle writes what a deliverer did for a sink as it read it. It fails
-	// with ErrNotFound, and writes nothing, if that was deleted, also if there
-	// is a new one of its name.
+	// Settle writes the progress at a sink. It fails with ErrNotFound, and
+	// writes nothing, if the sink was deleted since the caller read it, also if
+	// there is a new one of the same name.
 	Settle(ctx context.Context, l Lease, sink *EventSink, s Settlement) error
-	// GiveUp makes up to limit waiting events of a sink, that are from before a
-	// time, dead letters, and returns how many.
+	// GiveUp makes up to limit waiting events of a sink from before a time dead
+	// letters, and returns how many.
 	GiveUp(ctx context.Context, l Lease, sink *EventSink, before time.Time, text string, limit int) (int, error)
-	// TurnOffEventSink disables a sink, for a reason, unless it has another
-	// URL by now than the one that the caller read.
+	// TurnOffEventSink disables a sink, for a reason, unless its URL has changed
+	// since the caller read it.
 	TurnOffEventSink(ctx context.Context, l Lease, sink *EventSink, reason string) error
 }
 
-// Deliveries reads what a sink has not got.
+// Deliveries reads the events that a sink has not got.
 type Deliveries interface {
 	// WaitingEnrollments reads up to limit enrollments with waiting events, the
 	// earliest number first.
@@ -349,39 +348,38 @@ type Deliveries interface {
 	// WaitingEvents reads an enrollment's first waiting events, in order, as
 	// SinkPage does.
 	WaitingEvents(ctx context.Context, sink, enrollment string, limit int) ([]Event, error)
-	// RedeliveredEvents reads up to limit of those that are to be sent again
-	// and are due, in order.
+	// RedeliveredEvents reads up to limit events that are due to be sent again,
+	// in order.
 	RedeliveredEvents(ctx context.Context, sink string, limit int) ([]Event, error)
-	// EventBacklogs counts, for each enabled sink with a URL, by name.
+	// EventBacklogs counts the events of each enabled sink with a URL, by name.
 	EventBacklogs(ctx context.Context) ([]SinkBacklog, error)
 }
 
-// Redeliverer asks for events again.
+// Redeliverer has events sent again.
 type Redeliverer interface {
-	// Redeliver marks events that a sink takes as DeliveryAgain and returns
-	// how many, in chunks of a transaction each. ErrNotFound if there is no
-	// such sink. Repeating it is safe. Events that wait already, and those
-	// whose payload was removed, stay as they are.
+	// Redeliver marks events that match the sink as DeliveryAgain, in chunks of
+	// one transaction each, and returns how many. ErrNotFound if there is no
+	// such sink. Repeating the call is safe. Waiting events, and events whose
+	// payload was removed, stay as they are.
 	Redeliver(ctx context.Context, r Redelivery) (int64, error)
 }
 
-// EventUpkeep keeps the log small and tells what nobody else tells. Each call
-// is one small transaction under a lease; the caller paces them.
+// EventUpkeep keeps the log small and writes events that come due by the clock.
+// Each call is one small transaction under a lease; the caller paces them.
 type EventUpkeep interface {
 	// DropPayloads removes payloads of events that a sink dropped, once every
 	// enabled sink is done with them. It returns how many.
 	DropPayloads(ctx context.Context, l Lease, limit int) (int, error)
-	// RemoveEvents removes the oldest events that are from before a time, with
-	// their deliveries: up to limit, or all that were committed together. It
-	// returns how many. What an enabled sink is not done with stays, and what
-	// was committed with it.
+	// RemoveEvents removes the oldest events from before a time, with their
+	// deliveries: up to limit, or all of one commit. It returns how many. An
+	// event that an enabled sink has not settled stays, with all of its commit.
 	RemoveEvents(ctx context.Context, l Lease, before time.Time, limit int) (int, error)
 	// NoteExpiring writes an event for each push certificate and each live
-	// identity certificate that ends before a time, once for each, as far as
-	// a sink names the topic. Up to limit of each kind are taken; it returns
+	// identity certificate that expires before a time, once for each, if a sink
+	// names the topic. It writes up to limit events of each kind and returns
 	// how many.
 	NoteExpiring(ctx context.Context, l Lease, before time.Time, limit int) (int, error)
-	// ForgetEventSinks removes configured sinks, with their deliveries, that
-	// no replica had in its configuration since a time, and returns how many.
+	// ForgetEventSinks removes configured sinks that no replica has had in its
+	// configuration since a time, with their deliveries, and returns how many.
 	ForgetEventSinks(ctx context.Context, l Lease, before time.Time) (int, error)
 }

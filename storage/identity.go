@@ -8,9 +8,9 @@ import (
 	"golang.org/x/crypto/cryptobyte/asn1"
 )
 
-// Reenroll says with which certificates Authenticate may take over an
-// enrollment that exists. Its own pinned certificate always may, and while a
-// renewal window is open, any.
+// Reenroll is the policy for the certificates with which Authenticate may take
+// over an existing enrollment. The pinned certificate always may, and any
+// certificate while a renewal window is open.
 type Reenroll int
 
 // The policies.
@@ -24,31 +24,32 @@ const (
 	ReenrollDeny
 )
 
-// Renewal says with which certificates messages other than Authenticate may
-// take over an enrollment, which keeps everything else.
+// Renewal is the policy for the certificates with which messages other than
+// Authenticate may take over an enrollment, which keeps everything else.
 type Renewal int
 
 // The policies.
 const (
-	// RenewalDeny: none; a device has to enroll anew.
+	// RenewalDeny: none; a device has to enroll again.
 	RenewalDeny Renewal = iota
 	// RenewalWindow: any certificate of the CA while a renewal window is
 	// open, also one that was retired, so that a device whose renewal failed
 	// half-way can go back.
 	RenewalWindow
-	// RenewalSameSubject: besides, at any time, one with the subject of the
-	// pinned certificate that also names the device (see NamesDevice).
+	// RenewalSameSubject: as RenewalWindow, and at any time one with the subject
+	// of the pinned certificate that also names the device (see NamesDevice).
 	RenewalSameSubject
 )
 
-// minName is the least length of an identifier that is looked for in a
-// certificate. Serial numbers have 10 to 14 characters; shorter ones, as
-// virtual machines have them, may be in many certificates by chance.
+// minName is the least length of an identifier that NamesDevice looks for.
+// Serial numbers have 10 to 14 characters; shorter ones, which virtual machines
+// have, may be in many certificates by chance.
 const minName = 8
 
 // NamesDevice says whether the certificate names the device: its subject or a
 // subject alternative name contains the device's id (UDID or EnrollmentID) or
-// serial number as a word, in either case. An empty serial number is none.
+// serial number as a word, in upper or lower case. It ignores an empty serial
+// number.
 func NamesDevice(cert *x509.Certificate, id, serial string) bool {
 	var texts []string
 	for _, name := range cert.Subject.Names {
@@ -64,7 +65,7 @@ func NamesDevice(cert *x509.Certificate, id, serial string) bool {
 	return false
 }
 
-// containsWord looks for a word that no letter or digit touches.
+// containsWord looks for a word without a letter or digit next to it.
 func containsWord(text, word string) bool {
 	if len(word) < minName {
 		return false
@@ -87,8 +88,8 @@ func alphanumeric(c byte) bool { return c >= '0' && c <= '9' || c >= 'A' && c <=
 
 const subjectAltName = "2.5.29.17"
 
-// alternativeNames collects every text of the subject alternative names, also
-// of the kinds that package x509 leaves out: other names and directory names.
+// alternativeNames returns every text of the subject alternative names, also of
+// the kinds that package x509 leaves out: other names and directory names.
 //
 // Source: RFC 5280, section 4.2.1.6.
 func alternativeNames(cert *x509.Certificate) (texts []string) {
@@ -100,8 +101,8 @@ func alternativeNames(cert *x509.Certificate) (texts []string) {
 	return texts
 }
 
-// maxNameDepth bounds how deep names are looked into: an other name has four
-// levels, a directory name six.
+// maxNameDepth bounds the depth of names: an other name has four levels, a
+// directory name six.
 const maxNameDepth = 8
 
 func appendTexts(texts []string, der cryptobyte.String, depth int) []string {

@@ -7,11 +7,11 @@ import (
 	"github.com/nanomdm/nanomdm/mdm"
 )
 
-// The records of an import: the state of another server, or of another store,
-// as far as the daemon has a place for it. A zero time is unknown or never.
+// The records of an import are the state of another server or store, as far as
+// this store has a place for it. A zero time is unknown or never.
 
-// Checkin is a check-in message as the device sent it. Raw is empty if the
-// source does not have it.
+// Checkin is a check-in message of a device. Raw is empty if the source does not
+// have it.
 type Checkin struct {
 	Raw []byte
 	At  time.Time
@@ -32,8 +32,7 @@ type ChannelRecord struct {
 	Token     []byte
 	TokenAt   time.Time
 	Enabled   bool
-	// OperatorDisabled keeps an enrollment from becoming active, whatever the
-	// device sends.
+	// OperatorDisabled keeps an enrollment disabled whatever the device sends.
 	OperatorDisabled      bool
 	Tally                 int
 	AwaitingConfiguration bool
@@ -48,13 +47,13 @@ type ChannelRecord struct {
 type DeviceRecord struct {
 	// Channel is the device channel.
 	Channel ChannelRecord
-	// What the Authenticate message says; the source fills it in, also where
-	// there is no message.
+	// The fields of the Authenticate message. The source sets them also if it
+	// does not have the message.
 	SerialNumber, Model, ModelName, DeviceName string
 	OSVersion, BuildVersion, ProductName       string
 	IMEI, MEID                                 string
-	// Tags are those that an operator gave it, sorted. An import adds them to
-	// those that are there.
+	// Tags are the device's tags, sorted. An import adds them to those of the
+	// store.
 	Tags []string
 
 	Authenticate   Checkin
@@ -76,7 +75,7 @@ type UserRecord struct {
 	UserAuthenticateDiscarded bool // the source has an earlier message as well
 }
 
-// PinRecord is an identity certificate that acts for a device, or did.
+// PinRecord is an identity certificate that is, or was, pinned to a device.
 type PinRecord struct {
 	SHA256      string // lower-case hex of the SHA-256 of the DER
 	Certificate []byte // DER; nil if only the hash is known
@@ -108,11 +107,11 @@ type CommandRecord struct {
 	CreatedAt   time.Time
 }
 
-// Imported is what an import step did with its records.
+// Imported is the outcome of an import step.
 type Imported struct {
 	Written int
-	// Kept counts records that the store left as they are, because they are
-	// newer here: the device has already spoken to this server.
+	// Kept counts records that the store ignored because it has a newer state:
+	// the device has already sent messages to this server.
 	Kept int
 	// Refused are records that the store cannot take.
 	Refused []Refusal
@@ -128,24 +127,24 @@ type Refusal struct {
 // Importer takes the records of another server. Every method may be repeated:
 // the same records leave the same state. One call is one transaction.
 type Importer interface {
-	// ImportPushCerts stores push certificates. One that is there stays if
-	// it ends later.
+	// ImportPushCerts stores push certificates. The store's own stays if it
+	// expires later.
 	ImportPushCerts(ctx context.Context, certs []PushCert) (Imported, error)
-	// ImportCommands stores commands. One that is there with other bytes is
-	// refused.
+	// ImportCommands stores commands. It refuses a command whose CommandUUID the
+	// store has with other bytes.
 	ImportCommands(ctx context.Context, commands []CommandRecord) (Imported, error)
 	// ImportDevices stores devices with their channels, pins and queues. A
-	// device that has sent a check-in here since the one in the record is
-	// kept as it is. A queue row only moves forward: one that ended here
-	// stays ended. A row that waits here and that came with an earlier import
-	// is cancelled if the record no longer has it.
+	// device that has sent a check-in to this server since the one in the
+	// record keeps its state. A queue row that has ended in the store stays
+	// ended. A waiting row of an earlier import is cancelled if the record no
+	// longer has it.
 	//
-	// A command that waits makes a push owed, due after some minutes, spread
+	// A new row that waits makes a push owed, due after some minutes, spread
 	// over the enrollments.
 	ImportDevices(ctx context.Context, devices []*DeviceRecord) (Imported, error)
 }
 
-// Exporter reads back what an Importer takes.
+// Exporter reads the records that an Importer writes.
 type Exporter interface {
 	// ExportPushCerts returns all push certificates, by topic.
 	ExportPushCerts(ctx context.Context) ([]PushCert, error)
@@ -154,6 +153,6 @@ type Exporter interface {
 	ExportCommands(ctx context.Context, after string, limit int) ([]CommandRecord, error)
 	// ExportDeviceIDs returns up to limit ids of devices after one, sorted.
 	ExportDeviceIDs(ctx context.Context, after string, limit int) ([]string, error)
-	// ExportDevices returns those of the devices that exist, by id.
+	// ExportDevices returns devices, by id, and leaves out unknown ones.
 	ExportDevices(ctx context.Context, ids []string) ([]*DeviceRecord, error)
 }

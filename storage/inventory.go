@@ -8,14 +8,14 @@ import (
 	"github.com/nanomdm/nanomdm/mdm"
 )
 
-// EnrollmentFilter chooses enrollments; zero fields ask for nothing. What is
-// said of a device goes for its user channels, too.
+// EnrollmentFilter chooses enrollments; zero fields choose all. A condition on
+// a device also chooses its user channels.
 type EnrollmentFilter struct {
 	Type mdm.EnrollType
-	// Enabled: it can be sent commands, that is, it is enrolled and no
-	// operator has disabled it.
+	// Enabled: it can get commands, since it is enrolled and no operator has
+	// disabled it.
 	Enabled *bool
-	Topic   string // APNs'
+	Topic   string // APNs topic
 	Serial  string
 	User    string // short name or user id of a user channel
 	Tag     string // of the device
@@ -24,54 +24,54 @@ type EnrollmentFilter struct {
 	OSVersion      string
 	LastSeenBefore time.Time
 	LastSeenAfter  time.Time // or at that time
-	// Waiting: commands are scheduled, queued or put off for it.
+	// Waiting: it has commands that are scheduled, queued or refused by NotNow.
 	Waiting *bool
 	Push    PushStatus
-	// CertificateExpiresBefore looks at the pinned certificate.
+	// CertificateExpiresBefore is a condition on the pinned certificate.
 	CertificateExpiresBefore time.Time
 }
 
-// PushStatus is how an enrollment stands with pushes: one of these, or the
-// class of the last push if it was not accepted (RefusedPushes).
+// PushStatus is one of these, or the class of an enrollment's last push if it
+// was not accepted (RefusedPushes).
 type PushStatus string
 
-// The statuses that are no classes.
+// The statuses that are not classes.
 const (
 	// PushOwed: a push is owed.
 	PushOwed PushStatus = "owed"
-	// PushUnanswered: APNs took the last push, and the device has not come
-	// since although something waits for it.
+	// PushUnanswered: APNs accepted the last push, and the device has not polled
+	// since, although commands wait for it.
 	PushUnanswered PushStatus = "unanswered"
 	// PushRefused: the last push was not accepted.
 	PushRefused PushStatus = "refused"
-	// PushTokenDead: APNs says that the push token is dead, and no new one
-	// has come.
+	// PushTokenDead: APNs has called the push token dead, and the device has
+	// sent no new one.
 	PushTokenDead PushStatus = "token_dead"
 )
 
-// RefusedPushes lists the classes of pushes that APNs did not take.
+// RefusedPushes lists the classes of pushes that APNs did not accept.
 func RefusedPushes() []string {
 	return []string{string(PushTokenDead), "do_not_retry", "our_fault", "certificate_fault", "retry_later"}
 }
 
-// EnrollmentKey is a place in the list that a filter makes; it is no good for
-// another filter.
+// EnrollmentKey is a place in the list of one filter, and no place in that of
+// another.
 type EnrollmentKey struct {
-	By  string    // the index that the list is read by
+	By  string    // the index of the list
 	At  time.Time // for indexes by time
 	Key string
 	ID  string
 }
 
-// ErrPlace: a place belongs to another list.
+// ErrPlace: the place is one of another filter's list.
 var ErrPlace = errors.New("place is of another list")
 
-// Enrollment is what is known of an enrollment, for operators.
+// Enrollment describes an enrollment, for operators.
 type Enrollment struct {
 	ID       string
 	DeviceID string // ID, or that of the device of a user channel
 	Type     mdm.EnrollType
-	Topic    string // APNs'
+	Topic    string // APNs topic
 	// Enabled: it has sent a TokenUpdate and not checked out since.
 	Enabled          bool
 	OperatorDisabled bool
@@ -93,10 +93,10 @@ type Enrollment struct {
 	LastSeenAt   time.Time
 	RenewalUntil time.Time
 
-	// Certificate is the one that acts for the device; nil if there is none.
+	// Certificate acts for the device; nil if there is none.
 	Certificate *PinnedCertificate
 	Push        PushState
-	// Queue counts commands that wait, by state.
+	// Queue counts waiting commands by state.
 	Queue map[State]int64
 }
 
@@ -104,27 +104,27 @@ type Enrollment struct {
 type PinnedCertificate struct {
 	Hash     string
 	DER      []byte    // nil if it was not kept
-	NotAfter time.Time // zero if it is not known
+	NotAfter time.Time // zero if unknown
 	PinnedAt time.Time
 }
 
-// Enrollments lists enrollments. Lists are read by an index, a stretch at a
-// time, and never in one transaction: an enrollment whose place in the index
-// changes meanwhile may be missed or come twice.
+// Enrollments lists enrollments. A list is read by an index, in several
+// transactions: an enrollment whose place in the index changes meanwhile may be
+// missed or come twice.
 type Enrollments interface {
-	// FindEnrollments returns up to limit ids of what the filter chooses, and
-	// where to go on, zero at the end. It looks at a bounded number of rows,
-	// so that a page may be short, or empty, before the end is reached. A
-	// place of another list is ErrPlace.
+	// FindEnrollments returns up to limit ids that the filter chooses, and the
+	// place to continue at, zero at the end. It reads a bounded number of rows,
+	// so that a page may be short, or empty, before the end. A place of another
+	// list fails with ErrPlace.
 	FindEnrollments(ctx context.Context, scope Scope, f EnrollmentFilter, after EnrollmentKey, limit int) (ids []string, next EnrollmentKey, err error)
-	// Enrollments reads enrollments in the order of ids, at most 1000; unknown
-	// ones are left out.
+	// Enrollments reads at most 1000 enrollments, sorted by id, and leaves out
+	// unknown ones.
 	Enrollments(ctx context.Context, scope Scope, ids []string) ([]Enrollment, error)
 	// UserChannels lists up to limit user channels of a device, by id.
 	UserChannels(ctx context.Context, scope Scope, device string, limit int) ([]string, error)
 }
 
-// Statistics counts what there is, for operators. Counts of queue rows stop at
+// Statistics are counts, for operators. Counts of queue rows stop at
 // StatisticsLimit for each state.
 type Statistics struct {
 	ByType           map[mdm.EnrollType]int64
@@ -132,21 +132,21 @@ type Statistics struct {
 	Disabled         int64 // by an operator
 	NotEnrolled      int64 // checked out, or no TokenUpdate yet
 	Queue            map[State]int64
-	OldestWaiting    time.Time // when the oldest command that waits was queued; zero: none
+	OldestWaiting    time.Time // when the oldest waiting command was queued; zero: none
 	PushesOwed       int64
 	PushesUnanswered int64
 }
 
-// StatisticsLimit is where counts of rows that may be very many stop.
+// StatisticsLimit is the number at which counts of queue rows stop.
 const StatisticsLimit = 100_000
 
-// Inventory counts, and knows what else a diagnosis needs.
+// Inventory counts rows, and reads the state of push certificates.
 type Inventory interface {
-	// Statistics counts. In a Scope only what waits is counted of the queue.
-	// Numbers of enrollments may be up to twenty times as old as counting them
-	// takes, and never are if that takes less than a tenth of a second.
+	// Statistics counts. In a Scope it counts only waiting queue rows. Counts
+	// of enrollments may be up to twenty times as old as counting takes; they
+	// are never old if counting takes less than a tenth of a second.
 	Statistics(ctx context.Context, scope Scope) (*Statistics, error)
-	// PushCertState is what PushCertInfos says of one topic, without the
-	// number of enrollments, or ErrNotFound.
+	// PushCertState is PushCertInfos for one topic, without the number of
+	// enrollments, or ErrNotFound.
 	PushCertState(ctx context.Context, topic string) (*PushCertInfo, error)
 }

@@ -12,34 +12,34 @@ const CauseUnreadable = "unreadable_report"
 // another enrollment.
 const CauseForeignCertificate = "certificate_not_pinned"
 
-// DeviceRefusal is what happened to requests of one kind with one certificate.
+// DeviceRefusal counts refused requests of one cause with one certificate.
 type DeviceRefusal struct {
 	Certificate string // hash, as in Pin
-	Enrollment  string // the id that the messages named; empty if none was read
+	Enrollment  string // the id in the messages; empty if none was read
 	Cause       string
 	Count       int
 	First, Last time.Time
-	Detail      string // of the last one, in the words of the log
+	Detail      string // of the last one, as in the log
 }
 
-// EnrollmentRefusal is what is known of an enrollment's refused requests.
+// EnrollmentRefusal describes the refused requests of an enrollment by cause.
 type EnrollmentRefusal struct {
 	Cause string
 	Count int64
-	// Other is another enrollment that the last one was about: with
+	// Other is the other enrollment of the last request: with
 	// CauseForeignCertificate the one that the certificate is pinned to, or the
-	// one that it was shown for.
+	// one that the message named.
 	Other       string
 	Detail      string
 	First, Last time.Time
 }
 
-// Refusals keeps which requests of enrollments were refused: one row for each
+// Refusals keeps the refused requests of enrollments: one row for each
 // enrollment and cause.
 type Refusals interface {
 	// RecordRefusals counts refusals for the enrollments that the certificates
-	// are pinned to, or were, and for those that the messages named. Others that
-	// do not exist are left out.
+	// are or were pinned to, and for those that the messages named. It leaves
+	// out unknown enrollments.
 	RecordRefusals(ctx context.Context, refusals []DeviceRefusal) error
 	// EnrollmentRefusals lists the refusals of an enrollment, the newest first.
 	EnrollmentRefusals(ctx context.Context, id string) ([]EnrollmentRefusal, error)

@@ -5,24 +5,26 @@ import (
 	"time"
 )
 
-// Retention says how long something is kept, as ages. 0 is for ever.
+// Retention is the age at which rows are removed; 0 is never.
 type Retention struct {
 	Default time.Duration
-	// ByType has the ages of single request types, instead of Default.
+	// ByType has the ages of request types that differ from Default.
 	ByType map[string]time.Duration
 }
 
-// Removal is a look through history for what is too old.
+// Removal chooses the old rows of history that one step removes.
 type Removal struct {
-	// Before: what ended, or came in, at this time or later stays.
+	// Before: rows that ended, and results that came in, at this time or later
+	// stay.
 	Before time.Time
-	// Type is the request type to look for. Empty is every type but those in
-	// Except; a row whose command is not there counts as being of type "".
+	// Type is the request type of the rows. Empty is every type but those in
+	// Except. A row whose command does not exist has type "".
 	Type   string
 	Except []string
-	// After is where to go on: the Next of the step before, zero to begin.
+	// After is the place to continue at: the Next of the step before, zero at
+	// the beginning.
 	After HistoryKey
-	// Limit is how many rows are looked at, at most.
+	// Limit bounds the rows that are read.
 	Limit int
 }
 
@@ -32,19 +34,19 @@ type HistoryKey struct {
 	ID, CommandUUID string
 }
 
-// Removed is what a Removal did.
+// Removed is the outcome of a Removal.
 type Removed struct {
-	Looked   int // rows
+	Looked   int // rows that were read
 	Rows     int // of the queue
 	Results  int
 	Bytes    int64 // of the results, as stored
 	Commands int
-	// Next is where to go on. Done says that there is nothing left there now.
+	// Next is the place to continue at. Done says that no row is left after it.
 	Next HistoryKey
 	Done bool
 }
 
-// HistorySize is how many rows the tables that grow have.
+// HistorySize counts the rows of the tables that grow.
 type HistorySize struct {
 	Waiting  int64 // queue rows that are scheduled, queued or notnow
 	Finished int64 // queue rows that have ended
@@ -54,27 +56,26 @@ type HistorySize struct {
 
 // Sweeps is the periodic work on the queue and on history. Each call is one
 // small transaction, which checks the lease (ErrLeaseLost) and locks rows in
-// key order; what the caller does between calls is the pace. Calls by several
-// replicas at once are safe, if pointless.
+// key order; the caller paces the calls. Calls by several replicas at once are
+// safe, though useless.
 type Sweeps interface {
-	// ExpireCommands ends up to limit rows that wait and whose time has come,
-	// as Expired, and returns how many. A device's report that is committed
-	// first wins; one that comes later is stored as late.
+	// ExpireCommands makes up to limit waiting rows whose ExpiresAt has passed
+	// Expired, and returns how many. A report that is committed first ends the
+	// row instead; the result of a later one is stored as late.
 	ExpireCommands(ctx context.Context, l Lease, limit int) (int, error)
 	// PromoteCommands queues up to limit scheduled rows whose not-before time
-	// has come, behind what waits already and in the order of their times, or
-	// of one time in that in which they were queued, makes a push owed for
-	// them, and returns how many.
+	// has come, makes a push owed for them, and returns how many. They come
+	// after the waiting rows, in the order of their times, and at equal times in
+	// the order in which they were enqueued.
 	PromoteCommands(ctx context.Context, l Lease, limit int) (int, error)
-	// RemoveResults removes results, by the time when they came in. Their
-	// queue rows and commands stay.
+	// RemoveResults removes results by the time when they came in. Their queue
+	// rows and commands stay.
 	RemoveResults(ctx context.Context, l Lease, r Removal) (Removed, error)
 	// RemoveFinished removes queue rows that ended in state, by the time when
-	// they ended, their results with them, and the commands that no row
-	// refers to any more. A report that repeats one of theirs afterwards is
-	// one for an unknown command.
+	// they ended, with their results, and then the commands without rows. A
+	// device that repeats a report of such a row reports an unknown command.
 	RemoveFinished(ctx context.Context, l Lease, state State, r Removal) (Removed, error)
-	// HistorySize counts. It reads an index of each table from end to end, so
-	// it is for now and then.
+	// HistorySize counts. It reads an index of each table from end to end:
+	// call it rarely.
 	HistorySize(ctx context.Context) (HistorySize, error)
 }

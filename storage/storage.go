@@ -1,10 +1,10 @@
-// Package storage says what the daemon needs to have kept, and under which
-// contracts. It holds records, role interfaces and errors; package sqlstore
-// keeps the promise and package storagetest checks it.
+// Package storage defines the records that the daemon keeps, the interfaces to
+// them with their contracts, and their errors. Package sqlstore implements the
+// interfaces and package storagetest tests the contracts.
 //
 // Unless a method says otherwise, every method may be called by any number of
 // goroutines and replicas at once, returns only after its change is committed
-// durably, and retries by itself what the database calls retryable.
+// durably, and repeats transactions that the database calls retryable.
 package storage
 
 import (
@@ -31,8 +31,8 @@ var (
 	// ErrTopic: a TokenUpdate has another APNs topic than the Authenticate that
 	// began the enrollment.
 	ErrTopic = errors.New("APNs topic is not that of the enrollment")
-	// ErrOwnWord: the message is a copy from another server, and the device has
-	// spoken here itself.
+	// ErrOwnWord: the message is a copy from another server, and the device
+	// itself has since sent messages to this one.
 	ErrOwnWord = errors.New("the device has spoken to this server itself since, and its own messages count; delete the enrollment to begin anew")
 	// ErrUnconfirmed: the certificate may be pinned once Pin.Unconfirmed is
 	// settled.
@@ -42,8 +42,8 @@ var (
 	ErrTokenDead = errors.New("push token is dead")
 	// ErrConflict: a record of that name exists with other contents.
 	ErrConflict = errors.New("exists with other contents")
-	// ErrKeyUsed: a call with that idempotency key was made before, with other
-	// contents or another CommandUUID.
+	// ErrKeyUsed: an earlier call with that idempotency key had other contents
+	// or another CommandUUID.
 	ErrKeyUsed = errors.New("idempotency key was used for another call")
 	// ErrBusy: a bounded queue in front of the database is full; the caller
 	// should ask its client to come again later.
@@ -73,35 +73,36 @@ type Scope struct {
 type Pin struct {
 	Hash        string // cryptoutil.CertificateHash: lower-case hex SHA-256 of the DER
 	Certificate []byte // DER
-	// NotAfter is when it expires. One that has expired acts for the device that
-	// it is pinned to, if the caller lets it come so far, and is never pinned.
+	// NotAfter is when it expires. An expired certificate acts for the device that
+	// it is pinned to, if the caller allows it, and is never pinned.
 	NotAfter time.Time
-	// Retro allows to pin this certificate to an enrollment that exists and
-	// has none.
+	// Retro allows to pin this certificate to an existing enrollment without
+	// one.
 	Retro bool
-	// Reenroll and Renewal say whether it may take over one that has another.
+	// Reenroll and Renewal say whether it may replace the pinned certificate of
+	// an enrollment.
 	Reenroll Reenroll
 	Renewal  Renewal
-	// Unconfirmed: somebody else has to agree before it is pinned. Where it
-	// would be, the operation fails with ErrUnconfirmed.
+	// Unconfirmed: another server has to agree before it is pinned. An operation
+	// that would pin it fails with ErrUnconfirmed.
 	Unconfirmed bool
 }
 
-// Source says which channel speaks, with which certificate, and what is to be
-// told to the outside once the change is made.
+// Source is the channel that sent a message, its certificate, and the events to
+// store with the change.
 type Source struct {
 	Enroll mdm.EnrollID
 	Pin    *Pin // nil: identity is not checked (migration)
-	// Copy marks a message that another server kept. It takes nothing back: an
+	// Copy marks a message that another server kept. A copy undoes nothing: an
 	// Authenticate that the store has already, byte for byte, has no effect,
-	// and once the device has a live certificate here every copy that differs
-	// from what the store has is ErrOwnWord.
+	// and once the device has a live certificate here, a copy that differs from
+	// the stored message fails with ErrOwnWord.
 	Copy   bool
 	Events []Event
 	// GivenUp says whether the client may have given the message up, so that the
-	// device may have said other things since. It is asked inside the
-	// transaction, once the device is locked, of messages whose order matters:
-	// Authenticate, TokenUpdate, CheckOut and SetBootstrapToken. They then fail
+	// device may have sent others since. The store calls it inside the
+	// transaction, once the device is locked, for messages whose order matters:
+	// Authenticate, TokenUpdate, CheckOut and SetBootstrapToken, which then fail
 	// with ErrGivenUp. Nil is never.
 	GivenUp func() bool
 }
@@ -117,33 +118,34 @@ type Op interface {
 // Authenticate begins an enrollment, or begins it anew. It pins the
 // certificate to the device and retires the former one, disables the
 // device's enrollment and its user channels until their next TokenUpdate,
-// sets their tallies to zero, cancels what waits in their queues and clears
-// the bootstrap token. While a renewal window is open queue, tokens and
-// user channels stay. A certificate that is pinned to another device, was
-// retired, or may not take over (Pin.Reenroll), is ErrIdentity.
+// sets their tallies to zero, cancels their waiting commands and clears the
+// bootstrap token. While a renewal window is open, queue, tokens and user
+// channels stay. It fails with ErrIdentity if the certificate is pinned to
+// another device, was retired, or may not replace the pinned one (Pin.Reenroll).
+//
+// Authenticate sets the APNs topic of the device. Another topic than before
+// moves the device to another tenant: a renewal window does not count, the
+// unlock token is cleared, the user channels have no topic until their next
+// TokenUpdate, and a Scope of topics sees no older queue rows and results.
 type Authenticate struct {
 	Src     Source
 	Message *mdm.Authenticate
 }
 
-// An Authenticate sets the APNs topic of the device. Another topic than before
-// moves the device: a renewal window does not count, the unlock token is
-// cleared, the user channels have no topic until their next TokenUpdate, and a
-// Scope of topics sees no queue rows and results from before.
-//
-// TokenUpdate stores how to wake a channel and enables it. The unlock token
-// is kept if the message has none. The device must have sent Authenticate
+// TokenUpdate stores the push token of a channel and enables the channel. The
+// unlock token is kept if the message has none. The device must have sent Authenticate
 // once, and for a user channel the device's enrollment must exist; else
 // ErrNotEnrolled. A device's topic must be that of its Authenticate, if that
 // had one; else ErrTopic, with an audit record each hour at most. A user
-// channel gets its device's topic, whatever the message has. A flag that an operator set to disable it stays.
+// channel gets its device's topic, whatever the message has. An enrollment that
+// an operator disabled stays disabled.
 type TokenUpdate struct {
 	Src     Source
 	Message *mdm.TokenUpdate
 }
 
-// CheckOut disables the device's enrollment and its user channels, cancels
-// what waits for them and clears the bootstrap token. An unknown device is no
+// CheckOut disables the device's enrollment and its user channels, cancels their
+// waiting commands and clears the bootstrap token. An unknown device is no
 // error.
 type CheckOut struct {
 	Src Source
@@ -155,7 +157,8 @@ type SetBootstrapToken struct {
 	Token []byte
 }
 
-// GetBootstrapToken reads it (Outcome.BootstrapToken, empty if none).
+// GetBootstrapToken reads the bootstrap token (Outcome.BootstrapToken, empty if
+// there is none).
 type GetBootstrapToken struct {
 	Src Source
 }
@@ -166,7 +169,7 @@ type UserAuthenticate struct {
 	Message *mdm.UserAuthenticate
 }
 
-// Seen checks the certificate and notes that the channel spoke.
+// Seen checks the certificate and notes that the channel sent a message.
 type Seen struct {
 	Src Source
 }
@@ -183,10 +186,10 @@ type Seen struct {
 //
 // Idle begins a conversation: rows that were refused in an earlier one are
 // queued again, in their old places, and Idle is answered from all of them in
-// order. A row that is refused in a conversation is not offered again in it,
-// whichever connection or replica asks. A non-NotNow report that is answered
-// empty while notnow rows wait makes a push owed. A disabled or unknown enrollment with
-// an acceptable certificate gets no command.
+// order. A row that is refused in a conversation is not offered again in it, on
+// any connection or replica. A report other than NotNow that is answered empty
+// while notnow rows wait makes a push owed. A disabled or unknown enrollment
+// with an acceptable certificate gets no command.
 type Report struct {
 	Src         Source
 	Status      mdm.Status
@@ -213,7 +216,7 @@ func (*UserAuthenticate) op()  {}
 func (*Seen) op()              {}
 func (*Report) op()            {}
 
-// Outcome is what an Op gives back; which fields are set depends on the Op.
+// Outcome is the result of an Op, which sets the fields that are its own.
 type Outcome struct {
 	Command        *mdm.Command // Report: the next one, nil if none
 	Tally          int          // TokenUpdate: how many since the last Authenticate
@@ -224,8 +227,8 @@ type Outcome struct {
 type Devices interface {
 	// Apply carries out one Op. It fails with ErrIdentity, ErrNotEnrolled
 	// (TokenUpdate, SetBootstrapToken and UserAuthenticate of an unknown
-	// device), ErrBusy, or the database's error. One Op that fails leaves
-	// others that were committed together with it alone.
+	// device), ErrBusy, or the database's error. An Op that fails does not
+	// change others of the same group commit.
 	Apply(ctx context.Context, op Op) (*Outcome, error)
 }
 
@@ -244,7 +247,7 @@ type ActiveEnrollments interface {
 	ActiveEnrollmentByCertificate(ctx context.Context, hash string) (id string, err error)
 }
 
-// State is where a queue row stands. The numbers are stored.
+// State is the state of a queue row. The numbers are stored.
 type State int
 
 // The states; those from Acknowledged on are terminal.
@@ -263,7 +266,7 @@ const (
 // Terminal says whether the row has ended.
 func (s State) Terminal() bool { return s >= Acknowledged }
 
-// String gives the word the API uses.
+// String returns the API's word.
 func (s State) String() string {
 	switch s {
 	case Scheduled:
@@ -288,20 +291,20 @@ func (s State) String() string {
 	return "unknown"
 }
 
-// Enqueue asks for one command to be queued for many enrollments.
+// Enqueue is one command to queue for many enrollments.
 type Enqueue struct {
 	Command *mdm.Command
 	IDs     []string // enrollment ids; repeated ones count once
-	// NoPush leaves the enrollments unowed a push.
+	// NoPush makes no push owed.
 	NoPush bool
 	// Priority: higher goes first; 0 is usual.
 	Priority int
 	// NotBefore keeps the rows scheduled until then; zero is at once.
 	NotBefore time.Time
-	// ExpiresAt ends rows that still wait then; zero is never.
+	// ExpiresAt ends rows that are still waiting then; zero is never.
 	ExpiresAt time.Time
-	// SupersedeKey replaces rows of the same key that wait for the same
-	// enrollment; empty replaces none.
+	// SupersedeKey replaces waiting rows of the same enrollment and key; empty
+	// replaces none.
 	SupersedeKey string
 	// Once, if not nil, makes the call take effect once, however often it is
 	// repeated.
@@ -313,51 +316,51 @@ type Enqueue struct {
 
 // Once is the idempotency key of a call.
 type Once struct {
-	Caller string // whose key it is
+	Caller string // name of the API key
 	Key    string
-	Digest string // of everything that the caller asked for
-	// Repeated is set by Enqueue: all had been done before.
+	Digest string // of all contents of the call
+	// Repeated is set by Enqueue: an earlier call had done everything.
 	Repeated bool
 }
 
-// Enqueued is what is remembered of a call with an idempotency key.
+// Enqueued is the record of a call with an idempotency key.
 type Enqueued struct {
 	CommandUUID string
 	Digest      string
-	Count       int // of the ids that were asked for, each once
+	Count       int // of the call's different ids
 	Done        bool
 	// Failed are ids that failed, up to 10,000 of them.
 	Failed []string
 }
 
-// Enqueuer takes commands in.
+// Enqueuer queues commands.
 type Enqueuer interface {
 	// Enqueue queues the command for each id in chunks of one transaction
-	// each, together with the push that is owed for it, and returns an error
-	// for each id that failed (ErrNotEnrolled). A CommandUUID that exists
-	// with the same bytes is taken again without effect for the ids that have
-	// it, and queued for those that have not; with other bytes the call fails
-	// with ErrConflict. An error of the call itself means that the ids after
-	// some chunk were not queued; repeating the call is safe.
+	// each, makes a push owed for it, and returns an error for each id that
+	// failed (ErrNotEnrolled). If the CommandUUID exists with the same bytes,
+	// the call has no effect on the ids that have it, and queues the command for
+	// the others; with other bytes the call fails with ErrConflict. An error of
+	// the call itself means that the ids after some chunk were not queued;
+	// repeating the call is safe.
 	//
-	// With Once a chunk that was done stays done, whatever became of its rows
-	// since: a repeated call does what is left, which is usually nothing, and
-	// several at once do each chunk once. The first of them decides about
-	// Digest and CommandUUID; others are ErrKeyUsed.
+	// With Once a chunk is done once, also if its rows have changed since: a
+	// repeated call does the chunks that are left, usually none, and concurrent
+	// calls share them. The first call sets Digest and CommandUUID; calls with
+	// others fail with ErrKeyUsed.
 	Enqueue(ctx context.Context, scope Scope, e *Enqueue) (failed map[string]error, err error)
-	// FindEnqueued reads what is remembered of a call, or ErrNotFound. What it
-	// read is as durable as a write when it returns.
+	// FindEnqueued reads the record of a call, or fails with ErrNotFound. The
+	// record is as durable as a write when it returns.
 	FindEnqueued(ctx context.Context, caller, key string) (*Enqueued, error)
 }
 
-// EnqueueUpkeep bounds what is remembered of calls.
+// EnqueueUpkeep bounds the records of calls.
 type EnqueueUpkeep interface {
-	// ForgetEnqueued forgets up to limit of the oldest calls from before a
+	// ForgetEnqueued removes up to limit of the oldest records from before a
 	// time and returns how many, under a lease (ErrLeaseLost).
 	ForgetEnqueued(ctx context.Context, l Lease, before time.Time, limit int) (int, error)
 }
 
-// Lease is the right to do one piece of periodic work, held by one replica.
+// Lease is the right of one replica to do a periodic job.
 type Lease struct {
 	Name   string
 	Holder string
@@ -371,25 +374,25 @@ type Lease struct {
 // Leases is the primitive under periodic work. Package storage/lease loops
 // over it; nothing here looks at a clock, since wall clocks skew.
 type Leases interface {
-	// PeekLease reads a lease; the zero Lease with the name if nobody ever
-	// had it.
+	// PeekLease reads a lease; one that no replica ever had is zero but for the
+	// name.
 	PeekLease(ctx context.Context, name string) (Lease, error)
-	// TakeLease makes holder the holder if the lease still stands as seen,
-	// raising Fence and Beat; else ErrLeaseLost. The caller must have seen
+	// TakeLease makes holder the holder and raises Fence and Beat if the lease
+	// is still as seen; else it fails with ErrLeaseLost. The caller must have seen
 	// it unchanged for the whole time to live on its own monotonic clock, or
 	// seen it free (Holder empty).
 	TakeLease(ctx context.Context, seen Lease, holder string) (Lease, error)
-	// RenewLease raises Beat if Holder and Fence still stand; else
-	// ErrLeaseLost.
+	// RenewLease raises Beat if Holder and Fence are unchanged; else it fails
+	// with ErrLeaseLost.
 	RenewLease(ctx context.Context, l Lease) (Lease, error)
-	// ReleaseLease frees it if Holder and Fence still stand. It is no error
-	// if they do not.
+	// ReleaseLease frees the lease if Holder and Fence are unchanged. It is no
+	// error if they are not.
 	ReleaseLease(ctx context.Context, l Lease) error
 }
 
 // Health says whether the store can serve.
 type Health interface {
-	// Ping reaches the database and checks that the schema is the one this
-	// binary knows.
+	// Ping reaches the database and checks that its schema is one that this
+	// program serves.
 	Ping(ctx context.Context) error
 }

@@ -11,7 +11,7 @@ const (
 
 // TagFault explains why a text is not a tag; empty if it is one. A tag is of
 // ASCII letters, digits and . _ : @ + - and begins with a letter or a digit, so
-// that it looks the same wherever people type and read it.
+// that it looks the same everywhere.
 func TagFault(text string) string {
 	switch {
 	case text == "":
@@ -44,13 +44,14 @@ type TagChange struct {
 	Record func(changed []string) *AuditRecord
 }
 
-// TagsChanged says what became of the devices of a TagChange, by id.
+// TagsChanged is the outcome of a TagChange, by the ids of devices.
 type TagsChanged struct {
-	// Found are the devices that exist; user channels are none.
+	// Found are the devices that exist; user channels are not devices.
 	Found []string
-	// Changed are those whose tags are others now.
+	// Changed are the devices with other tags than before.
 	Changed []string
-	// Full are those that would have more than MaxTags; they are as before.
+	// Full are the devices that would have more than MaxTags. They are not
+	// changed.
 	Full []string
 }
 

@@ -1,11 +1,11 @@
 // Package lease lets one replica at a time do a piece of periodic work.
 //
-// It loops over the primitive of storage.Leases. No wall clock is compared
-// between machines: a candidate takes over after it has itself watched the
-// lease stand still for a whole time to live. Two replicas can therefore
-// never believe for long that both hold a lease, but a paused process may
-// wake up believing it; writes under a lease check its Fence in their own
-// transaction, and what cannot be fenced must tolerate being done twice.
+// It is a loop around storage.Leases. It compares no wall clocks of machines: a
+// candidate takes a lease over after it has watched the lease unchanged for a
+// whole time to live. Two replicas never believe for long that both hold a
+// lease, but a process that was stopped may still believe it when it continues.
+// Therefore writes under a lease check its Fence in their own transaction, and
+// work without such a check must tolerate being done twice.
 package lease
 
 import (
@@ -19,28 +19,27 @@ import (
 	"github.com/nanomdm/nanomdm/storage"
 )
 
-// askEvery is how often a candidate looks whether the lease was released. A
-// time to live below three seconds asks more often.
+// askEvery is the interval at which a candidate reads the lease. It is shorter
+// with a time to live below three seconds.
 const askEvery = time.Second
 
-// releaseTimeout bounds giving a lease back when the process stops.
+// releaseTimeout bounds the release of a lease when the process stops.
 const releaseTimeout = 5 * time.Second
 
-// Work is what a holder does. Its context ends when the lease is lost or the
+// Work is the job of a holder. Its context ends when the lease is lost or the
 // caller of Hold stops; it must return soon after that. current returns the
-// lease as it stands, for the check of its Fence, and may be called by any
-// number of goroutines.
+// lease, for the check of its Fence, and may be called by any number of
+// goroutines.
 type Work func(ctx context.Context, current func() storage.Lease) error
 
 // Hold waits until holder has the lease of that name and runs work under it,
-// renewing the lease every third of ttl. When the lease is lost it waits for
-// work to return and then for the lease again. When work returns without
-// that, or ctx ends, the lease is released and Hold returns work's error, or
-// else that of ctx.
+// renewing the lease every third of ttl. When the lease is lost, Hold waits for
+// work to return and then for the lease again. When work returns earlier, or ctx
+// ends, Hold releases the lease and returns the error of work or of ctx.
 //
 // holder must differ between all replicas and starts; every holder of a name
-// must use the same ttl. Errors of the store are logged and survived, for as
-// long as the lease stands. Hold may be called for several names at once.
+// must use the same ttl. Hold logs errors of the store and tries again, for as
+// long as it has the lease. Hold may be called for several names at once.
 func Hold(ctx context.Context, store storage.Leases, name, holder string, ttl time.Duration, logger *slog.Logger, work Work) error {
 	k := &keeper{store: store, name: name, holder: holder, ttl: ttl, log: logger.With("lease", name)}
 	for {
@@ -70,8 +69,8 @@ type keeper struct {
 	current atomic.Pointer[storage.Lease]
 }
 
-// acquire watches the lease until it can be taken. It returns the time that
-// the holder's right counts from, and fails only when ctx ends.
+// acquire watches the lease until it can take it. It returns the time from which
+// the lease's time to live counts, and fails only when ctx ends.
 func (k *keeper) acquire(ctx context.Context) (since time.Time, err error) {
 	var seen storage.Lease
 	var seenAt time.Time // zero: nothing seen yet
@@ -81,7 +80,7 @@ func (k *keeper) acquire(ctx context.Context) (since time.Time, err error) {
 		at := time.Now()
 		switch {
 		case err != nil:
-			// Unchanged would have to mean watched; begin again.
+			// The lease may have changed unseen: begin again.
 			seenAt = time.Time{}
 			if ctx.Err() == nil && !complained {
 				complained = true
@@ -113,7 +112,7 @@ func (k *keeper) acquire(ctx context.Context) (since time.Time, err error) {
 }
 
 // keep runs work and renews the lease until work returns. A lease counts as
-// lost a little before somebody else may take it.
+// lost a little before another replica may take it.
 func (k *keeper) keep(ctx context.Context, since time.Time, work Work) (lost bool, err error) {
 	workCtx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -121,7 +120,7 @@ func (k *keeper) keep(ctx context.Context, since time.Time, work Work) (lost boo
 	go func() {
 		done <- work(workCtx, func() storage.Lease { return *k.current.Load() })
 	}()
-	// The lease is kept while work winds down after ctx has ended.
+	// The lease is renewed while work finishes after ctx has ended.
 	store := context.WithoutCancel(ctx)
 	safe := k.ttl - k.ttl/6
 	wait := k.ttl / 3
