@@ -15,23 +15,23 @@ import (
 	"github.com/nanomdm/nanomdm/storage/sqldb"
 )
 
-// BackupOptions are those of Backup.
+// BackupOptions are the options of Backup.
 type BackupOptions struct {
 	// PlainSecrets writes secrets that are stored unsealed as they are. Without
 	// it, and without Config.Sealer, such a database is refused.
 	PlainSecrets bool
-	// Progress is told the table and the rows of it so far; it may be nil.
+	// Progress is called with a table and the number of its rows so far; it may
+	// be nil.
 	Progress func(table string, rows int64)
 }
 
-// ErrPlainSecrets says that a backup would hold secrets that anybody can read.
+// ErrPlainSecrets: the backup would hold secrets that are not sealed.
 var ErrPlainSecrets = errors.New("the database holds secrets that are not sealed, and no seal key was given")
 
-// Backup writes the whole database, as it stands at one moment, to a file that
-// Restore reads on every engine. Replicas may run meanwhile. Nothing is written
-// to the database, whose schema must be that of this binary. Values that are
-// sealed are copied as they are; secrets that are not are sealed with
-// Config.Sealer.
+// Backup writes a snapshot of the whole database to a file that Restore reads
+// on every engine. Replicas may run meanwhile. Backup writes nothing to the
+// database, whose schema must be the one of this program. Sealed values are
+// copied; secrets that are not sealed are sealed with Config.Sealer.
 func Backup(ctx context.Context, cfg Config, to io.Writer, o BackupOptions) (rows int64, err error) {
 	tables, err := backupSchema()
 	if err != nil {
@@ -124,8 +124,8 @@ func (b *backup) table(ctx context.Context, table *backupTable) error {
 	return b.w.endTable(n)
 }
 
-// pages reads a table page by page. A key of two columns is walked one value
-// of the first column at a time, which is an index seek on every engine, while
+// pages reads a table page by page. With a key of two columns it reads one
+// value of the first column at a time, which is an index seek on every engine;
 // a comparison of pairs is not.
 func (b *backup) pages(ctx context.Context, table *backupTable, write func([]any) error) error {
 	begin := "SELECT " + strings.Join(table.names(), ", ") + " FROM " + table.Name
@@ -139,7 +139,7 @@ func (b *backup) pages(ctx context.Context, table *backupTable, write func([]any
 		where, args := "", []any(nil)
 		switch {
 		case last == nil:
-		default: // equal is how many columns of the key stay as they are
+		default: // equal is the number of key columns that keep their value
 			for i := range equal {
 				where += table.Key[i] + " = ? AND "
 				args = append(args, last[i])
@@ -213,9 +213,8 @@ func scanRow(table *backupTable, row sqldb.Row) ([]any, error) {
 	return values, nil
 }
 
-// secretColumns are the columns of a table that are sealed, by their places,
-// with their names in full. Commands are sealed on request only, and may be
-// plain.
+// secretColumns maps the places of a table's sealed columns to their full
+// names. Commands are sealed only on request, and may be plain.
 func secretColumns(table *backupTable) map[int]string {
 	columns := make(map[int]string)
 	for _, sealed := range sealedTables(false) {

@@ -14,29 +14,29 @@ import (
 	"github.com/klauspost/compress/zstd"
 )
 
-// A backup is a line of text and a zstd stream: the length of the head and the
-// head as JSON, then for each table its rows, each behind the byte 1, and the
-// byte 0 with the number of rows, and at last the SHA-256 of all before it. A
-// value is the byte 0 for none, or the byte 1 and what it is: a number as a
-// varint, or the length of the bytes and the bytes.
+// A backup is a line of text and a zstd stream. The stream holds the length of
+// the head and the head as JSON; then for each table its rows, each after the
+// byte 1, and the byte 0 with the number of rows; and then the SHA-256 of
+// everything before it. A value is the byte 0 for NULL, or the byte 1 and the
+// value: a number as a varint, or the length of bytes and the bytes.
 const (
 	backupMagic   = "nanomdm-backup 1\n"
 	maxBackupHead = 1 << 20
 	maxBackupCell = 1 << 30
 )
 
-// BackupHead says what a backup is of.
+// BackupHead describes a backup.
 type BackupHead struct {
 	ID        string    `json:"id"` // of this backup
 	CreatedAt time.Time `json:"created_at"`
 	Engine    string    `json:"engine"`
 	Schema    int64     `json:"schema"`
-	// SealKeys are the ids of the keys that values are sealed with.
+	// SealKeys are the ids of the keys of sealed values.
 	SealKeys []string      `json:"seal_keys"`
 	Tables   []backupTable `json:"tables"`
 }
 
-// ErrBackup says that a file is no backup, or not a whole one.
+// ErrBackup: the file is not a backup, or not a complete one.
 var ErrBackup = errors.New("the file is no whole backup")
 
 type backupWriter struct {
@@ -170,7 +170,8 @@ func (b *backupReader) bytes(most uint64) ([]byte, error) {
 	if err != nil || n > most {
 		return nil, fmt.Errorf("%w: it ends early or is damaged", ErrBackup)
 	}
-	// The length is a word of the file: memory grows with what is there.
+	// The file may lie about the length: memory grows with the bytes that are
+	// read.
 	v, err := io.ReadAll(io.LimitReader(b.r, int64(n)))
 	if err != nil || uint64(len(v)) != n {
 		return nil, fmt.Errorf("%w: it ends early or is damaged", ErrBackup)
@@ -179,7 +180,7 @@ func (b *backupReader) bytes(most uint64) ([]byte, error) {
 	return v, nil
 }
 
-// row reads a row, or says at the end of a table that there is none.
+// row reads a row; at the end of a table there is none.
 func (b *backupReader) row(table *backupTable, rows int64) (values []any, err error) {
 	more, err := b.ReadByte()
 	if err != nil {

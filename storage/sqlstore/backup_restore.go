@@ -10,20 +10,20 @@ import (
 	"github.com/nanomdm/nanomdm/storage/sqldb"
 )
 
-// restoreLease names the row of nano_leases that says that a restore has begun
-// and not ended. Its holder is the backup.
+// restoreLease is the name of the row of nano_leases during a restore. Its
+// holder is the id of the backup.
 const restoreLease = "restore"
 
 var (
-	// ErrNotEmpty says that a backup is restored into a database in use.
+	// ErrNotEmpty: the database to restore into is in use.
 	ErrNotEmpty = errors.New("the database is not empty")
-	// ErrRestoring says that a restore into the database did not end.
+	// ErrRestoring: a restore into the database has not ended.
 	ErrRestoring = errors.New("a restore into the database did not end: run it again, or start with an empty database")
 )
 
-// Restore reads a backup into an empty database, which it migrates. The file
-// is checked as a whole first. A restore that was interrupted goes on when it
-// is repeated with the same file; until it ended, Open refuses the database.
+// Restore reads a backup into an empty database, which it migrates. It checks
+// the whole file first. Repeating an interrupted restore with the same file
+// continues it; until it has ended, Open refuses the database.
 func Restore(ctx context.Context, cfg Config, file io.ReadSeeker, progress func(table string, rows int64)) (head BackupHead, rows int64, err error) {
 	if head, _, err = CheckBackup(file); err != nil {
 		return head, 0, err
@@ -64,8 +64,8 @@ func Restore(ctx context.Context, cfg Config, file io.ReadSeeker, progress func(
 	return head, rows, err
 }
 
-// CheckBackup reads a backup from end to end and counts its rows by table. The
-// error is ErrBackup if it is not whole.
+// CheckBackup reads a backup from end to end and counts its rows by table. An
+// incomplete one is ErrBackup.
 func CheckBackup(file io.Reader) (head BackupHead, rows map[string]int64, err error) {
 	b, head, err := newBackupReader(file)
 	if err != nil {
@@ -101,8 +101,8 @@ func CheckBackup(file io.Reader) (head BackupHead, rows map[string]int64, err er
 	return head, rows, b.end()
 }
 
-// beginRestore notes that a restore of a backup has begun. Nothing else may be
-// there, unless the same restore left it.
+// beginRestore records that the restore of a backup has begun. The database
+// must be empty but for rows of the same restore.
 func (s *Store) beginRestore(ctx context.Context, head BackupHead) error {
 	return s.write(ctx, func(ctx context.Context, t *tx) error {
 		holders, err := sqldb.Column[string](t.Query(ctx, "SELECT holder FROM nano_leases WHERE name = ?", restoreLease))
@@ -178,7 +178,7 @@ func (s *Store) restoreTable(ctx context.Context, b *backupReader, table *backup
 	}
 }
 
-// checkRestored refuses a database that holds a part of a backup.
+// checkRestored refuses a database whose restore has not ended.
 func (s *Store) checkRestored(ctx context.Context) error {
 	return s.read(ctx, func(ctx context.Context, t *tx) error {
 		found, err := sqldb.Column[string](t.Query(ctx, "SELECT holder FROM nano_leases WHERE name = ?", restoreLease))

@@ -8,7 +8,7 @@ import (
 	"strings"
 )
 
-// kind is what a column holds.
+// kind is the kind of a column's values.
 type kind string
 
 const (
@@ -50,7 +50,7 @@ var (
 	addColumn   = regexp.MustCompile(`^ALTER TABLE (\w+) ADD COLUMN (?:\{\w+\} )?(\w+)\s+(\{\w+\}|\w+)`)
 )
 
-// columnKind is the kind of a type as migrations write it.
+// columnKind returns the kind of a type in the words of migrations.
 func columnKind(word string) (kind, error) {
 	switch word {
 	case "{id}", "{text}":
@@ -63,8 +63,8 @@ func columnKind(word string) (kind, error) {
 	return "", fmt.Errorf("backups know no type %s", word)
 }
 
-// backupSchema lists the tables of a backup, as the migrations make them.
-// Leases are those of running replicas and are not in it, nor are columns that
+// backupSchema returns the tables of a backup, as the migrations make them,
+// without leases, which belong to running replicas, and without columns that
 // the database computes.
 func backupSchema() ([]backupTable, error) {
 	files, err := fs.ReadDir(migrationFiles, "migrations") // sorted by name
@@ -84,8 +84,8 @@ func backupSchema() ([]backupTable, error) {
 	return tables, nil
 }
 
-// addTables reads a migration. Its lines are those that the rules of
-// migrations allow: a column, a key or a statement each.
+// addTables reads a migration. By the rules of migrations each line is a
+// column, a key or a statement.
 func addTables(tables []backupTable, text string) ([]backupTable, error) {
 	inside := false
 	for line := range strings.Lines(text) {

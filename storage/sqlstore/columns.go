@@ -8,8 +8,8 @@ import (
 	"github.com/nanomdm/nanomdm/mdm"
 )
 
-// micros is how every time is stored. The zero time is 0, which columns that
-// may be empty store as NULL (see null).
+// micros returns a time as every column stores it. The zero time is 0, which
+// columns that may be empty store as NULL (see null).
 func micros(t time.Time) int64 {
 	if t.IsZero() {
 		return 0
@@ -33,8 +33,8 @@ func null(us int64) any {
 	return us
 }
 
-// storable says whether a name can be a key. Others are of nothing that was
-// ever stored, and some engines refuse to look for them.
+// storable says whether a name can be a key. No row has another name, and some
+// engines refuse to look for one.
 func storable(name string) bool {
 	return name != "" && len(name) <= mdm.MaxIDLen && utf8.ValidString(name) && strings.IndexByte(name, 0) < 0
 }
@@ -42,13 +42,13 @@ func storable(name string) bool {
 // maxText is the width of the columns for short texts, in characters.
 const maxText = 255
 
-// legible makes a text one that every engine stores.
+// legible replaces what some engine does not store in a text.
 func legible(s string) string {
 	return strings.ReplaceAll(strings.ToValidUTF8(s, "\uFFFD"), "\x00", "")
 }
 
-// clip makes a text that a device chose fit its column. Such texts are for
-// people to read; the message is kept whole beside them.
+// clip cuts a device's text to the width of its column. Such texts are for
+// people; the message is stored whole beside them.
 func clip(s string) string {
 	s = legible(s)
 	if len(s) <= maxText || utf8.RuneCountInString(s) <= maxText {

@@ -16,43 +16,46 @@ import (
 )
 
 const (
-	// activityRows is how many enrollments one statement and one transaction
-	// of a flush take.
+	// activityRows bounds the enrollments of one statement and one transaction
+	// of a flush.
 	activityRows = 500
-	// activityLimit bounds the enrollments that are remembered while the
-	// database is away. What is dropped costs a late last-seen time or one
-	// push too many.
+	// activityLimit bounds the activities that are kept while the database is
+	// away. A dropped one costs a late last-seen time or a needless push.
 	activityLimit = 100_000
-	// activityBytes bounds the events that are remembered, in bytes.
+	// activityBytes bounds the events that are kept, in bytes.
 	activityBytes = 16 << 20
-	// answeredAtOnce is how long a device has for an answer to a command before
-	// it counts as an offer. Most take a moment, and such offers are never written.
+	// answeredAtOnce is the time after which a command without an answer counts
+	// as an offer. Most devices answer earlier, and those offers are never
+	// written.
 	answeredAtOnce = 5 * time.Second
 )
 
-// activity is what a poll or an accepted push leaves behind besides its
-// answer. Nothing waits for it to be stored, and a crash may lose it.
+// activity is the change of a poll or an accepted push that is written later,
+// in a batch. Nothing waits for it, and a crash may lose it.
 type activity struct {
 	id   string
 	seen int64 // microseconds; 0 is not seen
-	// paid is the owed_seq that was read when the debt was paid; 0 is none.
+	// paid is the new paid_seq: the owed_seq that the poll or push read; 0 is
+	// none.
 	paid int64
-	// setPushAt sets push_at to pushAt (0 is NULL), provided that paid covers
-	// what is owed when it is written: a newer debt keeps its own time.
+	// setPushAt sets push_at to pushAt (0 is NULL), unless the owed_seq at the
+	// time of the write is greater than paid: a newer push owed keeps its own
+	// time.
 	setPushAt bool
 	pushAt    int64
-	// planned: push_at is about that, and is written only if something else was
-	// to be written before.
+	// planned: push_at already is about pushAt, and is written only if a merged
+	// activity sets it.
 	planned bool
-	// offered is the command that the device was offered last, and how many
-	// times, as long as it says nothing of it. offeredAt is when that began.
+	// offered is the last command that the device was offered and has not
+	// answered, offers the number of offers, and offeredAt the time of the
+	// first.
 	offered   string
 	offers    int
 	offeredAt int64
 }
 
-// merge adds what b knows. Numbers only grow; the push time belongs to the
-// greatest payment.
+// merge adds a later activity. Numbers only grow; the push time is the one with
+// the greatest paid.
 func (a activity) merge(b activity) activity {
 	a.seen = max(a.seen, b.seen)
 	if b.paid > a.paid || b.paid == a.paid && b.setPushAt {
@@ -69,7 +72,7 @@ func (a activity) merge(b activity) activity {
 	return a
 }
 
-// split takes the offers out that began after a time.
+// split separates the offers that began after a time.
 func (a activity) split(after int64) (now, later activity) {
 	if a.offers == 0 || a.offeredAt <= after {
 		return a, activity{}
@@ -97,8 +100,8 @@ type activityLog struct {
 	done     chan struct{}
 }
 
-// startActivity begins to write every interval; a negative one leaves the
-// writing to flush and stop.
+// startActivity starts to write at each interval; with a negative one only
+// flush and stop write.
 func startActivity(s *Store, every time.Duration) *activityLog {
 	a := &activityLog{
 		s: s, limit: activityLimit, pending: make(map[string]activity),
@@ -138,17 +141,16 @@ func (a *activityLog) stop() error {
 	return a.flush(context.Background(), 0)
 }
 
-// note remembers an activity for the next batch. It never waits for the
-// database.
+// note adds an activity to the next batch. It never waits for the database.
 func (a *activityLog) note(n activity) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.add(n)
 }
 
-// tell remembers events that report no change. It never waits for the
-// database either: what finds no room is dropped and counted.
-func (a *activityLog) tell(events []storage.Event) {
+// addEvents adds events that report no change to the next batch. It never waits
+// for the database: events that find no room are dropped and counted.
+func (a *activityLog) addEvents(events []storage.Event) {
 	if len(events) == 0 {
 		return
 	}
@@ -179,8 +181,8 @@ func (a *activityLog) add(n activity) {
 	a.pending[n.id] = was.merge(n)
 }
 
-// Flush writes last-seen times, paid pushes and events of polls that are still
-// gathered.
+// Flush writes the last-seen times, paid pushes and events of polls of the next
+// batch.
 func (s *Store) Flush(ctx context.Context) error {
 	if s.db.Closed() {
 		return storage.ErrClosed
@@ -188,8 +190,8 @@ func (s *Store) Flush(ctx context.Context) error {
 	return s.act.flush(ctx, 0)
 }
 
-// flush writes what is pending, in key order, but for offers that are younger
-// than an age. What could not be written is kept for the next time.
+// flush writes all activities, in key order, except offers that are younger
+// than an age. Activities that cannot be written are kept for the next flush.
 func (a *activityLog) flush(ctx context.Context, offerAge time.Duration) error {
 	a.flushing.Lock()
 	defer a.flushing.Unlock()
@@ -201,7 +203,7 @@ func (a *activityLog) flush(ctx context.Context, offerAge time.Duration) error {
 	return errors.Join(a.flushRows(ctx, rows), a.flushEvents(ctx, events))
 }
 
-// take empties the log, but for offers that began after a time.
+// take empties the log, except offers that began after a time.
 func (a *activityLog) take(after int64) (rows []activity, events []storage.Event) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -220,7 +222,8 @@ func (a *activityLog) take(after int64) (rows []activity, events []storage.Event
 	return rows, events
 }
 
-// restore puts back what was taken and not written, before what came since.
+// restore puts back activities that were not written, before those that came
+// since.
 func (a *activityLog) restore(rows []activity) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -261,7 +264,7 @@ func (a *activityLog) flushEvents(ctx context.Context, events []storage.Event) e
 			return insertEvents(ctx, t, chunk)
 		})
 		if err != nil {
-			a.tell(events)
+			a.addEvents(events)
 			return fmt.Errorf("storing events: %w", err)
 		}
 		events = events[n:]
@@ -269,8 +272,8 @@ func (a *activityLog) flushEvents(ctx context.Context, events []storage.Event) e
 	return nil
 }
 
-// store writes one chunk in one transaction, and in another one what devices
-// were offered and have not answered yet, which locks queue rows.
+// store writes a chunk in one transaction, and its offers, which lock queue
+// rows, in another.
 func (a *activityLog) store(ctx context.Context, chunk []activity) error {
 	err := a.s.write(ctx, func(ctx context.Context, t *tx) error {
 		if err := storeSeen(ctx, t, chunk); err != nil {
@@ -285,7 +288,7 @@ func (a *activityLog) store(ctx context.Context, chunk []activity) error {
 	return a.s.write(ctx, func(ctx context.Context, t *tx) error { return storeOffers(ctx, t, offers) })
 }
 
-// offersOf returns the rows that were offered, with how often.
+// offersOf returns the rows that were offered, with the number of offers.
 func offersOf(chunk []activity) map[keyPair]int {
 	offers := make(map[keyPair]int)
 	for _, n := range chunk {
@@ -296,8 +299,8 @@ func offersOf(chunk []activity) map[keyPair]int {
 	return offers
 }
 
-// storeOffers counts offers of rows that still wait. It locks all rows before
-// the first statement that changes some: several statements have no key order.
+// storeOffers counts offers of waiting rows. It locks all rows before the first
+// statement that changes some: several statements have no common key order.
 func storeOffers(ctx context.Context, t *tx, offers map[keyPair]int) error {
 	waiting, err := lockKeys(ctx, t, slices.Collect(maps.Keys(offers)), stillWaits)
 	if err != nil {
@@ -331,9 +334,9 @@ func storeSeen(ctx context.Context, t *tx, chunk []activity) error {
 		[]string{"last_seen_at = " + t.Dialect.Greatest() + "(" + table + ".last_seen_at, new.last_seen_at)"}, args)
 }
 
-// storePaid writes the payments. Those that also set the time of the next push
-// need a statement of their own, so all rows are locked before: several
-// statements have no key order.
+// storePaid writes paid_seq. Rows with a new time of the next push need a
+// statement of their own; all rows are locked first, since several statements
+// have no common key order.
 func storePaid(ctx context.Context, t *tx, chunk []activity) error {
 	var plain, planning []any
 	var ids []string

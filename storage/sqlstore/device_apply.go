@@ -13,27 +13,28 @@ import (
 	"github.com/nanomdm/nanomdm/storage"
 )
 
-// silenceTimeout is how long a device that was offered a command, or has one
-// that it refused for now, may stay silent before the sweep wakes it.
+// silenceTimeout is the time after which a sweep pushes a device that was
+// offered a command, or has refused one by NotNow, and stays silent.
 const silenceTimeout = 3 * time.Minute
 
-// silenceSlack is how much earlier the sweep may look at it, so that a visit of
-// many messages plans that once, not with each of them. It finds that the device
-// was there since, and waits.
+// silenceSlack is how much earlier the sweep may read the device's row, so that
+// a visit of many messages writes that time once. The sweep then finds that the
+// device has polled since, and waits.
 const silenceSlack = 30 * time.Second
 
-// Bounds of the two batchers; how many run at once is the dialect's. Texts of
-// at most batchRows ids keep within every engine's limit of arguments, batches
-// of batchBytes within MySQL's packet, also where each byte has to be escaped.
+// Bounds of the two batchers; the dialect has the number of batches in flight.
+// Statements with at most batchRows ids keep within every engine's limit of
+// arguments, batches of batchBytes within MySQL's packet even if each byte has
+// to be escaped.
 const (
 	batchRows    = 256
 	batchBytes   = 4 << 20
 	batchWaiting = 16_384
 )
 
-// startBatches makes the batchers that Apply works with. A single connection,
-// as SQLite's writer has, gets a single batch, since a second one would only
-// wait there instead of growing.
+// startBatches makes the batchers of Apply. A single connection, such as
+// SQLite's writer, gets a single batch in flight: a second one would wait for
+// the connection instead of growing.
 func (s *Store) startBatches() {
 	cfg := batchConfig{rows: batchRows, bytes: batchBytes, waiting: batchWaiting, hopeless: hopeless}
 	reads, writes, _ := s.db.Parallel()
@@ -43,7 +44,8 @@ func (s *Store) startBatches() {
 	s.changes = newBatcher(cfg, withTimeout(s.cfg.Committed, s.change))
 }
 
-// withTimeout bounds a batch of devices' messages, and tells its size.
+// withTimeout bounds the time of a batch of device messages, and reports its
+// size.
 func withTimeout(tell func(messages int), run func(context.Context, []*opRun) error) func(context.Context, []*opRun) error {
 	return func(ctx context.Context, batch []*opRun) error {
 		if tell != nil {
@@ -55,7 +57,7 @@ func withTimeout(tell func(messages int), run func(context.Context, []*opRun) er
 	}
 }
 
-// hopeless says whether an error is the database's rather than that of one
+// hopeless says whether an error is the database's and not that of one
 // operation in a batch.
 func hopeless(err error) bool {
 	for _, is := range [...]error{storage.ErrUnavailable, storage.ErrBusy, storage.ErrClosed, context.Canceled, context.DeadlineExceeded} {
@@ -72,9 +74,8 @@ var (
 	_ storage.ActiveEnrollments = (*Store)(nil)
 )
 
-// Apply implements storage.Devices. What writes is committed together with
-// what others write at the same time, and what only reads shares its
-// statements with others' reads.
+// Apply implements storage.Devices. Concurrent operations that write share a
+// commit, and operations that only read share statements.
 func (s *Store) Apply(ctx context.Context, op storage.Op) (*storage.Outcome, error) {
 	op, err := s.attributed(ctx, op)
 	if err != nil {
@@ -96,8 +97,8 @@ func (s *Store) Apply(ctx context.Context, op storage.Op) (*storage.Outcome, err
 	return &p.out, nil
 }
 
-// applyWriting carries out an operation that writes, in a later batch for as
-// long as its rows are held.
+// applyWriting carries out an operation that writes. While its rows are locked
+// by others it is put into a later batch.
 func (s *Store) applyWriting(ctx context.Context, op storage.Op) (*opRun, error) {
 	began := time.Now()
 	for attempt := 1; ; attempt++ {
@@ -112,8 +113,8 @@ func (s *Store) applyWriting(ctx context.Context, op storage.Op) (*opRun, error)
 	}
 }
 
-// change carries out a batch of operations that write, without those whose
-// rows are held.
+// change carries out a batch of operations that write, without those whose rows
+// are locked by others.
 func (s *Store) change(ctx context.Context, batch []*opRun) error {
 	for {
 		err := s.changeAll(ctx, batch)
@@ -153,7 +154,7 @@ func (s *Store) changeAll(ctx context.Context, batch []*opRun) error {
 	}
 	err := s.write(ctx, apply)
 	if len(batch) == 1 && s.db.Dialect().Unique(err) {
-		// Somebody else was first to insert what this one found missing.
+		// Another transaction has inserted a row that this one found missing.
 		err = s.write(ctx, apply)
 	}
 	if err != nil {
@@ -165,7 +166,7 @@ func (s *Store) changeAll(ctx context.Context, batch []*opRun) error {
 	return nil
 }
 
-// visited notes that the device spoke.
+// visited notes that the device sent a message.
 func (s *Store) visited(p *opRun) {
 	if p.err == nil && p.seen {
 		s.act.note(p.note)
@@ -173,8 +174,8 @@ func (s *Store) visited(p *opRun) {
 }
 
 // rounds splits a batch so that no round has two operations of one device or
-// with one certificate; theirs stay in the order in which they came. Inside a
-// round the order is that of the ids.
+// with one certificate, which stay in their order of arrival. A round is sorted
+// by id.
 func rounds(batch []*opRun) [][]*opRun {
 	var out [][]*opRun
 	devices := make(map[string]int, len(batch))
@@ -201,7 +202,7 @@ func rounds(batch []*opRun) [][]*opRun {
 // for all of them. Locks are taken in the order devices, enrollments, push
 // rows, queue rows, and by key among each.
 func changeRound(ctx context.Context, t *tx, round []*opRun) error {
-	var single []*opRun // those whose kind does not do its whole round by itself
+	var single []*opRun // without kinds that do their whole round themselves
 	for _, p := range round {
 		if p.kind.round == nil {
 			single = append(single, p)
@@ -279,7 +280,7 @@ func changeEnrollments(ctx context.Context, t *tx, batch []*opRun) error {
 	return endEnrollments(ctx, t, ending, rows)
 }
 
-// missing is the error of an operation that needs a row that is not there.
+// missing returns the error of an operation whose needed row does not exist.
 func (r *opRound) missing(p *opRun) error {
 	switch {
 	case p.kind.needs == needsDevice && !r.certs.devices[p.device],

@@ -23,9 +23,8 @@ var (
 		"product_name", "imei", "meid", "authenticate", "authenticate_at", "updated_at"}
 )
 
-// authenticate writes devices and the beginnings of their enrollments. A
-// device that was not there is inserted without regard for one that may have
-// come in between: see change.
+// authenticate writes devices and their enrollments. It inserts a new device
+// although another transaction may have inserted it meanwhile: see change.
 func authenticate(ctx context.Context, t *tx, batch []*opRun, r *opRound) error {
 	var known, fresh []any
 	var begun []any

@@ -14,18 +14,17 @@ type batchConfig struct {
 	rows     int // items of one batch
 	bytes    int // their sizes together; one item may be larger
 	waiting  int // items that wait for a batch; more are storage.ErrBusy
-	// hopeless errors of a batch are those of each of its items; after
-	// others the items are run one by one, to let a bad one fail alone.
+	// hopeless errors of a batch are errors of each of its items. After other
+	// errors the items run one by one, so that a bad one fails alone.
 	hopeless func(error) bool
 }
 
-// batcher gathers items that arrive while others are being worked on and
-// runs them together: natural batching. An item that finds nothing in flight
-// runs at once, alone; nobody ever waits for company.
+// batcher gathers items that arrive while others run, and runs them together:
+// natural batching. An item that finds no batch in flight runs at once, alone.
 //
-// There is no goroutine. The caller whose item comes first in a batch leads
-// it, that is, runs it for all; when it is done it makes up the next batch
-// and hands it to the first caller in there.
+// There is no goroutine. The caller of the first item leads a batch: it runs
+// the batch for all, then makes the next batch and hands it to the caller of
+// its first item.
 type batcher[T any] struct {
 	cfg batchConfig
 	run func(ctx context.Context, items []T) error
@@ -51,18 +50,18 @@ type turn[T any] struct {
 	err  error
 }
 
-// newBatcher returns a batcher of run, which gets between one and cfg.rows
-// items in order of arrival, leaves what it found out in them, and returns an
-// error if all of it failed (as a transaction does). It may be called with
-// the same item a second time, alone. Its context has the values of the
-// leader's but not its end, since the batch is not the leader's alone.
+// newBatcher returns a batcher of run. run gets between one and cfg.rows items
+// in order of arrival, stores the outcomes in them, and returns an error if all
+// of them failed, as in a transaction. It may get an item a second time, alone.
+// Its context has the values of the leader's context but does not end with it,
+// since the batch belongs to others, too.
 func newBatcher[T any](cfg batchConfig, run func(ctx context.Context, items []T) error) *batcher[T] {
 	return &batcher[T]{cfg: cfg, run: run}
 }
 
-// do runs item in some batch and returns its error. size is its share of the
-// bytes of a batch. A caller whose context ends leaves unless its item has
-// been taken into a batch; then the outcome is awaited.
+// do runs item in a batch and returns its error. size is its share of the
+// batch's bytes. When the context of a caller ends, its item leaves the queue;
+// if a batch has taken it, the caller waits for the outcome.
 func (b *batcher[T]) do(ctx context.Context, item T, size int) error {
 	if err := ctx.Err(); err != nil {
 		return err
@@ -110,11 +109,11 @@ func (b *batcher[T]) leave(me *ticket[T]) bool {
 	return true
 }
 
-// errPanicked is what the others of a batch get when running it panicked.
+// errPanicked is the error of the other callers of a batch that panicked.
 var errPanicked = errors.New("the batch's leader panicked")
 
-// lead runs a batch, of which the caller's own ticket is the first, tells the
-// others, and hands the next batch over. It returns the caller's own error.
+// lead runs a batch, whose first ticket is the caller's, gives the others their
+// outcomes, and hands the next batch over. It returns the caller's own error.
 func (b *batcher[T]) lead(batch []*ticket[T]) error {
 	errs := make([]error, len(batch))
 	for i := range errs {
@@ -144,7 +143,7 @@ func (b *batcher[T]) lead(batch []*ticket[T]) error {
 	return errs[0]
 }
 
-// handOver gives the next batch to its first caller, or ends the flight.
+// handOver gives the next batch to its first caller, if there is one.
 func (b *batcher[T]) handOver() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -156,7 +155,7 @@ func (b *batcher[T]) handOver() {
 	next[0].turn <- turn[T]{lead: next}
 }
 
-// take makes up the next batch; the caller holds mu.
+// take makes the next batch; the caller holds mu.
 func (b *batcher[T]) take() []*ticket[T] {
 	var batch []*ticket[T]
 	bytes, i := 0, 0

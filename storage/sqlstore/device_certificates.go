@@ -11,13 +11,12 @@ import (
 	"github.com/nanomdm/nanomdm/storage/sqldb"
 )
 
-// certificates is what is known of the certificates of a batch and of the
-// devices that they came from.
+// certificates are the database's rows of a batch's certificates and devices.
 type certificates struct {
 	byHash  map[string]certificate
-	live    map[string]bool // devices that have one
+	live    map[string]bool // devices that have a live certificate
 	devices map[string]bool // devices that exist
-	// claims are of devices that other certificates come from.
+	// claims are of devices that send another certificate than the live one.
 	claims map[string]claim
 }
 
@@ -26,9 +25,9 @@ type certificate struct {
 	retired bool
 }
 
-// certificateLookupText reads, for each device and hash of the derived table r, what
-// certificates has. The live certificate is not looked for by retired_at, by
-// which an index has that of every device.
+// certificateLookupText reads the fields of certificates for each device and
+// hash of the derived table r. It does not look for the live certificate by
+// retired_at, since that index has the live ones of all devices side by side.
 func certificateLookupText(d *sqldb.Dialect) string {
 	return `SELECT r.id, r.command_uuid, d.id, a.id, a.retired_at, l.id
 FROM ` + d.PairTable("id", "command_uuid") +
@@ -81,8 +80,8 @@ func (p *opRun) expired(now int64) bool {
 	return !end.IsZero() && micros(end) < now
 }
 
-// checkCertificate says whether the certificate of an operation may act for its
-// device, and whether it has to be pinned for that.
+// checkCertificate checks whether the certificate of an operation may act for
+// its device, and whether it must be pinned first.
 func (c *certificates) checkCertificate(p *opRun, now int64) (pin bool, err error) {
 	if p.src.Pin == nil {
 		return false, nil
@@ -112,10 +111,10 @@ func (c *certificates) checkCertificate(p *opRun, now int64) (pin bool, err erro
 	return true, nil
 }
 
-// admit locks the devices that operations come from, checks their
-// certificates, and pins those that may be. It sets err of the operations that
-// are refused, or that come too late for their clients: from here on the lock
-// of the device keeps their order.
+// admit locks the devices of operations, checks their certificates, and pins
+// those that may be pinned. It sets err of operations that are refused, or that
+// their clients have given up: from here on the lock of the device keeps their
+// order.
 func admit(ctx context.Context, t *tx, batch []*opRun) (*certificates, error) {
 	if len(batch) == 0 {
 		return nil, nil
@@ -148,9 +147,9 @@ func admit(ctx context.Context, t *tx, batch []*opRun) (*certificates, error) {
 	return certs, pinCertificates(ctx, t, pins, certs)
 }
 
-// pinCertificates pins certificates that nobody has had, and those that the
-// device itself had before. One that another transaction pinned in between
-// violates the key: see change.
+// pinCertificates pins certificates that no device has had, or that the device
+// itself had before. If another transaction has pinned one meanwhile, the
+// insert violates the key: see change.
 func pinCertificates(ctx context.Context, t *tx, batch []*opRun, certs *certificates) error {
 	var args []any
 	var again []string
@@ -178,10 +177,10 @@ func pinCertificates(ctx context.Context, t *tx, batch []*opRun, certs *certific
 	return nil
 }
 
-// lockDevices locks devices and reads their certificates, so that two
-// certificates of one device do not both find it without one, or retire the
-// same third one. A device that came in after the locks were taken, or whose
-// lock is held, takes another look.
+// lockDevices locks devices and reads their certificates, so that two messages
+// do not both find a device without certificate, or retire the same one. It
+// repeats the read for a device that was inserted after the locks were taken,
+// or that another transaction has locked.
 func lockDevices(ctx context.Context, t *tx, batch []*opRun) (*certificates, error) {
 	devices := make([]string, len(batch))
 	for i, p := range batch {

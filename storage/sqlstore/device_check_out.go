@@ -14,10 +14,9 @@ var checkOutKind = opKind{
 	ends:  true, ordered: true,
 }
 
-// endEnrollments disables the enrollments of devices and takes from them what
-// must not outlive them: the queue, pushes owed and the bootstrap token. A
-// device that renews its identity keeps them, and only its own enrollment is
-// disabled, which the TokenUpdate to come enables again.
+// endEnrollments disables the enrollments of devices and ends their queues,
+// pushes owed and bootstrap tokens. A device that renews its identity keeps
+// those, and only its own enrollment is disabled, until its next TokenUpdate.
 func endEnrollments(ctx context.Context, t *tx, batch []*opRun, rows *enrollments) error {
 	var devices, disable, clear []string
 	for _, p := range batch {
@@ -59,8 +58,8 @@ func disableEnrollments(ctx context.Context, t *tx, ids []string) error {
 	return nil
 }
 
-// clearQueues cancels what waits. Whoever queues at the same time holds the
-// push row: either it was there before, and its commands are cancelled, or it
+// clearQueues cancels waiting commands. A concurrent enqueue locks the push
+// row: it comes either before, and its commands are cancelled, or after, and
 // finds the enrollment disabled.
 func clearQueues(ctx context.Context, t *tx, ids []string) error {
 	slices.Sort(ids)

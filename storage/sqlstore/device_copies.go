@@ -12,8 +12,8 @@ import (
 // deviceMessages are the messages of a device that the store keeps.
 type deviceMessages struct{ authenticate, tokenUpdate, bootstrapToken []byte }
 
-// settleCopies settles copies from another server that must take nothing back:
-// see storage.Source.
+// settleCopies settles copies from another server that must undo nothing: see
+// storage.Source.
 func settleCopies(ctx context.Context, t *tx, batch []*opRun, certs *certificates) error {
 	var copies []*opRun
 	var devices []string
@@ -41,8 +41,8 @@ func settleCopies(ctx context.Context, t *tx, batch []*opRun, certs *certificate
 	return nil
 }
 
-// keeps says whether a message is the one that is kept. Those of user channels
-// are not looked at.
+// keeps says whether a message is the stored one. Messages of user channels are
+// not compared.
 func keeps(m deviceMessages, op storage.Op) bool {
 	switch o := op.(type) {
 	case *storage.Authenticate:
@@ -70,7 +70,7 @@ func readMessages(ctx context.Context, t *tx, devices []string) (map[string]devi
 			if len(*value) == 0 {
 				continue
 			}
-			// One that cannot be opened differs from every message.
+			// A value that cannot be opened differs from every message.
 			*value, _ = t.opened(column, id, *value)
 		}
 		kept[id] = m

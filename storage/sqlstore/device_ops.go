@@ -8,7 +8,7 @@ import (
 )
 
 // opKind is a row of the table of operations: the locks, reads and writes of
-// one kind of device message. Nothing else asks which kind an operation is.
+// one kind of device message. No other code depends on the kind.
 type opKind struct {
 	op storage.Op // a nil pointer of the kind
 	// needs is the row that has to exist for the device.
@@ -23,22 +23,24 @@ type opKind struct {
 	// ends: the device's enrollments end, with their queues, the pushes they
 	// are owed and the bootstrap token.
 	ends bool
-	// ordered: carried out late, the operation would undo what the device said
-	// after it. It is not when its client has given it up.
+	// ordered: carried out late, the operation would undo later messages of the
+	// device. It is refused once its client has given it up.
 	ordered bool
-	// size is about how many bytes the message adds to a statement; nil is few.
+	// size estimates the bytes that the message adds to a statement; nil is
+	// few.
 	size func(storage.Op) int
 	// topic is the APNs topic in the message; nil if it has none.
 	topic func(storage.Op) string
 	// reads says whether the operation may do without a transaction; nil is no.
 	reads func(storage.Op) bool
-	// poll answers those that only read, outside a transaction; may be nil.
+	// poll answers the operations that only read, outside a transaction; may be
+	// nil.
 	poll func(ctx context.Context, t *tx, batch []*opRun, states map[string]*enrollmentState) error
-	// write carries out those of a round whose devices and enrollments are
-	// locked and whose certificates are checked; may be nil.
+	// write carries out the operations of a round, after devices and
+	// enrollments are locked and certificates checked; may be nil.
 	write func(ctx context.Context, t *tx, batch []*opRun, r *opRound) error
-	// round does everything for those of a round, locks and certificates
-	// included, in place of write.
+	// round does everything for the operations of a round, locks and
+	// certificates included, instead of write.
 	round func(ctx context.Context, t *tx, batch []*opRun) error
 }
 
@@ -49,9 +51,9 @@ const (
 	_ need = iota // nothing
 	// needsDevice: without the device it fails with storage.ErrNotEnrolled.
 	needsDevice
-	// needsEnrollment: so it does without the device's own enrollment.
+	// needsEnrollment: without the device's own enrollment it fails so, too.
 	needsEnrollment
-	// skipsUnknown: of an unknown device it does nothing, and pins nothing.
+	// skipsUnknown: for an unknown device it does nothing, and pins nothing.
 	skipsUnknown
 )
 
@@ -61,8 +63,8 @@ type opRound struct {
 	rows  *enrollments
 }
 
-// opKinds is the table of operations, in the order in which those of a round
-// are written.
+// opKinds is the table of operations, in the order in which a round writes
+// them.
 var opKinds = [...]*opKind{
 	&authenticateKind,
 	&checkOutKind,
@@ -84,7 +86,7 @@ func kindOf(op storage.Op) *opKind {
 	return nil
 }
 
-// of makes a function of operations of one kind a field of an opKind.
+// of adapts a function of one kind of operation to a field of opKind.
 func of[O storage.Op, R any](fn func(O) R) func(storage.Op) R {
 	return func(op storage.Op) R { return fn(op.(O)) }
 }
@@ -102,10 +104,10 @@ type opRun struct {
 	settled bool
 	// mustWrite: the read path found that there is something to write.
 	mustWrite bool
-	// seen: the enrollment exists, and note is to be kept of the visit.
+	// seen: the enrollment exists, and activity is to be noted.
 	seen bool
 	note activity
-	// facts are known for the events to insert.
+	// facts go into the events.
 	facts facts
 }
 
@@ -121,7 +123,7 @@ func (p *opRun) reset() {
 
 func (p *opRun) id() string { return p.src.Enroll.ID }
 
-// hash is that of the certificate; empty if it is not checked.
+// hash returns the hash of the certificate; empty if it is not checked.
 func (p *opRun) hash() string {
 	if p.src.Pin == nil {
 		return ""
@@ -129,7 +131,7 @@ func (p *opRun) hash() string {
 	return p.src.Pin.Hash
 }
 
-// givenUp is the error of an operation that comes too late for its client.
+// givenUp returns the error of an operation that its client has given up.
 func (p *opRun) givenUp() error {
 	if p.kind.ordered && p.src.GivenUp != nil && p.src.GivenUp() {
 		return storage.ErrGivenUp
@@ -137,12 +139,12 @@ func (p *opRun) givenUp() error {
 	return nil
 }
 
-// visit notes that the channel spoke.
+// visit notes that the channel sent a message.
 func (p *opRun) visit(now int64) {
 	p.seen, p.note = true, activity{id: p.id(), seen: now}
 }
 
-// bytes is about how much the operation adds to a statement.
+// bytes estimates the bytes that the operation adds to a statement.
 func (p *opRun) bytes() int {
 	n := 512
 	for i := range p.src.Events {

@@ -10,9 +10,9 @@ import (
 	"github.com/nanomdm/nanomdm/storage/sqldb"
 )
 
-// poll answers a batch of operations that only read: one statement when no
-// command waits for any of them, two when some does. Their events report no
-// change and are written with the activity.
+// poll answers a batch of operations that only read: with one statement if no
+// commands wait for them, else with two. Their events report no change and are
+// written with the activity.
 func (s *Store) poll(ctx context.Context, batch []*opRun) error {
 	err := s.read(ctx, func(ctx context.Context, t *tx) error {
 		for _, p := range batch {
@@ -26,7 +26,7 @@ func (s *Store) poll(ctx context.Context, batch []*opRun) error {
 	for _, p := range batch {
 		if !p.mustWrite {
 			s.visited(p)
-			s.act.tell(outgoing([]*opRun{p}))
+			s.act.addEvents(outgoing([]*opRun{p}))
 		}
 	}
 	return nil
@@ -60,8 +60,8 @@ func pollBatch(ctx context.Context, t *tx, batch []*opRun) error {
 	return nil
 }
 
-// checkPolls checks the certificates of polls. Most are settled by what was
-// read with the enrollment.
+// checkPolls checks the certificates of polls. For most the columns that were
+// read with the enrollment suffice.
 func checkPolls(ctx context.Context, t *tx, batch []*opRun, states map[string]*enrollmentState) error {
 	odd := unsettled(batch, states)
 	if len(odd) == 0 {
@@ -78,7 +78,7 @@ func checkPolls(ctx context.Context, t *tx, batch []*opRun, states map[string]*e
 }
 
 // unsettled returns the operations whose certificate is not the live one of
-// an enrollment that was read.
+// their enrollment.
 func unsettled(batch []*opRun, states map[string]*enrollmentState) []*opRun {
 	var odd []*opRun
 	for _, p := range batch {
@@ -90,8 +90,8 @@ func unsettled(batch []*opRun, states map[string]*enrollmentState) []*opRun {
 	return odd
 }
 
-// offer gives each report the command that is due for it and plans when the
-// device is to be woken if it falls silent.
+// offer gives each report its next command and plans the next push in case the
+// device falls silent.
 func offer(ctx context.Context, t *tx, reports []*opRun, states map[string]*enrollmentState) error {
 	var both []keyPair
 	for _, p := range reports {
@@ -128,13 +128,14 @@ func offer(ctx context.Context, t *tx, reports []*opRun, states map[string]*enro
 	return readCommands(ctx, t, due)
 }
 
-// idle says whether commands that were refused for now are offered again.
+// idle says whether the operation begins a conversation, which offers refused
+// commands again.
 func idle(p *opRun) bool {
 	return p.op.(*storage.Report).Status == mdm.StatusIdle
 }
 
-// settle notes that a poll pays for the pushes owed so far, and plans the
-// next one: none if nothing waits, else for when the device falls silent.
+// settle notes that a poll pays the pushes owed so far, and plans the next
+// push: none if no command waits, else one in case the device falls silent.
 func (a *activity) settle(now int64, state *enrollmentState) {
 	switch {
 	case state.queued.Valid || state.notnow.Valid:
@@ -149,7 +150,7 @@ func (a *activity) settle(now int64, state *enrollmentState) {
 	}
 }
 
-// place is where a row stands in its enrollment's queue.
+// place is the place of a row in its enrollment's queue.
 type place struct{ priority, seq int64 }
 
 func (p place) before(q place) bool {

@@ -14,7 +14,7 @@ import (
 
 var _ storage.Refusals = (*Store)(nil)
 
-// refusalRows is how many refusals one transaction records.
+// refusalRows bounds the refusals of one transaction.
 const refusalRows = 100
 
 // RecordRefusals implements storage.Refusals.
@@ -45,7 +45,7 @@ func recordRefusals(ctx context.Context, t *tx, refusals []storage.DeviceRefusal
 	if err != nil {
 		return err
 	}
-	// In the order of keys, as replicas record at the same time.
+	// In key order, since replicas record at the same time.
 	rows := make(map[keyPair]storage.EnrollmentRefusal)
 	for _, r := range refusals {
 		owner, claimed := pinned[r.Certificate], r.Enrollment
@@ -71,7 +71,7 @@ func recordRefusals(ctx context.Context, t *tx, refusals []storage.DeviceRefusal
 	return nil
 }
 
-// addRefusal adds r to the row of an enrollment, "" being none.
+// addRefusal adds r to the row of an enrollment; "" is none.
 func addRefusal(rows map[keyPair]storage.EnrollmentRefusal, id, other string, r storage.DeviceRefusal) {
 	if id == "" {
 		return
@@ -91,7 +91,7 @@ func addRefusal(rows map[keyPair]storage.EnrollmentRefusal, id, other string, r 
 	rows[k] = row
 }
 
-// storeRefusal adds to a row, or makes it.
+// storeRefusal adds to a row, or inserts it.
 func storeRefusal(ctx context.Context, t *tx, k keyPair, r storage.EnrollmentRefusal) error {
 	err := t.Upsert(ctx, "nano_enrollment_refusals", []string{"id", "cause", "count", "first_at", "last_at"},
 		[]string{"id", "cause"}, nil, []any{k.ID, k.Item, int64(0), micros(r.First), micros(r.Last)})

@@ -19,7 +19,7 @@ var reportKind = opKind{
 	round: takeReports,
 }
 
-// terminalState is the state that a device's terminal status ends a row in.
+// terminalState returns the state of a row that a terminal status has ended.
 func terminalState(s mdm.Status) storage.State {
 	switch s {
 	case mdm.StatusAcknowledged:
@@ -30,7 +30,7 @@ func terminalState(s mdm.Status) storage.State {
 	return storage.FormatError
 }
 
-// takeReports stores a round's results and answers with the next commands.
+// takeReports stores the results of a round and answers with the next commands.
 func takeReports(ctx context.Context, t *tx, reports []*opRun) error {
 	of := make([]keyPair, len(reports))
 	var keys []keyPair
@@ -79,7 +79,8 @@ func takeReports(ctx context.Context, t *tx, reports []*opRun) error {
 	return changes.store(ctx, t) // after all that is read; see later
 }
 
-// reportedKey is the row that a report may change, if it names one.
+// reportedKey returns the key of the row that a report may change, if it names
+// one.
 func reportedKey(p *opRun) (keyPair, bool) {
 	r := p.op.(*storage.Report)
 	if !r.Status.Terminal() && r.Status != mdm.StatusNotNow {
@@ -88,7 +89,7 @@ func reportedKey(p *opRun) (keyPair, bool) {
 	return keyPair{ID: p.id(), Item: r.CommandUUID}, storable(r.CommandUUID)
 }
 
-// queueRow is what is read of the row that a report may change.
+// queueRow is a row that a report may change.
 type queueRow struct {
 	state       storage.State
 	requestType string // read for events alone
@@ -109,8 +110,8 @@ func lockQueueRows(ctx context.Context, t *tx, keys []keyPair) (map[keyPair]queu
 	return found, t.QueryBatch(ctx, lockQuery(t, keys, false, found))
 }
 
-// lockQuery locks rows in key order and reads them, with what events tell of
-// their commands if they are told.
+// lockQuery locks rows in key order and reads them, with the columns for events
+// if there are any.
 func lockQuery(t *tx, keys []keyPair, told bool, into map[keyPair]queueRow) sqldb.BatchQuery {
 	read := func(row sqldb.Row) error {
 		var k keyPair
@@ -132,8 +133,8 @@ func lockQuery(t *tx, keys []keyPair, told bool, into map[keyPair]queueRow) sqld
 const maxRefused = 1000
 
 // readRefused returns the rows that the idle enrollments of a round refused in
-// earlier conversations. An Idle begins a conversation: what was refused before
-// is eligible again, in its old place.
+// earlier conversations. Idle begins a conversation, in which they are eligible
+// again, in their old places.
 func readRefused(ctx context.Context, t *tx, reports []*opRun) ([]keyPair, error) {
 	var ids []string
 	for _, p := range reports {
@@ -166,22 +167,22 @@ func pollReports(ctx context.Context, t *tx, reports []*opRun, states map[string
 	return offer(ctx, t, slices.DeleteFunc(slices.Clone(reports), func(p *opRun) bool { return p.mustWrite }), states)
 }
 
-// admitReports checks the certificates of reports. Most are settled by what
-// was read with the enrollment.
+// admitReports checks the certificates of reports. For most the columns that
+// were read with the enrollment suffice.
 func admitReports(ctx context.Context, t *tx, reports []*opRun, states map[string]*enrollmentState) error {
 	_, err := admit(ctx, t, unsettled(reports, states))
 	return err
 }
 
-// reported is what reports change.
+// reported are the changes of reports.
 type reported struct {
 	rows    map[keyPair]queueRow // as they were
 	results []*opRun
 	moves   map[storage.State][]keyPair
 }
 
-// planReports says what reports change: results are stored and end their rows,
-// NotNow puts them off. What repeats or comes late changes no state.
+// planReports returns the changes of reports: results are stored and end their
+// rows, NotNow puts rows off. A repeated or late report changes no state.
 func planReports(ctx context.Context, t *tx, reports []*opRun, rows map[keyPair]queueRow, states map[string]*enrollmentState) (*reported, error) {
 	moves := make(map[storage.State][]keyPair)
 	var results, late []*opRun
@@ -230,8 +231,8 @@ func planReports(ctx context.Context, t *tx, reports []*opRun, rows map[keyPair]
 	return &reported{rows, results, moves}, nil
 }
 
-// reopen makes refused rows eligible again, but for those that are refused or
-// ended in this round.
+// reopen makes refused rows eligible again, except rows that this round refuses
+// or ends.
 func (r *reported) reopen(refused []keyPair) {
 	for _, k := range refused {
 		if r.rows[k].state == storage.NotNow && !r.moved(k) {
@@ -280,7 +281,7 @@ func moveTo(ctx context.Context, t *tx, to storage.State, keys []keyPair) error 
 	return nil
 }
 
-// storedResults reads the statuses of the results that are there.
+// storedResults reads the statuses of the existing results.
 func storedResults(ctx context.Context, t *tx, reports []*opRun) (map[keyPair]string, error) {
 	if len(reports) == 0 {
 		return nil, nil
@@ -325,9 +326,9 @@ func insertResults(ctx context.Context, t *tx, reports []*opRun, rows map[keyPai
 	return nil
 }
 
-// answer gives the reports their next commands, which are not the ones that
-// they report, and owes a push to devices that would not come back for what
-// they refused before.
+// answer gives the reports their next commands, other than the reported ones.
+// It makes a push owed to devices that would not come back for the commands
+// that they refused.
 func answer(ctx context.Context, t *tx, reports []*opRun, states map[string]*enrollmentState) error {
 	var owed []string
 	for _, p := range reports {
@@ -339,7 +340,7 @@ func answer(ctx context.Context, t *tx, reports []*opRun, states map[string]*enr
 		if !state.active || state.queued.Valid || !state.notnow.Valid {
 			continue
 		}
-		// A device asks again by itself only if NotNow is the last it said.
+		// A device polls again by itself only if its last report was NotNow.
 		if r := p.op.(*storage.Report); r.Status != mdm.StatusNotNow && r.Status != mdm.StatusIdle {
 			owed = append(owed, state.id)
 		}
