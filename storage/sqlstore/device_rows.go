@@ -11,7 +11,7 @@ import (
 	"github.com/nanomdm/nanomdm/storage/sqldb"
 )
 
-// enrollment is a row of nano_enrollments as a change finds it.
+// enrollment is a row of nano_enrollments before a change.
 type enrollment struct {
 	id, device string
 	topic      string // APNs
@@ -20,7 +20,7 @@ type enrollment struct {
 	enrolledAt sql.Null[int64]
 }
 
-// enrollments are those of the devices of a round, locked.
+// enrollments are the locked enrollments of a round's devices.
 type enrollments struct {
 	byID     map[string]*enrollment
 	byDevice map[string][]*enrollment
@@ -49,9 +49,9 @@ func readEnrollments(ctx context.Context, t *tx, ids []string) (*enrollments, er
 	return all, t.checkSkipped(ctx, "nano_enrollments", ids, slices.Collect(maps.Keys(all.byID)))
 }
 
-// concerned returns the ids of the enrollments that operations concern: of the
-// channel that speaks and of its device, and all of a device whose enrollments
-// end. What others a device has is not read for each of its messages.
+// concerned returns the ids of the enrollments that operations concern: of
+// their channel and its device, and all of a device whose enrollments end. A
+// message does not read a device's other channels.
 func concerned(ctx context.Context, t *tx, batch []*opRun, certs *certificates) ([]string, error) {
 	var ids, ending []string
 	for _, p := range batch {
@@ -77,8 +77,9 @@ func concerned(ctx context.Context, t *tx, batch []*opRun, certs *certificates) 
 	return append(ids, channels...), nil
 }
 
-// refuseManyChannels refuses operations that add a user channel to a device that
-// has as many as it may. Users count from their first UserAuthenticate.
+// refuseManyChannels refuses operations that add a user channel to a device
+// with the greatest allowed number. Users count from their first
+// UserAuthenticate.
 func refuseManyChannels(ctx context.Context, t *tx, batch []*opRun, r *opRound) error {
 	var adding []*opRun
 	var ids, devices []string
@@ -116,8 +117,8 @@ func refuseManyChannels(ctx context.Context, t *tx, batch []*opRun, r *opRound) 
 }
 
 // updateDevices writes columns of devices that exist and are locked. It is an
-// upsert only since that is the statement with other values for each row that
-// all engines have.
+// upsert because that is the one statement of all engines that sets other
+// values in each row.
 func updateDevices(ctx context.Context, t *tx, columns []string, batch []*opRun, row func(*opRun) []any) error {
 	if len(batch) == 0 {
 		return nil

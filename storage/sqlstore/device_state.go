@@ -10,7 +10,7 @@ import (
 	"github.com/nanomdm/nanomdm/storage/sqldb"
 )
 
-// enrollmentState is what the database knows of the enrollment that speaks.
+// enrollmentState is the state of the enrollment that a message is from.
 type enrollmentState struct {
 	id     string
 	topic  string // APNs
@@ -19,24 +19,26 @@ type enrollmentState struct {
 	owed   int64
 	paid   int64
 	pushAt sql.Null[int64]
-	// The heads of the two lists that a device may be offered a command from.
+	// The first rows of the two lists from which a device may be offered a
+	// command.
 	queued, notnow sql.Null[string]
 }
 
-// deviceTexts are the texts that read who speaks and who changes. They are made
-// once, as they are long.
+// deviceTexts are the statements that read enrollments and certificates. They
+// are long, and made once.
 type deviceTexts struct{ enrollmentState, certificateLookup string }
 
 func newDeviceTexts(d *sqldb.Dialect) deviceTexts {
 	return deviceTexts{enrollmentState: enrollmentStateText(d), certificateLookup: certificateLookupText(d)}
 }
 
-// enrollmentStateText reads enrollments of the derived table r, each with the heads of
-// its lists. A head is one index seek: it needs all the columns in its order,
-// since MySQL would sort what waits otherwise, and to be told the index. Where
-// it is not told, a planner that knows how rare a state was when it last looked
-// would read all rows in that state by another index. The live certificate is
-// not looked for by retired_at, by which an index has that of every device.
+// enrollmentStateText reads enrollments of the derived table r, each with the
+// first rows of its lists. A first row is one index seek. Its ORDER BY names
+// all columns of the index, since MySQL would sort the waiting rows otherwise,
+// and the statement names the index: with an old statistic of a rare state, a
+// planner may read all rows in that state by another one. The live certificate
+// is not found by retired_at, since that index has the live ones of all devices
+// side by side.
 func enrollmentStateText(d *sqldb.Dialect) string {
 	head := func(state storage.State) string {
 		return fmt.Sprintf(`, (SELECT q.command_uuid FROM nano_enrollment_queue q%s
@@ -51,8 +53,8 @@ FROM ` + d.PairTable("id", "command_uuid") +
 		d.Lookup(true, "nano_enrollment_push", "p", "p.id = e.id")
 }
 
-// readStates reads enrollments, and the next command of each besides that of the
-// key, all as of the same moment. Enrollments that do not exist are missing.
+// readStates reads enrollments, and the next command of each other than that of
+// the key, in one statement. Unknown enrollments are missing.
 func readStates(ctx context.Context, t *tx, keys []keyPair) (map[string]*enrollmentState, error) {
 	states := make(map[string]*enrollmentState, len(keys))
 	q, err := statesQuery(t, keys, states)

@@ -11,16 +11,16 @@ import (
 	"github.com/nanomdm/nanomdm/storage/sqldb"
 )
 
-// claim is what decides whether a certificate other than the live one may
-// take a device over.
+// claim is the state of a device that decides whether another certificate than
+// the live one may take it over.
 type claim struct {
 	serial      string
 	renewing    bool   // a renewal window is open
-	certificate []byte // DER of the live one; nil if it is not known
+	certificate []byte // DER of the live one; nil if unknown
 }
 
-// unsettledBy says whether claims are needed to check an operation: its
-// certificate is not the device's live one, and something could allow that.
+// unsettledBy says whether the check of an operation needs claims: its
+// certificate is not the device's live one, and some policy could allow it.
 func (c *certificates) unsettledBy(p *opRun) bool {
 	if p.src.Pin == nil || !c.devices[p.device] {
 		return false
@@ -35,7 +35,7 @@ func (c *certificates) unsettledBy(p *opRun) bool {
 	return p.src.Pin.Renewal != storage.RenewalDeny
 }
 
-// readClaims reads what is needed for few operations, if for any.
+// readClaims reads claims, which few operations need.
 func (c *certificates) readClaims(ctx context.Context, t *tx, batch []*opRun) error {
 	var devices []string
 	for _, p := range batch {
@@ -68,8 +68,8 @@ WHERE d.id IN `+place, args...).Each(func(row sqldb.Row) error {
 	return nil
 }
 
-// mayTakeOver checks a certificate that is nobody's, or that this device had
-// and that was retired.
+// mayTakeOver checks a certificate that no device has had, or a retired one of
+// this device.
 func (c *certificates) mayTakeOver(p *opRun) bool {
 	pin := p.src.Pin
 	_, retired := c.byHash[pin.Hash]
@@ -85,7 +85,7 @@ func (c *certificates) mayTakeOver(p *opRun) bool {
 	}
 	k := c.claims[p.device]
 	switch {
-	case p.kind.begins && k.renewing: // an operator's word
+	case p.kind.begins && k.renewing: // an operator has allowed it
 		return true
 	case p.kind.begins:
 		return pin.Reenroll == storage.ReenrollSameSubject && c.sameSubject(p, k)
@@ -97,7 +97,7 @@ func (c *certificates) mayTakeOver(p *opRun) bool {
 	return false
 }
 
-// What ErrIdentity means, for who reads the log.
+// The reasons of ErrIdentity, for the log.
 var (
 	errOthers  = fmt.Errorf("%w: it is another device's", storage.ErrIdentity)
 	errRetired = fmt.Errorf("%w: it was retired, and a renewal window is not open", storage.ErrIdentity)
@@ -125,9 +125,8 @@ func (c *certificates) refusal(p *opRun) error {
 }
 
 // sameSubject says whether the certificate names the device, and has the
-// subject of the one that it would replace, as far as that is known. The
-// serial number is the one that the device had before: what the message says
-// is anybody's word.
+// subject of the one that it would replace, if that is known. The serial number
+// is the one of the database: any device could put another's into its message.
 func (c *certificates) sameSubject(p *opRun, k claim) bool {
 	cert, err := x509.ParseCertificate(p.src.Pin.Certificate)
 	if err != nil || !storage.NamesDevice(cert, p.device, k.serial) {

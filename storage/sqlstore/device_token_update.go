@@ -67,7 +67,7 @@ func updateTokens(ctx context.Context, t *tx, batch []*opRun, r *opRound) error 
 	return makePushable(ctx, t, ids, repeating)
 }
 
-// tokenUpdateColumns are what a TokenUpdate sets of an enrollment.
+// tokenUpdateColumns are the columns of an enrollment that a TokenUpdate sets.
 var tokenUpdateColumns = []string{"device_id", "type", "topic", "push_magic", "token", "token_at", "enabled", "token_update_tally",
 	"awaiting_configuration", "enrolled_at", "updated_at"}
 
@@ -87,8 +87,8 @@ func tokenUpdateRow(t *tx, p *opRun, r *opRound) []any {
 		true, tally, m.AwaitingConfiguration, enrolledAt, t.Now}
 }
 
-// makePushable makes enrollments with a new token pushable, and has what is owed to
-// those that had one before pushed at once.
+// makePushable makes enrollments with a new token pushable. Pushes owed to
+// those that had a token before are due at once.
 func makePushable(ctx context.Context, t *tx, ids, repeating []string) error {
 	args := make([]any, 0, len(ids))
 	for _, id := range ids {

@@ -18,8 +18,8 @@ const topicAuditPause = time.Hour
 // actionRefuseTopic is the action of the audit record.
 const actionRefuseTopic = "enrollment.topic.refuse"
 
-// topicOf is the APNs topic of an operation's enrollment: that of its device
-// if it is known.
+// topicOf returns the APNs topic of an operation's enrollment: its device's
+// topic if that is known.
 func (r *opRound) topicOf(p *opRun, said string) string {
 	if own := r.rows.byID[p.device]; own != nil && own.topic != "" {
 		return own.topic
@@ -28,7 +28,7 @@ func (r *opRound) topicOf(p *opRun, said string) string {
 }
 
 // refuseTopics refuses TokenUpdates of devices with another topic than that of
-// their Authenticate, and keeps a record of it.
+// their Authenticate, and appends an audit record.
 func refuseTopics(ctx context.Context, t *tx, batch []*opRun, r *opRound) error {
 	for _, p := range ofKind(batch, &tokenUpdateKind) {
 		said := clip(p.op.(*storage.TokenUpdate).Message.Topic)
@@ -59,8 +59,8 @@ func refuseTopics(ctx context.Context, t *tx, batch []*opRun, r *opRound) error 
 }
 
 // moveTopics finds the devices whose Authenticate has another topic than
-// before. They keep nothing by a renewal window, and what they and their user
-// channels had stays with the former topic.
+// before. A renewal window does not count for them, and the queue rows and
+// results of all their channels stay with the former topic.
 func moveTopics(ctx context.Context, t *tx, batch []*opRun, r *opRound) error {
 	var devices, channels []string
 	for _, p := range ofKind(batch, &authenticateKind) {

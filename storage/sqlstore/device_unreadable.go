@@ -11,8 +11,9 @@ import (
 	"github.com/nanomdm/nanomdm/storage"
 )
 
-// attributed returns op with the command that it is about, if it is a report that
-// cannot be read and names none. Other operations come back as they are.
+// attributed returns op with the CommandUUID of the offered command, if it is a
+// report that cannot be read and names none. It returns other operations as
+// they are.
 func (s *Store) attributed(ctx context.Context, op storage.Op) (storage.Op, error) {
 	r, ok := op.(*storage.Report)
 	if !ok || r.Status != mdm.StatusUnreadable || r.CommandUUID != "" {
@@ -32,10 +33,10 @@ func (s *Store) attributed(ctx context.Context, op storage.Op) (storage.Op, erro
 }
 
 // offeredTo returns the command that an enrollment was offered and has not
-// answered, empty if there is none. A command that was never offered does not
-// count, so that an unreadable Idle ends nothing that the device has not seen.
-// This replica knows of its own offers; those of others are written after some
-// seconds, and a device that has one of them repeats itself until then.
+// answered, empty if there is none. Commands that were never offered do not
+// count, so that an unreadable Idle ends no command that the device has not
+// seen. This replica has its own offers in memory; offers of others are written
+// after some seconds, until when the device repeats its report.
 func (s *Store) offeredTo(ctx context.Context, id string) (string, error) {
 	if uuid := s.act.offeredTo(id); uuid != "" {
 		return uuid, nil

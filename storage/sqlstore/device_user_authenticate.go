@@ -21,8 +21,8 @@ var userAuthenticateKind = opKind{
 	},
 }
 
-// putUsers writes users with the message that each sent, which goes into a
-// column that is sealed as another one.
+// putUsers writes users, each with its message. It goes into a column with one
+// name in the table and another one for the seal.
 func putUsers(ctx context.Context, t *tx, message, sealedAs string, batch []*opRun, read func(*opRun) (*mdm.Enrollment, []byte)) error {
 	if len(batch) == 0 {
 		return nil

@@ -14,18 +14,18 @@ import (
 	"github.com/nanomdm/nanomdm/storage/sqldb"
 )
 
-// announcement is an event that no device sent.
+// announcement is an event about a finding of the server.
 type announcement struct {
-	topic       string // one of those that begin with nanomdm.
-	enrollment  string // empty if it is of none
-	apnsTopic   string // where there is no enrollment to take it from
+	topic       string // begins with nanomdm.
+	enrollment  string // empty without an enrollment
+	apnsTopic   string // set without an enrollment
 	requestType string
 	commandUUID string
-	detail      map[string]string // what else there is to say
+	detail      map[string]string // further facts
 }
 
-// announced says whether some sink names the topic, so that what would be
-// announced is worth looking for.
+// announced says whether a sink names the topic, so that it makes sense to look
+// for such events.
 func announced(ctx context.Context, t *tx, topic string) (bool, error) {
 	sinks, err := readSinks(ctx, t)
 	if err != nil {
@@ -40,9 +40,9 @@ func wanted(sinks []storage.EventSink, topic string) bool {
 	})
 }
 
-// announce inserts events into the outbox in the caller's transaction, those
-// of topics that no sink names left out. It comes behind the locks of what it
-// tells of, and before an enrollment that it tells of is deleted.
+// announce inserts events into the outbox in the caller's transaction, except
+// those of topics that no sink names. Call it after locking the rows that the
+// events are about, and before deleting their enrollment.
 func announce(ctx context.Context, t *tx, list []announcement) error {
 	if len(list) == 0 {
 		return nil
@@ -92,14 +92,14 @@ func announceSome(ctx context.Context, t *tx, list []announcement) error {
 	return putEvents(ctx, t, events)
 }
 
-// eventEnrollment is what an event takes from its enrollment.
+// eventEnrollment are the fields of an event that its enrollment has.
 type eventEnrollment struct {
 	typ      mdm.EnrollType
 	deviceID string
 	topic    string
 }
 
-// eventEnrollments reads enrollments. Those that do not exist are missing.
+// eventEnrollments reads enrollments. Unknown ones are missing.
 func eventEnrollments(ctx context.Context, t *tx, ids []string) (map[string]*eventEnrollment, error) {
 	is, args := t.Among(ids)
 	to := make(map[string]*eventEnrollment, len(ids))
@@ -126,7 +126,7 @@ func eventID(now int64) string {
 	return id.String()
 }
 
-// expiring is a certificate that is near its end.
+// expiring is a certificate that expires soon.
 type expiring struct {
 	notice   string // key of nano_event_notices
 	notAfter int64
@@ -146,7 +146,7 @@ func (s *Store) NoteExpiring(ctx context.Context, l storage.Lease, before time.T
 			topic, query string
 			args         []any
 		}{
-			// There are few of these, so that all are looked at.
+			// These are few: all are read.
 			{storage.TopicPushCertExpiring, `SELECT c.topic, c.topic, c.not_after FROM nano_push_certs c
 				WHERE c.not_after < ? ORDER BY c.not_after, c.topic`, []any{micros(before)}},
 			{storage.TopicIdentityExpiring, `SELECT a.sha256, a.id, a.not_after FROM nano_cert_auth_associations a
@@ -196,7 +196,7 @@ func expiringSoon(ctx context.Context, t *tx, topic, query string, args ...any) 
 		end := fromMicros(x.notAfter).Format(time.RFC3339)
 		x.notice, x.a.detail = key, map[string]string{"not_after": end}
 		if topic == storage.TopicPushCertExpiring {
-			// One that replaces it has another end.
+			// A certificate that replaces it expires at another time.
 			x.notice, x.a.apnsTopic = key+" "+end, of
 		} else {
 			x.a.enrollment = of
@@ -208,7 +208,7 @@ func expiringSoon(ctx context.Context, t *tx, topic, query string, args ...any) 
 	return found, err
 }
 
-// notice remembers a name, and says whether it was new.
+// notice records a name, and says whether it was new.
 func notice(ctx context.Context, t *tx, name string) (fresh bool, err error) {
 	name = clip(name)
 	var n int64

@@ -49,7 +49,7 @@ func (s *Store) RedeliveredEvents(ctx context.Context, sink string, limit int) (
 		sink, int(storage.DeliveryAgain), micros(s.now()), limit)
 }
 
-// deliveries reads the events of deliveries, in the order of those.
+// deliveries reads the events of deliveries, in the order of the deliveries.
 func (s *Store) deliveries(ctx context.Context, where string, args ...any) ([]storage.Event, error) {
 	var events []storage.Event
 	err := s.read(ctx, func(ctx context.Context, t *tx) error {
@@ -110,7 +110,7 @@ func numbersOf(rows []deliveryRow) []int64 {
 	return seqs
 }
 
-// batchesOfRows are the ids of their batches, each once.
+// batchesOfRows returns the ids of the rows' batches, each once.
 func batchesOfRows(rows []deliveryRow) []string {
 	ids := make([]string, len(rows))
 	for i := range rows {
@@ -154,8 +154,8 @@ func (s *Store) EventBacklogs(ctx context.Context) ([]storage.SinkBacklog, error
 	return backlogs, nil
 }
 
-// oldestUnsettled is when the oldest event that a sink has before it, or that
-// waits for it, came in; zero if there is none.
+// oldestUnsettled returns the time of the oldest event that is after a sink's
+// cursor or waits; zero if there is none.
 func oldestUnsettled(ctx context.Context, t *tx, sink *storage.EventSink) (time.Time, error) {
 	var first sql.Null[int64]
 	err := t.QueryRow(ctx, `SELECT MIN(seq) FROM nano_event_deliveries WHERE sink = ? AND state = ?`, sink.Name, int(storage.DeliveryWaiting)).Scan(&first)
@@ -177,7 +177,7 @@ func oldestUnsettled(ctx context.Context, t *tx, sink *storage.EventSink) (time.
 	return events[0].CreatedAt, nil
 }
 
-// countDeliveries counts the rows of each state, as far as it is worth it.
+// countDeliveries counts the rows of each state, up to storage.MaxCounted.
 func countDeliveries(ctx context.Context, t *tx, b *storage.SinkBacklog) error {
 	for state, into := range map[storage.DeliveryState]*int64{
 		storage.DeliveryWaiting: &b.Waiting, storage.DeliveryAgain: &b.Again, storage.DeliveryDead: &b.Dead,

@@ -16,11 +16,11 @@ const (
 	// smallPayload is the largest payload, in bytes, that comes with a page
 	// of events; larger ones are read one at a time.
 	smallPayload = 64 << 10
-	// lookRows is how many events of the log are looked at at once by who
-	// takes few of them, and idRows how many ids one statement has.
+	// lookRows bounds the events that a reader with a filter reads at once, and
+	// idRows the ids of one statement.
 	lookRows, idRows = 500, 512
-	// logWindow is how many numbers one call of ReadEvents looks through when
-	// few of them match.
+	// logWindow bounds the numbers that one call of ReadEvents reads when few
+	// events match.
 	logWindow = 10_000
 )
 
@@ -32,8 +32,8 @@ type numberedBatch struct {
 	newest int64
 }
 
-// batchesAfter reads which batches have events after a number: so many that
-// they hold limit of those, or all that there are.
+// batchesAfter reads the batches with events after a number, until they have
+// limit of them.
 func batchesAfter(ctx context.Context, t *tx, after int64, limit int) (list []numberedBatch, err error) {
 	events := int64(0)
 	err = t.Query(ctx, `SELECT batch_id, seq, size, newest FROM nano_event_batches`+t.Dialect.Index("nano_event_batches_seq")+
@@ -51,16 +51,16 @@ func batchesAfter(ctx context.Context, t *tx, after int64, limit int) (list []nu
 	return list, err
 }
 
-// eventBatch is what a numbered batch tells.
+// eventBatch is a numbered batch with its events.
 type eventBatch struct {
 	id       string
 	last     int64
 	events   []storage.Event
 	payloads []byte // if they were asked for
-	cut      bool   // some of them are lost, which each finds out, or all events are
+	cut      bool   // some payloads, or all events, cannot be read
 }
 
-// number is that of the event at a place.
+// number returns the number of the event at a place.
 func (b *eventBatch) number(at int) int64 { return b.last - int64(len(b.events)-1-at) }
 
 // addPayloads gives the events of a batch the payloads that are stored with it.
@@ -79,10 +79,10 @@ func (b *eventBatch) addPayloads() {
 	}
 }
 
-// readBatches reads batches that are numbered, in order, with their payloads
-// or without. Those that were removed are missing, and those that are damaged have
-// no events. They are looked up by their keys however small the tables were when the
-// statement was planned, since they grow fast.
+// readBatches reads numbered batches, in order, with or without payloads.
+// Removed batches are missing, and damaged ones have no events. The statement
+// looks batches up by their keys even if it was planned when the tables were
+// small, since they grow fast.
 func readBatches(ctx context.Context, t *tx, ids []string, payloads bool) (list []eventBatch, err error) {
 	q := `SELECT b.batch_id, b.seq, c.details, NULL FROM `
 	if payloads {
@@ -120,14 +120,14 @@ func scanBatches(ctx context.Context, t *tx, list []eventBatch, q string, args [
 		for i := range b.events {
 			b.events[i].Seq = b.number(i)
 		}
-		b.payloads, _ = decompress(b.payloads, eventBytes) // what is lost is noticed by whoever wants it
+		b.payloads, _ = decompress(b.payloads, eventBytes) // addPayloads notices a lost one
 		list = append(list, b)
 		return nil
 	})
 	return list, err
 }
 
-// idsOf are the ids of batches.
+// idsOf returns the ids of batches.
 func idsOf(list []numberedBatch) []string {
 	ids := make([]string, len(list))
 	for i := range list {
@@ -136,7 +136,7 @@ func idsOf(list []numberedBatch) []string {
 	return ids
 }
 
-// eventsOf reads those events of batches that fit, in order.
+// eventsOf reads the events of batches that fit, in order.
 func (s *Store) eventsOf(ctx context.Context, t *tx, ids []string, fits func(e *storage.Event) bool) ([]storage.Event, error) {
 	batches, err := readBatches(ctx, t, ids, true)
 	if err != nil {
@@ -159,7 +159,7 @@ func (s *Store) eventsOf(ctx context.Context, t *tx, ids []string, fits func(e *
 	return events, nil
 }
 
-// addApart reads payloads that are left but small.
+// addApart reads small payloads that are stored apart.
 func (s *Store) addApart(ctx context.Context, t *tx, events []storage.Event) error {
 	left := make(map[string][]*storage.Event) // one may be stored twice
 	var keys []keyPair
@@ -191,7 +191,7 @@ func (s *Store) scanApart(ctx context.Context, t *tx, left map[string][]*storage
 		}
 		raw, err := s.openApart(t, id, value)
 		if err != nil {
-			return nil // one that is lost must not hold up the others
+			return nil // a lost payload must not hold up the others
 		}
 		for _, r := range left[id] {
 			r.Raw, r.RawSize = raw, int64(len(value))
@@ -271,13 +271,13 @@ func (s *Store) ReadEvents(ctx context.Context, scope storage.Scope, q storage.E
 			if err != nil {
 				return err
 			}
-			if len(list) == 0 { // what there was up to the last one is removed
+			if len(list) == 0 { // all events up to the last one are removed
 				next = max(next, last)
 				break
 			}
 			ids := idsOf(list)
-			if !all { // payloads that nobody wants are not read
-				if ids, err = having(ctx, t, ids, match); err != nil {
+			if !all { // payloads of events that do not match are not read
+				if ids, err = matchingBatches(ctx, t, ids, match); err != nil {
 					return err
 				}
 			}
@@ -300,9 +300,9 @@ func (s *Store) ReadEvents(ctx context.Context, scope storage.Scope, q storage.E
 	return events, next, nil
 }
 
-// having are those batches that have an event that matches, or may have had one: those
-// that are damaged are for whoever reads the others to notice.
-func having(ctx context.Context, t *tx, ids []string, match func(e *storage.Event) bool) (found []string, err error) {
+// matchingBatches returns the batches with an event that matches, and damaged
+// ones: the caller's read of them reports the damage.
+func matchingBatches(ctx context.Context, t *tx, ids []string, match func(e *storage.Event) bool) (found []string, err error) {
 	batches, err := readBatches(ctx, t, ids, false)
 	if err != nil {
 		return nil, err

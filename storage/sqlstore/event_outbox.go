@@ -23,12 +23,12 @@ var (
 )
 
 const (
-	// numberRows is how many batches one statement numbers. Its text grows
-	// with it, and the database compares each row with half of them.
+	// numberRows bounds the batches that one statement numbers. The text grows
+	// with them, and the database compares each row with half of them.
 	numberRows = 128
-	// redeliverRows is how many events one transaction marks.
+	// redeliverRows bounds the events that one transaction marks.
 	redeliverRows = 500
-	// deliveryRows is how many deliveries one statement writes.
+	// deliveryRows bounds the deliveries that one statement writes.
 	deliveryRows = 128
 )
 
@@ -37,7 +37,7 @@ const seqCounter = "seq"
 
 // NumberEvents implements storage.Outbox.
 func (s *Store) NumberEvents(ctx context.Context, l storage.Lease, limit int) (n int, last int64, err error) {
-	// Most looks find nothing, and a transaction would keep SQLite's writer.
+	// Most calls find nothing, and a transaction would keep SQLite's writer.
 	var known, found sql.Null[int64]
 	err = s.read(ctx, func(ctx context.Context, t *tx) error {
 		return t.QueryRow(ctx, `SELECT (SELECT value FROM nano_event_counters WHERE name = ?),
@@ -68,8 +68,8 @@ func (s *Store) NumberEvents(ctx context.Context, l storage.Lease, limit int) (n
 	return n, last, nil
 }
 
-// lockCounter locks the last number and reads it. Its row is made if need be,
-// so that there is one to lock.
+// lockCounter locks the last number and reads it. It inserts the row if there
+// is none to lock.
 func lockCounter(ctx context.Context, t *tx) (int64, error) {
 	last, err := lastNumber(ctx, t, t.Dialect.ForUpdate())
 	if err != nil || last > 0 {
@@ -97,8 +97,8 @@ type unnumberedBatch struct {
 	size int
 }
 
-// unnumbered reads the batches that are to be numbered next, in order: with
-// up to limit events, or a single one.
+// unnumbered reads the next batches without numbers, in order: with up to limit
+// events together, or a single one.
 func unnumbered(ctx context.Context, t *tx, limit int) (batches []unnumberedBatch, err error) {
 	events := 0
 	err = t.Query(ctx, `SELECT batch_id, size FROM nano_event_batches WHERE seq = 0 ORDER BY stamp, batch_id LIMIT ?`, limit).Each(func(row sqldb.Row) error {
@@ -122,7 +122,7 @@ func numberStatement(d *sqldb.Dialect, n int) string {
 		" END WHERE seq = 0 AND batch_id IN " + sqldb.In(n)
 }
 
-// giveNumbers numbers batches behind base and returns the last number.
+// giveNumbers numbers batches from base + 1 on and returns the last number.
 func giveNumbers(ctx context.Context, t *tx, base int64, batches []unnumberedBatch) (last int64, err error) {
 	last = base
 	for chunk := range slices.Chunk(batches, numberRows) {
@@ -181,7 +181,7 @@ func (s *Store) Settle(ctx context.Context, l storage.Lease, k *storage.EventSin
 	return nil
 }
 
-// batchesOf finds the batches that deliveries are in, by the numbers of those.
+// batchesOf finds the batches of deliveries, by the numbers of their events.
 func batchesOf(ctx context.Context, t *tx, deliveries []storage.Delivery) (map[int64]string, error) {
 	seqs := make([]int64, len(deliveries))
 	for i, d := range deliveries {
@@ -240,8 +240,8 @@ var (
 	deliverySets    = [...]string{"state", "attempts", "next_at", "last_error", "updated_at"}
 )
 
-// putDeliveries stores deliveries of a sink; batches are those of their
-// numbers.
+// putDeliveries stores deliveries of a sink; batches has the batch of each
+// number.
 func putDeliveries(ctx context.Context, t *tx, sink string, deliveries []storage.Delivery, batches map[int64]string) error {
 	for chunk := range slices.Chunk(deliveries, deliveryRows) {
 		args := make([]any, 0, len(deliveryColumns)*len(chunk))

@@ -20,7 +20,7 @@ func (s *Store) Redeliver(ctx context.Context, r storage.Redelivery) (int64, err
 		return 0, fmt.Errorf("sink %s: %w", r.Sink, storage.ErrNotFound)
 	}
 	sink := &sinks[i]
-	// What is behind the cursor comes by itself.
+	// Events after the cursor are delivered anyway.
 	through := sink.Cursor
 	if r.Through > 0 {
 		through = min(through, r.Through)
@@ -40,8 +40,8 @@ func (s *Store) Redeliver(ctx context.Context, r storage.Redelivery) (int64, err
 	return total, nil
 }
 
-// redeliverSome marks events of the next numbers that there are, up to next,
-// which is 0 at the end.
+// redeliverSome marks events of the next numbers, up to next, which is 0 at the
+// end.
 func (s *Store) redeliverSome(ctx context.Context, sink *storage.EventSink, r storage.Redelivery, total, after, through int64) (n, next int64, err error) {
 	err = s.write(ctx, func(ctx context.Context, t *tx) error {
 		n, next = 0, 0
@@ -79,8 +79,8 @@ type sinkEvent struct {
 	state storage.DeliveryState
 }
 
-// redeliverable reads what comes next in a range of the log, up to end, which
-// is 0 if there is nothing.
+// redeliverable reads the next events in a range of the log, up to end, which
+// is 0 if there are none.
 func redeliverable(ctx context.Context, t *tx, sink string, after, through int64) (list []sinkEvent, end int64, err error) {
 	found, err := batchesAfter(ctx, t, after, redeliverRows)
 	if err != nil || len(found) == 0 {
@@ -95,7 +95,7 @@ func redeliverable(ctx context.Context, t *tx, sink string, after, through int64
 	return list, end, err
 }
 
-// deadLetters reads those of a sink that come next, up to end, which is 0 if
+// deadLetters reads the next dead letters of a sink, up to end, which is 0 if
 // there are no more.
 func deadLetters(ctx context.Context, t *tx, sink string, after, through int64) (list []sinkEvent, end int64, err error) {
 	rows, err := deliveryRecords(ctx, t, `WHERE sink = ? AND seq > ? AND seq <= ? AND state IN (`+
@@ -111,8 +111,8 @@ func deadLetters(ctx context.Context, t *tx, sink string, after, through int64) 
 	return list, end, err
 }
 
-// sinkEvents reads events of batches without their payloads. states are by
-// their numbers.
+// sinkEvents reads events of batches without their payloads. states has the
+// state of each number.
 func sinkEvents(ctx context.Context, t *tx, ids []string, states map[int64]storage.DeliveryState, wanted func(e *storage.Event) bool) (list []sinkEvent, err error) {
 	batches, err := readBatches(ctx, t, ids, false)
 	if err != nil {

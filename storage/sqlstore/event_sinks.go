@@ -13,13 +13,13 @@ import (
 	"github.com/nanomdm/nanomdm/storage/sqldb"
 )
 
-// sinkConfig is what the config column holds.
+// sinkConfig is the JSON of the config column.
 type sinkConfig struct {
 	URL    string              `json:"url,omitempty"`
 	Keys   []string            `json:"keys,omitempty"`
 	Tokens bool                `json:"tokens,omitempty"`
 	Filter storage.EventFilter `json:"filter"`
-	// OnError is missing in rows from before it was there.
+	// OnError is missing in rows of older releases.
 	OnError storage.OnError `json:"on_error,omitempty"`
 }
 

@@ -11,9 +11,9 @@ import (
 	"github.com/nanomdm/nanomdm/storage/sqldb"
 )
 
-// tidy is sweep for work on what the sinks are done with: events up to the
-// number settled. It returns how many of them it did.
-func (s *Store) tidy(ctx context.Context, l storage.Lease,
+// sweepSettled is sweep for work on events that all sinks have settled, which
+// end at the number settled. It returns the result of work.
+func (s *Store) sweepSettled(ctx context.Context, l storage.Lease,
 	work func(ctx context.Context, t *tx, sinks []storage.EventSink, settled int64) (int, error),
 ) (n int, err error) {
 	sinks, err := s.EventSinks(ctx)
@@ -36,7 +36,7 @@ func (s *Store) tidy(ctx context.Context, l storage.Lease,
 
 // DropPayloads implements storage.EventUpkeep.
 func (s *Store) DropPayloads(ctx context.Context, l storage.Lease, limit int) (int, error) {
-	n, err := s.tidy(ctx, l, func(ctx context.Context, t *tx, sinks []storage.EventSink, settled int64) (n int, err error) {
+	n, err := s.sweepSettled(ctx, l, func(ctx context.Context, t *tx, sinks []storage.EventSink, settled int64) (n int, err error) {
 		for _, sink := range sinks {
 			if n == limit {
 				break
@@ -69,7 +69,7 @@ func (s *Store) DropPayloads(ctx context.Context, l storage.Lease, limit int) (i
 	return n, nil
 }
 
-// dropPayloads writes batches anew, without the payloads of some events.
+// dropPayloads rewrites batches without the payloads of some events.
 func dropPayloads(ctx context.Context, t *tx, rows []deliveryRow) error {
 	drop := make(map[int64]bool, len(rows))
 	for _, r := range rows {
@@ -119,8 +119,8 @@ func deleteByID(ctx context.Context, t *tx, table, key string, ids []string) err
 	return nil
 }
 
-// settledBy returns the number up to which every enabled sink is done: its
-// cursor is behind it and nothing before it waits to be sent.
+// settledBy returns the number up to which every enabled sink has settled
+// events: its cursor is not before it, and no event up to it waits to be sent.
 func settledBy(ctx context.Context, t *tx, sinks []storage.EventSink) (int64, error) {
 	settled, err := lastNumber(ctx, t, "")
 	if err != nil {
@@ -147,7 +147,7 @@ func settledBy(ctx context.Context, t *tx, sinks []storage.EventSink) (int64, er
 
 // RemoveEvents implements storage.EventUpkeep.
 func (s *Store) RemoveEvents(ctx context.Context, l storage.Lease, before time.Time, limit int) (int, error) {
-	n, err := s.tidy(ctx, l, func(ctx context.Context, t *tx, sinks []storage.EventSink, settled int64) (int, error) {
+	n, err := s.sweepSettled(ctx, l, func(ctx context.Context, t *tx, sinks []storage.EventSink, settled int64) (int, error) {
 		old, events, err := oldBatches(ctx, t, settled, micros(before), limit)
 		if err != nil || len(old) == 0 {
 			return 0, err
@@ -170,7 +170,7 @@ func (s *Store) RemoveEvents(ctx context.Context, l storage.Lease, before time.T
 	return n, nil
 }
 
-// deleteBatches deletes what batches tell, with the payloads that are apart.
+// deleteBatches deletes batches, with the payloads that are stored apart.
 func deleteBatches(ctx context.Context, t *tx, ids []string) error {
 	batches, err := readBatches(ctx, t, ids, false)
 	if err != nil {
@@ -190,8 +190,8 @@ func deleteBatches(ctx context.Context, t *tx, ids []string) error {
 	return deleteByID(ctx, t, "nano_events", "batch_id", ids)
 }
 
-// oldBatches reads the first batches of the log that are old and settled:
-// with up to limit events, or a single one.
+// oldBatches reads the first batches of the log that are old and settled, with
+// up to limit events together, or a single one.
 func oldBatches(ctx context.Context, t *tx, settled, before int64, limit int) (old []numberedBatch, events int, err error) {
 	list, err := batchesAfter(ctx, t, 0, limit)
 	if err != nil {

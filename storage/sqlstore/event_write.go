@@ -13,18 +13,19 @@ import (
 )
 
 const (
-	// eventRows and eventBytes bound a batch of events: how many, and the bytes
-	// of the payloads that stand with it, and of the parameters of their URLs.
+	// eventRows bounds the events of a batch, eventBytes the bytes of the
+	// payloads that are stored with it, and of the parameters of the events'
+	// URLs.
 	eventRows  = 256
 	eventBytes = 64 << 10
-	// maxInlinePayload is the largest payload, in bytes, that stands with its batch:
-	// who wants one event of a batch reads all of it.
+	// maxInlinePayload is the largest payload, in bytes, that is stored with
+	// its batch: a read of one event reads the whole batch.
 	maxInlinePayload = 16 << 10
 )
 
-// facts are what an operation knows for its events.
+// facts are the fields of events that an operation knows.
 type facts struct {
-	// repeated: the same report came before and its events with it.
+	// repeated: an equal report came before, with its events.
 	repeated bool
 	topic    string // APNs topic, as far as it was read or is in the message
 	tally    int    // TokenUpdate
@@ -121,8 +122,8 @@ func decodeEvents(value []byte) ([]storage.Event, error) {
 	return events, nil
 }
 
-// putEvents inserts events, in batches that are numbered later. It belongs
-// behind the locks of what the events tell.
+// putEvents inserts events, in batches that are numbered later. Call it after
+// locking the rows that the events are about.
 func putEvents(ctx context.Context, t *tx, events []storage.Event) error {
 	for len(events) > 0 {
 		n, err := putBatch(ctx, t, events)
@@ -175,10 +176,10 @@ func putBatch(ctx context.Context, t *tx, events []storage.Event) (n int, err er
 	return n, storeBatch(ctx, t, batch, payloads, apart)
 }
 
-// storeBatch inserts a batch. Its stamp is larger than those of all that were
-// committed before and wait to be numbered, whatever the clocks of replicas
-// say, so that batches are numbered in an order in which they could have been
-// committed one after the other.
+// storeBatch inserts a batch. Its stamp is larger than the stamps of all
+// committed batches without numbers, whatever the clocks of replicas say, so
+// that batches are numbered in an order in which they could have been committed
+// one after the other.
 func storeBatch(ctx context.Context, t *tx, batch []storage.Event, payloads []byte, apart []any) error {
 	details, err := encodeEvents(batch)
 	if err != nil {
@@ -189,8 +190,8 @@ func storeBatch(ctx context.Context, t *tx, batch []storage.Event, payloads []by
 		newest = max(newest, micros(batch[i].CreatedAt))
 	}
 	if len(apart) > 0 {
-		// They may be there: events without a change are stored again if nothing
-		// is known of the commit.
+		// The rows may exist: events without a change are stored again if the
+		// outcome of the commit is unknown.
 		if err := t.Upsert(ctx, "nano_event_payloads", []string{"event_id", "topic", "payload"}, []string{"event_id"}, nil, apart); err != nil {
 			return err
 		}
@@ -204,16 +205,15 @@ SELECT ?, `+t.Dialect.Greatest()+`(`+t.Dialect.IntPlaceholder()+`, COALESCE(MAX(
 		id, t.Now, len(batch), newest)
 }
 
-// maxBatchSize bounds what is made room for when details of a batch are read, in
-// bytes. As JSON, eventRows of them with all that their columns may have, and the
-// longest parameters that fit into a request, take less than half of it.
+// maxBatchSize bounds the memory for the decompressed events of a batch, in
+// bytes. The JSON of eventRows events with full columns, and the longest
+// parameters that fit into a request, takes less than half of it.
 const maxBatchSize = 16 << 20
 
-// compress compresses what a batch has, as a block of S2. JSON and property lists,
-// and those of the reports of one batch above all, are mostly repetition, and bytes
-// cost databases, their logs and their disks more than this does; DEFLATE makes them
-// a tenth to a quarter smaller for seven to fourteen times the time, which reports
-// wait for.
+// compress compresses the JSON or the payloads of a batch, as a block of S2.
+// They repeat themselves a lot, and bytes cost a database, its log and its disk
+// more than S2 costs. DEFLATE makes them a tenth to a quarter smaller in seven
+// to fourteen times the time, which reports wait for.
 func compress(value []byte) []byte {
 	if len(value) == 0 {
 		return nil
@@ -221,8 +221,8 @@ func compress(value []byte) []byte {
 	return s2.Encode(nil, value)
 }
 
-// decompress returns what was compressed. What it says of its size is no reason to
-// make room for more than most.
+// decompress reverses compress. It refuses a value that claims to be larger
+// than most.
 func decompress(value []byte, most int) ([]byte, error) {
 	if len(value) == 0 {
 		return nil, nil
