@@ -369,6 +369,7 @@ func (r *reader) report() (*Report, error) {
 	if r.err != nil || badID(m.CommandUUID) != "" {
 		m.CommandUUID, m.BadCommandUUID = "", true
 	}
+	m.inventory = r.inventory()
 	for _, item := range r.chain {
 		m.ErrorChain = append(m.ErrorChain, ErrorChainItem{
 			ErrorCode:            r.number(item.ErrorCode),

@@ -234,12 +234,20 @@ func setRaw(t *testing.T, m Message, raw []byte) Message {
 	return nil
 }
 
+// withoutInventory forgets where a report has an inventory; see TestInventory.
+func withoutInventory(m Message) Message {
+	if report, ok := m.(*Report); ok {
+		report.inventory = inventoryAt{}
+	}
+	return m
+}
+
 func TestDecode(t *testing.T) {
 	for _, tt := range messages {
 		t.Run(tt.name, func(t *testing.T) {
 			got, err := Decode(tt.body)
 			require.NoError(t, err)
-			require.Equal(t, setRaw(t, tt.want, tt.body), got)
+			require.Equal(t, setRaw(t, tt.want, tt.body), withoutInventory(got))
 			require.Same(t, &tt.body[0], &got.RawBytes()[0], "Raw is the body, not a copy")
 
 			var direct Message
@@ -250,7 +258,7 @@ func TestDecode(t *testing.T) {
 				require.Contains(t, string(tt.body), "<string>"+string(got.Kind())+"</string>")
 			}
 			require.NoError(t, err)
-			require.Equal(t, got, direct)
+			require.Equal(t, got, withoutInventory(direct))
 
 			id, err := got.Identity().Resolve()
 			require.NoError(t, err)

@@ -106,6 +106,8 @@ type document struct {
 	Endpoint, Data                      value
 	TokenServiceType, TokenParameters   value
 	CommandUUID, Command, ErrorChain    value
+	QueryResponses, SecurityInfo        value
+	InstalledApplicationList            value
 
 	params struct{ SecurityToken, PhoneUDID, WatchUDID value }
 	// requestType is Command's.
@@ -217,6 +219,12 @@ func (d *document) topSlot(key []byte) *value {
 		return &d.Command
 	case "ErrorChain":
 		return &d.ErrorChain
+	case "QueryResponses":
+		return &d.QueryResponses
+	case "SecurityInfo":
+		return &d.SecurityInfo
+	case "InstalledApplicationList":
+		return &d.InstalledApplicationList
 	}
 	return nil
 }

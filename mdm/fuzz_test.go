@@ -23,6 +23,7 @@ var topKeys = []string{
 	"Topic", "PushMagic", "Token", "UnlockToken", "NotOnConsole", "AwaitingConfiguration", "Model", "ModelName",
 	"DeviceName", "OSVersion", "BuildVersion", "ProductName", "SerialNumber", "IMEI", "MEID", "BootstrapToken",
 	"DigestResponse", "Endpoint", "Data", "TokenServiceType", "TokenParameters", "CommandUUID", "Command", "ErrorChain",
+	"QueryResponses", "SecurityInfo", "InstalledApplicationList",
 }
 
 // lexicalError reports whether groob/plist refused only the text of a scalar.

@@ -215,6 +215,8 @@ type Report struct {
 	// shape never fails a report.
 	ErrorChain []ErrorChainItem
 	Raw        []byte
+
+	inventory inventoryAt
 }
 
 func (*Authenticate) Kind() Kind          { return KindAuthenticate }

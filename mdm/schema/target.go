@@ -96,9 +96,16 @@ func (c *Command) checkChannel(t Target) string {
 // older says whether a version is before another; false if either is not
 // known.
 func older(version, than string) bool {
-	a, okA := numbers(version)
-	b, okB := numbers(than)
-	return okA && okB && slices.Compare(a, b) < 0
+	order, ok := CompareVersions(version, than)
+	return ok && order < 0
+}
+
+// CompareVersions compares two versions by their numbers. It is not ok if one
+// of them is no version.
+func CompareVersions(a, b string) (order int, ok bool) {
+	numbersA, okA := numbers(a)
+	numbersB, okB := numbers(b)
+	return slices.Compare(numbersA, numbersB), okA && okB
 }
 
 // numbers reads a version such as 10.15.7 without zeros at its end.
