@@ -20,8 +20,13 @@ type EnrollmentFilter struct {
 	User    string // short name or user id of a user channel
 	Tag     string // of the device
 	Model   string // model, model name or product name
-	// OSVersion is compared as a whole.
+	// OSVersion is compared as a whole, the others by the numbers in it.
 	OSVersion      string
+	OSVersionBelow string
+	OSVersionFrom  string // or newer
+	// Supervised and FileVault look at the device's last answers.
+	Supervised     *bool
+	FileVault      *bool
 	LastSeenBefore time.Time
 	LastSeenAfter  time.Time // or at that time
 	// Waiting: it has commands that are scheduled, queued or refused by NotNow.
@@ -79,7 +84,10 @@ type Enrollment struct {
 	SerialNumber, DeviceName, Model, ModelName, ProductName string
 	OSVersion, BuildVersion, IMEI, MEID                     string
 	UserID, UserShortName, UserLongName                     string
-	Tags                                                    []string // of the device, sorted
+	// Supervised and FileVault are of the device's last answers; nil if they
+	// are not known.
+	Supervised, FileVault *bool
+	Tags                  []string // of the device, sorted
 
 	Tally                 int // TokenUpdates since the last Authenticate
 	AwaitingConfiguration bool
@@ -124,6 +132,26 @@ type Enrollments interface {
 	UserChannels(ctx context.Context, scope Scope, device string, limit int) ([]string, error)
 }
 
+// DeviceInventory is what a device answered last. A part is nil, and its time
+// zero, if there is no answer.
+type DeviceInventory struct {
+	// Information has the newest value of each answer to DeviceInformation.
+	Information    *mdm.DeviceInformation
+	InformationAt  time.Time
+	Security       *mdm.SecurityInfo
+	SecurityAt     time.Time
+	Applications   *mdm.Applications
+	ApplicationsAt time.Time
+}
+
+// Inventories reads what devices answered.
+type Inventories interface {
+	// DeviceInventory reads the answers of a device, or of that of a user
+	// channel. ErrNotFound if there is no such enrollment. Callers with a scope
+	// do not see answers from before the device came to its topic.
+	DeviceInventory(ctx context.Context, scope Scope, id string) (*DeviceInventory, error)
+}
+
 // Statistics are counts, for operators. Counts of queue rows stop at
 // StatisticsLimit for each state.
 type Statistics struct {
@@ -140,8 +168,8 @@ type Statistics struct {
 // StatisticsLimit is the number at which counts of queue rows stop.
 const StatisticsLimit = 100_000
 
-// Inventory counts rows, and reads the state of push certificates.
-type Inventory interface {
+// Overview counts rows, and reads the state of push certificates.
+type Overview interface {
 	// Statistics counts. In a Scope it counts only waiting queue rows. Counts
 	// of enrollments may be up to twenty times as old as counting takes; they
 	// are never old if counting takes less than a tenth of a second.

@@ -195,6 +195,11 @@ type Report struct {
 	Status      mdm.Status
 	CommandUUID string
 	Raw         []byte
+	// Inventory is what the report says about the device; nil if nothing. It
+	// becomes the newest of its kind (Inventories) if the report ends a row of
+	// the device channel. A list of applications does if the command asks for
+	// all. Names, model and OS of the device are updated by it, too.
+	Inventory *mdm.Inventory
 }
 
 // Source implements Op.

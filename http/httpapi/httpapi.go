@@ -74,7 +74,8 @@ type Store interface {
 	storage.Enrollments
 	storage.Tags
 	storage.Refusals
-	storage.Inventory
+	storage.Overview
+	storage.Inventories
 	storage.EnrollmentSteering
 	storage.Secrets
 	storage.Queues

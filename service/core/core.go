@@ -94,9 +94,11 @@ func (c *Core) apply(ctx context.Context, op storage.Op) (*service.Response, err
 }
 
 func (c *Core) report(ctx context.Context, src storage.Source, m *mdm.Report) (*service.Response, error) {
-	out, err := c.store.Apply(ctx, &storage.Report{
-		Src: src, Status: m.Status, CommandUUID: m.CommandUUID, Raw: m.Raw,
-	})
+	op := &storage.Report{Src: src, Status: m.Status, CommandUUID: m.CommandUUID, Raw: m.Raw}
+	if m.Status == mdm.StatusAcknowledged && !src.Enroll.IsUserChannel() {
+		op.Inventory = m.Inventory()
+	}
+	out, err := c.store.Apply(ctx, op)
 	if err != nil {
 		return nil, err
 	}

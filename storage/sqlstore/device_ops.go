@@ -109,16 +109,18 @@ type opRun struct {
 	note activity
 	// facts go into the events.
 	facts facts
+	// inventory is what a report says about its device; nil if nothing.
+	inventory *inventoryAnswer
 }
 
 func newOpRun(op storage.Op) *opRun {
 	src := op.Source()
-	return &opRun{op: op, kind: kindOf(op), src: src, device: src.Enroll.DeviceID()}
+	return &opRun{op: op, kind: kindOf(op), src: src, device: src.Enroll.DeviceID(), inventory: newInventoryAnswer(op)}
 }
 
 // reset forgets the results of an attempt that was rolled back.
 func (p *opRun) reset() {
-	*p = opRun{op: p.op, kind: p.kind, src: p.src, device: p.device}
+	*p = opRun{op: p.op, kind: p.kind, src: p.src, device: p.device, inventory: p.inventory}
 }
 
 func (p *opRun) id() string { return p.src.Enroll.ID }
@@ -156,7 +158,7 @@ func (p *opRun) bytes() int {
 	if p.kind.size != nil {
 		n += p.kind.size(p.op)
 	}
-	return n
+	return n + p.inventory.bytes()
 }
 
 // readOnly says whether the operation may do without a transaction.

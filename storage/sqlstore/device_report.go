@@ -73,6 +73,9 @@ func takeReports(ctx context.Context, t *tx, reports []*opRun) error {
 		return err
 	}
 	changes.reopen(refused)
+	if changes.inventory, err = planInventory(ctx, t, changes.ended); err != nil {
+		return err
+	}
 	if err := answer(ctx, t, admitted, states); err != nil {
 		return err
 	}
@@ -179,13 +182,16 @@ type reported struct {
 	rows    map[keyPair]queueRow // as they were
 	results []*opRun
 	moves   map[storage.State][]keyPair
+	// ended are the reports that end their rows.
+	ended     []*opRun
+	inventory *inventoryPlan
 }
 
 // planReports returns the changes of reports: results are stored and end their
 // rows, NotNow puts rows off. A repeated or late report changes no state.
 func planReports(ctx context.Context, t *tx, reports []*opRun, rows map[keyPair]queueRow, states map[string]*enrollmentState) (*reported, error) {
 	moves := make(map[storage.State][]keyPair)
-	var results, late []*opRun
+	var results, ended, late []*opRun
 	for _, p := range reports {
 		r := p.op.(*storage.Report)
 		if state := states[p.id()]; state != nil {
@@ -209,7 +215,7 @@ func planReports(ctx context.Context, t *tx, reports []*opRun, rows map[keyPair]
 		case !state.Terminal():
 			to := terminalState(r.Status)
 			moves[to] = append(moves[to], k)
-			results = append(results, p)
+			results, ended = append(results, p), append(ended, p)
 		case state == storage.Cancelled || state == storage.Expired || state == storage.Superseded:
 			late = append(late, p)
 		default:
@@ -228,7 +234,7 @@ func planReports(ctx context.Context, t *tx, reports []*opRun, rows map[keyPair]
 			results = append(results, p)
 		}
 	}
-	return &reported{rows, results, moves}, nil
+	return &reported{rows: rows, results: results, moves: moves, ended: ended}, nil
 }
 
 // reopen makes refused rows eligible again, except rows that this round refuses
@@ -259,7 +265,7 @@ func (r *reported) store(ctx context.Context, t *tx) error {
 			return err
 		}
 	}
-	return nil
+	return r.inventory.store(ctx, t)
 }
 
 // moveTo moves rows that the transaction has locked.

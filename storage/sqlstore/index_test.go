@@ -25,6 +25,8 @@ func filters() map[string]storage.EnrollmentFilter {
 		"user":                       {User: "rare"},
 		"tag":                        {Tag: "rare"},
 		"model":                      {Model: "rare"},
+		"filevault":                  {FileVault: new(true)},
+		"supervised":                 {Supervised: new(true)},
 		"os_version":                 {OSVersion: "rare"},
 		"last_seen_before":           {LastSeenBefore: time.UnixMicro(100)},
 		"last_seen_after":            {LastSeenAfter: time.UnixMicro(5_900)},
@@ -47,17 +49,18 @@ func plantFleet(t *testing.T, h *storagetest.Harness, n int) {
 			h.Exec(t, "INSERT INTO "+head+" VALUES "+place+strings.Repeat(", "+place, len(chunk)-1), slices.Concat(chunk...)...)
 		}
 	}
-	var devices, tags, users, enrollments, pushes, seen, certs, queue, commands [][]any
+	var devices, answers, tags, users, enrollments, pushes, seen, certs, queue, commands [][]any
 	for i := range n {
 		id := fmt.Sprintf("D%06d", i)
 		rare := i%100 == 7
 		word, typ, class, state := fmt.Sprint("usual-", i%5), string(mdm.Device), "accepted", int(storage.Acknowledged)
-		finished, pushAt, enabled := any(i+1), any(nil), i%3/2
+		finished, pushAt, enabled, on := any(i+1), any(nil), i%3/2, 0
 		if rare {
 			word, typ, class, state = "rare", string(mdm.SharediPad), "retry_later", int(storage.Queued)
-			finished, pushAt, enabled = nil, i+1, 0
+			finished, pushAt, enabled, on = nil, i+1, 0, 1
 		}
 		devices = append(devices, []any{id, word, word, word, word, word, []byte("raw"), 1, 1, 1})
+		answers = append(answers, []any{id, on, on})
 		tags = append(tags, []any{id, word, 1})
 		users = append(users, []any{id, id, word, word, 1, 1})
 		enrollments = append(enrollments, []any{id, id, typ, word, enabled, 1, 1})
@@ -70,6 +73,7 @@ func plantFleet(t *testing.T, h *storagetest.Harness, n int) {
 		commands = append(commands, []any{fmt.Sprintf("C%d", i), word, []byte("raw"), i + 1})
 	}
 	insert("nano_devices (id, serial_number, model, model_name, product_name, os_version, authenticate, authenticate_at, created_at, updated_at)", devices)
+	insert("nano_device_inventory (id, supervised, filevault)", answers)
 	insert("nano_device_tags (id, tag, created_at)", tags)
 	insert("nano_users (id, device_id, user_id, user_short_name, created_at, updated_at)", users)
 	insert("nano_enrollments (id, device_id, type, topic, enabled, created_at, updated_at)", enrollments)
@@ -84,7 +88,7 @@ func plantFleet(t *testing.T, h *storagetest.Harness, n int) {
 // analyze has the engine look at how the tables' values are spread.
 func analyze(t *testing.T, h *storagetest.Harness) {
 	t.Helper()
-	for _, table := range []string{"nano_devices", "nano_device_tags", "nano_users", "nano_enrollments", "nano_enrollment_push", "nano_enrollment_activity",
+	for _, table := range []string{"nano_devices", "nano_device_inventory", "nano_device_tags", "nano_users", "nano_enrollments", "nano_enrollment_push", "nano_enrollment_activity",
 		"nano_cert_auth_associations", "nano_enrollment_queue", "nano_commands"} {
 		analyze := map[string]string{"sqlite": "ANALYZE ", "pgsql": "VACUUM ANALYZE "}[h.Engine.Name]
 		if analyze == "" {

@@ -26,6 +26,7 @@ var migrationChecksums = []string{
 	"342b6a9b27e8759be5e2a3f5d1140c2bf56e7574872ae57b2788fc30ae545284", // 0003_refusals.sql
 	"ad7231668a9888f97508c8a0f2b99a4f274970a89131d2e60584f932b5f67deb", // 0004_replicas.sql
 	"cef0a11c34a2e32b20d37e42ad1615ff0f588db63f63423e2fd3fe51117af264", // 0005_tags.sql
+	"dd1f95ef880127e7a9d916e36bfb49e35492558c291c2654d3ebd1ff3ac6370a", // 0006_inventory.sql
 }
 
 // migrationTTL is how long the next replica waits when one died while

@@ -194,7 +194,7 @@ func removeLeftResults(ctx context.Context, t *tx, d *deletion) (more bool, err 
 
 // removeEnrollment removes the enrollment itself. Its certificates stay, retired.
 func removeEnrollment(ctx context.Context, t *tx, d *deletion) (more bool, err error) {
-	tables := []string{"nano_enrollments", "nano_users", "nano_enrollment_push", "nano_enrollment_activity", "nano_topic_moves", "nano_enrollment_refusals", "nano_device_tags"}
+	tables := []string{"nano_enrollments", "nano_users", "nano_enrollment_push", "nano_enrollment_activity", "nano_topic_moves", "nano_enrollment_refusals", "nano_device_tags", inventoryTable}
 	for chunk := range slices.Chunk(d.ids, enqueueRows) {
 		place, args := sqldb.InList(chunk)
 		for _, table := range tables {

@@ -5,6 +5,7 @@ import (
 	"strings"
 
 	"github.com/nanomdm/nanomdm/mdm"
+	"github.com/nanomdm/nanomdm/mdm/schema"
 	"github.com/nanomdm/nanomdm/storage"
 	"github.com/nanomdm/nanomdm/storage/sqldb"
 )
@@ -130,6 +131,33 @@ var enrollmentFilters = [...]filterRow{
 		},
 	},
 	{
+		given: func(_ storage.Scope, f storage.EnrollmentFilter) bool { return f.FileVault != nil },
+		source: func(_ storage.Scope, f storage.EnrollmentFilter) (source, bool) {
+			return answeredSource("filevault", *f.FileVault)
+		},
+		condition: func(b *conditionBuilder, scope storage.Scope, f storage.EnrollmentFilter) {
+			answeredCondition(b, scope, "filevault", "security_at", *f.FileVault)
+		},
+	},
+	{
+		given: func(_ storage.Scope, f storage.EnrollmentFilter) bool { return f.Supervised != nil },
+		source: func(_ storage.Scope, f storage.EnrollmentFilter) (source, bool) {
+			return answeredSource("supervised", *f.Supervised)
+		},
+		condition: func(b *conditionBuilder, scope storage.Scope, f storage.EnrollmentFilter) {
+			answeredCondition(b, scope, "supervised", "information_at", *f.Supervised)
+		},
+	},
+	{
+		given: func(_ storage.Scope, f storage.EnrollmentFilter) bool {
+			return f.OSVersionBelow != "" || f.OSVersionFrom != ""
+		},
+		condition: func(b *conditionBuilder, _ storage.Scope, f storage.EnrollmentFilter) {
+			b.join("nano_devices", "d", "device_id")
+			b.check("d.os_version", func(version string) bool { return versionWithin(version, f.OSVersionFrom, f.OSVersionBelow) })
+		},
+	},
+	{
 		given: func(_ storage.Scope, f storage.EnrollmentFilter) bool { return f.Topic != "" },
 		source: func(_ storage.Scope, f storage.EnrollmentFilter) (source, bool) {
 			return oneOf(equalTo("nano_enrollments", "topic", f.Topic)), true
@@ -172,6 +200,41 @@ var enrollmentFilters = [...]filterRow{
 // equalTo is the part of an index where a column has a value.
 func equalTo(table, column, value string) part {
 	return part{table: table, index: table + "_" + column, where: column + " = ?", args: []any{value}}
+}
+
+// answeredSource is the index of a truth value that devices answered.
+func answeredSource(column string, value bool) (source, bool) {
+	flag := 0
+	if value {
+		flag = 1
+	}
+	return eachOf(true, part{table: inventoryTable, index: inventoryTable + "_" + column, where: column + " = ?", args: []any{flag}}), true
+}
+
+// answeredCondition is that a device answered a truth value at a time, to the
+// tenant that it has now.
+func answeredCondition(b *conditionBuilder, scope storage.Scope, column, at string, value bool) {
+	b.join(inventoryTable, "i", "device_id")
+	b.add("i."+column+" = ?", value)
+	if len(scope.Topics) > 0 {
+		b.add("NOT EXISTS (SELECT 1 FROM nano_topic_moves v WHERE v.id = i.id AND v.moved_at >= i." + at + ")")
+	}
+}
+
+// versionWithin says whether a version is from one on and below another, of
+// which one may be empty.
+func versionWithin(version, from, below string) bool {
+	if from != "" {
+		if order, ok := schema.CompareVersions(version, from); !ok || order < 0 {
+			return false
+		}
+	}
+	if below != "" {
+		if order, ok := schema.CompareVersions(version, below); !ok || order >= 0 {
+			return false
+		}
+	}
+	return true
 }
 
 func pushSource(_ storage.Scope, f storage.EnrollmentFilter) (source, bool) {
@@ -219,14 +282,14 @@ func sourceOf(scope storage.Scope, f storage.EnrollmentFilter) source {
 }
 
 // conditions is the whole filter, and the tables that it needs.
-func conditions(scope storage.Scope, f storage.EnrollmentFilter) (from, where string, args []any) {
-	b := conditionBuilder{from: "nano_enrollments e", joined: make(map[string]bool)}
+func conditions(scope storage.Scope, f storage.EnrollmentFilter) *conditionBuilder {
+	b := &conditionBuilder{from: "nano_enrollments e", joined: make(map[string]bool)}
 	for _, row := range enrollmentFilters {
 		if row.given(scope, f) {
-			row.condition(&b, scope, f)
+			row.condition(b, scope, f)
 		}
 	}
-	return b.from, b.where.String(), b.args
+	return b
 }
 
 // conditionBuilder gathers the tables and conditions of a filter.
@@ -235,6 +298,18 @@ type conditionBuilder struct {
 	where  strings.Builder
 	args   []any
 	joined map[string]bool // aliases
+	// checks are conditions that the engines' SQL does not have in common.
+	checks []valueCheck
+}
+
+// valueCheck is a condition on the text of a column.
+type valueCheck struct {
+	column string
+	holds  func(string) bool
+}
+
+func (b *conditionBuilder) check(column string, holds func(string) bool) {
+	b.checks = append(b.checks, valueCheck{column, holds})
 }
 
 // join adds a table whose id is a key of the enrollment, once.

@@ -225,7 +225,11 @@ func choose(ctx context.Context, t *tx, scope storage.Scope, f storage.Enrollmen
 	if len(keys) == 0 {
 		return nil, nil
 	}
-	from, where, args := conditions(scope, f)
+	b := conditions(scope, f)
+	columns := "e.id"
+	for _, c := range b.checks {
+		columns += ", " + c.column
+	}
 	chosen := make(map[string]bool, len(keys))
 	for chunk := range slices.Chunk(keys, candidateRows) {
 		ids := make([]string, len(chunk))
@@ -233,12 +237,26 @@ func choose(ctx context.Context, t *tx, scope storage.Scope, f storage.Enrollmen
 			ids[i] = k.ID
 		}
 		place, more := sqldb.InList(ids)
-		found, err := sqldb.Column[string](t.Query(ctx, "SELECT e.id FROM "+from+" WHERE e.id IN "+place+where, append(more, args...)...))
+		err := t.Query(ctx, "SELECT "+columns+" FROM "+b.from+" WHERE e.id IN "+place+b.where.String(), append(more, b.args...)...).Each(func(row sqldb.Row) error {
+			values := make([]string, 1+len(b.checks))
+			into := make([]any, len(values))
+			for i := range values {
+				into[i] = &values[i]
+			}
+			if err := row.Scan(into...); err != nil {
+				return err
+			}
+			holds := true
+			for i, c := range b.checks {
+				holds = holds && c.holds(values[1+i])
+			}
+			if holds {
+				chosen[values[0]] = true
+			}
+			return nil
+		})
 		if err != nil {
 			return nil, err
-		}
-		for _, id := range found {
-			chosen[id] = true
 		}
 	}
 	return chosen, nil
@@ -286,12 +304,15 @@ d.serial_number, d.device_name, d.model, d.model_name, d.product_name, d.os_vers
 CASE WHEN d.bootstrap_token IS NULL THEN 0 ELSE 1 END, CASE WHEN d.unlock_token IS NULL THEN 0 ELSE 1 END,
 u.user_id, u.user_short_name, u.user_long_name,
 c.sha256, c.certificate, c.not_after, c.created_at,
-p.owed_seq, p.paid_seq, p.attempts, p.push_at, p.last_push_at, p.last_push_class, p.last_push_status, p.last_push_reason, p.last_apns_id, p.token_dead_at
+p.owed_seq, p.paid_seq, p.attempts, p.push_at, p.last_push_at, p.last_push_class, p.last_push_status, p.last_push_reason, p.last_apns_id, p.token_dead_at,
+i.supervised, i.information_at, i.filevault, i.security_at, v.moved_at
 FROM nano_enrollments e
 JOIN nano_devices d ON d.id = e.device_id
 LEFT JOIN nano_users u ON u.id = e.id
 LEFT JOIN nano_enrollment_activity a ON a.id = e.id
 LEFT JOIN nano_enrollment_push p ON p.id = e.id
+LEFT JOIN nano_device_inventory i ON i.id = e.device_id
+LEFT JOIN nano_topic_moves v ON v.id = e.device_id
 LEFT JOIN nano_cert_auth_associations c ON c.id = e.device_id AND c.retired_at IS NULL
 WHERE e.id IN ` + place
 	inScope(scope, func(condition string, more ...any) {
@@ -300,7 +321,7 @@ WHERE e.id IN ` + place
 	})
 	byID := make(map[string]*storage.Enrollment, len(ids))
 	err := t.Query(ctx, q, args...).Each(func(row sqldb.Row) error {
-		e, err := scanEnrollment(row)
+		e, err := scanEnrollment(row, scope)
 		if err != nil {
 			return err
 		}
@@ -310,7 +331,7 @@ WHERE e.id IN ` + place
 	return byID, err
 }
 
-func scanEnrollment(row sqldb.Row) (*storage.Enrollment, error) {
+func scanEnrollment(row sqldb.Row, scope storage.Scope) (*storage.Enrollment, error) {
 	e := &storage.Enrollment{Queue: make(map[storage.State]int64)}
 	var (
 		begun, created                            int64
@@ -319,6 +340,8 @@ func scanEnrollment(row sqldb.Row) (*storage.Enrollment, error) {
 		class, reason, apnsID                     sql.Null[string]
 		owed, paid, attempts, status              sql.Null[int64]
 		nextAt, pushedAt, deadAt                  sql.Null[int64]
+		supervised, filevault                     sql.Null[bool]
+		informedAt, securedAt, movedAt            sql.Null[int64]
 		der                                       []byte
 		typ                                       string
 	)
@@ -328,7 +351,8 @@ func scanEnrollment(row sqldb.Row) (*storage.Enrollment, error) {
 		&e.HasBootstrapToken, &e.HasUnlockToken,
 		&userID, &shortName, &longName,
 		&hash, &der, &notAfter, &pinned,
-		&owed, &paid, &attempts, &nextAt, &pushedAt, &class, &status, &reason, &apnsID, &deadAt)
+		&owed, &paid, &attempts, &nextAt, &pushedAt, &class, &status, &reason, &apnsID, &deadAt,
+		&supervised, &informedAt, &filevault, &securedAt, &movedAt)
 	if err != nil {
 		return nil, err
 	}
@@ -336,6 +360,12 @@ func scanEnrollment(row sqldb.Row) (*storage.Enrollment, error) {
 	e.BegunAt = fromMicros(begun)
 	e.EnrolledAt, e.CreatedAt, e.RenewalUntil, e.LastSeenAt = fromMicros(enrolled.V), fromMicros(created), fromMicros(renewal.V), fromMicros(seen.V)
 	e.UserID, e.UserShortName, e.UserLongName = userID.V, shortName.V, longName.V
+	if supervised.Valid && !answeredElsewhere(scope, informedAt, movedAt) {
+		e.Supervised = &supervised.V
+	}
+	if filevault.Valid && !answeredElsewhere(scope, securedAt, movedAt) {
+		e.FileVault = &filevault.V
+	}
 	if hash.Valid {
 		e.Certificate = &storage.PinnedCertificate{Hash: hash.V, DER: der, NotAfter: fromMicros(notAfter.V), PinnedAt: fromMicros(pinned.V)}
 	}

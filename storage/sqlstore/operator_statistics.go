@@ -11,7 +11,7 @@ import (
 	"github.com/nanomdm/nanomdm/storage/sqldb"
 )
 
-var _ storage.Inventory = (*Store)(nil)
+var _ storage.Overview = (*Store)(nil)
 
 // keptIfTook is how long counting all enrollments must take for the counts to
 // be kept, and keptTimes for how many times as long they then are, so that who
@@ -84,7 +84,7 @@ func (s *Store) enabledByTopic(ctx context.Context) (map[string]int64, error) {
 	return counts, err
 }
 
-// Statistics implements storage.Inventory. Each count is a statement of its
+// Statistics implements storage.Overview. Each count is a statement of its
 // own, since together they may take long.
 func (s *Store) Statistics(ctx context.Context, scope storage.Scope) (*storage.Statistics, error) {
 	st := &storage.Statistics{ByType: make(map[mdm.EnrollType]int64)}
@@ -157,9 +157,9 @@ func countPushes(ctx context.Context, t *tx, scope storage.Scope, st *storage.St
 		{&st.PushesOwed, storage.EnrollmentFilter{Push: storage.PushOwed}},
 		{&st.PushesUnanswered, storage.EnrollmentFilter{Push: storage.PushUnanswered}},
 	} {
-		from, where, args := conditions(scope, count.f)
-		err := t.QueryRow(ctx, "SELECT COUNT(*) FROM (SELECT e.id FROM "+from+" WHERE 1 = 1"+where+" LIMIT ?) c",
-			append(args, storage.StatisticsLimit)...).Scan(count.into)
+		b := conditions(scope, count.f)
+		err := t.QueryRow(ctx, "SELECT COUNT(*) FROM (SELECT e.id FROM "+b.from+" WHERE 1 = 1"+b.where.String()+" LIMIT ?) c",
+			append(b.args, storage.StatisticsLimit)...).Scan(count.into)
 		if err != nil {
 			return err
 		}
@@ -167,7 +167,7 @@ func countPushes(ctx context.Context, t *tx, scope storage.Scope, st *storage.St
 	return nil
 }
 
-// PushCertState implements storage.Inventory.
+// PushCertState implements storage.Overview.
 func (s *Store) PushCertState(ctx context.Context, topic string) (*storage.PushCertInfo, error) {
 	var infos []storage.PushCertInfo
 	err := s.read(ctx, func(ctx context.Context, t *tx) (err error) {

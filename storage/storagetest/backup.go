@@ -65,6 +65,9 @@ func populate(t *testing.T, h *Harness, store *sqlstore.Store) {
 	d := h.device("D").on(store)
 	_, err := store.ChangeTags(t.Context(), everything, storage.TagChange{IDs: []string{"D"}, Add: []string{"lab"}, Record: func([]string) *storage.AuditRecord { return deed("tags") }})
 	require.NoError(t, err)
+	h.asksApplications(t, "APPS", "", "D")
+	_, err = d.apply(t, &storage.Report{Src: d.source(), Status: mdm.StatusAcknowledged, CommandUUID: "APPS", Inventory: &mdm.Inventory{Applications: &someApplications}})
+	require.NoError(t, err)
 	_, err = d.apply(t, &storage.Report{Src: d.telling(event("report", storage.TopicConnect)).source(), Status: mdm.StatusAcknowledged, CommandUUID: "C", Raw: nil})
 	require.NoError(t, err)
 	require.NoError(t, store.Flush(t.Context()))
@@ -104,6 +107,7 @@ func backupEverywhere(t *testing.T, h *Harness) {
 	rows, want := contents(t, h.cfg)
 	require.Positive(t, rows["nano_events"])
 	require.Positive(t, rows["nano_device_tags"])
+	require.Positive(t, rows["nano_device_inventory"])
 	for _, e := range Engines(t) {
 		if e.variable != "" && e.dsn == "" {
 			continue
@@ -114,6 +118,9 @@ func backupEverywhere(t *testing.T, h *Harness) {
 		cfg.RecordActivityEvery, cfg.Now = -1, h.Clock.Now
 		store, err := sqlstore.Open(t.Context(), cfg)
 		require.NoError(t, err)
+		inv, err := store.DeviceInventory(t.Context(), everything, "D")
+		require.NoError(t, err)
+		require.Equal(t, &someApplications, inv.Applications)
 		d := h.device("IMPORTED").with(importedHash(2)).on(store)
 		require.Equal(t, "later", d.polls(t), "%s: it goes on", e.Name)
 		require.NoError(t, store.Close())

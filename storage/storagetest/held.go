@@ -64,6 +64,9 @@ func heldStopsOne(t *testing.T, h *Harness) {
 		_, err := d.report(t, mdm.StatusError, "C")
 		return err
 	}
+	answer := func(d *channel) error {
+		return d.answer(t, mdm.StatusAcknowledged, "C", mdm.Inventory{Information: &mdm.DeviceInformation{OSVersion: "new"}})
+	}
 	update := func(d *channel) error {
 		_, err := d.tokenUpdate(t)
 		return err
@@ -76,6 +79,9 @@ func heldStopsOne(t *testing.T, h *Harness) {
 	}{
 		{"report, queue row", "nano_enrollment_queue", "id", acknowledge},
 		{"report, push row", "nano_enrollment_push", "id", refuse},
+		{"answer, inventory", "nano_device_inventory", "id", answer},
+		{"first answer, push row", "nano_enrollment_push", "id", answer},
+		{"answer, device", "nano_devices", "id", answer},
 		{"TokenUpdate, device", "nano_devices", "id", update},
 		{"TokenUpdate, enrollment", "nano_enrollments", "id", update},
 		{"TokenUpdate, push row", "nano_enrollment_push", "id", update},
@@ -89,6 +95,9 @@ func heldStopsOne(t *testing.T, h *Harness) {
 			h.Enroll(t, "D", "E")
 			h.enqueue(t, []string{"D"}, "B", "C")
 			require.Equal(t, "C", h.device("D").reports(t, mdm.StatusNotNow, "B"))
+			if tc.table == "nano_device_inventory" {
+				h.Exec(t, "INSERT INTO nano_device_inventory (id) VALUES ('D')")
+			}
 			release := h.hold(t, tc.table, tc.key+" = ?", "D")
 			held := make(chan error, 1)
 			go func() { held <- tc.message(h.device("D")) }()

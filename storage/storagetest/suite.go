@@ -58,6 +58,7 @@ func topics() []topic {
 		{"audit", auditTests()},
 		{"inventory", inventoryTests()},
 		{"tags", tagTests()},
+		{"answers", answerTests()},
 		{"outbox", outboxTests()},
 		{"sinks", sinkTests()},
 		{"deliveries", deliveryTests()},
