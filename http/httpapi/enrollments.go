@@ -28,6 +28,8 @@ type enrollmentInfo struct {
 	ProductName           string           `json:"product_name,omitempty"`
 	OSVersion             string           `json:"os_version,omitempty"`
 	BuildVersion          string           `json:"build_version,omitempty"`
+	Supervised            *bool            `json:"supervised,omitempty"`
+	FileVault             *bool            `json:"filevault,omitempty"`
 	IMEI                  string           `json:"imei,omitempty"`
 	MEID                  string           `json:"meid,omitempty"`
 	User                  *userInfo        `json:"user,omitempty"`
@@ -81,8 +83,9 @@ type queueInfo struct {
 // enrollmentDetail is an enrollment with the parts that lists leave out.
 type enrollmentDetail struct {
 	enrollmentInfo
-	Channels  []string `json:"channels"`
-	Diagnosis []string `json:"diagnosis"`
+	Inventory *inventoryInfo `json:"inventory,omitempty"`
+	Channels  []string       `json:"channels"`
+	Diagnosis []string       `json:"diagnosis"`
 	// Refusals are of its requests, the newest first.
 	Refusals []refusalInfo `json:"refusals"`
 }
@@ -109,6 +112,7 @@ func infoOfEnrollment(e *storage.Enrollment) enrollmentInfo {
 		ID: e.ID, Type: e.Type, DeviceID: e.DeviceID, Enabled: e.Enabled, OperatorDisabled: e.OperatorDisabled, Topic: e.Topic,
 		SerialNumber: e.SerialNumber, DeviceName: e.DeviceName, Model: e.Model, ModelName: e.ModelName, ProductName: e.ProductName,
 		OSVersion: e.OSVersion, BuildVersion: e.BuildVersion, IMEI: e.IMEI, MEID: e.MEID, Tags: e.Tags,
+		Supervised: e.Supervised, FileVault: e.FileVault,
 		TokenUpdateTally: e.Tally, AwaitingConfiguration: e.AwaitingConfiguration,
 		EnrolledAt: e.EnrolledAt, CreatedAt: e.CreatedAt, LastSeenAt: e.LastSeenAt, RenewalUntil: e.RenewalUntil,
 		HasBootstrapToken: e.HasBootstrapToken, HasUnlockToken: e.HasUnlockToken,
@@ -256,6 +260,11 @@ func (a *API) enrollmentDetail(ctx context.Context, id string) (*enrollmentDetai
 	detail := &enrollmentDetail{
 		enrollmentInfo: infoOfEnrollment(c.e), Channels: []string{}, Diagnosis: c.sentences(), Refusals: infoOfRefusals(c.refusals),
 	}
+	inv, err := a.store.DeviceInventory(ctx, scope, id)
+	if err != nil {
+		return nil, err
+	}
+	detail.Inventory = infoOfInventory(inv)
 	if c.head != nil {
 		detail.Queue.Head = new(infoOfItem(c.head))
 	}

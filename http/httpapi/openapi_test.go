@@ -199,6 +199,10 @@ func (d *document) check(s *schema, v any, at string) error {
 		if _, err := n.Int64(); err != nil {
 			return wrong("a whole number")
 		}
+	case "number":
+		if _, ok := v.(json.Number); !ok {
+			return wrong("a number")
+		}
 	case "string":
 		text, ok := v.(string)
 		if !ok {

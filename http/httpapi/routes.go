@@ -41,6 +41,7 @@ func (a *API) routes() []route {
 		{method: "POST", path: "/v1/enrollments/{id}/enable", role: roleAdmin, handler: a.endpoint(noQuery(a.enable))},
 		{method: "PUT", path: "/v1/enrollments/{id}/renewal", role: roleAdmin, handler: a.endpoint(noQuery(a.openRenewal))},
 		{method: "DELETE", path: "/v1/enrollments/{id}/renewal", role: roleAdmin, handler: a.endpoint(noQuery(a.closeRenewal))},
+		{method: "GET", path: "/v1/enrollments/{id}/applications", role: roleRead, handler: a.endpoint(noQuery(a.listApplications))},
 		{method: "PUT", path: "/v1/enrollments/{id}/tags/{tag}", role: roleEnqueue, handler: a.endpoint(noQuery(a.addTag))},
 		{method: "DELETE", path: "/v1/enrollments/{id}/tags/{tag}", role: roleEnqueue, handler: a.endpoint(noQuery(a.removeTag))},
 		{method: "GET", path: "/v1/tags", role: roleRead, handler: a.endpoint(a.listTags)},

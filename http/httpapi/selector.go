@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/nanomdm/nanomdm/mdm"
+	"github.com/nanomdm/nanomdm/mdm/schema"
 	"github.com/nanomdm/nanomdm/storage"
 )
 
@@ -23,6 +24,10 @@ type selector struct {
 	Tag                      *string `json:"tag,omitempty"`
 	Model                    *string `json:"model,omitempty"`
 	OSVersion                *string `json:"os_version,omitempty"`
+	OSVersionBelow           *string `json:"os_version_below,omitempty"`
+	OSVersionFrom            *string `json:"os_version_from,omitempty"`
+	FileVault                *bool   `json:"filevault,omitempty"`
+	Supervised               *bool   `json:"supervised,omitempty"`
 	LastSeenBefore           *string `json:"last_seen_before,omitempty"`
 	LastSeenAfter            *string `json:"last_seen_after,omitempty"`
 	Waiting                  *bool   `json:"waiting,omitempty"`
@@ -40,7 +45,8 @@ func (q *query) selector() selector {
 	}
 	return selector{
 		Type: text("type"), Enabled: q.flag("enabled"), Topic: text("topic"), Serial: text("serial"), User: text("user"),
-		Tag: text("tag"), Model: text("model"), OSVersion: text("os_version"), LastSeenBefore: text("last_seen_before"),
+		Tag: text("tag"), Model: text("model"), OSVersion: text("os_version"), OSVersionBelow: text("os_version_below"),
+		OSVersionFrom: text("os_version_from"), FileVault: q.flag("filevault"), Supervised: q.flag("supervised"), LastSeenBefore: text("last_seen_before"),
 		LastSeenAfter: text("last_seen_after"), Waiting: q.flag("waiting"), PushStatus: text("push_status"),
 		CertificateExpiresBefore: text("certificate_expires_before"),
 	}
@@ -49,7 +55,7 @@ func (q *query) selector() selector {
 // filter turns a selector into the store's form. Its error names the wrong
 // filter.
 func (s selector) filter() (storage.EnrollmentFilter, error) {
-	f := storage.EnrollmentFilter{Enabled: s.Enabled, Waiting: s.Waiting}
+	f := storage.EnrollmentFilter{Enabled: s.Enabled, Waiting: s.Waiting, FileVault: s.FileVault, Supervised: s.Supervised}
 	var err error
 	fail := func(name, want string) {
 		if err == nil {
@@ -68,6 +74,13 @@ func (s selector) filter() (storage.EnrollmentFilter, error) {
 		}
 		return *value
 	}
+	version := func(name string, value *string) string {
+		text := word(name, value)
+		if _, ok := schema.CompareVersions(text, text); text != "" && !ok {
+			fail(name, fmt.Sprintf("%.80q is not a version such as 15.1", text))
+		}
+		return text
+	}
 	at := func(name string, value *string) time.Time {
 		if value == nil {
 			return time.Time{}
@@ -85,6 +98,8 @@ func (s selector) filter() (storage.EnrollmentFilter, error) {
 	f.Tag = word("tag", s.Tag)
 	f.Model = word("model", s.Model)
 	f.OSVersion = word("os_version", s.OSVersion)
+	f.OSVersionBelow = version("os_version_below", s.OSVersionBelow)
+	f.OSVersionFrom = version("os_version_from", s.OSVersionFrom)
 	f.LastSeenBefore = at("last_seen_before", s.LastSeenBefore)
 	f.LastSeenAfter = at("last_seen_after", s.LastSeenAfter)
 	f.Push = storage.PushStatus(word("push_status", s.PushStatus, pushStatuses()...))

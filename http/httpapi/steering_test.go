@@ -234,6 +234,45 @@ func TestTags(t *testing.T) {
 		o.deeds("enrollment.tags"), "of what changed, and of what was refused")
 }
 
+func TestInventory(t *testing.T) {
+	o := newOperators(t)
+	for _, id := range []string{"a", "b"} {
+		o.enrollFully(id, "S-"+id, "topic-a")
+	}
+	require.NotContains(t, o.asks(o.admin(), 200, "GET", "/v1/enrollments/a", ""), "inventory")
+	require.Equal(t, map[string]any{"id": "a", "count": 0.0, "applications": []any{}}, o.asks(o.admin(), 200, "GET", "/v1/enrollments/a/applications", ""))
+	for uuid, inv := range map[string]mdm.Inventory{
+		"DeviceInformation":        {Information: &mdm.DeviceInformation{OSVersion: "15.1", DeviceName: "<script>", Supervised: new(true), Capacity: new(494.38)}},
+		"SecurityInfo":             {Security: &mdm.SecurityInfo{FileVault: new(true), SecureBoot: "full"}},
+		"InstalledApplicationList": {Applications: &mdm.Applications{Count: 3000, Items: []mdm.Application{{Identifier: "com.example.a", Name: "A", Version: "1"}}}},
+	} {
+		o.asks(o.admin(), 200, "PUT", "/v1/enqueue/a?nopush=1", `<plist version="1.0"><dict><key>CommandUUID</key><string>`+uuid+
+			`</string><key>Command</key><dict><key>RequestType</key><string>`+uuid+`</string></dict></dict></plist>`)
+		_, err := o.store.Apply(t.Context(), &storage.Report{
+			Src:    storage.Source{Enroll: enrollID("a"), Pin: &storage.Pin{Hash: "cert of a"}},
+			Status: mdm.StatusAcknowledged, CommandUUID: uuid, Raw: []byte("raw"), Inventory: &inv,
+		})
+		require.NoError(t, err)
+	}
+	now := "2026-03-01T12:00:00Z"
+	shown := o.asks(call{key: o.makeKey("reader", "read", "topic-a")}, 200, "GET", "/v1/enrollments/S-a", "")
+	require.Equal(t, map[string]any{
+		"information": map[string]any{"os_version": "15.1", "device_name": "<script>", "supervised": true, "capacity_gb": 494.38}, "information_at": now,
+		"security": map[string]any{"filevault": true, "secure_boot": "full"}, "security_at": now, "applications_count": 3000.0, "applications_at": now,
+	}, shown["inventory"])
+	require.Equal(t, "15.1", shown["os_version"])
+	require.Equal(t, map[string]any{"id": "a", "count": 3000.0, "applications_at": now, "applications": []any{
+		map[string]any{"identifier": "com.example.a", "name": "A", "version": "1"}}}, o.asks(o.admin(), 200, "GET", "/v1/enrollments/a/applications", ""))
+	for query, want := range map[string]int{
+		"filevault=true": 1, "filevault=false": 0, "supervised=true&os_version_from=15": 1, "serial=S-a&os_version_below=15.1": 0, "serial=S-a&os_version_below=15.2": 1,
+	} {
+		require.Len(t, o.asks(o.admin(), 200, "GET", "/v1/enrollments?"+query, "")["enrollments"], want, query)
+	}
+	require.Contains(t, o.asks(o.admin(), 400, "GET", "/v1/enrollments?os_version_below=new", "")["error"], `os_version_below: "new" is not a version such as 15.1`)
+	answer := o.asks(o.admin(), 200, "POST", "/v1/tags", `{"selector": {"filevault": true, "os_version_from": "15"}, "add": ["encrypted"]}`)
+	require.EqualValues(t, 1, answer["changed"])
+}
+
 func TestQueueAndCommands(t *testing.T) {
 	o := newOperators(t)
 	o.enroll("mac", "topic-a")
@@ -480,6 +519,7 @@ func TestTenants(t *testing.T) {
 		"POST /v1/enrollments/{id}/enable":                  {},
 		"PUT /v1/enrollments/{id}/renewal":                  {body: `{"for": "1h"}`},
 		"DELETE /v1/enrollments/{id}/renewal":               {},
+		"GET /v1/enrollments/{id}/applications":             {},
 		"PUT /v1/enrollments/{id}/tags/{tag}":               {},
 		"DELETE /v1/enrollments/{id}/tags/{tag}":            {},
 		"GET /v1/tags":                                      {},
