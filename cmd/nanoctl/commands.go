@@ -10,7 +10,7 @@ type group struct {
 func groups() []group {
 	return []group{
 		{"Devices", []command{
-			enrollmentsLsCommand(), showCommand(), queueCommand(), clearCommand(), pushCommand(), tagCommand(), untagCommand(), tagsLsCommand(), disableCommand(), enableCommand(), deleteCommand(),
+			enrollmentsLsCommand(), showCommand(), applicationsCommand(), queueCommand(), clearCommand(), pushCommand(), tagCommand(), untagCommand(), tagsLsCommand(), disableCommand(), enableCommand(), deleteCommand(),
 		}},
 		{"Commands for devices", []command{
 			sendCommand(), installProfileCommand(), removeProfileCommand(), commandCommand(), commandsLsCommand(), statusCommand(),

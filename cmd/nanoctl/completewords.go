@@ -85,7 +85,7 @@ func flagValues(command, name string) []string {
 		return []string{"table", "wide", "json"}
 	case "role":
 		return []string{"read", "push", "enqueue", "admin"}
-	case "enabled", "waiting":
+	case "enabled", "waiting", "filevault", "supervised":
 		return []string{"true", "false"}
 	case "request-type":
 		return schema.RequestTypes()

@@ -32,6 +32,8 @@ type enrollment struct {
 	ProductName           string     `json:"product_name"`
 	OSVersion             string     `json:"os_version"`
 	BuildVersion          string     `json:"build_version"`
+	Supervised            *bool      `json:"supervised"`
+	FileVault             *bool      `json:"filevault"`
 	IMEI                  string     `json:"imei"`
 	MEID                  string     `json:"meid"`
 	User                  *userInfo  `json:"user"`
@@ -66,8 +68,9 @@ type enrollment struct {
 		NotNow    int        `json:"notnow"`
 		Head      *queueItem `json:"head"`
 	} `json:"queue"`
-	Channels  []string `json:"channels"`
-	Diagnosis []string `json:"diagnosis"`
+	Inventory *inventory `json:"inventory"`
+	Channels  []string   `json:"channels"`
+	Diagnosis []string   `json:"diagnosis"`
 }
 
 type userInfo struct {
@@ -148,9 +151,9 @@ func naming(argument string, err error) error {
 
 // filter selects enrollments; the names are the server's.
 type filter struct {
-	enabled, waiting                           string
+	enabled, waiting, fileVault, supervised    string
 	kind, topic, serial, user, tag, model      string
-	osVersion                                  string
+	osVersion, osBelow, osFrom                 string
 	pushStatus                                 string
 	stale, certExpires                         age
 	seenBefore, seenAfter, certificatesExpires moment
@@ -165,6 +168,10 @@ func (f *filter) flags(flags *flag.FlagSet) {
 	flags.StringVar(&f.tag, "tag", "", "a device's `tag`")
 	flags.StringVar(&f.model, "model", "", "`model`, such as MacBookPro18,3")
 	flags.StringVar(&f.osVersion, "os-version", "", "OS `version`, such as 15.1")
+	flags.StringVar(&f.osBelow, "os-version-below", "", "OS older than this `version`")
+	flags.StringVar(&f.osFrom, "os-version-from", "", "OS of this `version` or newer")
+	flags.StringVar(&f.fileVault, "filevault", "", "`true or false`: whether FileVault is on, by the last answer to SecurityInfo")
+	flags.StringVar(&f.supervised, "supervised", "", "`true or false`, by the last answer to DeviceInformation")
 	flags.Var(&f.stale, "stale", "not seen for so long, such as `7d`")
 	flags.Var(&f.seenBefore, "last-seen-before", "last seen before this `time`")
 	flags.Var(&f.seenAfter, "last-seen-after", "last seen at this `time` or later")
@@ -179,6 +186,7 @@ func (f *filter) query() url.Values {
 	q := url.Values{}
 	for name, value := range map[string]string{
 		"type": f.kind, "enabled": f.enabled, "topic": f.topic, "serial": f.serial, "user": f.user, "tag": f.tag, "model": f.model,
+		"os_version_below": f.osBelow, "os_version_from": f.osFrom, "filevault": f.fileVault, "supervised": f.supervised,
 		"os_version": f.osVersion, "waiting": f.waiting, "push_status": f.pushStatus,
 	} {
 		if value != "" {
@@ -223,6 +231,7 @@ var enrollmentColumns = []column[enrollment]{
 	{heading: "WAITING", cell: func(x *enrollment) string { return strconv.Itoa(x.waiting()) }},
 	{heading: "PUSH", cell: (*enrollment).pushed, clip: true, tone: toneOf},
 	{heading: "MODEL", cell: func(x *enrollment) string { return x.Model }, wide: true},
+	{heading: "FILEVAULT", cell: func(x *enrollment) string { return is(x.FileVault, "on", "off") }, wide: true},
 	{heading: "TAGS", cell: func(x *enrollment) string { return strings.Join(x.Tags, ",") }, wide: true},
 	{heading: "TYPE", cell: func(x *enrollment) string { return x.Type }, wide: true},
 	{heading: "ID", cell: func(x *enrollment) string { return x.ID }, wide: true},
@@ -279,6 +288,7 @@ func (e *env) showEnrollment(x *enrollment) error {
 	if x.AwaitingConfiguration {
 		rows = append(rows, [2]string{"awaiting configuration", "yes"})
 	}
+	rows = append(rows, x.Inventory.rows()...)
 	if c := x.Certificate; c != nil {
 		rows = append(rows, [2]string{"certificate", joined(c.Subject, "SHA-256 "+c.SHA256)}, [2]string{"certificate expires", stamp(c.NotAfter)})
 	}

@@ -42,7 +42,7 @@ const (
 func goldenEnrollment(i int, more string) string {
 	return fmt.Sprintf(`{"id":"0000810%d-001A2B3C4D5E6F7%d","type":"Device","device_id":"0000810%d-001A2B3C4D5E6F7%d","enabled":true,"serial_number":"C02XK0AAJG5%d",
 "device_name":"Marketing MacBook Pro of Ann-Sophie %d","model":"MacBookPro18,3","model_name":"MacBook Pro","os_version":"15.1.1","build_version":"24B91","topic":%q,
-"token_update_tally":2,"tags":["lab","berlin-3rd-floor"],"enrolled_at":%q,"last_seen_at":%q%s}`, i, i, i, i, i, i, goldenTopic, at(-90*24*time.Hour), at(-4*time.Hour), more)
+"supervised":true,"filevault":false,"token_update_tally":2,"tags":["lab","berlin-3rd-floor"],"enrolled_at":%q,"last_seen_at":%q%s}`, i, i, i, i, i, i, goldenTopic, at(-90*24*time.Hour), at(-4*time.Hour), more)
 }
 
 // goldenServer answers what the golden file shows.
@@ -76,7 +76,13 @@ func goldenServer() http.Handler {
 		"/v1/events":   `{"events":[{"topic":"mdm.Connect","serial_number":"C02XK0AAJG51","request_type":"InstalledApplicationList","created_at":"` + at(-time.Minute) + `","acknowledge_event":{"ids":{"id":"00008101-001A2B3C4D5E6F71"},"status":"Acknowledged","command_uuid":"` + goldenUUID + `"},"cursor":"7"}],"next":""}`,
 	}
 	answers["/v1/enrollments/C02XK0AAJG51"] = goldenEnrollment(1, `,"certificate":{"sha256":"9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08","subject":"CN=00008101-001A2B3C4D5E6F71","not_after":"`+at(200*24*time.Hour)+`"},
-"push":{"last_class":"accepted","last_at":"`+at(-3*time.Second)+`"},"queue":{"queued":3,"head":{"command_uuid":"`+goldenUUID+`","request_type":"ProfileList","state":"queued"}},"diagnosis":[]`)
+"push":{"last_class":"accepted","last_at":"`+at(-3*time.Second)+`"},"inventory":{"information":{"host_name":"marketing-macbook-pro-of-ann-sophie.local","capacity_gb":494.38,"available_gb":311.25,"battery_level":0.87,"supervised":true,
+"apple_silicon":true,"activation_lock":false},"information_at":"`+at(-26*time.Hour)+`","security":{"filevault":true,"filevault_personal_key":true,"firewall":true,"system_integrity_protection":true,
+"passcode_present":true,"secure_boot":"full","enrolled_via_dep":true,"user_approved_enrollment":true},"security_at":"`+at(-2*time.Hour)+`","applications_count":212,"applications_at":"`+at(-26*time.Hour)+`"},
+"queue":{"queued":3,"head":{"command_uuid":"`+goldenUUID+`","request_type":"ProfileList","state":"queued"}},"diagnosis":[]`)
+	answers["/v1/enrollments/C02XK0AAJG51/applications"] = `{"id":"x","count":212,"applications_at":"` + at(-26*time.Hour) + `","applications":[{"name":"Safari","identifier":"com.apple.Safari","version":"18.1","build":"20619.2.8.11.10"},
+{"name":"A tool with a name that no column of a terminal has room for, and\u001b[31m","identifier":"com.example.department.of.very.long.names.tool","build":"1"}]}`
+	answers["/v1/enrollments/C02XK0AAJG52/applications"] = `{"id":"y","count":0,"applications":[]}`
 	id := "/v1/enrollments/00008101-001A2B3C4D5E6F71/queue"
 	answers[id] = `{"queue":[{"command_uuid":"` + goldenUUID + `","request_type":"InstalledApplicationList","state":"notnow","notnow_count":12,"created_at":"` + at(-time.Hour) + `","expires_at":"` + at(24*time.Hour) + `"}]}`
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -105,7 +111,7 @@ func TestEightyColumns(t *testing.T) {
 		var screen bytes.Buffer
 		dir := t.TempDir()
 		for _, line := range []string{
-			"help", "enrollments ls", "enrollments ls -serial none", "enrollments ls -o wide", "show C02XK0AAJG51", "queue C02XK0AAJG51", "tags ls", "tag C02XK0AAJG51 lab", "tag C02XK0AAJG51", "commands ls",
+			"help", "enrollments ls", "enrollments ls -serial none", "enrollments ls -o wide", "show C02XK0AAJG51", "apps C02XK0AAJG51", "apps C02XK0AAJG52", "queue C02XK0AAJG51", "tags ls", "tag C02XK0AAJG51 lab", "tag C02XK0AAJG51", "commands ls",
 			"status " + goldenUUID, "audit", "keys ls", "sinks ls", "pushcert ls", "stats", "replicas", "top -count 1", "context ls", "events", "shwo",
 		} {
 			var out, errs bytes.Buffer
