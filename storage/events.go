@@ -172,9 +172,22 @@ const (
 	OnErrorSkip OnError = "skip"
 )
 
+// EventForm is the form in which a sink gets events.
+type EventForm string
+
+// The forms.
+const (
+	// FormEvent is the event as JSON, by POST, signed.
+	FormEvent EventForm = ""
+	// FormCheckin is the device's check-in as it came, by PUT, as a migration
+	// endpoint takes it. The first key is the password of the user nanomdm.
+	FormCheckin EventForm = "checkin"
+)
+
 // EventSink is a receiver of events.
 type EventSink struct {
 	Name string
+	Form EventForm
 	// URL is the address to which events are sent. Without one, events are only
 	// kept in the log, for ReadEvents.
 	URL string

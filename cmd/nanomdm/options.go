@@ -76,6 +76,8 @@ type options struct {
 	webhookConfig     string
 	webhookCA         string
 	webhookAllowed    []netip.Prefix
+	mirrorURL         *url.URL
+	mirrorKey         secret
 	secretParams      []string
 	webhookWorkers    int // 0: this replica sends nothing
 	webhookTimeout    time.Duration
@@ -314,6 +316,12 @@ func (o *options) table() []option {
 		{name: "webhook-ca", arg: "FILE", group: groupWebhook, file: true, set: to(&o.webhookCA, parseText),
 			help:   "PEM file of private CAs to trust for all receivers.",
 			detail: "Beside the system's."},
+		{name: "mirror-url", arg: "URL", group: groupWebhook, set: to(&o.mirrorURL, parseURL),
+			help:   "Send devices' check-ins to this migration endpoint, too.",
+			detail: "Of the server that they came from, such as `https://old.example.org/migration`, so that they can go back to it. Authenticate, TokenUpdate, SetBootstrapToken and CheckOut go there as they came, in order for each enrollment, and are tried again as events are; the sink is called `mirror`. See [upgrading](upgrading.md#the-way-back)."},
+		{name: "mirror-key", arg: "KEY", group: groupWebhook, secret: true, set: to(&o.mirrorKey, parseSecret),
+			help:   "API key of the server at -mirror-url.",
+			detail: "It is sent as the password of the user `nanomdm`."},
 		{name: "secret-params", arg: "LIST", def: "ticket", group: groupWebhook, set: to(&o.secretParams, parseNames),
 			help:   "Query parameters of enrollment URLs that events show as a hash.",
 			detail: "They are secret, such as a ticket that proves the right to enroll; an event has `sha256:` and the hash. The question to `-authenticate-url` has them as they are. Empty hides none."},

@@ -308,6 +308,9 @@ func (c *configuration) checkRoles(o *options) {
 	if o.authenticateKey != "" && !c.isGiven("authenticate-url") {
 		c.warn("-authenticate-key does nothing without -authenticate-url")
 	}
+	if o.mirrorKey != "" && !c.isGiven("mirror-url") {
+		c.warn("-mirror-key does nothing without -mirror-url")
+	}
 	if o.webhookHMACKey != "" && !c.isGiven("webhook-url") {
 		c.warn("-webhook-hmac-key does nothing without -webhook-url")
 	}

@@ -17,7 +17,7 @@ import (
 
 // loadSinks reads the configured sinks: of -webhook-url, which gets everything
 // and skips events that its receiver fails to take, since receivers of NanoMDM
-// were never waited for, and of the file of -webhook-config.
+// were never waited for, of -mirror-url, and of the file of -webhook-config.
 func loadSinks(o options) ([]storage.EventSink, error) {
 	var sinks []storage.EventSink
 	if o.webhookConfig != "" {
@@ -31,11 +31,19 @@ func loadSinks(o options) ([]storage.EventSink, error) {
 			return nil, fmt.Errorf("-webhook-config: %w", err)
 		}
 	}
+	for _, own := range []struct {
+		name, option string
+		given        bool
+	}{{webhook.DefaultSink, "-webhook-url", o.webhookURL != nil}, {webhook.MirrorSink, "-mirror-url", o.mirrorURL != nil}} {
+		if own.given && slices.ContainsFunc(sinks, func(k storage.EventSink) bool { return k.Name == own.name }) {
+			return nil, fmt.Errorf("-webhook-config: the name %s is that of %s: give the sink another one", own.name, own.option)
+		}
+	}
+	if o.mirrorURL != nil {
+		sinks = append(sinks, webhook.Mirror(o.mirrorURL, string(o.mirrorKey)))
+	}
 	if o.webhookURL == nil {
 		return sinks, nil
-	}
-	if slices.ContainsFunc(sinks, func(k storage.EventSink) bool { return k.Name == webhook.DefaultSink }) {
-		return nil, fmt.Errorf("-webhook-config: the name %s is that of -webhook-url: give the sink another one", webhook.DefaultSink)
 	}
 	k := webhook.Sink{Name: webhook.DefaultSink, URL: o.webhookURL.String(), Tokens: true, Filter: storage.EventFilter{Idle: true},
 		OnError: storage.OnErrorSkip}

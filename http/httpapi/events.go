@@ -261,6 +261,7 @@ type sinkInfo struct {
 	URL        string              `json:"url,omitempty"`
 	KeyCount   int                 `json:"key_count"`
 	Tokens     bool                `json:"tokens"`
+	Form       storage.EventForm   `json:"form,omitempty"`
 	OnError    storage.OnError     `json:"on_error"`
 	Filter     storage.EventFilter `json:"filter"`
 	Disabled   bool                `json:"disabled"`
@@ -293,7 +294,7 @@ func redactedURL(text string) string {
 
 func infoOfSink(k *storage.EventSink, backlogs []storage.SinkBacklog) sinkInfo {
 	info := sinkInfo{
-		Name: k.Name, URL: redactedURL(k.URL), KeyCount: len(k.Keys), Tokens: k.Tokens, OnError: cmp.Or(k.OnError, storage.OnErrorHold),
+		Name: k.Name, URL: redactedURL(k.URL), KeyCount: len(k.Keys), Tokens: k.Tokens, Form: k.Form, OnError: cmp.Or(k.OnError, storage.OnErrorHold),
 		Filter: k.Filter, Disabled: !k.Enabled,
 		Reason: k.Reason, Configured: k.Configured, Cursor: strconv.FormatInt(k.Cursor, 10), CreatedAt: k.CreatedAt, UpdatedAt: k.UpdatedAt,
 	}

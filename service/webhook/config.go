@@ -19,6 +19,26 @@ import (
 // DefaultSink is the name of the sink that -webhook-url makes.
 const DefaultSink = "webhook"
 
+// MirrorSink is the name of the sink that -mirror-url makes.
+const MirrorSink = "mirror"
+
+// Mirror is the sink by which another server's migration endpoint gets the
+// check-ins that change enrollments, in order for each, with key as the password
+// of the user nanomdm. One that it refuses holds up the later ones of its
+// enrollment, as one that a server without its database refuses has to.
+func Mirror(endpoint *url.URL, key string) storage.EventSink {
+	k := storage.EventSink{
+		Name: MirrorSink, URL: endpoint.String(), Form: storage.FormCheckin, Tokens: true, OnError: storage.OnErrorHold, Enabled: true,
+		Filter: storage.EventFilter{Topics: []string{
+			storage.TopicAuthenticate, storage.TopicTokenUpdate, storage.TopicCheckOut, storage.TopicSetBootstrapToken,
+		}},
+	}
+	if key != "" {
+		k.Keys = []string{key}
+	}
+	return k
+}
+
 // Sink is the JSON of a sink, in a file or through the API.
 type Sink struct {
 	Name string `json:"name,omitempty"` // in a file; the API has it in the path

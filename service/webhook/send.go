@@ -17,6 +17,7 @@ import (
 
 	"golang.org/x/sync/semaphore"
 
+	"github.com/nanomdm/nanomdm/mdm"
 	"github.com/nanomdm/nanomdm/service/callout"
 	"github.com/nanomdm/nanomdm/storage"
 )
@@ -118,11 +119,45 @@ func (s *sender) send(ctx context.Context, k *storage.EventSink, r *storage.Even
 		whole.Raw = raw
 		r = &whole
 	}
-	body, err := render(r)
+	body, err := bodyOf(k.Form, r)
 	if err != nil {
 		return &failure{text: err.Error(), permanent: true}
 	}
 	return s.post(ctx, k, r, body, attempt)
+}
+
+var errNoCheckin = errors.New("the check-in is not kept any more")
+
+// bodyOf is an event in a sink's form.
+func bodyOf(form storage.EventForm, r *storage.Event) ([]byte, error) {
+	switch {
+	case form == storage.FormEvent:
+		return render(r)
+	case len(r.Raw) == 0:
+		return nil, errNoCheckin
+	}
+	return r.Raw, nil
+}
+
+// request makes the request of one try, without a trace and an attempt.
+func request(ctx context.Context, k *storage.EventSink, id string, body []byte) (*http.Request, error) {
+	method, media := http.MethodPost, "application/json; charset=utf-8"
+	if k.Form == storage.FormCheckin {
+		method, media = http.MethodPut, mdm.ContentTypeCheckin
+	}
+	req, err := http.NewRequestWithContext(ctx, method, k.URL, bytes.NewReader(body))
+	if err != nil {
+		return nil, err
+	}
+	req.Header.Set("Content-Type", media)
+	req.Header.Set("User-Agent", "nanomdm")
+	switch {
+	case k.Form == storage.FormEvent:
+		sign(req.Header, k.Keys, id, time.Now(), body)
+	case len(k.Keys) > 0:
+		req.SetBasicAuth("nanomdm", k.Keys[0])
+	}
+	return req, nil
 }
 
 func (s *sender) post(ctx context.Context, k *storage.EventSink, r *storage.Event, body []byte, attempt int) *failure {
@@ -133,19 +168,16 @@ func (s *sender) post(ctx context.Context, k *storage.EventSink, r *storage.Even
 		GetConn: func(string) { connected.Store(false) },
 		GotConn: func(httptrace.GotConnInfo) { connected.Store(true) },
 	})
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, k.URL, bytes.NewReader(body))
+	req, err := request(ctx, k, r.ID, body)
 	if err != nil {
 		return &failure{text: "the sink's URL cannot be used"}
 	}
-	req.Header.Set("Content-Type", "application/json; charset=utf-8")
-	req.Header.Set("User-Agent", "nanomdm")
 	if r.TraceParent != "" {
 		req.Header.Set(callout.HeaderTraceParent, r.TraceParent)
 	}
 	if attempt > 1 {
 		req.Header.Set(headerAttempt, strconv.Itoa(attempt))
 	}
-	sign(req.Header, k.Keys, r.ID, time.Now(), body)
 	client := s.guarded
 	if k.Configured { // the operator of the server chose the URL
 		client = s.client

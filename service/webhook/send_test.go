@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
+	"net/url"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -65,4 +66,28 @@ func TestGuardedSinks(t *testing.T) {
 	allowing := newSender(nil, 10*time.Second, 1, nil, callout.Guard{Allowed: []netip.Prefix{netip.MustParsePrefix("127.0.0.1/32")}}, nil)
 	defer allowing.close()
 	require.Nil(t, allowing.send(t.Context(), &storage.EventSink{URL: receiver.URL}, e, 1))
+}
+
+// TestCheckinForm: a migration endpoint gets the bytes that the device sent, and
+// a check-in that is not kept any more is never tried.
+func TestCheckinForm(t *testing.T) {
+	body, err := bodyOf(storage.FormCheckin, &storage.Event{Raw: []byte("<plist/>")})
+	require.NoError(t, err)
+	k := Mirror(&url.URL{Scheme: "https", Host: "old.example.org", Path: "/migration"}, "secret")
+	req, err := request(t.Context(), &k, "E1", body)
+	require.NoError(t, err)
+	require.Equal(t, "PUT https://old.example.org/migration", req.Method+" "+req.URL.String())
+	require.Equal(t, "application/x-apple-aspen-mdm-checkin", req.Header.Get("Content-Type"))
+	user, password, _ := req.BasicAuth()
+	require.Equal(t, []string{"nanomdm", "secret"}, []string{user, password})
+	require.Empty(t, req.Header.Get("X-Hmac-Signature"))
+	sent, err := io.ReadAll(req.Body)
+	require.NoError(t, err)
+	require.Equal(t, "<plist/>", string(sent))
+	_, err = bodyOf(storage.FormCheckin, &storage.Event{})
+	require.ErrorIs(t, err, errNoCheckin)
+	for _, topic := range []string{storage.TopicAuthenticate, storage.TopicTokenUpdate, storage.TopicCheckOut, storage.TopicSetBootstrapToken} {
+		require.True(t, k.Match(&storage.Event{Topic: topic}), topic)
+	}
+	require.False(t, k.Match(&storage.Event{Topic: storage.TopicConnect}))
 }

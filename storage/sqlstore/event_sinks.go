@@ -20,7 +20,8 @@ type sinkConfig struct {
 	Tokens bool                `json:"tokens,omitempty"`
 	Filter storage.EventFilter `json:"filter"`
 	// OnError is missing in rows of older releases.
-	OnError storage.OnError `json:"on_error,omitempty"`
+	OnError storage.OnError   `json:"on_error,omitempty"`
+	Form    storage.EventForm `json:"form,omitempty"`
 }
 
 // EventSinks implements storage.EventSinks.
@@ -54,7 +55,7 @@ FROM nano_event_sinks ORDER BY name`), func(row sqldb.Row, k *storage.EventSink)
 		if err := json.Unmarshal(config, &c); err != nil {
 			return fmt.Errorf("the configuration of sink %s: %w", k.Name, err)
 		}
-		k.URL, k.Keys, k.Tokens, k.Filter, k.OnError = c.URL, c.Keys, c.Tokens, c.Filter, c.OnError
+		k.URL, k.Keys, k.Tokens, k.Filter, k.OnError, k.Form = c.URL, c.Keys, c.Tokens, c.Filter, c.OnError, c.Form
 		k.Reason = reason.V
 		k.SeenAt, k.CreatedAt, k.UpdatedAt = fromMicros(seen), fromMicros(created), fromMicros(updated)
 		return nil
@@ -63,7 +64,7 @@ FROM nano_event_sinks ORDER BY name`), func(row sqldb.Row, k *storage.EventSink)
 
 // PutEventSink implements storage.EventSinks.
 func (s *Store) PutEventSink(ctx context.Context, k storage.EventSink) error {
-	config, err := json.Marshal(sinkConfig{URL: k.URL, Keys: k.Keys, Tokens: k.Tokens, Filter: k.Filter, OnError: k.OnError})
+	config, err := json.Marshal(sinkConfig{URL: k.URL, Keys: k.Keys, Tokens: k.Tokens, Filter: k.Filter, OnError: k.OnError, Form: k.Form})
 	if err != nil {
 		return fmt.Errorf("storing event sink %s: %w", k.Name, err)
 	}

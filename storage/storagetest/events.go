@@ -412,7 +412,7 @@ func outboxLogRemoved(t *testing.T, h *Harness) {
 
 func sinkStored(t *testing.T, h *Harness) {
 	k := storage.EventSink{
-		Name: "hook", URL: "https://user:pass@hook/", Keys: []string{"k1", "k2"}, Tokens: true, Enabled: true, OnError: storage.OnErrorSkip,
+		Name: "hook", URL: "https://user:pass@hook/", Keys: []string{"k1", "k2"}, Form: storage.FormCheckin, Tokens: true, Enabled: true, OnError: storage.OnErrorSkip,
 		Filter: storage.EventFilter{Topics: []string{storage.TopicConnect}, EnrollmentTypes: []mdm.EnrollType{mdm.Device},
 			RequestTypes: []string{"ProfileList"}, APNsTopics: []string{topicA}, Idle: true},
 	}
