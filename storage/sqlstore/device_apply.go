@@ -100,9 +100,10 @@ func (s *Store) Apply(ctx context.Context, op storage.Op) (*storage.Outcome, err
 // applyWriting carries out an operation that writes. While its rows are locked
 // by others it is put into a later batch.
 func (s *Store) applyWriting(ctx context.Context, op storage.Op) (*opRun, error) {
-	began := time.Now()
+	began, inventory := time.Now(), newInventoryAnswer(op)
 	for attempt := 1; ; attempt++ {
 		p := newOpRun(op)
+		p.inventory = inventory
 		err := s.changes.do(ctx, p, p.bytes())
 		if cmp.Or(err, p.err) != errHeld || time.Since(began) > heldPatience {
 			return p, err

@@ -1,6 +1,7 @@
 package sqlstore
 
 import (
+	"bytes"
 	"context"
 	"database/sql"
 	"encoding/json"
@@ -277,7 +278,7 @@ updated_at = ? WHERE id = ?`, n.deviceName, n.model, n.modelName, n.productName,
 // DeviceInformation may ask for a single value.
 func mergedInformation(earlier []byte, a *inventoryAnswer) (*mdm.DeviceInformation, []byte) {
 	var merged mdm.DeviceInformation
-	if len(earlier) == 0 || json.Unmarshal(earlier, &merged) != nil || json.Unmarshal(a.information, &merged) != nil {
+	if len(earlier) == 0 || bytes.Equal(earlier, a.information) || json.Unmarshal(earlier, &merged) != nil || json.Unmarshal(a.information, &merged) != nil {
 		return a.Information, a.information
 	}
 	return &merged, encodePart(&merged)

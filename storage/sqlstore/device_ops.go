@@ -115,7 +115,7 @@ type opRun struct {
 
 func newOpRun(op storage.Op) *opRun {
 	src := op.Source()
-	return &opRun{op: op, kind: kindOf(op), src: src, device: src.Enroll.DeviceID(), inventory: newInventoryAnswer(op)}
+	return &opRun{op: op, kind: kindOf(op), src: src, device: src.Enroll.DeviceID()}
 }
 
 // reset forgets the results of an attempt that was rolled back.
