@@ -81,7 +81,7 @@ func goldenServer() http.Handler {
 "passcode_present":true,"secure_boot":"full","enrolled_via_dep":true,"user_approved_enrollment":true},"security_at":"`+at(-2*time.Hour)+`","applications_count":212,"applications_at":"`+at(-26*time.Hour)+`"},
 "queue":{"queued":3,"head":{"command_uuid":"`+goldenUUID+`","request_type":"ProfileList","state":"queued"}},"diagnosis":[]`)
 	answers["/v1/enrollments/C02XK0AAJG51/applications"] = `{"id":"x","count":212,"applications_at":"` + at(-26*time.Hour) + `","applications":[{"name":"Safari","identifier":"com.apple.Safari","version":"18.1","build":"20619.2.8.11.10"},
-{"name":"A tool with a name that no column of a terminal has room for, and\u001b[31m","identifier":"com.example.department.of.very.long.names.tool","build":"1"}]}`
+{"name":"A \u001b[31mtool with a name that no column of a terminal has room for","identifier":"com.example.department.of.very.long.names.tool","build":"1"}]}`
 	answers["/v1/enrollments/C02XK0AAJG52/applications"] = `{"id":"y","count":0,"applications":[]}`
 	id := "/v1/enrollments/00008101-001A2B3C4D5E6F71/queue"
 	answers[id] = `{"queue":[{"command_uuid":"` + goldenUUID + `","request_type":"InstalledApplicationList","state":"notnow","notnow_count":12,"created_at":"` + at(-time.Hour) + `","expires_at":"` + at(24*time.Hour) + `"}]}`
