@@ -88,7 +88,7 @@ func benchDatabase(b *testing.B, name string) sqlstore.Config {
 	b.Helper()
 	for _, e := range storagetest.Engines(b) {
 		if e.Name == name {
-			return e.Virgin(b)
+			return e.Unmigrated(b)
 		}
 	}
 	return sqlstore.Config{}

@@ -156,7 +156,7 @@ func engine(t *testing.T, name string) *storagetest.Engine {
 // sqlSource makes an empty database for a source and returns its DSN.
 func sqlSource(t *testing.T, engineName, prefix string) (*sqlFixture, string) {
 	t.Helper()
-	cfg := engine(t, engineName).Virgin(t)
+	cfg := engine(t, engineName).Unmigrated(t)
 	x := &sqlFixture{t: t, prefix: prefix, pgsql: cfg.Driver == "pgsql"}
 	driver, dsn := "pgx", cfg.DSN
 	if !x.pgsql {

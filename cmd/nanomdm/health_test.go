@@ -144,7 +144,7 @@ func behind(t *testing.T, engine string) (dsn string, c *cable) {
 		if e.Name != engine {
 			continue
 		}
-		dsn := e.Virgin(t).DSN
+		dsn := e.Unmigrated(t).DSN
 		if engine == "pgsql" {
 			u, err := url.Parse(dsn)
 			require.NoError(t, err)

@@ -55,7 +55,7 @@ func TestRollingUpgrade(t *testing.T) {
 
 	for _, e := range storagetest.Engines(t) {
 		t.Run(e.Name, func(t *testing.T) {
-			cfg := e.Virgin(t)
+			cfg := e.Unmigrated(t)
 			ca, err := mdmtest.NewCA()
 			require.NoError(t, err)
 			dir := t.TempDir()

@@ -116,7 +116,7 @@ func (e *exporting) channelIDs() []string {
 	return ids
 }
 
-// list puts the users to their devices.
+// list adds the users to their devices.
 func (e *exporting) list() (list []*storage.DeviceRecord) {
 	for _, id := range e.channelIDs() {
 		if d := e.devices[id]; d != nil {
@@ -229,8 +229,8 @@ func (e *exporting) readPins(ctx context.Context, ids []string) error {
 		})
 }
 
-// readQueues reads all queue rows of channels, state by state, as the index
-// has them.
+// readQueues reads all queue rows of channels, state by state, in the order of
+// the index.
 func (e *exporting) readQueues(ctx context.Context, ids []string) error {
 	is, args := e.t.Among(ids)
 	states, stateArgs := sqldb.InList(storage.States())

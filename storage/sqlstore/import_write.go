@@ -180,7 +180,7 @@ type knownPush struct {
 	pushAt           sql.Null[int64]
 }
 
-// importedChannel is a channel with the id of its device.
+// importedChannel is a channel and the id of its device.
 type importedChannel struct {
 	*storage.ChannelRecord
 	device string
@@ -190,8 +190,8 @@ func (i *importing) refuse(kind, key, reason string) {
 	i.done.Refused = append(i.done.Refused, storage.Refusal{Kind: kind, Key: key, Reason: reason})
 }
 
-// whole refuses a text of an enrollment that the store could only keep in part:
-// a push with half a magic wakes nobody.
+// whole refuses a text of an enrollment that is longer than its column: a push
+// with half a magic wakes no device.
 func (i *importing) whole(id, name, text string) string {
 	if len(text) > mdm.MaxIDLen || legible(text) != text {
 		i.refuse("enrollment", id, fmt.Sprintf("its %s is longer than %d bytes or no text", name, mdm.MaxIDLen))
@@ -200,7 +200,7 @@ func (i *importing) whole(id, name, text string) string {
 	return text
 }
 
-// channels lists the channels that are imported, in order of their ids.
+// channels returns the imported channels, sorted by id.
 func (i *importing) channels() (all []importedChannel) {
 	for _, d := range i.devices {
 		all = append(all, importedChannel{&d.Channel, d.Channel.ID})
@@ -225,8 +225,8 @@ func (i *importing) scan(ctx context.Context, action, text string, args []any, r
 	return i.t.QueryBatch(ctx, sqldb.BatchQuery{Action: action, Text: text, Args: args, Read: read})
 }
 
-// readDevices locks the devices and leaves out those that spoke to this
-// server after what the record holds.
+// readDevices locks the devices and leaves out those that have sent a later
+// check-in to this server than the record has.
 func (i *importing) readDevices(ctx context.Context) error {
 	i.known = make(map[string]knownDevice)
 	text, args := i.t.LockText("id, authenticate_at, token_update_at, bootstrap_token_at", "nano_devices", i.ids())
@@ -254,8 +254,8 @@ func (i *importing) readDevices(ctx context.Context) error {
 	return nil
 }
 
-// readChannels locks what is there of the channels. A user channel that spoke
-// to this server since is left out.
+// readChannels locks the existing channels. It leaves out user channels that
+// have sent a later check-in to this server.
 func (i *importing) readChannels(ctx context.Context) error {
 	i.users, i.stamps, i.push = make(map[string]int64), make(map[string]int64), make(map[string]knownPush)
 	var ids []string
@@ -310,8 +310,8 @@ func (i *importing) readChannels(ctx context.Context) error {
 	return nil
 }
 
-// readCommands finds the commands that waiting rows need, and refuses rows
-// without one: it could never be sent and what is behind it would wait.
+// readCommands finds the commands that waiting rows need. A row without one is
+// refused: it could never be sent, and the rows after it would wait.
 func (i *importing) readCommands(ctx context.Context) error {
 	i.commands = make(map[string]bool)
 	var uuids []string
@@ -364,7 +364,7 @@ func (i *importing) writeDevices(ctx context.Context) error {
 	return nil
 }
 
-// value is what is stored of bytes of which none mean that there are none.
+// value returns bytes as they are stored, where empty is NULL.
 func (i *importing) value(column, key string, plain []byte) any {
 	if len(plain) == 0 {
 		return nil
@@ -379,7 +379,7 @@ func (i *importing) tokenAt(token storage.Token) any {
 	return null(micros(token.At))
 }
 
-// writeTags adds tags, as many as a device may have.
+// writeTags adds tags, up to the greatest number of a device.
 func (i *importing) writeTags(ctx context.Context) error {
 	var args []any
 	if !slices.ContainsFunc(i.devices, func(d *storage.DeviceRecord) bool { return len(d.Tags) > 0 }) {
@@ -456,9 +456,9 @@ type knownPin struct {
 	retired sql.Null[int64]
 }
 
-// writePins stores certificates. One that is another device's stays that, one
-// that was retired here stays retired, and a device that renewed its
-// certificate here keeps what it has.
+// writePins stores certificates. One that is pinned to another device stays so,
+// a retired one stays retired, and a device that renewed its certificate at
+// this server keeps it.
 func (i *importing) writePins(ctx context.Context) error {
 	byHash, renewed, err := i.readPins(ctx)
 	if err != nil {
@@ -498,8 +498,8 @@ func nilIfEmpty(b []byte) any {
 	return b
 }
 
-// readPins finds whose the certificates are, and which devices have a live one
-// that their record does not know.
+// readPins reads the devices of the certificates, and the devices with a live
+// certificate that their record does not have.
 func (i *importing) readPins(ctx context.Context) (byHash map[string]knownPin, renewed map[string]bool, err error) {
 	byHash, renewed = make(map[string]knownPin), make(map[string]bool)
 	named := make(map[string]bool)
@@ -538,14 +538,14 @@ func (i *importing) readPins(ctx context.Context) (byHash map[string]knownPin, r
 	return byHash, renewed, nil
 }
 
-// knownItem is a queue row that is there.
+// knownItem is an existing queue row.
 type knownItem struct {
 	state     storage.State
 	createdAt int64
 }
 
-// readItems reads queue rows of channels that were there before: those that
-// wait, and those that the records name.
+// readItems reads queue rows of existing channels: the waiting ones, and those
+// that the records name.
 func (i *importing) readItems(ctx context.Context) (map[keyPair]knownItem, error) {
 	items := make(map[keyPair]knownItem)
 	var ids []string
@@ -593,7 +593,7 @@ func (i *importing) writeQueues(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	waiting := make(map[string][]keyPair) // those that came with an earlier import
+	waiting := make(map[string][]keyPair) // rows of an earlier import
 	for key, item := range known {
 		if !item.state.Terminal() && item.createdAt < i.stamps[key.ID] {
 			waiting[key.ID] = append(waiting[key.ID], key)
@@ -665,7 +665,8 @@ func (w *queueWrites) addItem(c importedChannel, item storage.ItemRecord, seq in
 	}
 }
 
-// finishedAt is never empty for a row that has ended, since history goes by it.
+// finishedAt returns when a row ended. It is never 0 for one that has, since
+// retention needs it.
 func (i *importing) finishedAt(item storage.ItemRecord) int64 {
 	if !item.State.Terminal() {
 		return 0
@@ -680,7 +681,7 @@ func nilIfBlank(s string) any {
 	return s
 }
 
-// pushRow is the row with a channel's queue numbers.
+// pushRow returns a channel's row of nano_enrollment_push.
 func (i *importing) pushRow(c importedChannel, seq int64, owed bool) []any {
 	p := i.push[c.ID]
 	p.last = max(p.last, seq)
@@ -697,7 +698,7 @@ func (i *importing) pushRow(c importedChannel, seq int64, owed bool) []any {
 	return []any{c.ID, p.last, p.owed, at}
 }
 
-// cancel ends rows that waited and that the source no longer has.
+// cancel cancels waiting rows that the source no longer has.
 func (i *importing) cancel(ctx context.Context, stale []keyPair) error {
 	slices.SortFunc(stale, keyPair.Compare)
 	for chunk := range slices.Chunk(stale, importRows) {

@@ -99,9 +99,9 @@ func changeLease(ctx context.Context, t *tx, q string, args ...any) error {
 	return nil
 }
 
-// checkLease fails with storage.ErrLeaseLost unless l still stands, and keeps
-// it standing until the transaction ends. Every write under a lease begins
-// with it.
+// checkLease fails with storage.ErrLeaseLost if l has changed hands, and locks
+// it until the transaction ends. Every write under a lease begins with this
+// call.
 func (t *tx) checkLease(ctx context.Context, l storage.Lease) error {
 	var one int
 	err := t.QueryRow(ctx, `SELECT 1 FROM nano_leases WHERE name = ? AND holder = ? AND fence = ?`+t.Dialect.ForShare(),
@@ -112,13 +112,13 @@ func (t *tx) checkLease(ctx context.Context, l storage.Lease) error {
 	return err
 }
 
-// surelyHeld is how long after it was taken or renewed a lease counts as held:
-// the longest time to live in use. A replica that was stopped for longer may
-// have been followed and not know it yet.
+// surelyHeld is the time for which a lease counts as held after it was taken or
+// renewed: the longest time to live in use. A replica that was stopped for
+// longer may have lost it and not know yet.
 const surelyHeld = 15 * time.Second
 
-// leasesHeld lists the leases that were taken or renewed here a short time ago,
-// and neither lost nor released.
+// leasesHeld lists the leases that this store took or renewed a short time ago,
+// and has neither lost nor released.
 func (s *Store) leasesHeld() []string {
 	var names []string
 	now := s.uptime()

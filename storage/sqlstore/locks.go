@@ -12,21 +12,21 @@ import (
 	"github.com/nanomdm/nanomdm/storage/sqldb"
 )
 
-// The transactions of devices' messages wait for nobody's locks: a replica that
-// was stopped inside a transaction would stop every batch of the others. They
-// lock with SkipLocked. A batch that misses rows is rolled back and carried out
-// without the devices of those rows, whose messages then go into later batches.
+// The transactions of device messages never wait for locks: a replica that was
+// stopped inside a transaction would stop every batch of the others. They lock
+// with SkipLocked. A batch that could not lock some rows is rolled back and
+// carried out without their devices, whose messages go into later batches.
 
-// heldPauses space the attempts of a message whose rows are held, and
-// heldPatience is how long there are any.
+// heldPauses are the pauses between attempts of a message whose rows are locked
+// by others; after heldPatience it fails.
 var heldPauses = backoff.Policy{First: 10 * time.Millisecond, Max: 250 * time.Millisecond}
 
 const heldPatience = 3 * time.Second
 
-// errHeld is the error of a message whose rows another transaction holds.
+// errHeld is the error of a message whose rows another transaction has locked.
 var errHeld = fmt.Errorf("%w: another transaction holds the device's rows", storage.ErrBusy)
 
-// heldRows is the error of a batch that missed rows of some devices.
+// heldRows is the error of a batch that could not lock rows of some devices.
 type heldRows struct {
 	ids []string // of devices or enrollments
 }
@@ -36,16 +36,16 @@ func (h *heldRows) Error() string {
 	return fmt.Sprintf("rows of %d enrollments are locked", len(h.ids))
 }
 
-// holds says whether one of the rows is the device's or one of its channels'.
+// holds says whether a row of the device or of one of its channels is locked.
 func (h *heldRows) holds(device string) bool {
 	return slices.ContainsFunc(h.ids, func(id string) bool {
 		return id == device || strings.HasPrefix(id, device+":")
 	})
 }
 
-// lock locks the rows of a table that exist, in key order, and returns their
-// ids. Where writers wait for each other anyway it does nothing. The error is
-// heldRows if the transaction does not wait for locks and some are held.
+// lock locks existing rows of a table, in key order, and returns their ids. On
+// an engine with a single writer it does nothing. The error is heldRows if the
+// transaction does not wait for locks and others hold some.
 func lock(ctx context.Context, t *tx, table string, ids []string) (locked []string, err error) {
 	if len(ids) == 0 || t.Dialect.ForUpdate() == "" {
 		return nil, nil
@@ -104,9 +104,9 @@ func (t *tx) anyHeld(ctx context.Context, q string, args []any) error {
 	return nil
 }
 
-// lockDeferred is lock, at the latest with the next statement that returns
-// something. How many rows it locked is known after that. It does not look
-// for rows that are held.
+// lockDeferred is lock, but sends the statement with the next one that returns
+// rows. The number of locked rows is known after that. It does not check for
+// rows that others have locked.
 func lockDeferred(ctx context.Context, t *tx, table string, ids []string) (locked *int, err error) {
 	if locked, ok := t.LockDeferred(table, ids); ok {
 		return locked, nil

@@ -29,7 +29,7 @@ var migrationChecksums = []string{
 	"dd1f95ef880127e7a9d916e36bfb49e35492558c291c2654d3ebd1ff3ac6370a", // 0006_inventory.sql
 }
 
-// migrationTTL is how long the next replica waits when one died while
+// migrationTTL is how long the next replica waits after one has died while
 // migrating.
 const migrationTTL = 10 * time.Second
 
@@ -41,8 +41,8 @@ const leaseTable = `CREATE TABLE IF NOT EXISTS nano_leases (
 	beat   BIGINT NOT NULL
 ) {table}`
 
-// foreignTables tell a database of NanoMDM (the first ones) or of Fleet's fork
-// of it when our own record is not there.
+// foreignTables identify a database of NanoMDM (the first ones) or of Fleet's
+// fork, if it has no table of our migrations.
 var foreignTables = [...]string{
 	"enrollments", "enrollment_queue", "cert_auth_associations",
 	"nano_enrollments", "nano_devices", "nano_users", "nano_commands",
@@ -50,7 +50,7 @@ var foreignTables = [...]string{
 	"nano_cert_auth_associations",
 }
 
-// migrations are those that this binary has. Only Store.migrate needs Hold.
+// migrations are the migrations of this program. Only Store.migrate needs Hold.
 func migrations() *sqldb.Migrations {
 	files, err := fs.Sub(migrationFiles, "migrations")
 	if err != nil {
@@ -70,8 +70,8 @@ func refuseForeign(tables []string) error {
 	return nil
 }
 
-// migrate brings the schema up to date, under a lease, so that one of several
-// replicas that start does it and the others wait.
+// migrate brings the schema up to date, under a lease: one of several starting
+// replicas migrates and the others wait.
 func (s *Store) migrate(ctx context.Context) error {
 	m := migrations()
 	m.Hold = func(ctx context.Context, work func(context.Context, func(context.Context, *sqldb.Tx) error) error) error {

@@ -16,7 +16,7 @@ var (
 	_ storage.AuditUpkeep = (*Store)(nil)
 )
 
-// maxAuditDetail bounds what a record says, in bytes.
+// maxAuditDetail bounds the detail of a record, in bytes.
 const maxAuditDetail = 8 << 10
 
 // AppendAudit implements storage.Audit.

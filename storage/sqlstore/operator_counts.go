@@ -11,30 +11,30 @@ import (
 	"github.com/nanomdm/nanomdm/storage/sqldb"
 )
 
-// countLimit bounds how many rows one count is counted from, so
-// that a backlog of millions costs no more than one of this size.
+// countLimit bounds a count, so that a backlog of millions costs no more than
+// one of this size.
 const countLimit = 100_000
 
-// WaitingCounts are the commands, pushes and events that wait. Each
-// count stops at 100,000.
+// WaitingCounts counts waiting commands, pushes and events. Each count stops at
+// 100,000.
 type WaitingCounts struct {
-	// Waiting are the commands that wait, by state: Scheduled, Queued and
-	// NotNow are always there.
+	// Waiting counts commands by state: Scheduled, Queued and NotNow are always
+	// set.
 	Waiting map[storage.State]Backlog
-	// PushesOwed are enrollments that are owed a push.
+	// PushesOwed counts enrollments that are owed a push.
 	PushesOwed int64
-	// Unnumbered are events that no sink can see yet.
+	// Unnumbered counts events that no sink can read yet.
 	Unnumbered int64
 }
 
-// Backlog is how many rows wait and since when the oldest does; zero if none.
+// Backlog is the number of waiting rows and the time of the oldest; zero if
+// there is none.
 type Backlog struct {
 	Count  int64
 	Oldest time.Time
 }
 
-// WaitingCounts counts. It is meant to be called every some seconds, not for each
-// request.
+// WaitingCounts counts. Call it every few seconds, not for each request.
 func (s *Store) WaitingCounts(ctx context.Context) (WaitingCounts, error) {
 	c := WaitingCounts{Waiting: make(map[storage.State]Backlog)}
 	err := s.read(ctx, func(ctx context.Context, t *tx) error {
@@ -60,8 +60,8 @@ func (s *Store) WaitingCounts(ctx context.Context) (WaitingCounts, error) {
 	return c, nil
 }
 
-// rowsInState reads some queue rows of a state. In the order of an index they
-// are read from that, and never are all rows searched for the few of a state.
+// rowsInState reads some queue rows of a state. The order makes every planner
+// read them from an index instead of searching all rows for the few of a state.
 func rowsInState(d *sqldb.Dialect, columns string, state storage.State) string {
 	return fmt.Sprintf("SELECT %s FROM nano_enrollment_queue q%s WHERE q.state = %d ORDER BY q.state, q.id, q.priority DESC, q.seq LIMIT ?",
 		columns, d.Index("nano_enrollment_queue_next"), state)
@@ -87,8 +87,8 @@ func (s *Store) CertificatesExpiring(ctx context.Context, before ...time.Time) (
 	return counts, nil
 }
 
-// NextCertificateExpiry tells when the next live certificate of a device
-// expires, of those that have not yet; zero if there is none.
+// NextCertificateExpiry returns when the next live certificate of a device
+// expires; zero if there is none.
 func (s *Store) NextCertificateExpiry(ctx context.Context, now time.Time) (time.Time, error) {
 	var at int64
 	err := s.read(ctx, func(ctx context.Context, t *tx) error {
@@ -104,8 +104,8 @@ func (s *Store) NextCertificateExpiry(ctx context.Context, now time.Time) (time.
 	return fromMicros(at), nil
 }
 
-// PushCertificatesExpiry tells when the push certificate of each topic
-// expires; up to 1,000 of them, the first to expire first.
+// PushCertificatesExpiry returns when the push certificate of each topic
+// expires, up to 1,000 of them, the first to expire first.
 func (s *Store) PushCertificatesExpiry(ctx context.Context) (map[string]time.Time, error) {
 	var expiry map[string]time.Time
 	err := s.read(ctx, func(ctx context.Context, t *tx) error {

@@ -11,16 +11,16 @@ import (
 	"github.com/nanomdm/nanomdm/storage/sqldb"
 )
 
-// deletedRows is how many queue rows, with their results, one transaction of
-// DeleteEnrollment removes.
+// deletedRows bounds the queue rows, with their results, that one transaction
+// of DeleteEnrollment removes.
 const deletedRows = 100
 
 // deletion is an enrollment that is being deleted.
 type deletion struct {
 	id, device string
 	ids        []string // with its user channels, if it is a device
-	began      int64    // of the enrollment: another value says that it enrolled anew
-	next       int      // of ids: a step is done with those before
+	began      int64    // of the enrollment; another value means that it enrolled again
+	next       int      // index in ids: the step has done the ids before it
 }
 
 // DeleteEnrollment implements storage.EnrollmentSteering.
@@ -48,7 +48,7 @@ func (s *Store) DeleteEnrollment(ctx context.Context, scope storage.Scope, id st
 	return nil
 }
 
-// markDeleted makes an enrollment one that nobody acts for and that gets nothing.
+// markDeleted disables an enrollment and retires its certificates.
 func markDeleted(ctx context.Context, t *tx, scope storage.Scope, id string, r *storage.AuditRecord) (deletion, error) {
 	device, err := findEnrollment(ctx, t, scope, id)
 	if err != nil {
@@ -98,8 +98,8 @@ updated_at = ? WHERE id IN `+place, append([]any{t.Now}, args...)...)
 	return d, audit(ctx, t, r)
 }
 
-// beginning is when the enrollment began: the device's last Authenticate, or
-// the user channel's last TokenUpdate.
+// beginning returns when the enrollment began: the device's last Authenticate,
+// or the user channel's last TokenUpdate.
 func (d *deletion) beginning(ctx context.Context, t *tx) (int64, error) {
 	q := "SELECT token_at FROM nano_enrollments WHERE id = ?"
 	if d.id == d.device {
@@ -113,8 +113,8 @@ func (d *deletion) beginning(ctx context.Context, t *tx) (int64, error) {
 	return at.V, err
 }
 
-// checkStillDeleted locks the enrollment and fails with storage.ErrConflict if it has
-// enrolled anew.
+// checkStillDeleted locks the enrollment and fails with storage.ErrConflict if
+// it has enrolled again.
 func (d *deletion) checkStillDeleted(ctx context.Context, t *tx) error {
 	if _, err := lock(ctx, t, "nano_devices", []string{d.device}); err != nil {
 		return err
@@ -137,8 +137,8 @@ func (d *deletion) checkStillDeleted(ctx context.Context, t *tx) error {
 	return err
 }
 
-// removeQueueRows removes some of the queue rows, with their results, and the
-// commands that nobody else has. It says whether there are more.
+// removeQueueRows removes some of the queue rows, with their results, and their
+// commands without other rows. It says whether there are more.
 func removeQueueRows(ctx context.Context, t *tx, d *deletion) (more bool, err error) {
 	for ; d.next < len(d.ids); d.next++ {
 		id := d.ids[d.next]
@@ -173,7 +173,7 @@ func removeQueueRows(ctx context.Context, t *tx, d *deletion) (more bool, err er
 	return false, nil
 }
 
-// removeLeftResults removes some of the results whose queue rows are gone.
+// removeLeftResults removes some of the results without queue rows.
 func removeLeftResults(ctx context.Context, t *tx, d *deletion) (more bool, err error) {
 	for ; d.next < len(d.ids); d.next++ {
 		id := d.ids[d.next]

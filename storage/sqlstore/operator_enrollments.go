@@ -10,8 +10,8 @@ import (
 	"github.com/nanomdm/nanomdm/storage/sqldb"
 )
 
-// lockChannels locks an enrollment, and if it is a device its user channels,
-// and returns their ids; storage.ErrNotFound if it is not there.
+// lockChannels locks an enrollment, and the user channels of a device, and
+// returns their ids; storage.ErrNotFound if there is no such enrollment.
 func lockChannels(ctx context.Context, t *tx, scope storage.Scope, id string) (device string, ids []string, err error) {
 	if device, err = findEnrollment(ctx, t, scope, id); err != nil {
 		return "", nil, err
@@ -24,7 +24,7 @@ func lockChannels(ctx context.Context, t *tx, scope storage.Scope, id string) (d
 	if err != nil {
 		return "", nil, fmt.Errorf("locking enrollments: %w", err)
 	}
-	if len(ids) == 0 { // it has gone in between
+	if len(ids) == 0 { // it was deleted meanwhile
 		return "", nil, storage.ErrNotFound
 	}
 	return device, ids, nil

@@ -12,17 +12,17 @@ import (
 
 // filterRow is a row of the table of filters of enrollments.
 type filterRow struct {
-	// given says whether the filter is asked for.
+	// given says whether the field of the filter is set.
 	given func(storage.Scope, storage.EnrollmentFilter) bool
-	// source is the index that finds candidates, false where none would help;
-	// nil is never.
+	// source returns the index that finds candidates, false if none helps; nil
+	// is never.
 	source func(storage.Scope, storage.EnrollmentFilter) (source, bool)
-	// condition adds what the enrollments e have to meet, and the tables for it.
+	// condition adds the condition on the enrollments e, and its tables.
 	condition func(*conditionBuilder, storage.Scope, storage.EnrollmentFilter)
 }
 
-// enrollmentFilters is the table, the most selective index first as far as
-// that can be told without looking.
+// enrollmentFilters is the table. The index that is usually the most selective
+// comes first.
 var enrollmentFilters = [...]filterRow{
 	{
 		given: func(_ storage.Scope, f storage.EnrollmentFilter) bool { return f.Serial != "" },
@@ -197,7 +197,7 @@ var enrollmentFilters = [...]filterRow{
 	},
 }
 
-// equalTo is the part of an index where a column has a value.
+// equalTo returns the part of an index where a column has a value.
 func equalTo(table, column, value string) part {
 	return part{table: table, index: table + "_" + column, where: column + " = ?", args: []any{value}}
 }
@@ -268,7 +268,7 @@ func typeSource(_ storage.Scope, f storage.EnrollmentFilter) (source, bool) {
 	return eachOf(false, parts...), true
 }
 
-// sourceOf chooses the index for a filter: the first of the table.
+// sourceOf returns the first index of the table that a filter can use.
 func sourceOf(scope storage.Scope, f storage.EnrollmentFilter) source {
 	for _, row := range enrollmentFilters {
 		if row.source == nil || !row.given(scope, f) {
@@ -281,7 +281,7 @@ func sourceOf(scope storage.Scope, f storage.EnrollmentFilter) source {
 	return source{index: "id", parts: []part{{table: "nano_enrollments", where: "1 = 1"}}}
 }
 
-// conditions is the whole filter, and the tables that it needs.
+// conditions returns the conditions of a filter, with their tables.
 func conditions(scope storage.Scope, f storage.EnrollmentFilter) *conditionBuilder {
 	b := &conditionBuilder{from: "nano_enrollments e", joined: make(map[string]bool)}
 	for _, row := range enrollmentFilters {

@@ -15,21 +15,21 @@ import (
 var _ storage.Enrollments = (*Store)(nil)
 
 const (
-	// candidateRows is how many candidates one statement takes from an index,
-	// candidatesLooked how many rows one page looks at.
-	candidateRows    = 1000
-	candidatesLooked = 10_000
-	// scopeBranches is how many topics are looked up in the index by topic;
+	// candidateRows bounds the candidates that one statement reads from an
+	// index, candidatesRead those of one page.
+	candidateRows  = 1000
+	candidatesRead = 10_000
+	// scopeBranches bounds the topics that are looked up in the index by topic;
 	// with more of them enrollments are read in the order of ids.
 	scopeBranches = 32
-	// enrollmentRows bounds what one call of Enrollments reads.
+	// enrollmentRows bounds the enrollments of one call of Enrollments.
 	enrollmentRows = 1000
 )
 
-// source is an index that has the candidates of a filter in order. One filter
-// chooses it; all of them are looked at afterwards.
+// source is an index with the candidates of a filter in order. One field of the
+// filter chooses it; all fields are checked afterwards.
 type source struct {
-	// index goes into places, too.
+	// index is also part of the places of a list.
 	index string
 	// devices: the keys are those of devices.
 	devices bool
@@ -37,8 +37,8 @@ type source struct {
 	parts []part
 }
 
-// part is a stretch of an index: the rows for which the condition holds, in
-// the order of at, if there is one, and id.
+// part is a range of an index: the rows that meet the condition, in the order
+// of at, if there is one, and id.
 type part struct {
 	table, index string
 	at           string // column of times; may be empty
@@ -61,7 +61,7 @@ func refusedClasses(s storage.PushStatus) []string {
 	return []string{string(s)}
 }
 
-// query is the statement for the next candidates of a source.
+// query returns the statement for the next candidates of a source.
 func (src source) query(d *sqldb.Dialect, after storage.EnrollmentKey, limit int) (q string, args []any) {
 	texts := make([]string, len(src.parts))
 	for i, p := range src.parts {
@@ -83,7 +83,7 @@ func (p part) query(d *sqldb.Dialect, devices bool, after storage.EnrollmentKey,
 	if p.index != "" {
 		from += d.Index(p.index)
 	}
-	// A place among devices may be inside of one.
+	// A place in a list of devices may be between the channels of one.
 	beyond := "id > ?"
 	if devices {
 		beyond = "id >= ?"
@@ -110,7 +110,7 @@ func (s *Store) FindEnrollments(ctx context.Context, scope storage.Scope, f stor
 		return nil, storage.EnrollmentKey{}, storage.ErrPlace
 	}
 	next = storage.EnrollmentKey{By: src.index, At: after.At, Key: after.Key, ID: after.ID}
-	for looked := 0; looked < candidatesLooked; {
+	for looked := 0; looked < candidatesRead; {
 		rows := min(max(limit-len(ids), 100), candidateRows)
 		var found candidates
 		var chosen map[string]bool
@@ -142,11 +142,12 @@ func (s *Store) FindEnrollments(ctx context.Context, scope storage.Scope, f stor
 	return ids, next, nil
 }
 
-// candidates are the next of a source. Each key's ID is the enrollment's.
+// candidates reads the next candidates of a source. The ID of each key is the
+// enrollment's.
 type candidates struct {
 	keys   []storage.EnrollmentKey
 	looked int
-	last   storage.EnrollmentKey // where the source goes on
+	last   storage.EnrollmentKey // where the source continues
 	end    bool
 }
 
@@ -220,7 +221,7 @@ func channelsOf(ctx context.Context, t *tx, devices []storage.EnrollmentKey) (ma
 	return channels, err
 }
 
-// choose says which candidates the whole filter lets through.
+// choose returns the candidates that the whole filter lets through.
 func choose(ctx context.Context, t *tx, scope storage.Scope, f storage.EnrollmentFilter, keys []storage.EnrollmentKey) (map[string]bool, error) {
 	if len(keys) == 0 {
 		return nil, nil
@@ -373,7 +374,7 @@ func scanEnrollment(row sqldb.Row, scope storage.Scope) (*storage.Enrollment, er
 		Owed: paid.V < owed.V, Attempts: int(attempts.V), LastAt: fromMicros(pushedAt.V), LastClass: class.V, LastStatus: int(status.V),
 		LastReason: reason.V, LastAPNsID: apnsID.V, NextAt: fromMicros(nextAt.V), TokenDeadAt: fromMicros(deadAt.V),
 	}
-	if seen.V > pushedAt.V { // it has come since
+	if seen.V > pushedAt.V { // it has polled since
 		e.Push.Attempts = 0
 	}
 	return e, nil
@@ -393,7 +394,7 @@ func addTags(ctx context.Context, t *tx, scope storage.Scope, byID map[string]*s
 	return err
 }
 
-// countWaiting counts what waits for each.
+// countWaiting counts the waiting commands of each.
 func countWaiting(ctx context.Context, t *tx, byID map[string]*storage.Enrollment) error {
 	ids := make([]string, 0, len(byID))
 	for id := range byID {

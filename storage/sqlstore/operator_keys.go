@@ -13,8 +13,8 @@ import (
 
 var _ storage.APIKeys = (*Store)(nil)
 
-// allTopics stands for the zero Scope. It is a word, so that a value that was
-// lost or broken does not become a key without bounds.
+// allTopics is the stored form of the zero Scope. It is a word, so that a lost
+// or damaged value does not become a key for all topics.
 const allTopics = "*"
 
 const apiKeyColumns = "SELECT name, role, topics, sha256, created_at, created_by FROM nano_api_keys"

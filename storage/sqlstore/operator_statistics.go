@@ -13,17 +13,17 @@ import (
 
 var _ storage.Overview = (*Store)(nil)
 
-// keptIfTook is how long counting all enrollments must take for the counts to
-// be kept, and keptTimes for how many times as long they then are, so that who
-// watches costs the database no more than a twentieth of its time.
+// Counts of all enrollments that take at least keptIfTook are kept for
+// keptTimes as long, so that a client that polls them costs the database no
+// more than a twentieth of its time.
 const (
 	keptIfTook = 100 * time.Millisecond
 	keptTimes  = 20
 )
 
-// enrollmentCounts is how many enrollments there are of each kind.
+// enrollmentCounts are the numbers of enrollments of each kind.
 type enrollmentCounts struct {
-	turn  chan struct{} // of one; whoever fills it may use the rest
+	turn  chan struct{} // a lock of one place: its holder may use the other fields
 	kept  []enrollmentCount
 	until time.Time
 }
@@ -36,7 +36,8 @@ type enrollmentCount struct {
 	n                 int64
 }
 
-// enrollmentCounts counts all enrollments, or says what it counted a moment ago.
+// enrollmentCounts counts all enrollments, or returns the counts that were
+// kept.
 func (s *Store) enrollmentCounts(ctx context.Context) ([]enrollmentCount, error) {
 	c := &s.counted
 	select {

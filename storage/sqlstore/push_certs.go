@@ -29,14 +29,14 @@ func (s *Store) StorePushCert(ctx context.Context, c *storage.PushCert) error {
 	if err != nil {
 		return fmt.Errorf("storing a push certificate: %w", err)
 	}
-	if err := s.hasten(ctx, c.Topic); err != nil {
+	if err := s.makePushesDue(ctx, c.Topic); err != nil {
 		return fmt.Errorf("planning pushes for a push certificate: %w", err)
 	}
 	return nil
 }
 
-// hasten makes the pushes owed to a topic's enrollments due now.
-func (s *Store) hasten(ctx context.Context, topic string) error {
+// makePushesDue makes the pushes owed to a topic's enrollments due now.
+func (s *Store) makePushesDue(ctx context.Context, topic string) error {
 	for after := ""; ; {
 		var ids []string
 		err := s.write(ctx, func(ctx context.Context, t *tx) error {
@@ -103,7 +103,7 @@ func (s *Store) PushCertVersion(ctx context.Context, topic string) (version int6
 	return version, nil
 }
 
-// missing turns the absence of a row into storage.ErrNotFound.
+// missing translates the absence of a row to storage.ErrNotFound.
 func missing(err error) error {
 	if errors.Is(err, sql.ErrNoRows) {
 		return storage.ErrNotFound

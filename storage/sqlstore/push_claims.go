@@ -17,17 +17,18 @@ import (
 var _ storage.Pushes = (*Store)(nil)
 
 const (
-	// pushRows is how many enrollments one transaction about pushes takes.
+	// pushRows bounds the enrollments of one transaction about pushes.
 	pushRows = 500
-	// claimWindow is how many times its limit ClaimDuePushes looks at, to find
-	// owed among silent devices.
+	// ClaimDuePushes reads claimWindow times its limit of due rows, to find
+	// owed pushes among silent devices.
 	claimWindow = 4
-	// barred is when the sweep looks again at a debt to an enrollment that may
-	// not be pushed now: an operator disabled it, or it is enrolling anew.
-	barred = time.Hour
+	// blockedPause is the time after which a sweep reads an enrollment again
+	// that is owed a push and must not get it now: an operator disabled it, or
+	// it is enrolling again.
+	blockedPause = time.Hour
 )
 
-// pushRow is an enrollment as those who push see it.
+// pushRow is an enrollment with the columns that decide about pushes.
 type pushRow struct {
 	storage.PushTarget
 	enabled  bool // and not disabled by an operator
@@ -63,7 +64,7 @@ func scanPushRow(row sqldb.Row, more ...any) (pushRow, error) {
 	return r, err
 }
 
-// refusal is why the enrollment cannot be pushed, or nil.
+// refusal returns why the enrollment cannot be pushed, or nil.
 func (r *pushRow) refusal() error {
 	switch {
 	case !r.enabled || len(r.Token) == 0:
@@ -74,8 +75,8 @@ func (r *pushRow) refusal() error {
 	return nil
 }
 
-// storableAmong returns ids sorted and each once, and notes those in failed
-// that cannot exist.
+// storableAmong returns the ids sorted and each once, and adds ids that cannot
+// exist to failed.
 func storableAmong(ids []string, failed map[string]error) []string {
 	ids = slices.Compact(slices.Sorted(slices.Values(ids)))
 	return slices.DeleteFunc(ids, func(id string) bool {
@@ -203,7 +204,7 @@ func (s *Store) ClaimDuePushes(ctx context.Context, l storage.Lease, c storage.P
 	return targets, more, nil
 }
 
-// dueRows reads the earliest of what is due.
+// dueRows reads the earliest due rows.
 func dueRows(ctx context.Context, t *tx, now int64, limit int) ([]pushRow, error) {
 	waits := fmt.Sprintf(`, EXISTS (SELECT 1 FROM nano_enrollment_queue q WHERE q.id = e.id AND q.state IN (%d, %d) AND (q.expires_at IS NULL OR q.expires_at > ?))`,
 		storage.Queued, storage.NotNow)
@@ -217,8 +218,7 @@ FROM nano_enrollment_push WHERE push_at <= ? ORDER BY push_at LIMIT ?) p JOIN na
 	})
 }
 
-// stillDue locks the rows in key order and drops those that were settled
-// meanwhile.
+// stillDue locks the rows in key order and drops those that are no longer due.
 func stillDue(ctx context.Context, t *tx, now int64, due []pushRow) ([]pushRow, error) {
 	if len(due) == 0 || t.Dialect.ForUpdate() == "" {
 		return due, nil
@@ -242,19 +242,18 @@ func stillDue(ctx context.Context, t *tx, now int64, due []pushRow) ([]pushRow, 
 	return slices.DeleteFunc(due, func(r pushRow) bool { return !still[r.ID] }), nil
 }
 
-// pushPlan is what becomes of rows that are due: who is pushed, and the new
+// pushPlan is the decision about due rows: the enrollments to push, and the new
 // times, of which 0 is never.
 type pushPlan struct {
 	targets []storage.PushTarget
 	moves   map[int64][]string
-	left    bool // owed found no room
+	left    bool // an owed push found no room
 }
 
 func (p *pushPlan) move(r *pushRow, to int64) { p.moves[to] = append(p.moves[to], r.ID) }
 
-// skipped says until when the topics are put off that are passed over. A
-// certificate that is stored later finds the pushes put off, and brings them
-// back.
+// skipped returns the times until which topics are put off that cannot be
+// pushed. A certificate that is stored later makes their pushes due.
 func skipped(ctx context.Context, t *tx, c storage.PushClaim) (map[string]int64, error) {
 	if len(c.Skip) == 0 {
 		return nil, nil
@@ -289,7 +288,7 @@ func planPushes(due []pushRow, c storage.PushClaim, skip map[string]int64) pushP
 		case !debt && !r.waits, r.dead:
 			plan.move(r, 0)
 		case r.refusal() != nil:
-			plan.move(r, now+barred.Microseconds())
+			plan.move(r, now+blockedPause.Microseconds())
 		case !debt && c.Silence <= 0:
 			plan.move(r, 0)
 		case skip[r.Topic] > 0:
@@ -331,7 +330,7 @@ func (s *Store) RecordPushes(ctx context.Context, records []storage.PushRecord) 
 	return nil
 }
 
-// pushedRow is what a record changes, as it stands.
+// pushedRow is a push row before a record changes it.
 type pushedRow struct {
 	id                  string
 	last, owed, paid    int64
@@ -388,8 +387,8 @@ func recordPushes(ctx context.Context, t *tx, ids []string, records map[string]*
 	return nil
 }
 
-// lockPushed locks push rows and reads what else a record goes by. An
-// enrollment that is gone is left out.
+// lockPushed locks push rows and reads the other columns that a record depends
+// on. It leaves out deleted enrollments.
 func lockPushed(ctx context.Context, t *tx, ids []string) ([]pushedRow, error) {
 	place, args := sqldb.InList(ids)
 	var standing []pushedRow
@@ -422,7 +421,7 @@ LEFT JOIN nano_enrollment_activity a ON a.id = e.id WHERE e.id IN `+place, args.
 	return standing, err
 }
 
-// apply changes the row as the record says.
+// apply changes the row by a record.
 func (r *pushedRow) apply(rec *storage.PushRecord) {
 	r.paid = max(r.paid, rec.Paid)
 	dead := !rec.TokenDeadAt.IsZero() && r.tokenAt <= micros(rec.TokenDeadAt) && r.tokenAt <= micros(rec.TokenAt)

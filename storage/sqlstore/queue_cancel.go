@@ -15,8 +15,8 @@ var (
 	_ storage.Secrets            = (*Store)(nil)
 )
 
-// cancel ends those of some rows that still wait, and returns how many. A
-// report of a device that is under way has the row's lock, or waits for it.
+// cancel cancels the waiting rows among some, and returns how many. A
+// concurrent report has the row's lock, or waits for it.
 func cancel(ctx context.Context, t *tx, keys []keyPair) (int, error) {
 	if len(keys) == 0 {
 		return 0, nil
@@ -149,7 +149,7 @@ func (s *Store) Requeue(ctx context.Context, scope storage.Scope, id, uuid strin
 		if err != nil {
 			return err
 		}
-		// Nobody removes the command meanwhile.
+		// The lock keeps the command from being removed.
 		found, err := sqldb.Column[string](t.Query(ctx, "SELECT command_uuid FROM nano_commands WHERE command_uuid = ?"+t.Dialect.ForShare(), uuid))
 		if err != nil {
 			return fmt.Errorf("reading a command: %w", err)

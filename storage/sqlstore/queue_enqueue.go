@@ -21,13 +21,13 @@ import (
 var _ storage.Enqueuer = (*Store)(nil)
 
 const (
-	// enqueuedAtOnce is how many enrollments the transactions of Enqueue that
-	// run at once take together, and enqueueRows how many a transaction of what
-	// else goes through many takes.
+	// enqueuedAtOnce bounds the enrollments of all concurrent transactions of
+	// an Enqueue, and enqueueRows those of a transaction of other calls for
+	// many.
 	enqueuedAtOnce = 1000
 	enqueueRows    = 500
-	// firstPush is how long the replica that enqueued has to push before the
-	// sweep does.
+	// firstPush is the time that the replica that enqueued has for its push,
+	// before a sweep pushes.
 	firstPush = 30 * time.Second
 )
 
@@ -49,7 +49,7 @@ func (s *Store) Enqueue(ctx context.Context, scope storage.Scope, e *storage.Enq
 	for i := 0; i < len(ids); i += rows {
 		g.Go(func() error {
 			first := i == 0
-			if e.Once != nil { // what came before may have been done long ago
+			if e.Once != nil { // an earlier call may have done the chunks before
 				mu.Lock()
 				first = !did
 				mu.Unlock()
@@ -71,8 +71,8 @@ func (s *Store) Enqueue(ctx context.Context, scope storage.Scope, e *storage.Enq
 	return failed, nil
 }
 
-// enqueueSome is one transaction of Enqueue, for a stretch of the sorted ids. It
-// says whether there was something left to do; then the first one appends the
+// enqueueSome is one transaction of Enqueue, for a chunk of the sorted ids. It
+// says whether any of them was left to do; the first such chunk appends the
 // audit record.
 func (s *Store) enqueueSome(ctx context.Context, scope storage.Scope, e *storage.Enqueue, ids []string, begin, end int, first bool) (
 	did bool, missed map[string]error, err error) {
@@ -177,10 +177,10 @@ func lockNumbers(ctx context.Context, t *tx, ids []string) (map[string]int64, er
 	return numbers, nil
 }
 
-// enrolledAmong returns the enrollments that are there for the scope, and which
-// of them have the command; none if uuid is empty. Those that an operator
-// disabled are there. Only the ids choose rows: given the rest, planners take
-// the index of enabled enrollments or of a topic's, which is the fleet.
+// enrolledAmong returns the enrollments of the scope, including those that an
+// operator disabled, and which of them have the command; none if uuid is empty.
+// The statement chooses rows by id only: with more conditions planners take the
+// index of enabled enrollments or of a topic, which has the whole fleet.
 func enrolledAmong(ctx context.Context, t *tx, scope storage.Scope, ids []string, uuid string) (has map[string]bool, err error) {
 	q, args := t.enrolledText(ids, uuid)
 	has = make(map[string]bool, len(ids))
@@ -212,14 +212,14 @@ func (t *tx) enrolledText(ids []string, uuid string) (q string, args []any) {
 		of = []any{uuid}
 	}
 	q = "SELECT e.id, e.enabled, e.topic, " + column + " FROM "
-	if t.Dialect.HasArrays() { // each by itself; see locked
+	if t.Dialect.HasArrays() { // each separately; see locked
 		return q + t.Dialect.ArrayTable("key") + t.Dialect.Lookup(false, "nano_enrollments", "e", "e.id = r.key") + join, append(args, of...)
 	}
 	return q + "nano_enrollments e" + t.Dialect.Index("PRIMARY") + join + " WHERE e.id " + is, append(of, args...)
 }
 
-// findCommand says whether a command is there and keeps it until the
-// transaction ends. It fails with storage.ErrConflict if its bytes are others.
+// findCommand says whether a command exists, and locks it until the transaction
+// ends. It fails with storage.ErrConflict if it has other bytes.
 func findCommand(ctx context.Context, t *tx, c *mdm.Command) (found bool, err error) {
 	var raw []byte
 	err = t.QueryRow(ctx, "SELECT command FROM nano_commands WHERE command_uuid = ?"+t.Dialect.ForShare(), c.CommandUUID).Scan(&raw)
@@ -238,8 +238,8 @@ func findCommand(ctx context.Context, t *tx, c *mdm.Command) (found bool, err er
 	return true, nil
 }
 
-// putCommand stores a command. Another transaction may have been first, and
-// another one yet may have removed that.
+// putCommand stores a command. Another transaction may have inserted it
+// meanwhile, and a third one removed it.
 func putCommand(ctx context.Context, t *tx, c *mdm.Command) error {
 	for {
 		err := t.Upsert(ctx, "nano_commands", []string{"command_uuid", "request_type", "command", "created_at"}, []string{"command_uuid"}, nil,
@@ -253,7 +253,7 @@ func putCommand(ctx context.Context, t *tx, c *mdm.Command) error {
 	}
 }
 
-// supersede ends rows that wait with the key.
+// supersede ends waiting rows with the key.
 func supersede(ctx context.Context, t *tx, key string, ids []string) error {
 	if key == "" {
 		return nil
@@ -273,9 +273,9 @@ WHERE supersede_key = ? AND state IN (%d, %d, %d) AND id `, t.Dialect.Index("nan
 	return nil
 }
 
-// insertItems inserts queue rows behind the last numbers and raises numbers and
-// pushes owed. A scheduled row takes a number, too: it tells the order of those that
-// are due at one time.
+// insertItems inserts queue rows after the last numbers and raises numbers and
+// pushes owed. A scheduled row takes a number, too: it orders rows with the
+// same not-before time.
 func insertItems(ctx context.Context, t *tx, e *storage.Enqueue, ids []string, last map[string]int64) error {
 	cols := []string{"id", "seq", "command_uuid", "priority", "state", "created_at"}
 	same := []any{e.Command.CommandUUID, e.Priority, int(storage.Queued), t.Now}

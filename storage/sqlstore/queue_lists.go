@@ -19,19 +19,19 @@ var (
 )
 
 const (
-	// commandsCounted is how many enrollments of a command a list counts.
+	// commandsCounted bounds the enrollments of a command that a list counts.
 	commandsCounted = 10_000
-	// countParts is how many commands one statement counts.
+	// countParts bounds the commands that one statement counts.
 	countParts = 100
-	// commandsLooked is how many commands one page of a list looks at.
-	commandsLooked = 2000
+	// commandsRead bounds the commands that one page of a list reads.
+	commandsRead = 2000
 	// A state is rare if no more than rareRows are in it, of no more than
 	// rareCommands.
 	rareRows     = 10_000
 	rareCommands = 1000
 )
 
-// itemColumns are those of a QueueItem, of the queue as q.
+// itemColumns are the columns of a QueueItem, of the queue as q.
 const itemColumns = `q.id, q.command_uuid, q.state, q.seq, q.priority, q.created_at, q.not_before, q.expires_at, q.finished_at,
 q.attempts, q.notnow_count, q.notnow_at, q.supersede_key`
 
@@ -48,7 +48,7 @@ func scanItem(row sqldb.Row, i *storage.QueueItem) error {
 	return nil
 }
 
-// nameItems fills in the request types.
+// nameItems sets the request types.
 func nameItems(ctx context.Context, t *tx, items []storage.QueueItem) error {
 	if len(items) == 0 {
 		return nil
@@ -101,8 +101,8 @@ func findItem(ctx context.Context, t *tx, scope storage.Scope, id, uuid string) 
 	return missing(t.QueryRow(ctx, "SELECT 1 FROM nano_enrollment_queue q WHERE q.id = ? AND q.command_uuid = ?"+inSight(scope), id, uuid).Scan(&one))
 }
 
-// findEnrollment fails with storage.ErrNotFound if it is not there for the
-// scope, and returns its device's id.
+// findEnrollment returns the id of an enrollment's device. It fails with
+// storage.ErrNotFound if the scope does not have the enrollment.
 func findEnrollment(ctx context.Context, t *tx, scope storage.Scope, id string) (device string, err error) {
 	if !storable(id) {
 		return "", storage.ErrNotFound
@@ -130,8 +130,8 @@ func (s *Store) Queue(ctx context.Context, scope storage.Scope, id string, state
 	return items, nil
 }
 
-// queueQuery reads each state's stretch of the index, in two parts behind a
-// place: the rest of its priority, and lower ones.
+// queueQuery reads each state's range of the index, in two parts after a place:
+// the rest of its priority, and lower ones.
 func queueQuery(d *sqldb.Dialect, scope storage.Scope, id string, state storage.State, after storage.QueueKey, limit int) (q string, args []any) {
 	states := []storage.State{state}
 	if state == 0 {
@@ -206,7 +206,7 @@ func (s *Store) FindCommands(ctx context.Context, scope storage.Scope, f storage
 		return nil, storage.CommandKey{}, nil
 	}
 	next = after
-	for read := 0; read < commandsLooked; {
+	for read := 0; read < commandsRead; {
 		n := min(max(limit-len(list), 100), candidateRows)
 		q, args := commandsQuery(s.db.Dialect(), f, rare, next, n)
 		found, chosen, err := s.candidateCommands(ctx, scope, f.State, q, args)
@@ -260,8 +260,8 @@ func (s *Store) candidateCommands(ctx context.Context, scope storage.Scope, stat
 	return found, chosen, err
 }
 
-// rareCommands lists the commands with a row in a state if that is rare, since
-// looking through all commands for a few would take long; nil if it is not.
+// rareCommands lists the commands with a row in a rare state, since searching
+// all commands for a few takes long; nil if the state is not rare.
 func (s *Store) rareCommands(ctx context.Context, state storage.State) (uuids []string, err error) {
 	if state == 0 {
 		return nil, nil
@@ -288,13 +288,13 @@ func (s *Store) rareCommands(ctx context.Context, state storage.State) (uuids []
 }
 
 func rareQuery(d *sqldb.Dialect, state storage.State) string {
-	// The number is in the text, as in itemsQuery.
+	// The state is in the text, as in itemsQuery.
 	return fmt.Sprintf(`SELECT r.command_uuid, COUNT(*) FROM (SELECT command_uuid FROM nano_enrollment_queue%s WHERE state = %d LIMIT ?) r
 GROUP BY r.command_uuid LIMIT ?`, d.Index("nano_enrollment_queue_command_uuid"), state)
 }
 
-// commandsQuery reads from the index of what the filter has, or by their keys
-// those that rareCommands found.
+// commandsQuery reads commands from the index of the filter, or by key if
+// rareCommands found them.
 func commandsQuery(d *sqldb.Dialect, f storage.CommandFilter, rare []string, after storage.CommandKey, limit int) (q string, args []any) {
 	index, where := "nano_commands_created_at", "1 = 1"
 	add := func(condition string, values ...any) {
@@ -334,8 +334,8 @@ func scanCommand(row sqldb.Row, c *storage.CommandInfo) error {
 	return nil
 }
 
-// chooseCommands says which commands are for somebody in the scope, and in a
-// state for one of those; nil is all.
+// chooseCommands returns which commands have a row of an enrollment in the
+// scope, in a state if one is given; nil is all.
 func chooseCommands(ctx context.Context, t *tx, scope storage.Scope, state storage.State, list []storage.CommandInfo) (map[string]bool, error) {
 	condition, topics := scoped(scope)
 	if condition == "" && state == 0 || len(list) == 0 {
@@ -361,9 +361,9 @@ func chooseCommands(ctx context.Context, t *tx, scope storage.Scope, state stora
 	return chosen, nil
 }
 
-// chooseAll is the condition that a command c has a row in a state. It asks for
-// a value: planners make EXISTS a join that may begin with all rows in the
-// state, which may be very many.
+// chooseAll is the condition that a command c has a row in a state. It selects
+// a value, since planners turn EXISTS into a join that may begin with all rows
+// in the state, which may be very many.
 func chooseAll(d *sqldb.Dialect, state storage.State) string {
 	return fmt.Sprintf("(SELECT q.state FROM nano_enrollment_queue q%s WHERE q.command_uuid = c.command_uuid AND q.state = %d LIMIT 1) IS NOT NULL",
 		d.Index("nano_enrollment_queue_command_uuid"), state)
@@ -455,7 +455,7 @@ func readCommand(ctx context.Context, t *tx, scope storage.Scope, uuid string) (
 	return &list[0], nil
 }
 
-// commandRows is the rows of a command that a scope sees.
+// commandRows returns the rows of a command in a scope.
 func commandRows(d *sqldb.Dialect, scope storage.Scope, uuid string) (from string, args []any) {
 	condition, topics := scoped(scope)
 	from = "nano_enrollment_queue q" + d.Index("nano_enrollment_queue_command_uuid")
@@ -477,7 +477,7 @@ func (s *Store) CommandItems(ctx context.Context, scope storage.Scope, uuid stri
 		if err != nil || len(ids) == 0 {
 			return err
 		}
-		ids = slices.Compact(ids) // one that changed its state meanwhile
+		ids = slices.Compact(ids) // a row may have changed its state meanwhile
 		keys := make([]keyPair, len(ids))
 		for i, id := range ids {
 			keys[i] = keyPair{ID: id, Item: uuid}
@@ -495,7 +495,7 @@ func (s *Store) CommandItems(ctx context.Context, scope storage.Scope, uuid stri
 	return items, nil
 }
 
-// itemsQuery reads each state's stretch of the index by command.
+// itemsQuery reads each state's range of the index by command.
 func itemsQuery(d *sqldb.Dialect, scope storage.Scope, uuid string, state storage.State, after string, limit int) (q string, args []any) {
 	states := storage.States()
 	if state != 0 {
@@ -504,8 +504,9 @@ func itemsQuery(d *sqldb.Dialect, scope storage.Scope, uuid string, state storag
 	var parts []string
 	for i, state := range states {
 		from, more := commandRows(d, scope, uuid)
-		// The number is in the text, or PostgreSQL takes each state for a
-		// common one, and reads the primary key until it finds some.
+		// The state is in the text: with an argument PostgreSQL takes each
+		// state for a common one, and reads the primary key until it finds
+		// some.
 		parts = append(parts, fmt.Sprintf("SELECT id FROM (SELECT q.id FROM %s AND q.state = %d AND q.id > ? ORDER BY q.id LIMIT ?) part%d", from, state, i))
 		args = append(append(args, more...), after, limit)
 	}

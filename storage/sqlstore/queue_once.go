@@ -16,11 +16,11 @@ import (
 
 var _ storage.EnqueueUpkeep = (*Store)(nil)
 
-// maxFailedKept bounds the ids that failed which are remembered of a call.
+// maxFailedKept bounds the failed ids that the row of a call keeps.
 const maxFailedKept = 10_000
 
-// call is a call with an idempotency key, whose row is locked while a chunk of
-// it is done. A call without a key is nil: all of it is to be done.
+// call is a call with an idempotency key. Its row is locked while a chunk is
+// done. A call without a key is nil, and all of its chunks are left to do.
 type call struct {
 	storage.Enqueued
 	caller, key string
@@ -29,7 +29,7 @@ type call struct {
 
 const callColumns = "SELECT command_uuid, digest, ids, through, finished, failed FROM nano_enqueue_calls WHERE caller = ? AND name = ?"
 
-// openCall locks the row of a call, or makes it.
+// openCall locks the row of a call, or inserts it.
 func openCall(ctx context.Context, t *tx, e *storage.Enqueue, ids int) (*call, error) {
 	o := e.Once
 	if o == nil {
@@ -42,7 +42,7 @@ func openCall(ctx context.Context, t *tx, e *storage.Enqueue, ids int) (*call, e
 		if err != nil {
 			return nil, fmt.Errorf("storing a call: %w", err)
 		}
-		// Somebody else may have been first.
+		// Another transaction may have inserted it.
 		c, err = readCall(ctx, t, o.Caller, o.Key, t.Dialect.ForUpdate())
 	}
 	switch {
@@ -69,7 +69,7 @@ func readCall(ctx context.Context, t *tx, caller, key, lock string) (*call, erro
 	return c, nil
 }
 
-// left returns those of sorted ids that are to be done.
+// left returns the sorted ids that are left to do.
 func (c *call) left(ids []string) []string {
 	switch {
 	case c == nil:
@@ -84,7 +84,7 @@ func (c *call) left(ids []string) []string {
 	return ids[i:]
 }
 
-// missed are the errors of what was done before.
+// missed returns the errors of the ids that were done before.
 func (c *call) missed() map[string]error {
 	if c == nil {
 		return nil
@@ -167,7 +167,7 @@ func (s *Store) ForgetEnqueued(ctx context.Context, l storage.Lease, before time
 func oldCalls(ctx context.Context, t *tx, before int64, limit int) (old []call, err error) {
 	old, err = sqldb.Collect(t.Query(ctx, "SELECT caller, name FROM nano_enqueue_calls WHERE created_at < ? ORDER BY created_at LIMIT ?", before, limit),
 		func(row sqldb.Row, c *call) error { return row.Scan(&c.caller, &c.key) })
-	// Locked in the order of keys, as everywhere.
+	// In key order, as everywhere.
 	slices.SortFunc(old, func(a, b call) int { return cmp.Or(cmp.Compare(a.caller, b.caller), cmp.Compare(a.key, b.key)) })
 	return old, err
 }

@@ -49,8 +49,8 @@ func (s *Store) RemoveFinished(ctx context.Context, l storage.Lease, state stora
 	return out, nil
 }
 
-// history is a table whose rows have a time. Its index by time is called after
-// both, and key is the order of the rows of one time in it.
+// history is a table whose rows have a time. The names of both make the name of
+// its index by time, in which key orders rows of one time.
 type history struct {
 	table, at string
 	key       [2]string
@@ -61,8 +61,8 @@ var (
 	queueByTime   = history{"nano_enrollment_queue", "finished_at", [...]string{"command_uuid", "id"}}
 )
 
-// look reads the next stretch of a history in the order of its index, notes in
-// out how far that went, and returns the keys of the type that is looked for.
+// look reads the next rows of a history in the order of its index, sets in out
+// where they end, and returns the keys of the request type.
 func look(ctx context.Context, t *tx, h history, condition string, r storage.Removal, out *storage.Removed) ([]keyPair, error) {
 	at, major, minor := "h."+h.at, "h."+h.key[0], "h."+h.key[1]
 	value := map[string]string{"id": r.After.ID, "command_uuid": r.After.CommandUUID}
@@ -92,7 +92,7 @@ ORDER BY `+at+", "+major+", "+minor+" LIMIT ?",
 	return keys, err
 }
 
-// removeResults removes the results that are there of keys.
+// removeResults removes the existing results of keys.
 func removeResults(ctx context.Context, t *tx, keys []keyPair, out *storage.Removed) error {
 	if len(keys) == 0 {
 		return nil
@@ -111,9 +111,9 @@ func removeResults(ctx context.Context, t *tx, keys []keyPair, out *storage.Remo
 	return nil
 }
 
-// removeFinished removes queue rows with what belongs to them, unless they
-// have changed since they were looked up. Commands are locked first: whoever
-// queues one of them again waits, or is waited for.
+// removeFinished removes queue rows with their results and commands, unless the
+// rows have changed since they were read. It locks commands first, so that it
+// does not remove one that is queued again at the same time.
 func removeFinished(ctx context.Context, t *tx, state storage.State, before int64, old []keyPair, out *storage.Removed) error {
 	if len(old) == 0 {
 		return nil
@@ -158,8 +158,7 @@ func lockCommands(ctx context.Context, t *tx, uuids []string) error {
 	return nil
 }
 
-// removeCommands removes those of some locked commands that no queue row
-// refers to.
+// removeCommands removes locked commands without queue rows.
 func removeCommands(ctx context.Context, t *tx, uuids []string, out *storage.Removed) error {
 	places, args := sqldb.InList(uuids)
 	unused, err := sqldb.Column[string](t.Query(ctx, `SELECT c.command_uuid FROM nano_commands c WHERE c.command_uuid IN `+places+`

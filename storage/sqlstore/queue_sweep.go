@@ -14,7 +14,7 @@ import (
 
 var _ storage.Sweeps = (*Store)(nil)
 
-// sweepCounters counts what the sweeps of this store did.
+// sweepCounters counts the rows that this store's sweeps changed.
 type sweepCounters struct {
 	promoted, expired       atomic.Int64
 	rows, results, commands atomic.Int64
@@ -38,7 +38,7 @@ func (s *Store) sweep(ctx context.Context, l storage.Lease, fn func(ctx context.
 	})
 }
 
-// waitingStates are those that a row can leave without the device.
+// waitingStates are the states of rows that have not ended.
 var waitingStates = [...]storage.State{storage.Scheduled, storage.Queued, storage.NotNow}
 
 // everyState lists all states, for the index that begins with them.
@@ -68,8 +68,8 @@ WHERE ends_at <= ? ORDER BY ends_at LIMIT ?`, t.Now, limit)
 	return expired, nil
 }
 
-// expire ends rows, unless they have changed since they were looked up, and
-// announces it if somebody asks for that.
+// expire ends rows, unless they have changed since they were read, and
+// announces it if a sink names the topic.
 func expire(ctx context.Context, t *tx, due []keyPair) (int, error) {
 	if len(due) == 0 {
 		return 0, nil
@@ -129,7 +129,7 @@ func queueKeys(ctx context.Context, t *tx, q string, args ...any) ([]keyPair, er
 	return sqldb.Collect(t.Query(ctx, q, args...), func(row sqldb.Row, k *keyPair) error { return row.Scan(&k.ID, &k.Item) })
 }
 
-// stillWaits is a condition for lockKeys: rows that have not ended.
+// stillWaits is the condition of lockKeys for rows that have not ended.
 var stillWaits = fmt.Sprintf(" AND state + 0 < %d", storage.Acknowledged)
 
 // lockKeys locks the queue rows of keys that meet a condition, in key order.
@@ -162,9 +162,9 @@ WHERE state = %d AND not_before <= ? ORDER BY not_before LIMIT ?`, storage.Sched
 	return promoted, nil
 }
 
-// dueInOrder returns as many due rows of each enrollment as there are among due,
-// the first ones of its order: which rows of one time come first in the index
-// has nothing to do with it.
+// dueInOrder replaces the due rows of each enrollment by as many of its due
+// rows that come first in its own order: the index has rows of one time in
+// another order.
 func dueInOrder(ctx context.Context, t *tx, due []keyPair) ([]keyPair, error) {
 	if len(due) == 0 {
 		return nil, nil
@@ -187,7 +187,7 @@ WHERE state = %d AND not_before <= ? AND id %s ORDER BY id, not_before, seq`, t.
 }
 
 // promote gives rows the next numbers of their enrollments' queues and makes
-// pushes owed, unless the rows have changed since they were looked up.
+// pushes owed, unless the rows have changed since they were read.
 func promote(ctx context.Context, t *tx, due []keyPair) (int, error) {
 	if len(due) == 0 {
 		return 0, nil
@@ -202,14 +202,14 @@ func promote(ctx context.Context, t *tx, due []keyPair) (int, error) {
 	if len(locked) == 0 {
 		return 0, nil
 	}
-	// The order inside an enrollment, read now that it stands still.
+	// The order inside an enrollment, which the locks now keep.
 	where, args := queueRows.Among(t.Tx, locked)
 	ordered, err := queueKeys(ctx, t, "SELECT id, command_uuid FROM nano_enrollment_queue"+t.Dialect.Index("PRIMARY")+" WHERE "+where+" ORDER BY id, not_before, seq", args...)
 	if err != nil {
 		return 0, fmt.Errorf("reading commands that are due: %w", err)
 	}
-	// Rows that come nth of their enrollment share a statement, and so do
-	// enrollments with as many rows.
+	// The nth rows of all enrollments share a statement, and so do enrollments
+	// with the same number of rows.
 	var nth [][]keyPair
 	count := make(map[string]int)
 	for _, k := range ordered {
@@ -241,8 +241,8 @@ seq = (SELECT p.last_seq FROM nano_enrollment_push p WHERE p.id = nano_enrollmen
 	return len(ordered), nil
 }
 
-// oweFor takes n numbers of each queue and makes a push owed at once for the
-// last.
+// oweFor takes n numbers of each queue and makes a push owed for the last, due
+// at once.
 func oweFor(ctx context.Context, t *tx, ids []string, n int) error {
 	if len(ids) == 0 {
 		return nil

@@ -14,9 +14,9 @@ import (
 	"github.com/nanomdm/nanomdm/storage/sqldb"
 )
 
-// Columns with values that are sealed. A value is bound to its column and to
-// the key of its row, so that one who can write to the database cannot have
-// the server open another device's token for a device of his own.
+// The columns with sealed values. A value is bound to its column and to the key
+// of its row: someone who can write to the database cannot copy another
+// device's token to a device of his own and have the server open it.
 const (
 	authenticateColumn     = "nano_devices.authenticate"
 	tokenUpdateColumn      = "nano_devices.token_update"
@@ -30,9 +30,9 @@ const (
 	sinkColumn             = "nano_event_sinks.config"
 )
 
-// What stands in a column is the plain value, or sealMark, a key's id, and
-// what the Sealer made. A plain value that begins like the mark, which a
-// device could send, stands behind the mark and noKey.
+// A column holds a plain value, or sealMark, the id of a key, and the Sealer's
+// output. A plain value that begins with the mark, which a device could send,
+// is stored after the mark and noKey.
 const (
 	sealMark  = "\xffNS1"
 	keyIDLen  = 16
@@ -40,8 +40,8 @@ const (
 	prefixLen = len(sealMark) + keyIDLen
 )
 
-// sealing stands between statements and the columns above. Without keys it
-// leaves values as they are.
+// sealing seals and opens the values of these columns. Without keys it leaves
+// them plain.
 type sealing struct {
 	keys     storage.Sealer // may be nil
 	prefix   []byte         // of what the first key sealed
@@ -58,7 +58,8 @@ func newSealing(cfg Config) *sealing {
 
 func sealPlace(column, key string) string { return column + "\x00" + key }
 
-// close seals a value. Empty ones stay empty: they say that there is none.
+// close seals a value. An empty one stays empty, since it means that there is
+// none.
 func (s *sealing) close(column, key string, plain []byte) []byte {
 	switch {
 	case len(plain) == 0:
@@ -69,7 +70,7 @@ func (s *sealing) close(column, key string, plain []byte) []byte {
 	return unsealed(plain)
 }
 
-// unsealed is how a plain value is stored.
+// unsealed returns a plain value as it is stored.
 func unsealed(plain []byte) []byte {
 	if bytes.HasPrefix(plain, []byte(sealMark)) {
 		return slices.Concat([]byte(sealMark+noKey), plain)
@@ -99,10 +100,10 @@ func (s *sealing) open(column, key string, value []byte) ([]byte, error) {
 	return plain, nil
 }
 
-// sealed is what a statement stores of a value. key is that of the row.
+// sealed returns a value as it is stored; key is the key of its row.
 func (t *tx) sealed(column, key string, plain []byte) []byte { return t.seal.close(column, key, plain) }
 
-// sealedCommand is sealed for a command, if those are to be.
+// sealedCommand is sealed for a command, if Config.SealCommands is set.
 func (t *tx) sealedCommand(uuid string, raw []byte) []byte {
 	if t.seal.commands {
 		return t.sealed(commandColumn, uuid, raw)
@@ -118,19 +119,19 @@ func (t *tx) sealedEvent(topic, id string, raw []byte) []byte {
 	return unsealed(raw)
 }
 
-// opened is the value that a statement read.
+// opened returns the plain value of a stored one.
 func (t *tx) opened(column, key string, value []byte) ([]byte, error) {
 	return t.seal.open(column, key, value)
 }
 
-// sealCheck is the value that each key is tried on.
+// sealCheck is the value with which keys are tested.
 const (
 	sealCheck       = "nanomdm"
 	sealCheckColumn = "nano_seal.value"
 )
 
-// checkSeal tries the keys on what the database says of those that were in
-// use, and notes the one that is used from now on.
+// checkSeal tests the keys against the record of keys that were in use, and
+// records the one that seals from now on.
 func (s *Store) checkSeal(ctx context.Context) error {
 	return s.write(ctx, func(ctx context.Context, t *tx) error {
 		checks, err := sealChecks(ctx, t)
@@ -181,13 +182,13 @@ func sealChecks(ctx context.Context, t *tx) (map[string][]byte, error) {
 
 var _ storage.Resealer = (*Store)(nil)
 
-// sealedTable is what a run of Reseal looks through.
+// sealedTable is a table that Reseal reads.
 type sealedTable struct {
 	name, key string
 	columns   []string // by their constants
 	// plain: values that are not sealed may stay so.
 	plain bool
-	// where says which rows have values to be sealed; empty is all.
+	// where chooses the rows with values to seal; empty is all.
 	where string
 	args  []any
 }
@@ -210,9 +211,9 @@ func sealedTables(commands bool) []sealedTable {
 	}
 }
 
-// resealCursor is where a run stands.
+// resealCursor is the progress of a run.
 type resealCursor struct {
-	KeyID      string // that seals; a run that began with another one begins anew
+	KeyID      string // that seals; with another one a run starts again
 	Table      string
 	After      string // key of the last row
 	Unreadable bool   // there were values that no key opens
@@ -275,9 +276,10 @@ func (s *Store) Reseal(ctx context.Context, after string, limit int) (storage.Re
 	return done, nil
 }
 
-// reseal looks at the next rows of a table and rewrites what is to be sealed
-// anew. Values that are as they should be are not transferred, and one that
-// somebody changes meanwhile is left: it is sealed with the new key already.
+// reseal reads the next rows of a table and rewrites values that the current
+// key has not sealed. The query leaves out the other values. It does not
+// rewrite a value that changes meanwhile, since that is sealed with the current
+// key.
 func reseal(ctx context.Context, t *tx, table sealedTable, after string, limit int) (done storage.Resealed, next string, err error) {
 	done.Table = table.name
 	rows, err := staleRows(ctx, t, table, after, limit)
@@ -316,7 +318,7 @@ func reseal(ctx context.Context, t *tx, table sealedTable, after string, limit i
 
 type staleRow struct {
 	key    string
-	values [][]byte // those that are fine are left out
+	values [][]byte // NULL for values that need no change
 }
 
 func staleRows(ctx context.Context, t *tx, table sealedTable, after string, limit int) ([]staleRow, error) {

@@ -27,8 +27,8 @@ import (
 	"github.com/nanomdm/nanomdm/storage/sqldb"
 )
 
-// Config says where the database is. Driver and DSN are required; the zero
-// value of everything else works.
+// Config is the configuration of a Store. Driver and DSN are required; the zero
+// value of every other field works.
 type Config struct {
 	// Driver is sqlite, pgsql or mysql (MySQL and MariaDB alike).
 	Driver string
@@ -37,12 +37,12 @@ type Config struct {
 	// keyword string; for mysql a go-sql-driver data source name. It may hold
 	// a password, so it never appears in errors.
 	DSN string
-	// Now is the clock of everything that is stored; time.Now if nil.
+	// Now is the clock of all stored times; time.Now if nil.
 	Now func() time.Time
 	// DatabaseClock bounds Now by the clock of a database server, so that
 	// replicas agree on what is due.
 	DatabaseClock bool
-	// Logger takes what no caller can be told; nothing is logged if nil.
+	// Logger gets errors that no caller gets; nil logs nothing.
 	Logger *slog.Logger
 	// ConnMaxLifetime and ConnMaxIdleTime bound the age of a connection to a
 	// database server: 30 and 3 minutes if zero, which is below the idle
@@ -57,22 +57,22 @@ type Config struct {
 	// and with SQLite the readers.
 	MaxOpenConns int
 	// Sealer encrypts push keys, unlock and bootstrap tokens, the messages that
-	// hold them and the keys of event sinks; nothing is sealed if nil. Values
-	// that were stored before are read as they are. A database with values of
-	// a key that it does not have is refused.
+	// hold them and the keys of event sinks; nil seals nothing. Older plain
+	// values stay readable. A database with values of a key that the Sealer
+	// does not have is refused.
 	Sealer storage.Sealer
 	// SealCommands seals commands, too.
 	SealCommands bool
-	// MaxUserChannels bounds the users of one device, 200 if zero. Users that
-	// are there already are not affected.
+	// MaxUserChannels bounds the users of one device, 200 if zero. Existing
+	// users stay.
 	MaxUserChannels int
-	// RecordActivityEvery is how long last-seen times and paid pushes are
-	// gathered before they are written: 500 ms if zero. If negative they are
-	// only written by Flush and Close.
+	// RecordActivityEvery is the interval at which last-seen times and paid
+	// pushes are written: 500 ms if zero. If negative, only Flush and Close
+	// write them.
 	RecordActivityEvery time.Duration
-	// Committed is told how many of devices' messages a group commit has,
-	// Polled of how many that change nothing a shared read is. Each is called
-	// before the batch is run, concurrently; nobody is told if nil.
+	// Committed is called with the number of device messages in a group commit,
+	// Polled with the number of messages that share a read. Each is called
+	// before the batch runs, concurrently; nil is not called.
 	Committed, Polled func(messages int)
 }
 
@@ -80,8 +80,8 @@ const (
 	defaultRecordActivity  = 500 * time.Millisecond
 	defaultMaxUserChannels = 200
 
-	// deviceTimeout bounds a batch of devices' messages, which come again by
-	// themselves.
+	// deviceTimeout bounds a batch of device messages. Devices repeat a failed
+	// message.
 	deviceTimeout = 5 * time.Second
 )
 
@@ -97,9 +97,9 @@ type Store struct {
 	changes       *batcher[*opRun]
 	seal          *sealing
 	texts         deviceTexts
-	unreadable    atomic.Int64 // what Stats calls EventsUnreadable
+	unreadable    atomic.Int64 // Stats.EventsUnreadable
 	counted       enrollmentCounts
-	held          sync.Map // uptime of the last sign of leases that were taken and not lost or released, by name
+	held          sync.Map // uptime of the last renewal of leases that are held, by name
 	uptime        func() time.Duration
 	probe         writeProbe
 	sweepCounters sweepCounters
@@ -113,12 +113,12 @@ type Store struct {
 type Stats struct {
 	// Statements that were sent to the database.
 	Statements int64
-	// SchemaNewer: the next release has migrated the database, which this one
-	// goes on to serve.
+	// SchemaNewer: the next release has migrated the database, and this release
+	// still serves it.
 	SchemaNewer bool
 	// ClockOffset is how far the database's clock is ahead of this machine's.
 	ClockOffset time.Duration
-	// Leases that are held, by name, as far as this store knows.
+	// Leases lists the names of leases that this store believes to hold.
 	Leases []string
 	// Retries of whole transactions: deadlocks, lost connections, failovers.
 	Retries int64
@@ -128,20 +128,20 @@ type Stats struct {
 	// EventsDropped counts events without a change, such as idle polls, that
 	// were dropped for the same reason.
 	EventsDropped int64
-	// EventsUnreadable counts how often a batch of events or a payload was
-	// wanted and could not be read: damaged, or sealed with a key that is not here.
+	// EventsUnreadable counts failed reads of a batch of events or a payload:
+	// it is damaged, or sealed with an unknown key.
 	EventsUnreadable int64
-	// What this store's sweeps did: commands that became due and that
-	// expired, and history that was removed.
+	// The counts of this store's sweeps: promoted and expired commands, and
+	// removed history.
 	Promoted, Expired                            int64
 	RemovedRows, RemovedResults, RemovedCommands int64
 	RemovedResultBytes                           int64
 }
 
-// Open connects to the database, checks that it is one that this package can
-// work with, sets what correctness needs for its connections, and brings the
-// schema up to date. Another replica may do the same at the same time; one
-// migrates, the others wait. The context bounds opening only.
+// Open connects to the database, checks that this package supports it, sets the
+// parameters of connections that correctness needs, and migrates the schema.
+// Several replicas may open at once: one migrates, the others wait. The context
+// bounds opening only.
 //
 // The error is storage.ErrUnavailable if a database server is out of reach or
 // not ready, as a standby is that takes no writes, so that it is worth to try
@@ -204,9 +204,9 @@ func connectStore(ctx context.Context, cfg Config) (*Store, error) {
 	return s, nil
 }
 
-// Close writes what is gathered, waits for the store's goroutines and for
-// statements that are under way, and releases the connections. Calls after it
-// fail with storage.ErrClosed.
+// Close writes the gathered activity, waits for the store's goroutines and for
+// running statements, and closes the connections. Later calls fail with
+// storage.ErrClosed.
 func (s *Store) Close() error {
 	s.closeOnce.Do(func() {
 		s.closeErr = errors.Join(s.act.stop(), s.db.Close())
@@ -260,6 +260,6 @@ func (s *Store) noteSchema(ctx context.Context, newer bool) {
 	}
 }
 
-// ErrSchema is Ping's error for a database that answers, and that another
-// release has migrated to a schema that this one cannot work with.
+// ErrSchema is Ping's error for a database that another release has migrated to
+// a schema that this one does not support.
 var ErrSchema = errors.New("schema is not the one this binary knows")

@@ -142,7 +142,7 @@ func TestOpenWaitsForWriter(t *testing.T) {
 			continue
 		}
 		t.Run(engine.Name, func(t *testing.T) {
-			cfg := engine.Virgin(t)
+			cfg := engine.Unmigrated(t)
 			standby := cfg
 			sep := "?"
 			if strings.Contains(cfg.DSN, "?") {

@@ -18,12 +18,10 @@ type tx struct {
 	maxUserChannels int
 }
 
-// keyPair is the key of a queue row or a result, or another pair of an id and
-// one of its things.
+// keyPair is the key of a queue row or a result, or another pair of keys.
 type keyPair = sqldb.KeyPair
 
-// queueRows is the table of what is queued for enrollments. Results have the
-// same key.
+// queueRows is the table of queue rows. Results have the same key.
 var queueRows = sqldb.PairTable{Name: "nano_enrollment_queue", ID: "id", Item: "command_uuid"}
 
 // write runs fn in one transaction; see sqldb.DB.Write.
@@ -56,11 +54,11 @@ func storageError(err error) error {
 	return err
 }
 
-// translated is an error that is also another one, and reads as it did.
+// translated is an error with the text of the first and the identity of both.
 type translated struct {
 	error
 	also error
 }
 
-// Unwrap has errors.Is find both.
+// Unwrap lets errors.Is find both.
 func (e *translated) Unwrap() []error { return []error{e.error, e.also} }

@@ -26,7 +26,7 @@ func activityTests() []subtest {
 	}
 }
 
-// lastSeen reads when an enrollment was last seen, 0 if it is not known.
+// lastSeen reads when an enrollment was last seen, 0 if unknown.
 func lastSeen(t *testing.T, h *Harness, id string) int64 {
 	t.Helper()
 	return h.Int(t, "SELECT COALESCE(MAX(last_seen_at), 0) FROM nano_enrollment_activity WHERE id = ?", id)
@@ -141,8 +141,7 @@ func activityUnanswered(t *testing.T, h *Harness) {
 	require.Zero(t, h.attempts(t, "E", "C1"))
 }
 
-// attempts is how often the device was offered a command without an answer, as
-// far as it is written.
+// attempts reads the stored number of offers of a command without an answer.
 func (h *Harness) attempts(t *testing.T, id, uuid string) int {
 	t.Helper()
 	item, err := h.Store.QueueItem(t.Context(), storage.Scope{}, id, uuid)

@@ -20,8 +20,8 @@ func auditTests() []subtest {
 	}
 }
 
-// did appends a record.
-func did(t *testing.T, h *Harness, r storage.AuditRecord) storage.AuditRecord {
+// appendAudit appends a record.
+func appendAudit(t *testing.T, h *Harness, r storage.AuditRecord) storage.AuditRecord {
 	t.Helper()
 	require.NoError(t, h.Store.AppendAudit(t.Context(), &r))
 	return r
@@ -33,7 +33,7 @@ func auditPages(t *testing.T, h *Harness) {
 		if i%3 != 0 { // some at the same time
 			h.Clock.Advance(time.Second)
 		}
-		r := did(t, h, storage.AuditRecord{Who: "ann", Action: "command.cancel", Target: fmt.Sprint("T", i), Detail: "two\nlines", Outcome: storage.AuditDone, RequestID: "R"})
+		r := appendAudit(t, h, storage.AuditRecord{Who: "ann", Action: "command.cancel", Target: fmt.Sprint("T", i), Detail: "two\nlines", Outcome: storage.AuditDone, RequestID: "R"})
 		require.Equal(t, h.Clock.Now(), r.At)
 		require.NotEmpty(t, r.ID)
 		all = append(all, r)
@@ -62,7 +62,7 @@ func auditPages(t *testing.T, h *Harness) {
 func auditFilters(t *testing.T, h *Harness) {
 	begin := h.Clock.Now()
 	for i, who := range []string{"ann", "bob", "ann", "Ann"} {
-		did(t, h, storage.AuditRecord{Who: who, Action: fmt.Sprint("a", i%2), Target: fmt.Sprint("t", i/2), Detail: fmt.Sprint(i)})
+		appendAudit(t, h, storage.AuditRecord{Who: who, Action: fmt.Sprint("a", i%2), Target: fmt.Sprint("t", i/2), Detail: fmt.Sprint(i)})
 		h.Clock.Advance(time.Minute)
 	}
 	for _, tc := range []struct {
@@ -91,7 +91,7 @@ func auditFilters(t *testing.T, h *Harness) {
 
 func auditLong(t *testing.T, h *Harness) {
 	long := strings.Repeat("é", 10_000)
-	did(t, h, storage.AuditRecord{Who: long, Action: long, Target: long, Detail: long + "\x00\xff", Outcome: long, RequestID: long})
+	appendAudit(t, h, storage.AuditRecord{Who: long, Action: long, Target: long, Detail: long + "\x00\xff", Outcome: long, RequestID: long})
 	records, err := h.Store.AuditRecords(t.Context(), storage.AuditFilter{Target: long}, storage.AuditKey{}, 10)
 	require.NoError(t, err)
 	require.Len(t, records, 1)
@@ -101,7 +101,7 @@ func auditLong(t *testing.T, h *Harness) {
 
 func auditRemoved(t *testing.T, h *Harness) {
 	for i := range 5 {
-		did(t, h, storage.AuditRecord{Who: "ann", Action: "a", Detail: fmt.Sprint(i)})
+		appendAudit(t, h, storage.AuditRecord{Who: "ann", Action: "a", Detail: fmt.Sprint(i)})
 		h.Clock.Advance(time.Hour)
 	}
 	old := take(t, h.Store, "history", "a")

@@ -55,7 +55,7 @@ func restore(t *testing.T, e *Engine, file []byte) sqlstore.Config {
 	return cfg
 }
 
-// populate makes a store with something in every corner.
+// populate fills every table of a store.
 func populate(t *testing.T, h *Harness, store *sqlstore.Store) {
 	t.Helper()
 	plantSecrets(t, h, store)
@@ -63,18 +63,18 @@ func populate(t *testing.T, h *Harness, store *sqlstore.Store) {
 	require.NoError(t, store.StorePushCert(t.Context(), &storage.PushCert{Topic: topicA, CertPEM: []byte("certificate"), KeyPEM: []byte("key-secret"), NotAfter: past(9000)}))
 	require.NoError(t, store.AppendAudit(t.Context(), &storage.AuditRecord{Who: "who", Action: "action", Detail: "détail", Outcome: storage.AuditDone}))
 	d := h.device("D").on(store)
-	_, err := store.ChangeTags(t.Context(), everything, storage.TagChange{IDs: []string{"D"}, Add: []string{"lab"}, Record: func([]string) *storage.AuditRecord { return deed("tags") }})
+	_, err := store.ChangeTags(t.Context(), everything, storage.TagChange{IDs: []string{"D"}, Add: []string{"lab"}, Record: func([]string) *storage.AuditRecord { return auditRecord("tags") }})
 	require.NoError(t, err)
 	h.asksApplications(t, "APPS", "", "D")
 	_, err = d.apply(t, &storage.Report{Src: d.source(), Status: mdm.StatusAcknowledged, CommandUUID: "APPS", Inventory: &mdm.Inventory{Applications: &someApplications}})
 	require.NoError(t, err)
-	_, err = d.apply(t, &storage.Report{Src: d.telling(event("report", storage.TopicConnect)).source(), Status: mdm.StatusAcknowledged, CommandUUID: "C", Raw: nil})
+	_, err = d.apply(t, &storage.Report{Src: d.withEvents(event("report", storage.TopicConnect)).source(), Status: mdm.StatusAcknowledged, CommandUUID: "C", Raw: nil})
 	require.NoError(t, err)
 	require.NoError(t, store.Flush(t.Context()))
 }
 
-// contents is what a backup of the database holds: the same bytes for the same
-// rows, on whatever engine.
+// contents returns the contents of a backup of the database: the same bytes for
+// the same rows on every engine.
 func contents(t *testing.T, cfg sqlstore.Config) (rows map[string]int64, all string) {
 	t.Helper()
 	var file bytes.Buffer
@@ -85,7 +85,7 @@ func contents(t *testing.T, cfg sqlstore.Config) (rows map[string]int64, all str
 	return rows, unpacked(t, file.Bytes())
 }
 
-// unpacked is a backup without its head, which differs, and its checksum.
+// unpacked returns a backup without its head, which differs, and its checksum.
 func unpacked(t *testing.T, file []byte) string {
 	t.Helper()
 	_, packed, ok := bytes.Cut(file, []byte("\n"))

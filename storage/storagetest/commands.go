@@ -44,7 +44,7 @@ func (h *Harness) queue(t *testing.T, id string, state storage.State, limit int)
 	}
 }
 
-// asks queues one command with options.
+// asks queues a command with options.
 func (h *Harness) asks(t *testing.T, e storage.Enqueue, uuid, requestType string, ids ...string) {
 	t.Helper()
 	e.Command, e.IDs = &mdm.Command{CommandUUID: uuid, RequestType: requestType, Raw: []byte("raw " + uuid)}, ids
@@ -287,7 +287,7 @@ func resultRead(t *testing.T, h *Harness) {
 	require.Equal(t, h.Clock.Now(), r.CreatedAt)
 	require.NotEmpty(t, r.Raw)
 
-	was, err := h.Store.CancelItem(t.Context(), storage.Scope{}, "D", "C2", deed("cancel"))
+	was, err := h.Store.CancelItem(t.Context(), storage.Scope{}, "D", "C2", auditRecord("cancel"))
 	require.NoError(t, err)
 	require.Equal(t, storage.Queued, was)
 	h.device("D").reports(t, mdm.StatusError, "C2")

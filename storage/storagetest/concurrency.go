@@ -22,7 +22,7 @@ func concurrencyTests() []subtest {
 	}
 }
 
-// stores are two replicas, or one where there is no second way to the data.
+// stores returns two replicas, or one if the engine allows only one.
 func (h *Harness) stores(t *testing.T) []storage.Devices {
 	if h.Engine.Name == "memory" {
 		return []storage.Devices{h.Store, h.Store}

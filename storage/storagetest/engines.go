@@ -1,11 +1,11 @@
-// Package storagetest says what a store has to do: one suite of subtests, run
-// on every engine, each on an empty database of its own. It also gives the
-// tests of other packages such databases.
+// Package storagetest is the conformance suite of the store: subtests that run
+// on every engine, each on an empty database of its own. It also provides such
+// databases to the tests of other packages.
 //
-// SQLite needs nothing. The other engines are those of storage/engines/with-engines.sh, or
-// whatever servers NANOMDM_PGSQL_STORAGE_TEST_DSN, NANOMDM_MYSQL_STORAGE_TEST_DSN
-// and NANOMDM_MARIADB_STORAGE_TEST_DSN name; their user must be allowed to
-// create databases. Without its variable an engine's tests are skipped, and
+// SQLite needs no server. storage/engines/with-engines.sh starts the other
+// engines, or NANOMDM_PGSQL_STORAGE_TEST_DSN, NANOMDM_MYSQL_STORAGE_TEST_DSN
+// and NANOMDM_MARIADB_STORAGE_TEST_DSN name servers; their user must be allowed
+// to create databases. Without its variable an engine's tests are skipped, and
 // fail if CI=true.
 package storagetest
 
@@ -41,8 +41,8 @@ type Engine struct {
 	dsn      string // of the server
 	via      string // the address of a pooler that stores connect to; empty is the server's own
 
-	// Migrating takes MySQL a second or two, so a database is used again once
-	// it has been emptied and looked through.
+	// A migration takes MySQL a second or two, so a database is used again once
+	// it has been emptied and checked.
 	mu   sync.Mutex
 	idle []string
 }
@@ -72,20 +72,21 @@ func Engines(t testing.TB) []*Engine {
 	return engines
 }
 
-// memory is SQLite without a file: no second store, no other connection.
+// memory is SQLite without a file, which has no second store and no other
+// connection.
 func memory() *Engine { return &Engine{Name: "memory", driver: "sqlite"} }
 
-// Config returns where an empty database of this test's own is: only Driver
-// and DSN are set. It has the schema, or gets it from sqlstore.Open. Close
-// what you open on it before the test ends (cleanups that are registered
-// later than this call are in time).
+// Config returns the Driver and DSN of an empty database of this test. It has
+// the schema, or gets it from sqlstore.Open. Close every store and connection
+// to it before the test ends (cleanups that are registered after this call are
+// in time).
 func (e *Engine) Config(t testing.TB) sqlstore.Config {
 	t.Helper()
 	switch {
 	case e.Name == "memory":
 		return sqlstore.Config{Driver: e.driver, DSN: ":memory:"}
 	case e.variable == "":
-		return e.Virgin(t)
+		return e.Unmigrated(t)
 	}
 	e.need(t)
 	e.mu.Lock()
@@ -111,8 +112,8 @@ func (e *Engine) Config(t testing.TB) sqlstore.Config {
 	return cfg
 }
 
-// Virgin is Config for a database that nothing was ever done with.
-func (e *Engine) Virgin(t testing.TB) sqlstore.Config {
+// Unmigrated is Config for a new database without tables.
+func (e *Engine) Unmigrated(t testing.TB) sqlstore.Config {
 	t.Helper()
 	switch {
 	case e.Name == "memory":
@@ -126,7 +127,7 @@ func (e *Engine) Virgin(t testing.TB) sqlstore.Config {
 	return sqlstore.Config{Driver: e.driver, DSN: e.dsnOf(t, name)}
 }
 
-// need skips the test if it needs a server that is not there.
+// need skips the test if its server is missing.
 func (e *Engine) need(t testing.TB) {
 	t.Helper()
 	switch {
@@ -162,7 +163,7 @@ func (e *Engine) admin(t testing.TB, statement string) {
 	require.NoError(t, err)
 }
 
-// dsnOf is the server's DSN with another database.
+// dsnOf returns the server's DSN with another database.
 func (e *Engine) dsnOf(t testing.TB, name string) string {
 	t.Helper()
 	if e.driver == "mysql" {
@@ -178,7 +179,7 @@ func (e *Engine) dsnOf(t testing.TB, name string) string {
 	return e.dsn + " dbname=" + name
 }
 
-// through is a DSN of the server by way of the pooler, if there is one.
+// through returns a DSN by way of the pooler, if there is one.
 func (e *Engine) through(t testing.TB, dsn string) string {
 	if e.via == "" {
 		return dsn
@@ -189,8 +190,8 @@ func (e *Engine) through(t testing.TB, dsn string) string {
 	return u.String()
 }
 
-// empty removes every row, and says whether that left the database as one that
-// was just migrated.
+// empty removes every row, and says whether the database is then as after a
+// migration.
 func (e *Engine) empty(t testing.TB, cfg sqlstore.Config) bool {
 	db := connect(t, cfg)
 	defer db.Close()
@@ -200,7 +201,7 @@ func (e *Engine) empty(t testing.TB, cfg sqlstore.Config) bool {
 	}
 	tables := column(t, db, query)
 	if !slices.Contains(tables, "nano_schema") {
-		return false // was never opened
+		return false // without tables
 	}
 	for _, table := range tables {
 		if table == "nano_schema" || table == "nano_migrations" {
@@ -236,7 +237,7 @@ func connect(t testing.TB, cfg sqlstore.Config) *sql.DB {
 		dsn = fmt.Sprintf("file:%s?_pragma=busy_timeout(10000)&_txlock=immediate", (&url.URL{Path: cfg.DSN}).EscapedPath())
 	case "pgsql":
 		driver = "pgx"
-		// Nothing stays prepared: a pooler may stand in between.
+		// No statement stays prepared, since there may be a pooler.
 		if u, err := url.Parse(dsn); err == nil && u.Scheme != "" {
 			q := u.Query()
 			q.Set("default_query_exec_mode", "cache_describe")

@@ -87,8 +87,8 @@ func (c *channel) on(s storage.Devices) *channel {
 	return &w
 }
 
-// telling is the channel with events for its next operation.
-func (c *channel) telling(events ...storage.Event) *channel {
+// withEvents is the channel with events for its next operation.
+func (c *channel) withEvents(events ...storage.Event) *channel {
 	w := *c
 	w.events = events
 	return &w
@@ -456,7 +456,7 @@ func enrollBootstrapToken(t *testing.T, h *Harness) {
 	require.Zero(t, h.Int(t, "SELECT COUNT(*) FROM nano_devices WHERE bootstrap_token_at IS NOT NULL"))
 	// One that is read together with a change.
 	require.NoError(t, d.setBootstrapToken(t, "three"))
-	out, err := d.apply(t, &storage.GetBootstrapToken{Src: d.telling(event("E", "mdm.GetBootstrapToken")).source()})
+	out, err := d.apply(t, &storage.GetBootstrapToken{Src: d.withEvents(event("E", "mdm.GetBootstrapToken")).source()})
 	require.NoError(t, err)
 	require.Equal(t, "three", string(out.BootstrapToken))
 }
@@ -607,7 +607,7 @@ func enrollManyUsers(t *testing.T, h *Harness) {
 	h.Exec(t, "UPDATE nano_enrollments SET enabled = 1")
 	require.NoError(t, d.checkOut(t))
 	require.EqualValues(t, 0, h.Int(t, "SELECT COUNT(*) FROM nano_enrollments WHERE enabled = 1"))
-	deleted := statements(func() { require.NoError(t, h.Store.DeleteEnrollment(t.Context(), everything, "D", deed("d"))) })
+	deleted := statements(func() { require.NoError(t, h.Store.DeleteEnrollment(t.Context(), everything, "D", auditRecord("d"))) })
 	require.Less(t, deleted, int64(3*users), "each channel is looked at once for commands and once for results")
 	require.Zero(t, h.Int(t, "SELECT COUNT(*) FROM nano_enrollments")+h.Int(t, "SELECT COUNT(*) FROM nano_users"))
 }
@@ -629,7 +629,7 @@ func identityActive(t *testing.T, h *Harness) {
 	require.NoError(t, err)
 	active(nil)
 	for _, disabled := range []bool{true, false} {
-		_, err := h.Store.SetDisabled(t.Context(), everything, "D", disabled, deed("d"))
+		_, err := h.Store.SetDisabled(t.Context(), everything, "D", disabled, auditRecord("d"))
 		require.NoError(t, err)
 		active(map[bool]error{true: storage.ErrNotEnrolled}[disabled])
 	}
@@ -639,7 +639,8 @@ func identityActive(t *testing.T, h *Harness) {
 	active(storage.ErrNotFound)
 }
 
-// refused checks that nothing is let through but what may begin or end.
+// refused checks that every message is refused but those that begin or end an
+// enrollment.
 func refused(t *testing.T, c *channel, want error) {
 	t.Helper()
 	_, err := c.tokenUpdate(t)

@@ -73,7 +73,7 @@ func upkeepTests() []subtest {
 	}
 }
 
-// eventLease takes the lease that events are worked under.
+// eventLease takes the lease for events.
 func eventLease(t *testing.T, h *Harness) storage.Lease {
 	t.Helper()
 	return take(t, h.Store, "events", "a")
@@ -85,11 +85,11 @@ func (c *channel) tells(t *testing.T, ids ...string) {
 	for _, id := range ids {
 		e := event(id, storage.TopicConnect)
 		e.Status, e.CommandUUID = "Acknowledged", "X"
-		c.telling(e).reports(t, mdm.StatusAcknowledged, "X")
+		c.withEvents(e).reports(t, mdm.StatusAcknowledged, "X")
 	}
 }
 
-// number gives numbers until nothing is left, and returns the last one.
+// number numbers all events, and returns the last number.
 func (h *Harness) number(t *testing.T, l storage.Lease) int64 {
 	t.Helper()
 	for {
@@ -101,7 +101,7 @@ func (h *Harness) number(t *testing.T, l storage.Lease) int64 {
 	}
 }
 
-// putSink stores a sink and returns it as it stands.
+// putSink stores a sink and returns it as stored.
 func (h *Harness) putSink(t *testing.T, k storage.EventSink) *storage.EventSink {
 	t.Helper()
 	require.NoError(t, h.Store.PutEventSink(t.Context(), k))
@@ -145,12 +145,12 @@ func outboxOrder(t *testing.T, h *Harness) {
 	n, last, err := h.Store.NumberEvents(t.Context(), l, 10)
 	require.NoError(t, err)
 	require.Zero(t, n+int(last))
-	// The second of A says that it is earlier, as another replica's clock may
-	// have it. What counts is which one was committed first.
+	// The second event of A has an earlier time, as by another replica's clock.
+	// The order of the commits counts.
 	for i, c := range []*channel{a, a, b, a} {
 		e := event([]string{"a1", "a2", "b1", "a3"}[i], storage.TopicConnect)
 		e.CreatedAt = e.CreatedAt.Add([]time.Duration{10, -50, 5, 20}[i] * time.Second)
-		c.telling(e).reports(t, mdm.StatusAcknowledged, "X")
+		c.withEvents(e).reports(t, mdm.StatusAcknowledged, "X")
 	}
 	require.EqualValues(t, 4, h.number(t, l))
 	require.Equal(t, []string{"a1", "a2", "b1", "a3"}, h.page(t))
@@ -180,7 +180,7 @@ func outboxClocks(t *testing.T, h *Harness) {
 		}
 		want = append(want, fmt.Sprint("a", i))
 		c.tells(t, want[i])
-		if i == 3 { // what is numbered is no measure for what is not
+		if i == 3 { // the stamps of numbered batches do not count
 			h.number(t, l)
 		}
 	}
@@ -191,7 +191,7 @@ func outboxClocks(t *testing.T, h *Harness) {
 func outboxTogether(t *testing.T, h *Harness) {
 	l := eventLease(t, h)
 	d := h.device("A").enrolls(t)
-	d.telling(event("a1", storage.TopicConnect), event("a2", storage.TopicConnect), event("a3", storage.TopicConnect)).
+	d.withEvents(event("a1", storage.TopicConnect), event("a2", storage.TopicConnect), event("a3", storage.TopicConnect)).
 		reports(t, mdm.StatusAcknowledged, "X")
 	d.tells(t, "a4", "a5")
 	n, last, err := h.Store.NumberEvents(t.Context(), l, 2)
@@ -274,7 +274,7 @@ func outboxWhileReporting(t *testing.T, h *Harness) {
 	for i, err := range together(devices, func(i int) error {
 		d := h.device(ids[i])
 		for n := range reports {
-			if _, err := d.telling(event(fmt.Sprintf("%s %02d", ids[i], n), storage.TopicConnect)).report(t, mdm.StatusAcknowledged, "X"); err != nil {
+			if _, err := d.withEvents(event(fmt.Sprintf("%s %02d", ids[i], n), storage.TopicConnect)).report(t, mdm.StatusAcknowledged, "X"); err != nil {
 				return err
 			}
 		}
@@ -345,7 +345,7 @@ func outboxLarge(t *testing.T, h *Harness) {
 	d := h.device("A").enrolls(t)
 	large := event("large", storage.TopicConnect)
 	large.Raw = make([]byte, 1<<20)
-	d.telling(large).reports(t, mdm.StatusAcknowledged, "X")
+	d.withEvents(large).reports(t, mdm.StatusAcknowledged, "X")
 	h.number(t, l)
 	events, err := h.Store.SinkPage(t.Context(), 0, 10)
 	require.NoError(t, err)
@@ -368,7 +368,7 @@ func outboxLarge(t *testing.T, h *Harness) {
 func outboxLog(t *testing.T, h *Harness) {
 	l := eventLease(t, h)
 	d := h.device("A")
-	require.NoError(t, d.telling(event("authenticate", storage.TopicAuthenticate)).authenticate(t))
+	require.NoError(t, d.withEvents(event("authenticate", storage.TopicAuthenticate)).authenticate(t))
 	d.enrolls(t).tells(t, "r1", "r2", "r3")
 	h.number(t, l)
 	read := func(scope storage.Scope, q storage.EventQuery) ([]string, int64) {
@@ -498,7 +498,7 @@ func sinkForgotten(t *testing.T, h *Harness) {
 	require.Zero(t, h.Int(t, "SELECT COUNT(*) FROM nano_event_deliveries"))
 }
 
-// waits is a delivery of what a device A told.
+// waits is a delivery of an event of device A.
 func waits(seq int64, state storage.DeliveryState) storage.Delivery {
 	return storage.Delivery{Seq: seq, Enrollment: "A", CreatedAt: time.Unix(1_700_000_000, 0), State: state}
 }
@@ -581,7 +581,7 @@ func deliveryGivenUp(t *testing.T, h *Harness) {
 	d.tells(t, "a1", "a2", "a3")
 	young := event("a4", storage.TopicConnect)
 	young.CreatedAt = young.CreatedAt.Add(time.Hour)
-	d.telling(young).reports(t, mdm.StatusAcknowledged, "X")
+	d.withEvents(young).reports(t, mdm.StatusAcknowledged, "X")
 	h.number(t, l)
 	var put []storage.Delivery
 	for seq := range int64(4) {
@@ -610,7 +610,7 @@ func deliveryAgain(t *testing.T, h *Harness) {
 		if i == 2 { // the result of an unknown command
 			e.Topic, e.CommandUUID = storage.TopicConnect, "X"
 		}
-		d.telling(e).reports(t, mdm.StatusAcknowledged, "X")
+		d.withEvents(e).reports(t, mdm.StatusAcknowledged, "X")
 	}
 	h.number(t, l)
 	require.NoError(t, h.Store.Settle(t.Context(), l, k, storage.Settlement{Cursor: 5, Put: []storage.Delivery{waits(4, storage.DeliveryWaiting)}}))
@@ -648,7 +648,7 @@ func deliveryDead(t *testing.T, h *Harness) {
 	k := h.putSink(t, hook())
 	d := h.device("A").enrolls(t)
 	for i := range 1200 {
-		d = d.telling(append(d.events, event(fmt.Sprintf("a%04d", i), storage.TopicConnect))...)
+		d = d.withEvents(append(d.events, event(fmt.Sprintf("a%04d", i), storage.TopicConnect))...)
 	}
 	d.reports(t, mdm.StatusAcknowledged, "X")
 	h.number(t, l)
@@ -679,7 +679,7 @@ func deliveryBacklogs(t *testing.T, h *Harness) {
 	for i := range 8 {
 		e := event(fmt.Sprint("a", i+1), storage.TopicConnect)
 		e.CreatedAt = e.CreatedAt.Add(time.Duration(i) * time.Second)
-		d.telling(e).reports(t, mdm.StatusAcknowledged, "X")
+		d.withEvents(e).reports(t, mdm.StatusAcknowledged, "X")
 	}
 	h.number(t, l)
 	first := time.Unix(1_700_000_000, 0).UTC()
@@ -748,7 +748,7 @@ func mixed() []storage.Event {
 func outboxMixed(t *testing.T, h *Harness) {
 	l := eventLease(t, h)
 	want := mixed()
-	h.device("A").enrolls(t).telling(want...).reports(t, mdm.StatusAcknowledged, "X")
+	h.device("A").enrolls(t).withEvents(want...).reports(t, mdm.StatusAcknowledged, "X")
 	h.number(t, l)
 	check := func(events []storage.Event) {
 		t.Helper()
@@ -790,7 +790,7 @@ func outboxMixed(t *testing.T, h *Harness) {
 func upkeepMixed(t *testing.T, h *Harness) {
 	l := eventLease(t, h)
 	k := h.putSink(t, hook())
-	h.device("A").enrolls(t).telling(mixed()...).reports(t, mdm.StatusAcknowledged, "X")
+	h.device("A").enrolls(t).withEvents(mixed()...).reports(t, mdm.StatusAcknowledged, "X")
 	h.number(t, l)
 	var put []storage.Delivery
 	for _, seq := range []int64{1, 2, 5, 8} {
@@ -821,7 +821,7 @@ func outboxTwice(t *testing.T, h *Harness) {
 	l := eventLease(t, h)
 	d := h.device("A").enrolls(t)
 	for _, uuid := range []string{"X", "Y"} {
-		d.telling(mixed()[1], mixed()[7]).reports(t, mdm.StatusAcknowledged, uuid)
+		d.withEvents(mixed()[1], mixed()[7]).reports(t, mdm.StatusAcknowledged, uuid)
 	}
 	h.number(t, l)
 	events, err := h.Store.SinkPage(t.Context(), 0, 10)
@@ -838,12 +838,12 @@ func outboxTwice(t *testing.T, h *Harness) {
 func outboxCut(t *testing.T, h *Harness) {
 	l := eventLease(t, h)
 	d := h.device("A").enrolls(t)
-	d.telling(event("a1", storage.TopicConnect), event("a2", storage.TopicConnect), event("a3", storage.TopicConnect)).
+	d.withEvents(event("a1", storage.TopicConnect), event("a2", storage.TopicConnect), event("a3", storage.TopicConnect)).
 		reports(t, mdm.StatusAcknowledged, "X")
 	d.tells(t, "a4")
 	h.number(t, l)
 	const first = " WHERE batch_id = (SELECT batch_id FROM nano_event_batches WHERE seq = 3)"
-	h.Exec(t, "UPDATE nano_events SET payloads = ?"+first, squeezed("raw a1ra"))
+	h.Exec(t, "UPDATE nano_events SET payloads = ?"+first, compressed("raw a1ra"))
 	events, err := h.Store.SinkPage(t.Context(), 0, 10)
 	require.NoError(t, err)
 	require.Equal(t, []string{"a1", "a2", "a3", "a4"}, idsOf(events))
@@ -858,18 +858,17 @@ func outboxCut(t *testing.T, h *Harness) {
 	require.NoError(t, err)
 	require.Equal(t, []string{"a1", "a2", "a3", "a4"}, idsOf(events))
 	require.Equal(t, "raw a4", string(events[3].Raw))
-	// A size is no reason to make room for it, nor is the sum of three, which is
-	// -1 here.
-	details := unsqueezed(t, h.Strings(t, "SELECT details FROM nano_events"+first)[0])
+	// A size must not allocate memory, nor the sum of three, which is -1 here.
+	details := decompressed(t, h.Strings(t, "SELECT details FROM nano_events"+first)[0])
 	large := strings.ReplaceAll(details, `"size":6`, `"size":6148914691236517205`)
 	require.NotEqual(t, details, large)
-	h.Exec(t, "UPDATE nano_events SET details = ?"+first, squeezed(large))
+	h.Exec(t, "UPDATE nano_events SET details = ?"+first, compressed(large))
 	events, err = h.Store.SinkPage(t.Context(), 0, 10)
 	require.NoError(t, err)
 	require.Equal(t, []string{"a1", "a2", "a3", "a4"}, idsOf(events))
 	require.EqualValues(t, -1, events[0].RawSize)
 	require.Equal(t, "raw a4", string(events[3].Raw))
-	// Nor are details that cannot be read a reason for what comes after to wait.
+	// Later events do not wait for details that cannot be read.
 	h.Exec(t, "UPDATE nano_events SET details = ?"+first, []byte("damaged"))
 	events, err = h.Store.SinkPage(t.Context(), 0, 1)
 	require.NoError(t, err)
@@ -891,18 +890,18 @@ func outboxCut(t *testing.T, h *Harness) {
 	require.Equal(t, 4, n)
 }
 
-// squeezed and unsqueezed compress as batches of events are, and the opposite.
-func squeezed(text string) []byte { return s2.Encode(nil, []byte(text)) }
+// compressed and decompressed convert a text as batches of events do.
+func compressed(text string) []byte { return s2.Encode(nil, []byte(text)) }
 
-func unsqueezed(t *testing.T, value string) string {
+func decompressed(t *testing.T, value string) string {
 	t.Helper()
 	text, err := s2.Decode(nil, []byte(value))
 	require.NoError(t, err)
 	return string(text)
 }
 
-// Parameters of URLs are stored with the details: they must not make a batch so
-// large that nobody reads it.
+// Parameters of URLs are stored with the details: they must not make a batch
+// too large to read.
 func outboxParams(t *testing.T, h *Harness) {
 	l := eventLease(t, h)
 	d := h.device("A").enrolls(t)
@@ -913,7 +912,7 @@ func outboxParams(t *testing.T, h *Harness) {
 		e.Params = map[string]string{"a": long, "b": e.ID}
 		events = append(events, e)
 	}
-	d.telling(events...).reports(t, mdm.StatusAcknowledged, "X")
+	d.withEvents(events...).reports(t, mdm.StatusAcknowledged, "X")
 	require.EqualValues(t, 60, h.number(t, l))
 	require.EqualValues(t, 60, h.Int(t, "SELECT COUNT(*) FROM nano_events"))
 	read, err := h.Store.SinkPage(t.Context(), 0, 100)
@@ -939,7 +938,7 @@ func outboxMany(t *testing.T, h *Harness) {
 		e.Raw = bytes.Repeat([]byte{byte(i)}, 1000)
 		events = append(events, e)
 	}
-	d.telling(events...).reports(t, mdm.StatusAcknowledged, "X")
+	d.withEvents(events...).reports(t, mdm.StatusAcknowledged, "X")
 	require.EqualValues(t, 300, h.number(t, l))
 	require.Greater(t, h.Int(t, "SELECT COUNT(*) FROM nano_events"), int64(1), "no batch is larger than who wants one of its events may read")
 	var read []string
@@ -970,7 +969,7 @@ func upkeepEvents(t *testing.T, h *Harness) {
 	d.tells(t, "a1", "a2", "a3", "a4")
 	young := event("young", storage.TopicConnect)
 	young.CreatedAt = young.CreatedAt.Add(time.Hour)
-	d.telling(young).reports(t, mdm.StatusAcknowledged, "X")
+	d.withEvents(young).reports(t, mdm.StatusAcknowledged, "X")
 	h.number(t, l)
 	d.tells(t, "unnumbered")
 	left := func(limit int) []string {
@@ -978,7 +977,7 @@ func upkeepEvents(t *testing.T, h *Harness) {
 		_, err := h.Store.RemoveEvents(t.Context(), l, young.CreatedAt, limit)
 		require.NoError(t, err)
 		require.Equal(t, h.Int(t, "SELECT COUNT(*) FROM nano_event_batches"), h.Int(t, "SELECT COUNT(*) FROM nano_events"))
-		return told(t, h, "A")
+		return sentEvents(t, h, "A")
 	}
 	require.Len(t, left(10), 6, "the sink has them before it")
 	require.NoError(t, h.Store.Settle(t.Context(), l, k, storage.Settlement{Cursor: 5, Put: []storage.Delivery{waits(1, storage.DeliveryDead), waits(3, storage.DeliveryAgain)}}))
@@ -1011,7 +1010,7 @@ func upkeepWithoutLease(t *testing.T, h *Harness) {
 	}
 	kept := h.Strings(t, "SELECT payloads FROM nano_events")
 	require.Len(t, kept, 1)
-	require.Equal(t, "raw a1", unsqueezed(t, kept[0]))
+	require.Equal(t, "raw a1", decompressed(t, kept[0]))
 	require.EqualValues(t, 1, h.Int(t, "SELECT COUNT(*) FROM nano_event_sinks"))
 }
 
@@ -1092,7 +1091,7 @@ func upkeepPushFailed(t *testing.T, h *Harness) {
 		records := []storage.PushRecord{dead, {ID: "B", At: now, Class: "retry_later", Reason: "TooManyRequests", NextAt: now.Add(time.Hour)}}
 		require.NoError(t, h.Store.RecordPushes(t.Context(), records))
 	}
-	// The death of a token that was replaced since is none.
+	// A dead token that the device has replaced is no finding.
 	old := dead
 	old.ID, old.TokenDeadAt = "C", now.Add(-time.Hour)
 	require.NoError(t, h.Store.RecordPushes(t.Context(), []storage.PushRecord{old}))
@@ -1123,7 +1122,7 @@ func upkeepUnasked(t *testing.T, h *Harness) {
 	require.NoError(t, err)
 	require.Zero(t, n)
 	require.Empty(t, announcedEvents(t, h, l))
-	// It is told once somebody asks.
+	// The event is written once a sink names its topic.
 	h.putSink(t, hook(storage.TopicIdentityExpiring))
 	n, err = h.Store.NoteExpiring(t.Context(), l, now, 10)
 	require.NoError(t, err)

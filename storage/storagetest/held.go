@@ -21,8 +21,8 @@ func heldTests() []subtest {
 	}
 }
 
-// hold locks rows as a transaction of a replica that was stopped does. The
-// function it returns ends that transaction.
+// hold locks rows, as a transaction of a stopped replica does. The function
+// that it returns ends the transaction.
 func (h *Harness) hold(t *testing.T, table, where string, args ...any) (release func()) {
 	t.Helper()
 	if h.Engine.driver == "sqlite" {
@@ -53,8 +53,8 @@ func (h *Harness) hold(t *testing.T, table, where string, args ...any) (release 
 	return release
 }
 
-// heldStopsOne holds each row that a message of D changes. Others go on, and D
-// does once the row is free.
+// heldStopsOne locks each row that a message of D changes. The messages of
+// others go on, and so does D's once the row is free.
 func heldStopsOne(t *testing.T, h *Harness) {
 	acknowledge := func(d *channel) error {
 		_, err := d.report(t, mdm.StatusAcknowledged, "C")
@@ -119,7 +119,7 @@ func heldStopsOne(t *testing.T, h *Harness) {
 	}
 }
 
-// heldStays: nobody waits for ever, and the device is told to come again.
+// heldStays: no message waits for ever, and the device has to come again.
 func heldStays(t *testing.T, h *Harness) {
 	h.Enroll(t, "D")
 	h.enqueue(t, []string{"D"}, "C")
@@ -129,8 +129,8 @@ func heldStays(t *testing.T, h *Harness) {
 	require.EqualValues(t, 0, h.Int(t, "SELECT COUNT(*) FROM nano_command_results"))
 }
 
-// ordered are the messages that carry out what a device wants now, with a
-// function that says whether it still waits for the answer.
+// ordered returns the messages whose order matters, with a function that says
+// whether the client has given the message up.
 func (c *channel) ordered(givenUp func() bool) map[string]storage.Op {
 	src := c.source()
 	src.GivenUp = givenUp
@@ -143,8 +143,8 @@ func (c *channel) ordered(givenUp func() bool) map[string]storage.Op {
 	}
 }
 
-// heldGivenUp: a replica that was stopped wakes up with a message of a device
-// that enrolled by way of another one since.
+// heldGivenUp: a stopped replica continues with a message of a device that has
+// since enrolled at another replica.
 func heldGivenUp(t *testing.T, h *Harness) {
 	d := h.device("D").with("c1").under(func(p *storage.Pin) { p.Reenroll = storage.ReenrollAllow }).enrolls(t)
 	require.NoError(t, d.setBootstrapToken(t, "token"))
@@ -174,7 +174,8 @@ func heldGivenUp(t *testing.T, h *Harness) {
 	require.Equal(t, 4, out.Tally)
 }
 
-// heldGivenUpLater: the client's patience counts until the device is locked.
+// heldGivenUpLater: the client may give the message up until the device is
+// locked.
 func heldGivenUpLater(t *testing.T, h *Harness) {
 	h.Enroll(t, "D")
 	for name, op := range h.device("D").ordered(nil) {

@@ -19,8 +19,8 @@ import (
 	"github.com/nanomdm/nanomdm/storage"
 )
 
-// Who may take an enrollment over. What a certificate may do that needs no
-// policy is among the subtests of enrolling.
+// These subtests show who may take an enrollment over. The subtests of
+// enrolling show the rules that need no policy.
 func identityTests() []subtest {
 	return []subtest{
 		{"Authenticate takes over as the policy has it", reenrollPolicies},
@@ -36,7 +36,7 @@ func identityTests() []subtest {
 	}
 }
 
-// The device of these subtests. Its serial number is what authenticate says.
+// The device of these subtests, with the serial number of authenticate.
 const (
 	namedUDID   = "00008020-000915083C80012E"
 	namedSerial = "S-" + namedUDID
@@ -245,8 +245,8 @@ func renewalPolicies(t *testing.T, h *Harness) {
 func renewInWindow(p *storage.Pin) { p.Renewal = storage.RenewalWindow }
 func renewSame(p *storage.Pin)     { p.Renewal = storage.RenewalSameSubject }
 
-// renewalKeeps: what a device had before it came with another certificate is
-// there after, by whichever way it came, and so for its users.
+// renewalKeeps: a device that renews its certificate keeps its state and its
+// users', in every way of renewal.
 func renewalKeeps(t *testing.T, h *Harness) {
 	for i, way := range []struct {
 		name   string
@@ -376,7 +376,7 @@ func confirmNothing(t *testing.T, h *Harness) {
 	fresh.enrolls(t)
 	h.enqueue(t, []string{namedUDID}, "C")
 	require.NoError(t, fresh.setBootstrapToken(t, "b"))
-	next := h.device(namedUDID).showing(t, shown{subject: namedUDID}).under(renewSame).under(unconfirmed).telling(event("e", "mdm.Connect"))
+	next := h.device(namedUDID).showing(t, shown{subject: namedUDID}).under(renewSame).under(unconfirmed).withEvents(event("e", "mdm.Connect"))
 	require.ErrorIs(t, next.authenticate(t), storage.ErrUnconfirmed)
 	for _, first := range firsts {
 		require.ErrorIs(t, first.send(next, t), storage.ErrUnconfirmed, first.name)
@@ -391,7 +391,8 @@ func confirmNothing(t *testing.T, h *Harness) {
 	require.EqualValues(t, 1, h.Int(t, "SELECT COUNT(*) FROM nano_cert_auth_associations"))
 	require.Equal(t, "C", fresh.polls(t))
 
-	// Who would not be let in anyway is refused at once: nobody has to be asked.
+	// A certificate that no policy allows is refused at once, without a
+	// confirmation.
 	stranger := h.device(namedUDID).showing(t, shown{subject: "Eve"}).under(unconfirmed)
 	refused(t, stranger, storage.ErrIdentity)
 	require.ErrorIs(t, stranger.under(func(p *storage.Pin) { p.Reenroll = storage.ReenrollDeny }).authenticate(t), storage.ErrIdentity)

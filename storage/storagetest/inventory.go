@@ -68,7 +68,7 @@ func (c *channel) tokens(t *testing.T, topic string) *channel {
 	return c
 }
 
-// inventory enrolls a few devices that differ in all that can be asked for.
+// inventory enrolls a few devices that differ in every field of the filter.
 func inventory(t *testing.T, h *Harness) {
 	t.Helper()
 	mac := h.device("mac").with("c-mac").facts(t, topicA, mdm.Authenticate{SerialNumber: "S1", Model: "M1LL/A", ModelName: "MacBook Air", ProductName: "Mac14,2", OSVersion: "15.1"})
@@ -138,7 +138,7 @@ func inventoryFilters(t *testing.T, h *Harness) {
 		}
 	}
 
-	// What ended does not count.
+	// Commands that have ended do not count.
 	h.device("mac").reports(t, mdm.StatusAcknowledged, "C1")
 	h.device("mac").user("anna").tokens(t, topicA)
 	h.device("phone").with("c-phone-2").facts(t, topicB, mdm.Authenticate{SerialNumber: "S2"})

@@ -70,9 +70,8 @@ func onceRepeated(t *testing.T, h *Harness) {
 	require.ErrorIs(t, err, storage.ErrNotFound)
 }
 
-// An answer that rests on a plain read may tell of a commit that a failover
-// takes back. PostgreSQL shows the lock on the row, and its commit waits for
-// the standby.
+// A plain read may return a commit that a failover loses. PostgreSQL shows the
+// lock on the row, and its commit waits for the standby.
 func onceFound(t *testing.T, h *Harness) {
 	h.Enroll(t, "D")
 	_, err := h.Store.Enqueue(t.Context(), storage.Scope{}, once("C", "k", "d", "D"))

@@ -33,16 +33,16 @@ func openAgain(t *testing.T, h *Harness) {
 	require.NoError(t, second.Ping(t.Context()))
 }
 
-// virgin puts the harness on a database that nothing was ever done with. Its
-// Store stays where it was.
-func (h *Harness) virgin(t *testing.T) {
+// unmigrated gives the harness a new database without tables. Its Store keeps
+// the old one.
+func (h *Harness) unmigrated(t *testing.T) {
 	t.Helper()
 	h.shared(t)
-	h.cfg, h.db = h.Engine.Virgin(t), nil
+	h.cfg, h.db = h.Engine.Unmigrated(t), nil
 }
 
 func openAtOnce(t *testing.T, h *Harness) {
-	h.virgin(t)
+	h.unmigrated(t)
 	stores := make([]*sqlstore.Store, 4)
 	errs := make([]error, len(stores))
 	var wg sync.WaitGroup
@@ -59,7 +59,7 @@ func openAtOnce(t *testing.T, h *Harness) {
 }
 
 func openInterrupted(t *testing.T, h *Harness) {
-	h.virgin(t)
+	h.unmigrated(t)
 	require.NoError(t, h.Open(t, nil).Close())
 	steps := h.Int(t, "SELECT COUNT(*) FROM nano_schema")
 	h.Exec(t, "DROP TABLE nano_command_results")
@@ -73,7 +73,7 @@ func openInterrupted(t *testing.T, h *Harness) {
 }
 
 func openUnrecorded(t *testing.T, h *Harness) {
-	h.virgin(t)
+	h.unmigrated(t)
 	require.NoError(t, h.Open(t, nil).Close())
 	steps := h.Int(t, "SELECT COUNT(*) FROM nano_schema")
 	h.Exec(t, "DELETE FROM nano_schema")
@@ -82,7 +82,7 @@ func openUnrecorded(t *testing.T, h *Harness) {
 }
 
 func openNewer(t *testing.T, h *Harness) {
-	h.virgin(t)
+	h.unmigrated(t)
 	store := h.Open(t, nil)
 	h.Exec(t, "INSERT INTO nano_schema (version, step, applied_at) VALUES (9998, -1, 0), (9998, 1, 0), (9999, -1, 0), (9999, 1, 0)")
 	require.ErrorContains(t, store.Ping(t.Context()), "9999")
@@ -93,7 +93,7 @@ func openNewer(t *testing.T, h *Harness) {
 // openNext: the next release expands the schema, and replicas of this one go on
 // beside it and may be started again.
 func openNext(t *testing.T, h *Harness) {
-	h.virgin(t)
+	h.unmigrated(t)
 	store := h.Open(t, nil)
 	known := h.Int(t, "SELECT MAX(version) FROM nano_schema")
 	require.False(t, store.Stats().SchemaNewer)
@@ -117,7 +117,7 @@ func openNext(t *testing.T, h *Harness) {
 }
 
 func openEdited(t *testing.T, h *Harness) {
-	h.virgin(t)
+	h.unmigrated(t)
 	require.NoError(t, h.Open(t, nil).Close())
 	const sums = "SELECT checksum FROM nano_migrations ORDER BY version"
 	want := h.Strings(t, sums)
@@ -133,7 +133,7 @@ func openEdited(t *testing.T, h *Harness) {
 
 func openForeign(t *testing.T, h *Harness) {
 	for _, table := range []string{"enrollments", "nano_enrollments", "cert_auth_associations"} {
-		h.virgin(t)
+		h.unmigrated(t)
 		h.Exec(t, "CREATE TABLE "+table+" (id VARCHAR(10))")
 		_, err := sqlstore.Open(t.Context(), h.cfg)
 		require.ErrorContains(t, err, table)

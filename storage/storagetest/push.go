@@ -46,7 +46,7 @@ func pushLease(t *testing.T, h *Harness) storage.Lease {
 	return take(t, h.Store, "push", "a")
 }
 
-// claim takes what is due; the ids are sorted.
+// claim claims the due pushes and returns the sorted ids.
 func (h *Harness) claim(t *testing.T, l storage.Lease, change func(*storage.PushClaim)) []string {
 	t.Helper()
 	now := h.Clock.Now()
@@ -295,7 +295,7 @@ func pushSilent(t *testing.T, h *Harness) {
 	require.NoError(t, h.Store.Flush(t.Context()))
 	planned := h.pushState(t, "A").NextAt
 
-	// What it does in one visit is planned for once, and counts all the same.
+	// Several messages of one visit plan one push, and count all the same.
 	h.Clock.Advance(20 * time.Second)
 	require.Equal(t, "C1", a.polls(t))
 	require.NoError(t, h.Store.Flush(t.Context()))

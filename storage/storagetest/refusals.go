@@ -110,6 +110,6 @@ func refusalDeleted(t *testing.T, h *Harness) {
 	now := h.Clock.Now()
 	require.NoError(t, h.Store.RecordRefusals(t.Context(), []storage.DeviceRefusal{{Certificate: "A", Enrollment: "D", Cause: "malformed", Count: 1, First: now, Last: now}}))
 	require.Len(t, refusals(t, h, "D"), 1)
-	require.NoError(t, h.Store.DeleteEnrollment(t.Context(), everything, "D", deed("x")))
+	require.NoError(t, h.Store.DeleteEnrollment(t.Context(), everything, "D", auditRecord("x")))
 	require.Empty(t, refusals(t, h, "D"))
 }

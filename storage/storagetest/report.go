@@ -317,7 +317,7 @@ func reportPays(t *testing.T, h *Harness) {
 	require.False(t, owed)
 	require.Zero(t, at)
 
-	// What is queued between a poll and its payment is not paid.
+	// A poll does not pay the push of a command that is queued after it.
 	h.enqueue(t, []string{"D"}, "2")
 	d.polls(t)
 	h.enqueue(t, []string{"D"}, "3")
@@ -335,8 +335,8 @@ func reportPollIsLight(t *testing.T, h *Harness) {
 	lastSeen := func() int64 {
 		return h.Int(t, "SELECT last_seen_at FROM nano_enrollment_activity WHERE id = 'D'")
 	}
-	// Somebody else keeps the enrollment from being written, and with SQLite
-	// everything.
+	// Another transaction keeps the enrollment from being written, and with
+	// SQLite everything.
 	other := connect(t, h.cfg)
 	defer other.Close()
 	tx, err := other.BeginTx(t.Context(), nil)
@@ -392,7 +392,7 @@ func storedEvents(t *testing.T, h *Harness) (events []storedEvent) {
 	for _, details := range h.Strings(t, `SELECT details FROM nano_event_batches b JOIN nano_events e ON e.batch_id = b.batch_id
 ORDER BY CASE WHEN seq = 0 THEN 1 ELSE 0 END, seq, stamp`) {
 		var batch []storedEvent
-		require.NoError(t, json.Unmarshal([]byte(unsqueezed(t, details)), &batch))
+		require.NoError(t, json.Unmarshal([]byte(decompressed(t, details)), &batch))
 		events = append(events, batch...)
 	}
 	return events
@@ -409,39 +409,39 @@ func eventIDs(t *testing.T, h *Harness, fits func(e storedEvent) bool) (ids []st
 	return ids
 }
 
-// told reads the events of an enrollment in their order.
-func told(t *testing.T, h *Harness, id string) []string {
+// sentEvents reads the events of an enrollment in their order.
+func sentEvents(t *testing.T, h *Harness, id string) []string {
 	t.Helper()
 	return eventIDs(t, h, func(e storedEvent) bool { return e.Enrollment == id })
 }
 
 func eventCommits(t *testing.T, h *Harness) {
 	d := h.device("D").with("c")
-	require.NoError(t, d.telling(event("authenticate", "mdm.Authenticate")).authenticate(t))
-	_, err := d.telling(event("token", "mdm.TokenUpdate")).tokenUpdate(t)
+	require.NoError(t, d.withEvents(event("authenticate", "mdm.Authenticate")).authenticate(t))
+	_, err := d.withEvents(event("token", "mdm.TokenUpdate")).tokenUpdate(t)
 	require.NoError(t, err)
 	u := d.user("U")
-	_, err = u.telling(event("user", "mdm.TokenUpdate")).tokenUpdate(t)
+	_, err = u.withEvents(event("user", "mdm.TokenUpdate")).tokenUpdate(t)
 	require.NoError(t, err)
-	_, err = u.telling(event("user 2", "mdm.TokenUpdate")).tokenUpdate(t)
+	_, err = u.withEvents(event("user 2", "mdm.TokenUpdate")).tokenUpdate(t)
 	require.NoError(t, err)
 	h.enqueue(t, []string{"D"}, "C")
 	report := event("report", "mdm.Connect")
 	report.Status, report.CommandUUID, report.Params = "Acknowledged", "C", map[string]string{"a": "b"}
 	report.TraceParent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
-	d.telling(report).reports(t, mdm.StatusAcknowledged, "C")
+	d.withEvents(report).reports(t, mdm.StatusAcknowledged, "C")
 	unknown := event("unknown", "mdm.Connect")
 	unknown.Status, unknown.CommandUUID = "Error", "X"
-	d.telling(unknown).reports(t, mdm.StatusError, "X")
-	require.NoError(t, d.telling(event("status", "mdm.DeclarativeManagement")).seen(t))
-	require.NoError(t, d.telling(event("bootstrap", "mdm.SetBootstrapToken")).setBootstrapToken(t, "b"))
-	require.NoError(t, d.telling(event("check out", "mdm.CheckOut")).checkOut(t))
+	d.withEvents(unknown).reports(t, mdm.StatusError, "X")
+	require.NoError(t, d.withEvents(event("status", "mdm.DeclarativeManagement")).seen(t))
+	require.NoError(t, d.withEvents(event("bootstrap", "mdm.SetBootstrapToken")).setBootstrapToken(t, "b"))
+	require.NoError(t, d.withEvents(event("check out", "mdm.CheckOut")).checkOut(t))
 	stranger := h.device("E")
-	require.NoError(t, stranger.telling(event("stranger", "mdm.CheckOut")).checkOut(t))
+	require.NoError(t, stranger.withEvents(event("stranger", "mdm.CheckOut")).checkOut(t))
 
-	require.Equal(t, []string{"authenticate", "token", "report", "unknown", "status", "bootstrap", "check out"}, told(t, h, "D"))
-	require.Equal(t, []string{"stranger"}, told(t, h, "E"))
-	require.Equal(t, []string{"user", "user 2"}, told(t, h, "D:U"))
+	require.Equal(t, []string{"authenticate", "token", "report", "unknown", "status", "bootstrap", "check out"}, sentEvents(t, h, "D"))
+	require.Equal(t, []string{"stranger"}, sentEvents(t, h, "E"))
+	require.Equal(t, []string{"user", "user 2"}, sentEvents(t, h, "D:U"))
 	all := storedEvents(t, h)
 	require.Len(t, all, 10)
 	byID := make(map[string]storedEvent)
@@ -488,7 +488,7 @@ func eventOrder(t *testing.T, h *Harness) {
 	d := h.device("D").enrolls(t)
 	second := h.Open(t, nil)
 	for i, err := range together(40, func(i int) error {
-		c := d.telling(event(fmt.Sprint("E", i), "mdm.Connect"), event(fmt.Sprint("F", i), "mdm.Connect"))
+		c := d.withEvents(event(fmt.Sprint("E", i), "mdm.Connect"), event(fmt.Sprint("F", i), "mdm.Connect"))
 		if i%2 == 1 {
 			c = c.on(second)
 		}
@@ -518,25 +518,25 @@ func eventVolatile(t *testing.T, h *Harness) {
 		e.Volatile = true
 		return e
 	}
-	d.telling(volatile("idle 1")).polls(t)
-	require.NoError(t, d.telling(volatile("seen")).seen(t))
-	_, err := d.apply(t, &storage.GetBootstrapToken{Src: d.telling(volatile("get")).source()})
+	d.withEvents(volatile("idle 1")).polls(t)
+	require.NoError(t, d.withEvents(volatile("seen")).seen(t))
+	_, err := d.apply(t, &storage.GetBootstrapToken{Src: d.withEvents(volatile("get")).source()})
 	require.NoError(t, err)
-	require.Empty(t, told(t, h, "D"))
+	require.Empty(t, sentEvents(t, h, "D"))
 	require.NoError(t, h.Store.Flush(t.Context()))
-	require.Equal(t, []string{"idle 1", "seen", "get"}, told(t, h, "D"))
-	d.telling(volatile("idle 2"), event("change", "mdm.Connect")).polls(t)
-	require.Equal(t, []string{"idle 1", "seen", "get", "idle 2", "change"}, told(t, h, "D"), "together with one that is not")
+	require.Equal(t, []string{"idle 1", "seen", "get"}, sentEvents(t, h, "D"))
+	d.withEvents(volatile("idle 2"), event("change", "mdm.Connect")).polls(t)
+	require.Equal(t, []string{"idle 1", "seen", "get", "idle 2", "change"}, sentEvents(t, h, "D"), "together with one that is not")
 	// None of an unknown device, or of one that is refused, is lost or sent.
-	h.device("E").telling(volatile("stranger")).polls(t)
-	_, err = d.with("x").telling(volatile("refused")).report(t, mdm.StatusIdle, "")
+	h.device("E").withEvents(volatile("stranger")).polls(t)
+	_, err = d.with("x").withEvents(volatile("refused")).report(t, mdm.StatusIdle, "")
 	require.ErrorIs(t, err, storage.ErrIdentity)
 	second := h.Open(t, nil)
-	d.on(second).telling(volatile("last")).polls(t)
+	d.on(second).withEvents(volatile("last")).polls(t)
 	require.NoError(t, second.Close(), "which writes what is left")
 	require.NoError(t, h.Store.Flush(t.Context()))
-	require.Equal(t, []string{"idle 1", "seen", "get", "idle 2", "change", "last"}, told(t, h, "D"))
-	require.Equal(t, []string{"stranger"}, told(t, h, "E"))
+	require.Equal(t, []string{"idle 1", "seen", "get", "idle 2", "change", "last"}, sentEvents(t, h, "D"))
+	require.Equal(t, []string{"stranger"}, sentEvents(t, h, "E"))
 }
 
 func eventRepeated(t *testing.T, h *Harness) {
@@ -546,28 +546,28 @@ func eventRepeated(t *testing.T, h *Harness) {
 	n := 0
 	say := func(status mdm.Status, uuid string) {
 		n++
-		d.telling(event(fmt.Sprint(n), "mdm.Connect")).reports(t, status, uuid)
+		d.withEvents(event(fmt.Sprint(n), "mdm.Connect")).reports(t, status, uuid)
 	}
 	say(mdm.StatusAcknowledged, "C")
 	say(mdm.StatusAcknowledged, "C")
-	say(mdm.StatusError, "C") // another one, so it is told
+	say(mdm.StatusError, "C") // another report, so there is an event
 	say(mdm.StatusAcknowledged, "cancelled")
 	say(mdm.StatusAcknowledged, "cancelled")
-	require.Equal(t, []string{"1", "3", "4"}, told(t, h, "D"))
+	require.Equal(t, []string{"1", "3", "4"}, sentEvents(t, h, "D"))
 }
 
 func eventRefused(t *testing.T, h *Harness) {
 	d := h.device("D").with("c").enrolls(t)
-	thief := d.with("x").telling(event("thief", "mdm.Connect"))
+	thief := d.with("x").withEvents(event("thief", "mdm.Connect"))
 	refused(t, thief, storage.ErrIdentity)
-	_, err := h.device("E").telling(event("stranger", "mdm.TokenUpdate")).tokenUpdate(t)
+	_, err := h.device("E").withEvents(event("stranger", "mdm.TokenUpdate")).tokenUpdate(t)
 	require.ErrorIs(t, err, storage.ErrNotEnrolled)
 	require.Zero(t, h.Int(t, "SELECT COUNT(*) FROM nano_events"))
 	require.Zero(t, h.Int(t, "SELECT COUNT(*) FROM nano_event_batches"))
 }
 
 func eventRolledBack(t *testing.T, h *Harness) {
-	h.virgin(t)
+	h.unmigrated(t)
 	h.Store = h.Open(t, nil)
 	const devices = 30
 	var ids []string
@@ -580,7 +580,7 @@ func eventRolledBack(t *testing.T, h *Harness) {
 	for i, err := range together(devices, func(i int) error {
 		d := h.device(ids[i])
 		if i%10 == 0 {
-			d = d.telling(event(ids[i], "mdm.Connect"))
+			d = d.withEvents(event(ids[i], "mdm.Connect"))
 		}
 		_, err := d.report(t, mdm.StatusAcknowledged, "C")
 		return err

@@ -99,7 +99,7 @@ func plantSecrets(t *testing.T, h *Harness, store *sqlstore.Store) {
 	d := h.device("D").on(store)
 	u := d.user("U")
 	raw := func(what string) []byte { return []byte("<plist>" + what + "-secret</plist>") }
-	told := func(topic string) storage.Source {
+	sourceOf := func(topic string) storage.Source {
 		src := d.source()
 		e := event("event-"+topic, topic)
 		e.Raw = raw("event-" + topic)
@@ -107,13 +107,13 @@ func plantSecrets(t *testing.T, h *Harness, store *sqlstore.Store) {
 		return src
 	}
 	for _, op := range []storage.Op{
-		&storage.Authenticate{Src: told(storage.TopicAuthenticate), Message: &mdm.Authenticate{Enrollment: d.identity(), Topic: topicA, Raw: raw("authenticate")}},
-		&storage.TokenUpdate{Src: told(storage.TopicTokenUpdate), Message: &mdm.TokenUpdate{
+		&storage.Authenticate{Src: sourceOf(storage.TopicAuthenticate), Message: &mdm.Authenticate{Enrollment: d.identity(), Topic: topicA, Raw: raw("authenticate")}},
+		&storage.TokenUpdate{Src: sourceOf(storage.TopicTokenUpdate), Message: &mdm.TokenUpdate{
 			Enrollment: d.identity(), Topic: topicA, PushMagic: "magic", Token: []byte("token"), UnlockToken: []byte("unlock-secret"), Raw: raw("token-update"),
 		}},
 		&storage.TokenUpdate{Src: u.source(), Message: &mdm.TokenUpdate{Enrollment: u.identity(), Topic: topicA, PushMagic: "magic", Token: []byte("token"), Raw: raw("user-token-update")}},
 		&storage.UserAuthenticate{Src: u.source(), Message: &mdm.UserAuthenticate{Enrollment: u.identity(), Raw: raw("user-authenticate")}},
-		&storage.SetBootstrapToken{Src: told(storage.TopicSetBootstrapToken), Token: []byte("bootstrap-secret")},
+		&storage.SetBootstrapToken{Src: sourceOf(storage.TopicSetBootstrapToken), Token: []byte("bootstrap-secret")},
 	} {
 		_, err := d.apply(t, op)
 		require.NoError(t, err)
@@ -167,7 +167,7 @@ func planted(t *testing.T, h *Harness) map[string]string {
 		values[topic] = h.Strings(t, "SELECT payload FROM nano_event_payloads WHERE topic = ?", topic)[0]
 	}
 	for _, payloads := range h.Strings(t, "SELECT payloads FROM nano_events WHERE payloads IS NOT NULL") {
-		values[storage.TopicAuthenticate] += unsqueezed(t, payloads)
+		values[storage.TopicAuthenticate] += decompressed(t, payloads)
 	}
 	return values
 }
@@ -280,7 +280,7 @@ func sealedRotation(t *testing.T, h *Harness) {
 	both := h.sealing(t, true, "new", "old")
 	readsPlanted(t, h, both)
 	require.ErrorContains(t, h.refused(t, "new"), "not among")
-	// What is written meanwhile is sealed with the new key.
+	// Values that are written meanwhile are sealed with the new key.
 	require.NoError(t, h.device("D").on(both).setBootstrapToken(t, "bootstrap-secret"))
 	require.Positive(t, resealAll(t, both, 1))
 	for what, value := range planted(t, h) {
@@ -376,7 +376,7 @@ func sealedSteps(t *testing.T, h *Harness) {
 	require.Equal(t, storage.Resealed{Table: "nano_devices", Looked: 3, Rewritten: 3, Next: second.Next}, second)
 	_, err = store.Reseal(t.Context(), "nonsense", 3)
 	require.ErrorIs(t, err, storage.ErrNotFound)
-	// A place that another key's run stood at is none of this one's.
+	// A run ignores the place of another key's run.
 	anew, err := h.sealing(t, false, "two", "one").Reseal(t.Context(), second.Next, 3)
 	require.NoError(t, err)
 	require.Equal(t, 3, anew.Rewritten)

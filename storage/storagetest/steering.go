@@ -34,12 +34,12 @@ func steeringTests() []subtest {
 
 var everything storage.Scope
 
-func deed(action string) *storage.AuditRecord {
+func auditRecord(action string) *storage.AuditRecord {
 	return &storage.AuditRecord{Who: "op", Action: action, Outcome: storage.AuditDone}
 }
 
-// deeds counts the records of an action.
-func (h *Harness) deeds(t *testing.T, action string) int {
+// auditCount counts the records of an action.
+func (h *Harness) auditCount(t *testing.T, action string) int {
 	t.Helper()
 	records, err := h.Store.AuditRecords(t.Context(), storage.AuditFilter{Action: action}, storage.AuditKey{}, 100)
 	require.NoError(t, err)
@@ -51,21 +51,21 @@ func cancelItem(t *testing.T, h *Harness) {
 	h.enqueue(t, []string{"D", "E"}, "C1", "C2", "C3")
 	d := h.device("D")
 	d.reports(t, mdm.StatusNotNow, "C1")
-	was, err := h.Store.CancelItem(t.Context(), everything, "D", "C1", deed("c"))
+	was, err := h.Store.CancelItem(t.Context(), everything, "D", "C1", auditRecord("c"))
 	require.NoError(t, err)
 	require.Equal(t, storage.NotNow, was)
-	was, err = h.Store.CancelItem(t.Context(), everything, "D", "C1", deed("c"))
+	was, err = h.Store.CancelItem(t.Context(), everything, "D", "C1", auditRecord("c"))
 	require.NoError(t, err)
 	require.Equal(t, storage.Cancelled, was, "it had ended")
 	d.reports(t, mdm.StatusAcknowledged, "C2")
-	was, err = h.Store.CancelItem(t.Context(), everything, "D", "C2", deed("c"))
+	was, err = h.Store.CancelItem(t.Context(), everything, "D", "C2", auditRecord("c"))
 	require.NoError(t, err)
 	require.Equal(t, storage.Acknowledged, was)
-	require.Equal(t, 1, h.deeds(t, "c"), "of what was done")
+	require.Equal(t, 1, h.auditCount(t, "c"), "of what was done")
 	require.Equal(t, "C3", d.polls(t))
 	require.Equal(t, "C1", h.device("E").polls(t), "the other's stays")
 	for _, bad := range [][2]string{{"D", "none"}, {"nobody", "C1"}, {"D", ""}} {
-		_, err = h.Store.CancelItem(t.Context(), everything, bad[0], bad[1], deed("c"))
+		_, err = h.Store.CancelItem(t.Context(), everything, bad[0], bad[1], auditRecord("c"))
 		require.ErrorIs(t, err, storage.ErrNotFound)
 	}
 	item, err := h.Store.QueueItem(t.Context(), everything, "D", "C1")
@@ -140,7 +140,7 @@ func cancelRace(t *testing.T, h *Harness) {
 				}
 			case 1:
 				for _, id := range ids {
-					was, err := h.Store.CancelItem(t.Context(), everything, id, uuid, deed("c"))
+					was, err := h.Store.CancelItem(t.Context(), everything, id, uuid, auditRecord("c"))
 					if err != nil {
 						return err
 					}
@@ -184,10 +184,10 @@ func requeueItem(t *testing.T, h *Harness) {
 	d.reports(t, mdm.StatusError, "C1")
 	h.accepted(t, "D", time.Hour)
 	h.Clock.Advance(2 * time.Hour)
-	was, err := h.Store.Requeue(t.Context(), everything, "D", "C1", deed("r"))
+	was, err := h.Store.Requeue(t.Context(), everything, "D", "C1", auditRecord("r"))
 	require.NoError(t, err)
 	require.Equal(t, storage.Failed, was)
-	require.Equal(t, 1, h.deeds(t, "r"))
+	require.Equal(t, 1, h.auditCount(t, "r"))
 	require.Equal(t, []string{"C2", "C1"}, h.queue(t, "D", 0, 10), "behind what waits")
 	item, err := h.Store.QueueItem(t.Context(), everything, "D", "C1")
 	require.NoError(t, err)
@@ -212,7 +212,7 @@ func requeueRefused(t *testing.T, h *Harness) {
 	h.enqueue(t, []string{"D"}, "C1", "C2", "C3")
 	h.device("D").reports(t, mdm.StatusAcknowledged, "C1")
 	for uuid, want := range map[string]storage.State{"C1": storage.Acknowledged, "C2": storage.Queued} {
-		was, err := h.Store.Requeue(t.Context(), everything, "D", uuid, deed("r"))
+		was, err := h.Store.Requeue(t.Context(), everything, "D", uuid, auditRecord("r"))
 		require.NoError(t, err)
 		require.Equal(t, want, was)
 		item, err := h.Store.QueueItem(t.Context(), everything, "D", uuid)
@@ -220,13 +220,13 @@ func requeueRefused(t *testing.T, h *Harness) {
 		require.Equal(t, want, item.State)
 	}
 	for _, bad := range [][2]string{{"D", "none"}, {"nobody", "C1"}, {"D", "\x00"}} {
-		_, err := h.Store.Requeue(t.Context(), everything, bad[0], bad[1], deed("r"))
+		_, err := h.Store.Requeue(t.Context(), everything, bad[0], bad[1], auditRecord("r"))
 		require.ErrorIs(t, err, storage.ErrNotFound)
 	}
 	require.NoError(t, h.device("D").checkOut(t))
-	_, err := h.Store.Requeue(t.Context(), everything, "D", "C3", deed("r"))
+	_, err := h.Store.Requeue(t.Context(), everything, "D", "C3", auditRecord("r"))
 	require.ErrorIs(t, err, storage.ErrNotEnrolled)
-	require.Zero(t, h.deeds(t, "r"))
+	require.Zero(t, h.auditCount(t, "r"))
 }
 
 func disableEnrollment(t *testing.T, h *Harness) {
@@ -234,7 +234,7 @@ func disableEnrollment(t *testing.T, h *Harness) {
 	u := h.device("D").user("u").enrolls(t)
 	ids := []string{"D", u.enroll.ID, "E"}
 	h.enqueue(t, ids, "C1")
-	disabled, err := h.Store.SetDisabled(t.Context(), everything, "D", true, deed("d"))
+	disabled, err := h.Store.SetDisabled(t.Context(), everything, "D", true, auditRecord("d"))
 	require.NoError(t, err)
 	require.Equal(t, []string{"D", "D:u"}, disabled)
 	require.Empty(t, h.device("D").polls(t))
@@ -245,17 +245,17 @@ func disableEnrollment(t *testing.T, h *Harness) {
 	require.Empty(t, h.device("D").polls(t), "the device does not clear what an operator set")
 
 	now := h.Clock.Advance(time.Minute)
-	_, err = h.Store.SetDisabled(t.Context(), everything, u.enroll.ID, false, deed("d"))
+	_, err = h.Store.SetDisabled(t.Context(), everything, u.enroll.ID, false, auditRecord("d"))
 	require.NoError(t, err)
 	require.Equal(t, "C1", u.polls(t), "one channel alone")
 	require.Empty(t, h.device("D").polls(t))
-	enabled, err := h.Store.SetDisabled(t.Context(), everything, "D", false, deed("d"))
+	enabled, err := h.Store.SetDisabled(t.Context(), everything, "D", false, auditRecord("d"))
 	require.NoError(t, err)
 	require.Equal(t, []string{"D", "D:u"}, enabled)
 	require.Equal(t, now, h.pushState(t, "D").NextAt, "what is owed is due at once")
 	require.Equal(t, "C1", h.device("D").polls(t))
-	require.Equal(t, 3, h.deeds(t, "d"))
-	_, err = h.Store.SetDisabled(t.Context(), everything, "nobody", true, deed("d"))
+	require.Equal(t, 3, h.auditCount(t, "d"))
+	_, err = h.Store.SetDisabled(t.Context(), everything, "nobody", true, auditRecord("d"))
 	require.ErrorIs(t, err, storage.ErrNotFound)
 }
 
@@ -275,18 +275,18 @@ func deleteDevice(t *testing.T, h *Harness) {
 	h.Exec(t, "INSERT INTO nano_command_results (id, command_uuid, status, result, created_at) VALUES ('D', 'gone', 'Error', ?, 1)", []byte("x"))
 	require.NoError(t, h.Store.Flush(t.Context()))
 	h.Clock.Advance(time.Minute)
-	require.NoError(t, h.Store.DeleteEnrollment(t.Context(), everything, "D", deed("x")))
-	require.Equal(t, 1, h.deeds(t, "x"))
+	require.NoError(t, h.Store.DeleteEnrollment(t.Context(), everything, "D", auditRecord("x")))
+	require.Equal(t, 1, h.auditCount(t, "x"))
 	for table, column := range map[string]string{"nano_devices": "id", "nano_users": "device_id", "nano_enrollments": "device_id", "nano_enrollment_push": "id",
 		"nano_enrollment_activity": "id", "nano_enrollment_queue": "id", "nano_command_results": "id", "nano_device_tags": "id"} {
 		require.Zero(t, h.Int(t, "SELECT COUNT(*) FROM "+table+" WHERE "+column+" IN ('D', 'D:u', 'D:never')"), table)
 	}
 	require.Equal(t, []string{"shared"}, h.Strings(t, "SELECT command_uuid FROM nano_commands"), "commands of nobody else go, too")
 	require.Equal(t, "shared", other.polls(t))
-	require.ErrorIs(t, h.Store.DeleteEnrollment(t.Context(), everything, "D", deed("x")), storage.ErrNotFound)
+	require.ErrorIs(t, h.Store.DeleteEnrollment(t.Context(), everything, "D", auditRecord("x")), storage.ErrNotFound)
 
 	// The certificate is dead for everybody, and for the device itself.
-	dead(t, d)
+	certificateIsRetired(t, d)
 	_, err := u.report(t, mdm.StatusIdle, "")
 	require.ErrorIs(t, err, storage.ErrIdentity)
 	require.ErrorIs(t, h.device("F").with("c1").authenticate(t), storage.ErrIdentity)
@@ -301,8 +301,9 @@ func deleteDevice(t *testing.T, h *Harness) {
 	require.Equal(t, uuids[0], again.polls(t), "it enrolls anew with another one")
 }
 
-// dead checks that a certificate does nothing for its former device.
-func dead(t *testing.T, c *channel) {
+// certificateIsRetired checks that a certificate does nothing for its former
+// device.
+func certificateIsRetired(t *testing.T, c *channel) {
 	t.Helper()
 	_, updated := c.tokenUpdate(t)
 	_, reported := c.report(t, mdm.StatusIdle, "")
@@ -316,7 +317,7 @@ func deleteUser(t *testing.T, h *Harness) {
 	d := h.device("D").with("c1").enrolls(t)
 	u := d.user("u").enrolls(t)
 	h.enqueue(t, []string{"D", "D:u"}, "C1")
-	require.NoError(t, h.Store.DeleteEnrollment(t.Context(), everything, "D:u", deed("x")))
+	require.NoError(t, h.Store.DeleteEnrollment(t.Context(), everything, "D:u", auditRecord("x")))
 	require.Zero(t, h.Int(t, "SELECT COUNT(*) FROM nano_enrollments WHERE id = 'D:u'"))
 	require.Zero(t, h.Int(t, "SELECT COUNT(*) FROM nano_users"))
 	require.Zero(t, h.Int(t, "SELECT COUNT(*) FROM nano_enrollment_queue WHERE id = 'D:u'"))
@@ -338,7 +339,7 @@ func deleteRace(t *testing.T, h *Harness) {
 	errs := together(16, func(i int) error {
 		id := fmt.Sprint("D", i/2)
 		if i%2 == 0 {
-			return h.Store.DeleteEnrollment(t.Context(), everything, id, deed("x"))
+			return h.Store.DeleteEnrollment(t.Context(), everything, id, auditRecord("x"))
 		}
 		d := h.device(id).with("new-" + id).on(second)
 		if err := d.authenticate(t); err != nil {
@@ -361,14 +362,14 @@ func deleteRace(t *testing.T, h *Harness) {
 			require.Equal(t, device, enrollment, "whole or not at all")
 			require.LessOrEqual(t, certificate, device, "nobody acts for what is gone")
 		}
-		dead(t, h.device(id).with("old-"+id))
+		certificateIsRetired(t, h.device(id).with("old-"+id))
 	}
 }
 
 func deleteAnnounced(t *testing.T, h *Harness) {
 	require.NoError(t, h.Store.PutEventSink(t.Context(), storage.EventSink{Name: "s", Enabled: true, Filter: storage.EventFilter{Topics: []string{storage.TopicEnrollmentDeleted}}}))
 	h.device("D").enrolls(t).user("u").enrolls(t)
-	require.NoError(t, h.Store.DeleteEnrollment(t.Context(), everything, "D", deed("x")))
+	require.NoError(t, h.Store.DeleteEnrollment(t.Context(), everything, "D", auditRecord("x")))
 	var of []string
 	for _, e := range storedEvents(t, h) {
 		require.Equal(t, storage.TopicEnrollmentDeleted, e.Topic)
@@ -407,26 +408,26 @@ func setRenewal(t *testing.T, h *Harness) {
 func readTokens(t *testing.T, h *Harness) {
 	d := h.device("D").enrolls(t)
 	d.user("u").enrolls(t)
-	token, err := h.Store.BootstrapToken(t.Context(), everything, "D", deed("b"))
+	token, err := h.Store.BootstrapToken(t.Context(), everything, "D", auditRecord("b"))
 	require.NoError(t, err)
 	require.Nil(t, token)
-	require.Zero(t, h.deeds(t, "b"))
+	require.Zero(t, h.auditCount(t, "b"))
 	require.NoError(t, d.setBootstrapToken(t, "secret"))
 	_, err = d.apply(t, &storage.TokenUpdate{Src: d.source(), Message: &mdm.TokenUpdate{
 		Enrollment: d.identity(), Topic: topicA, PushMagic: "magic", Token: []byte("token"), UnlockToken: []byte("unlock"), Raw: []byte("raw"),
 	}})
 	require.NoError(t, err)
 	for i, id := range []string{"D", "D:u"} {
-		token, err = h.Store.BootstrapToken(t.Context(), everything, id, deed("b"))
+		token, err = h.Store.BootstrapToken(t.Context(), everything, id, auditRecord("b"))
 		require.NoError(t, err)
 		require.Equal(t, "secret", string(token))
-		token, err = h.Store.UnlockToken(t.Context(), everything, id, deed("u"))
+		token, err = h.Store.UnlockToken(t.Context(), everything, id, auditRecord("u"))
 		require.NoError(t, err)
 		require.Equal(t, "unlock", string(token))
-		require.Equal(t, i+1, h.deeds(t, "b"))
-		require.Equal(t, i+1, h.deeds(t, "u"))
+		require.Equal(t, i+1, h.auditCount(t, "b"))
+		require.Equal(t, i+1, h.auditCount(t, "u"))
 	}
-	_, err = h.Store.UnlockToken(t.Context(), everything, "nobody", deed("u"))
+	_, err = h.Store.UnlockToken(t.Context(), everything, "nobody", auditRecord("u"))
 	require.ErrorIs(t, err, storage.ErrNotFound)
 }
 
@@ -436,13 +437,13 @@ func steeringScope(t *testing.T, h *Harness) {
 	h.asks(t, storage.Enqueue{}, "C2", "A", "mac")
 	b := storage.Scope{Topics: []string{topicB}}
 	notFound := func(_ any, err error) { t.Helper(); require.ErrorIs(t, err, storage.ErrNotFound) }
-	notFound(h.Store.CancelItem(t.Context(), b, "mac", "C1", deed("n")))
+	notFound(h.Store.CancelItem(t.Context(), b, "mac", "C1", auditRecord("n")))
 	notFound(h.Store.ClearQueue(t.Context(), b, "mac"))
-	notFound(h.Store.Requeue(t.Context(), b, "mac", "C1", deed("n")))
-	notFound(h.Store.SetDisabled(t.Context(), b, "mac", true, deed("n")))
-	notFound(h.Store.BootstrapToken(t.Context(), b, "mac", deed("n")))
-	notFound(h.Store.UnlockToken(t.Context(), b, "mac", deed("n")))
-	require.ErrorIs(t, h.Store.DeleteEnrollment(t.Context(), b, "mac", deed("n")), storage.ErrNotFound)
+	notFound(h.Store.Requeue(t.Context(), b, "mac", "C1", auditRecord("n")))
+	notFound(h.Store.SetDisabled(t.Context(), b, "mac", true, auditRecord("n")))
+	notFound(h.Store.BootstrapToken(t.Context(), b, "mac", auditRecord("n")))
+	notFound(h.Store.UnlockToken(t.Context(), b, "mac", auditRecord("n")))
+	require.ErrorIs(t, h.Store.DeleteEnrollment(t.Context(), b, "mac", auditRecord("n")), storage.ErrNotFound)
 	changed, err := h.Store.SetRenewal(t.Context(), b, []string{"mac", "phone"}, h.Clock.Now().Add(time.Hour))
 	require.NoError(t, err)
 	require.Equal(t, []string{"phone"}, changed)
@@ -452,5 +453,5 @@ func steeringScope(t *testing.T, h *Harness) {
 	require.NoError(t, err)
 	require.EqualValues(t, 1, cancelled)
 	require.Equal(t, "C1", h.device("mac").with("c-mac").polls(t))
-	require.Zero(t, h.deeds(t, "n"))
+	require.Zero(t, h.auditCount(t, "n"))
 }

@@ -14,7 +14,7 @@ import (
 	"github.com/nanomdm/nanomdm/storage/sqlstore"
 )
 
-// subtest is one promise of the store. Its name says what holds.
+// subtest is one rule of the contracts. Its name states the rule.
 type subtest struct {
 	name string
 	run  func(t *testing.T, h *Harness)
@@ -72,10 +72,9 @@ func topics() []topic {
 	}
 }
 
-// Run runs the suite on every engine. Subtests run in parallel, each with a
-// Harness, that is, an empty database, of its own. SQLite in memory is one
-// more engine, on which subtests that need a second way to the data are
-// skipped.
+// Run runs the suite on every engine. Subtests run in parallel, each with its
+// own Harness, that is, an empty database. SQLite in memory is one more engine;
+// it skips subtests that need a second connection.
 func Run(t *testing.T) {
 	for _, e := range append(Engines(t), memory()) {
 		t.Run(e.Name, func(t *testing.T) {
@@ -85,7 +84,7 @@ func Run(t *testing.T) {
 	}
 }
 
-// RunBehindPgBouncer runs the topics of what devices do on PostgreSQL behind
+// RunBehindPgBouncer runs the topics about devices on PostgreSQL behind
 // Debian's PgBouncer in transaction mode, which gives each transaction another
 // server connection.
 func RunBehindPgBouncer(t *testing.T) {
@@ -112,12 +111,12 @@ func (e *Engine) run(t *testing.T, topics []topic) {
 	}
 }
 
-// Harness is an empty store and what a test may do around it.
+// Harness is an empty store with access to its database and clock.
 type Harness struct {
 	Engine *Engine
 	// Store is open. It writes activity only on Flush and Close.
 	Store *sqlstore.Store
-	// Clock is what all stores of the harness go by.
+	// Clock is the clock of all stores of the harness.
 	Clock *Clock
 
 	cfg sqlstore.Config
@@ -133,10 +132,10 @@ func NewHarness(t *testing.T, e *Engine) *Harness {
 	return h
 }
 
-// Open opens another store on the same database, as another replica has it.
-// change may alter its configuration; nil leaves it. It is closed when the
-// test ends, if it was not before. With SQLite in memory the test is skipped,
-// as there is no other way to the data.
+// Open opens another store on the same database, like another replica. change
+// may alter its configuration; nil does not. The store is closed when the test
+// ends, unless it was closed before. With SQLite in memory the test is skipped,
+// since a second store cannot read the data.
 func (h *Harness) Open(t *testing.T, change func(*sqlstore.Config)) *sqlstore.Store {
 	t.Helper()
 	if h.Store != nil {
@@ -220,15 +219,14 @@ func (h *Harness) bind(t *testing.T, query string) string {
 	return b.String()
 }
 
-// Clock is a clock that a test moves. It may be read and moved by any number
-// of goroutines.
+// Clock is a clock that a test advances. It is safe for concurrent use.
 type Clock struct {
 	mu  sync.Mutex
 	now time.Time
 }
 
-// NewClock returns a clock that stands at a fixed time, in whole microseconds
-// as the store keeps them.
+// NewClock returns a clock at a fixed time, in whole microseconds as the store
+// keeps them.
 func NewClock() *Clock {
 	return &Clock{now: time.Date(2026, 3, 1, 12, 0, 0, 123456000, time.UTC)}
 }

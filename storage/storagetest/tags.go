@@ -35,7 +35,7 @@ func (h *Harness) tags(t *testing.T, scope storage.Scope, ids, add, remove []str
 
 func tagChange(ids, add, remove []string) storage.TagChange {
 	return storage.TagChange{IDs: ids, Add: add, Remove: remove, Record: func(changed []string) *storage.AuditRecord {
-		r := deed("tags")
+		r := auditRecord("tags")
 		r.Detail = fmt.Sprint(len(changed))
 		return r
 	}}
@@ -101,7 +101,7 @@ func tagsSurvive(t *testing.T, h *Harness) {
 	require.Equal(t, []string{"lab"}, h.tagsOf(t, everything, "D"))
 	require.Equal(t, []string{"D"}, h.found(t, tenantA, storage.EnrollmentFilter{Tag: "lab"}, 10))
 
-	require.NoError(t, h.Store.DeleteEnrollment(t.Context(), everything, "D", deed("delete")))
+	require.NoError(t, h.Store.DeleteEnrollment(t.Context(), everything, "D", auditRecord("delete")))
 	require.Empty(t, h.tagCounts(t, everything))
 	h.device("D").with("c2").enrolls(t)
 	require.Empty(t, h.tagsOf(t, everything, "D"))

@@ -59,7 +59,7 @@ func topicIsSetAtAuthenticate(t *testing.T, h *Harness) {
 	}
 	require.True(t, h.sees(t, tenantA, "D"))
 	require.False(t, h.sees(t, tenantB, "D"))
-	_, err := h.Store.BootstrapToken(t.Context(), tenantB, "D", deed("read"))
+	_, err := h.Store.BootstrapToken(t.Context(), tenantB, "D", auditRecord("read"))
 	require.ErrorIs(t, err, storage.ErrNotFound)
 
 	records, err := h.Store.AuditRecords(t.Context(), storage.AuditFilter{Target: "D"}, storage.AuditKey{}, 10)
@@ -69,7 +69,7 @@ func topicIsSetAtAuthenticate(t *testing.T, h *Harness) {
 	require.Contains(t, records[0].Detail, topicB)
 	h.Clock.Advance(2 * time.Hour)
 	require.ErrorIs(t, d.saysToken(t, topicB), storage.ErrTopic)
-	require.Equal(t, 2, h.deeds(t, "enrollment.topic.refuse"))
+	require.Equal(t, 2, h.auditCount(t, "enrollment.topic.refuse"))
 	require.NoError(t, d.saysToken(t, topicA))
 }
 
@@ -80,10 +80,10 @@ func userChannelInheritsTopic(t *testing.T, h *Harness) {
 	require.True(t, h.sees(t, tenantA, "D:U"))
 	require.False(t, h.sees(t, tenantB, "D:U"))
 	for id, scope := range map[string]storage.Scope{"D": tenantB, "D:U": tenantB} {
-		_, err := h.Store.BootstrapToken(t.Context(), scope, id, deed("read"))
+		_, err := h.Store.BootstrapToken(t.Context(), scope, id, auditRecord("read"))
 		require.ErrorIs(t, err, storage.ErrNotFound, id)
 	}
-	token, err := h.Store.BootstrapToken(t.Context(), tenantA, "D:U", deed("read"))
+	token, err := h.Store.BootstrapToken(t.Context(), tenantA, "D:U", auditRecord("read"))
 	require.NoError(t, err)
 	require.Equal(t, "secret", string(token))
 }
@@ -117,9 +117,9 @@ func topicMove(t *testing.T, h *Harness) {
 		for _, uuid := range []string{"done", "waiting"} {
 			_, err := h.Store.QueueItem(ctx, tenantB, id, uuid)
 			require.ErrorIs(t, err, storage.ErrNotFound)
-			_, err = h.Store.CancelItem(ctx, tenantB, id, uuid, deed("x"))
+			_, err = h.Store.CancelItem(ctx, tenantB, id, uuid, auditRecord("x"))
 			require.ErrorIs(t, err, storage.ErrNotFound)
-			_, err = h.Store.Requeue(ctx, tenantB, id, uuid, deed("x"))
+			_, err = h.Store.Requeue(ctx, tenantB, id, uuid, auditRecord("x"))
 			require.ErrorIs(t, err, storage.ErrNotFound)
 			_, err = h.Store.Command(ctx, tenantB, uuid)
 			require.ErrorIs(t, err, storage.ErrNotFound)
@@ -132,7 +132,7 @@ func topicMove(t *testing.T, h *Harness) {
 	}
 	require.Empty(t, h.commands(t, tenantB, storage.CommandFilter{}, 10))
 	require.Empty(t, h.commands(t, tenantB, storage.CommandFilter{State: storage.Acknowledged}, 10))
-	token, err := h.Store.BootstrapToken(ctx, tenantB, "D", deed("read"))
+	token, err := h.Store.BootstrapToken(ctx, tenantB, "D", auditRecord("read"))
 	require.NoError(t, err)
 	require.Empty(t, token)
 
@@ -158,7 +158,7 @@ func topicMoveIgnoresRenewal(t *testing.T, h *Harness) {
 	_, err := h.Store.SetRenewal(t.Context(), everything, []string{"D"}, h.Clock.Now().Add(time.Hour))
 	require.NoError(t, err)
 	require.NoError(t, d.begins(t, topicB))
-	_, err = h.Store.UnlockToken(t.Context(), tenantB, "D", deed("read"))
+	_, err = h.Store.UnlockToken(t.Context(), tenantB, "D", auditRecord("read"))
 	require.NoError(t, err)
 	require.Zero(t, h.Int(t, "SELECT COUNT(*) FROM nano_devices WHERE unlock_token IS NOT NULL OR bootstrap_token IS NOT NULL"))
 	require.NoError(t, d.saysToken(t, topicB))
