@@ -9,6 +9,7 @@ import (
 
 	"github.com/nanomdm/nanomdm/backoff"
 	"github.com/nanomdm/nanomdm/storage"
+	"github.com/nanomdm/nanomdm/supervise"
 )
 
 const (
@@ -43,10 +44,13 @@ type topicRecord struct {
 	topic string
 }
 
-func startOutcomeWriter(store Store, storeDue func(topic, class string) bool, log *slog.Logger) *outcomeWriter {
+func startOutcomeWriter(store Store, storeDue func(topic, class string) bool, log *slog.Logger, supervisor *supervise.Supervisor) *outcomeWriter {
 	w := &outcomeWriter{store: store, log: log, storeDue: storeDue, wake: make(chan struct{}, 1), done: make(chan struct{})}
 	w.ctx, w.quit = context.WithCancel(context.Background())
-	go w.run()
+	go func() {
+		defer close(w.done)
+		_ = supervisor.Run(w.ctx, "push outcomes", w.run) // close began
+	}()
 	return w
 }
 
@@ -65,14 +69,13 @@ func (w *outcomeWriter) add(r topicRecord) {
 	}
 }
 
-func (w *outcomeWriter) run() {
-	defer close(w.done)
+func (w *outcomeWriter) run(ctx context.Context) error {
 	failing := false
 	for {
 		select {
 		case <-w.wake:
-		case <-w.ctx.Done():
-			return
+		case <-ctx.Done():
+			return ctx.Err()
 		}
 		for {
 			n, err := w.write(context.Background())
@@ -83,8 +86,8 @@ func (w *outcomeWriter) run() {
 			if n == 0 {
 				break
 			}
-			if err != nil && backoff.Sleep(w.ctx, outcomePause) != nil {
-				return
+			if err != nil && backoff.Sleep(ctx, outcomePause) != nil {
+				return ctx.Err()
 			}
 		}
 	}

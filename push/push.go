@@ -27,6 +27,7 @@ import (
 
 	"github.com/nanomdm/nanomdm/push/apns"
 	"github.com/nanomdm/nanomdm/storage"
+	"github.com/nanomdm/nanomdm/supervise"
 )
 
 // CertificateRefresh bounds the time from the upload of a push certificate until
@@ -77,6 +78,9 @@ type Config struct {
 	SweepEvery time.Duration
 	// Logger receives changes of state. Default: discard.
 	Logger *slog.Logger
+	// Supervisor runs the goroutines of the service. Default: one that reports
+	// nothing but to Logger.
+	Supervisor *supervise.Supervisor
 	// Now is the clock of retries. Default: time.Now.
 	Now func() time.Time
 }
@@ -140,6 +144,9 @@ func New(store Store, cfg Config) (*Service, error) {
 	if cfg.Logger == nil {
 		cfg.Logger = slog.New(slog.DiscardHandler)
 	}
+	if cfg.Supervisor == nil {
+		cfg.Supervisor = supervise.New(supervise.Config{Logger: cfg.Logger})
+	}
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
@@ -163,11 +170,15 @@ func New(store Store, cfg Config) (*Service, error) {
 	}
 	s.slots = make(chan struct{}, s.client.Concurrency())
 	s.topics = newTopics(store, s.certs, cfg.Logger)
-	s.outcomes = startOutcomeWriter(store, s.topics.storeDue, cfg.Logger)
+	s.outcomes = startOutcomeWriter(store, s.topics.storeDue, cfg.Logger, cfg.Supervisor)
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.starting, s.quit = context.WithCancel(s.ctx)
-	s.loops.Go(s.dispatch)
-	s.loops.Go(func() { s.topics.watch(s.ctx, cfg.APNs.CertificateTTL) })
+	s.loops.Go(func() { _ = cfg.Supervisor.Run(s.starting, "push dispatcher", s.dispatch) }) // the service is closed
+	s.loops.Go(func() {
+		_ = cfg.Supervisor.Run(s.ctx, "push topics", func(ctx context.Context) error {
+			return s.topics.watch(ctx, cfg.APNs.CertificateTTL)
+		}) // the service is closed
+	})
 	return s, nil
 }
 
@@ -204,20 +215,23 @@ func (s *Service) CertificateChanged(topic string) {
 	s.topics.resume(topic, 0)
 }
 
-// dispatch looks up pending enrollments and starts their pushes, until the
-// service is closed.
-func (s *Service) dispatch() {
+// dispatch looks up pending enrollments and starts their pushes, until ctx ends.
+func (s *Service) dispatch(ctx context.Context) error {
 	for {
 		batch := s.takeBatch()
 		if batch == nil {
 			select {
 			case <-s.wake:
 				continue
-			case <-s.starting.Done():
-				return
+			case <-ctx.Done():
+				return ctx.Err()
 			}
 		}
-		s.startBatch(batch)
+		err := s.cfg.Supervisor.Once("push look-up", func() { s.startBatch(batch) })
+		for id, p := range batch { // none but after a panic
+			s.finish(id)
+			p.resolve(Result{Err: err})
+		}
 		s.pushes.Done() // of takeBatch
 	}
 }
@@ -242,7 +256,7 @@ func (s *Service) takeBatch() map[string]*pendingPush {
 	return batch
 }
 
-// startBatch looks a batch up and starts its pushes.
+// startBatch looks a batch up, starts its pushes and takes them out of the batch.
 func (s *Service) startBatch(batch map[string]*pendingPush) {
 	ids := make([]string, 0, len(batch))
 	for id := range batch {
@@ -252,17 +266,21 @@ func (s *Service) startBatch(batch map[string]*pendingPush) {
 	if err != nil {
 		err = fmt.Errorf("looking the enrollment up: %w", err)
 		for id, p := range batch {
+			delete(batch, id)
 			s.finish(id)
 			p.resolve(Result{Err: err})
 		}
 		return
 	}
 	for id, err := range failed {
+		p := batch[id]
+		delete(batch, id)
 		s.finish(id)
-		batch[id].resolve(Result{Err: err})
+		p.resolve(Result{Err: err})
 	}
 	for _, t := range targets {
 		p := batch[t.ID]
+		delete(batch, t.ID)
 		p.checkScope(t.Topic)
 		if len(p.calls) == 0 && (!p.async || t.Paid >= t.Owed) {
 			s.finish(t.ID)
@@ -292,7 +310,10 @@ func (s *Service) startPush(ctx context.Context, t storage.PushTarget, p *pendin
 	go func() {
 		defer s.pushes.Done()
 		defer func() { <-s.slots }()
-		result := s.send(t)
+		var result Result
+		if err := s.cfg.Supervisor.Once("push", func() { result = s.send(t) }); err != nil {
+			result = Result{Err: err}
+		}
 		s.finish(t.ID)
 		p.resolve(result)
 	}()

@@ -168,14 +168,14 @@ func (t *topics) storeDue(name, class string) bool {
 
 // watch starts stopped topics again when their certificate changes, until ctx
 // ends.
-func (t *topics) watch(ctx context.Context, ttl time.Duration) {
+func (t *topics) watch(ctx context.Context, ttl time.Duration) error {
 	ticker := time.NewTicker(min(ttl, time.Second))
 	defer ticker.Stop()
 	for {
 		select {
 		case <-ticker.C:
 		case <-ctx.Done():
-			return
+			return ctx.Err()
 		}
 		for name, refused := range t.stopped() {
 			version, err := t.store.PushCertVersion(ctx, name)

@@ -26,11 +26,12 @@ var arrows = map[string][]string{
 	"backoff":    nil,
 	"textinput":  nil,
 	"release":    nil,
-	"storage":    {"mdm", "backoff"},
-	"service":    {"storage", "mdm", "cryptoutil", "backoff", "textinput"},
-	"push":       {"storage", "mdm", "backoff"},
+	"supervise":  {"backoff"},
+	"storage":    {"mdm", "backoff", "supervise"},
+	"service":    {"storage", "mdm", "cryptoutil", "backoff", "textinput", "supervise"},
+	"push":       {"storage", "mdm", "backoff", "supervise"},
 	"http":       {"service", "storage", "mdm", "cryptoutil", "certverify", "push", "backoff", "textinput"},
-	"cmd":        {"http", "service", "storage", "push", "mdm", "cryptoutil", "certverify", "backoff", "textinput", "release"},
+	"cmd":        {"http", "service", "storage", "push", "mdm", "cryptoutil", "certverify", "backoff", "textinput", "release", "supervise"},
 }
 
 // isolated packages import nothing of ours beside the listed ones, and why.

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/nanomdm/nanomdm/http/gate"
+	"github.com/nanomdm/nanomdm/supervise"
 )
 
 // The limits of every HTTP server here. A handler that waits longer on purpose
@@ -54,10 +55,8 @@ type server struct {
 	// the daemon to end. Both may be nil and must not block.
 	started  func()
 	stopping func()
-	// restarted is called when a background component starts again, failing when
-	// it has failed many times in a row, and when it runs again. Both may be nil.
-	restarted func(component string)
-	failing   func(component string, failing bool)
+	// supervisor runs background components.
+	supervisor *supervise.Supervisor
 
 	headers    *gate.Headers
 	turned     func(server string) // counts those whose headers are too many; may be nil
@@ -78,8 +77,8 @@ type front struct {
 func newServer(log *slog.Logger, drainTimeout, stopTimeout time.Duration) *server {
 	return &server{
 		log: log, drainTimeout: drainTimeout, stopTimeout: stopTimeout,
-		headers: gate.NewHeaders(maxHeadersMemory),
-		failed:  make(chan error, 1), drain: make(chan struct{}),
+		headers: gate.NewHeaders(maxHeadersMemory), supervisor: supervise.New(supervise.Config{Logger: log}),
+		failed: make(chan error, 1), drain: make(chan struct{}),
 	}
 }
 
@@ -89,7 +88,7 @@ func newServer(log *slog.Logger, drainTimeout, stopTimeout time.Duration) *serve
 func (s *server) add(c component) { s.components = append(s.components, c) }
 
 // background adds a component that is one function, which runs until its
-// context ends. If it fails or returns before, it starts again; see supervise.
+// context ends. If it fails or returns before, it starts again; see package supervise.
 func (s *server) background(name string, run func(context.Context) error) {
 	var cancel context.CancelFunc
 	done := make(chan error, 1)
@@ -99,7 +98,7 @@ func (s *server) background(name string, run func(context.Context) error) {
 			var ctx context.Context
 			ctx, cancel = context.WithCancel(context.Background())
 			go func() {
-				err := s.supervise(ctx, name, run)
+				err := s.supervisor.Run(ctx, name, run)
 				if errors.Is(err, context.Canceled) {
 					err = nil
 				}
@@ -302,7 +301,7 @@ func (s *server) stop(started []component) bool {
 		}
 		ctx, cancel := context.WithTimeout(context.Background(), s.stopTimeout)
 		done := make(chan error, 1)
-		go func() { done <- c.stop(ctx) }()
+		go func() { done <- supervise.Recovered(func() error { return c.stop(ctx) }) }()
 		var err error
 		select {
 		case err = <-done:

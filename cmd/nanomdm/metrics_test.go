@@ -43,7 +43,7 @@ func TestEveryMetricIsServed(t *testing.T) {
 	}
 	// These have nothing to show here.
 	elsewhere := map[string]string{
-		"nanomdm_background_restarts_total":       "TestSupervise",
+		"nanomdm_background_restarts_total":       "TestBackgroundWorkOutlivesPanics",
 		"nanomdm_http_turned_away_total":          "TestTooManyRequests",
 		"nanomdm_tls_certificate_expiry_seconds":  "needs -tls-cert",
 		"nanomdm_metrics_source_failures_total":   "TestSources",

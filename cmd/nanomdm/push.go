@@ -21,7 +21,7 @@ func (b *building) push(store *sqlstore.Store) (*push.Service, error) {
 		APNs: apns.Config{
 			URL: o.apnsURL.String(), RootCAs: b.apnsCA, Workers: o.pushWorkers, Expiration: o.pushExpiration, Logger: b.log,
 		},
-		Rate: o.pushRate, Retry: o.pushRetry, Wait: o.pushTimeout, Logger: b.log,
+		Rate: o.pushRate, Retry: o.pushRetry, Wait: o.pushTimeout, Logger: b.log, Supervisor: b.s.supervisor,
 	})
 	if err != nil {
 		return nil, err

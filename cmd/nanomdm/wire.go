@@ -33,6 +33,7 @@ import (
 	"github.com/nanomdm/nanomdm/service/webhook"
 	"github.com/nanomdm/nanomdm/storage"
 	"github.com/nanomdm/nanomdm/storage/sqlstore"
+	"github.com/nanomdm/nanomdm/supervise"
 	"github.com/nanomdm/nanomdm/textinput"
 )
 
@@ -80,8 +81,7 @@ func wire(o options, environ []string, log *slog.Logger, stdout io.Writer) (*ser
 	b.s.drainDelay = o.drainDelay
 	turned := map[string]func(){"http": counters.TurnedAway("device", "headers"), "api": counters.TurnedAway("api", "headers")}
 	b.s.turned = func(server string) { turned[server]() }
-	b.s.restarted = b.metrics.Restarted
-	b.s.failing = b.gate.SetFailing
+	b.s.supervisor = supervise.New(supervise.Config{Logger: log, Failed: counters.Restarted, Failing: b.gate.SetFailing})
 	b.s.stopping = func() {
 		b.gate.Drain()
 		b.notify(notifyStopping)
@@ -168,6 +168,7 @@ func (b *building) addStore() {
 				DSN:             string(b.o.storageDSN),
 				DatabaseClock:   true,
 				Logger:          b.log,
+				Supervisor:      b.s.supervisor,
 				ConnMaxLifetime: b.o.storageOptions.connMaxLifetime,
 				ConnMaxIdleTime: b.o.storageOptions.connMaxIdleTime,
 				MaxOpenConns:    b.o.storageOptions.maxOpenConns,

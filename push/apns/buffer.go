@@ -6,6 +6,8 @@ import (
 	"runtime"
 	"sync"
 	"time"
+
+	"github.com/nanomdm/nanomdm/supervise"
 )
 
 const (
@@ -75,7 +77,10 @@ func (g *bufferedConn) send() {
 		}
 		g.changed.Broadcast()
 		g.mu.Unlock()
-		_, err := g.Conn.Write(piece)
+		err := supervise.Recovered(func() error {
+			_, err := g.Conn.Write(piece)
+			return err
+		})
 		g.mu.Lock()
 		g.spare = piece
 		if err != nil {

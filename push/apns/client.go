@@ -19,6 +19,7 @@ import (
 	"github.com/google/uuid"
 
 	"github.com/nanomdm/nanomdm/backoff"
+	"github.com/nanomdm/nanomdm/supervise"
 )
 
 const (
@@ -259,7 +260,16 @@ func (c *Client) send(ctx context.Context, k *task, req *http.Request, body []by
 	c.stats.sends.Add(1)
 	c.stats.streams.Add(1)
 	ends := c.workers.streamBegins(k)
+	ended := false
+	defer func() {
+		if !ended { // it panicked
+			ends(false)
+			c.stats.streams.Add(-1)
+			k.topic.release(cn, false, nil)
+		}
+	}()
 	res, answer, err := cn.roundTrip(req)
+	ended = true
 	ends(err == nil)
 	c.stats.streams.Add(-1)
 	if err != nil && ctx.Err() != nil {
@@ -324,7 +334,11 @@ func (c *Client) goDial(t *topic, cert *tls.Certificate, version string) bool {
 	c.rest.Go(func() {
 		ctx, cancel := context.WithTimeout(c.ctx, c.cfg.DialTimeout)
 		defer cancel()
-		cn, err := c.dial(ctx, cert, version)
+		var cn *conn
+		err := supervise.Recovered(func() (err error) {
+			cn, err = c.dial(ctx, cert, version)
+			return err
+		})
 		if err != nil {
 			c.stats.dialFailures.Add(1)
 		}
@@ -350,7 +364,9 @@ func (c *Client) dial(ctx context.Context, cert *tls.Certificate, version string
 // dead peer can delay it.
 func (c *Client) closeConn(cn *conn) {
 	c.rest.Go(func() {
-		cn.cc.Close()
+		if err := supervise.Recovered(cn.cc.Close); err != nil {
+			c.cfg.Logger.Debug("an APNs connection was not closed cleanly", "error", err)
+		}
 		c.stats.conns.Add(-1)
 	})
 }

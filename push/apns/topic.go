@@ -276,7 +276,17 @@ func (t *topic) refreshCertificate(ctx context.Context) error {
 	changes := t.changes
 	t.mu.Unlock()
 
+	answered := false
+	defer func() {
+		if !answered { // the source panicked: others ask again
+			t.mu.Lock()
+			defer t.mu.Unlock()
+			close(t.asking)
+			t.asking = nil
+		}
+	}()
 	cert, version, err := t.c.source.PushCertificate(ctx, t.name)
+	answered = true
 
 	t.mu.Lock()
 	defer t.mu.Unlock()

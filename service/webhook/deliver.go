@@ -15,6 +15,7 @@ import (
 	"github.com/nanomdm/nanomdm/service/callout"
 	"github.com/nanomdm/nanomdm/storage"
 	"github.com/nanomdm/nanomdm/storage/lease"
+	"github.com/nanomdm/nanomdm/supervise"
 )
 
 // leaseName is the lease that the deliverer works under.
@@ -84,6 +85,9 @@ type Config struct {
 	Guard callout.Guard
 	// Logger takes alarms; nothing is logged if nil.
 	Logger *slog.Logger
+	// Supervisor runs the goroutines of the deliverer. Default: one that reports
+	// nothing but to Logger.
+	Supervisor *supervise.Supervisor
 }
 
 func (c *Config) setDefaults() {
@@ -102,6 +106,9 @@ func (c *Config) setDefaults() {
 	or(&c.LeaseTTL, 10*time.Second)
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
+	}
+	if c.Supervisor == nil {
+		c.Supervisor = supervise.New(supervise.Config{Logger: c.Logger})
 	}
 }
 
@@ -193,15 +200,19 @@ func (d *Deliverer) work(ctx context.Context, current func() storage.Lease) erro
 	d.send = newSender(d.store, d.cfg.Timeout, d.cfg.Workers, d.cfg.RootCAs, d.cfg.Guard, d.dial)
 	defer d.send.close()
 	var wg sync.WaitGroup
-	wg.Go(func() { d.number(ctx, current) })
-	wg.Go(func() { d.upkeep(ctx, current) })
-	d.runSinks(ctx, current) // waits for the runners
+	for name, run := range map[string]func(context.Context, func() storage.Lease) error{
+		"event numbers": d.number, "event upkeep": d.upkeep, "event runners": d.runSinks, // waits for the runners
+	} {
+		wg.Go(func() {
+			_ = d.cfg.Supervisor.Run(ctx, name, func(ctx context.Context) error { return run(ctx, current) }) // the term ended
+		})
+	}
 	wg.Wait()
 	return ctx.Err()
 }
 
 // number gives events their numbers and wakes the runners.
-func (d *Deliverer) number(ctx context.Context, current func() storage.Lease) {
+func (d *Deliverer) number(ctx context.Context, current func() storage.Lease) error {
 	failing := false
 	for {
 		n, last, err := d.store.NumberEvents(ctx, current(), numberBatch)
@@ -221,14 +232,14 @@ func (d *Deliverer) number(ctx context.Context, current func() storage.Lease) {
 		if n > numberBatch/2 { // there may be more
 			continue
 		}
-		if backoff.Sleep(ctx, min(max(numberPause, time.Duration(n)*numberEach), mostPause)) != nil {
-			return
+		if err := backoff.Sleep(ctx, min(max(numberPause, time.Duration(n)*numberEach), mostPause)); err != nil {
+			return err
 		}
 		timer := time.NewTimer(wait)
 		select {
 		case <-ctx.Done():
 			timer.Stop()
-			return
+			return ctx.Err()
 		case <-d.woken:
 		case <-timer.C:
 		}
@@ -246,7 +257,7 @@ func (d *Deliverer) announce() {
 }
 
 // runSinks runs a runner for each sink and restarts those whose sink changed.
-func (d *Deliverer) runSinks(ctx context.Context, current func() storage.Lease) {
+func (d *Deliverer) runSinks(ctx context.Context, current func() storage.Lease) error {
 	for {
 		d.adjust(ctx, current)
 		select {
@@ -258,7 +269,7 @@ func (d *Deliverer) runSinks(ctx context.Context, current func() storage.Lease) 
 			d.mu.Lock()
 			clear(d.running)
 			d.mu.Unlock()
-			return
+			return ctx.Err()
 		case <-d.sinks.changed:
 		case <-time.After(refreshEvery): // a runner may have ended
 		}
@@ -317,7 +328,7 @@ func same(a, b *storage.EventSink) bool {
 
 // upkeep removes old events, warns of backlogs and writes events of
 // certificates near their end.
-func (d *Deliverer) upkeep(ctx context.Context, current func() storage.Lease) {
+func (d *Deliverer) upkeep(ctx context.Context, current func() storage.Lease) error {
 	alarmed := make(map[string]bool)
 	var noticed time.Time
 	for {
@@ -340,8 +351,8 @@ func (d *Deliverer) upkeep(ctx context.Context, current func() storage.Lease) {
 			return d.store.ForgetEventSinks(ctx, current(), time.Now().Add(-d.cfg.MaxAge))
 		})
 		d.watch(ctx, alarmed)
-		if backoff.Sleep(ctx, upkeepEvery) != nil {
-			return
+		if err := backoff.Sleep(ctx, upkeepEvery); err != nil {
+			return err
 		}
 	}
 }

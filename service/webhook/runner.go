@@ -9,6 +9,7 @@ import (
 
 	"github.com/nanomdm/nanomdm/backoff"
 	"github.com/nanomdm/nanomdm/storage"
+	"github.com/nanomdm/nanomdm/supervise"
 )
 
 const (
@@ -128,11 +129,18 @@ func newRunner(d *Deliverer, k storage.EventSink, current func() storage.Lease, 
 	}
 }
 
+// start runs the loop in a goroutine. After a panic another runner of the same
+// sink goes on from what is stored.
 func (r *runner) start(ctx context.Context) {
 	ctx, r.cancel = context.WithCancel(ctx)
 	go func() {
 		defer close(r.done)
-		r.run(ctx)
+		_ = r.d.cfg.Supervisor.Run(ctx, "sink "+r.sink.Name, func(ctx context.Context) error {
+			next := newRunner(r.d, r.sink, r.lease, r.count)
+			next.news = r.news
+			next.run(ctx)
+			return supervise.ErrDone // ctx ended, or the receiver unsubscribed
+		}) // ctx ended
 	}()
 }
 
@@ -521,35 +529,44 @@ func (r *runner) startReady(sending context.Context) {
 }
 
 // launch sends a batch's events one after the other in a goroutine. Events
-// that the sink does not take, since its filter has changed, count as sent.
+// that the sink does not take, since its filter has changed, count as sent. An
+// event whose sending panics becomes a dead letter.
 func (r *runner) launch(sending context.Context, b *enrollmentBatch) {
 	r.inFlight++
 	from, failures := b.from, b.failures // the loop may change them meanwhile
 	go func() {
 		res := result{batch: b}
-		for i := range b.events {
-			e := &b.events[i]
-			if !r.sink.Match(e) {
-				res.sent++
-				continue
-			}
-			before := e.Attempts
-			switch {
-			case from == fromRedelivery:
-				before++ // it was sent before
-			case i == 0:
-				before += failures
-			}
-			if res.failure, res.tries = r.send(sending, e, before); res.failure != nil {
-				res.interrupted = sending.Err() != nil
-				break
-			}
-			e.Raw = nil
-			r.count.delivered.Add(1)
-			res.sent++
+		if err := r.d.cfg.Supervisor.Once("webhook delivery", func() { r.sendAll(sending, &res, from, failures) }); err != nil {
+			res.failure, res.tries = &failure{text: err.Error(), permanent: true}, 1
 		}
 		r.results <- res // has room for each worker
 	}()
+}
+
+// sendAll sends the events of a batch up to the first that fails. It runs in the
+// goroutine of the batch.
+func (r *runner) sendAll(sending context.Context, res *result, from source, failures int) {
+	for i := range res.batch.events {
+		e := &res.batch.events[i]
+		if !r.sink.Match(e) {
+			res.sent++
+			continue
+		}
+		before := e.Attempts
+		switch {
+		case from == fromRedelivery:
+			before++ // it was sent before
+		case i == 0:
+			before += failures
+		}
+		if res.failure, res.tries = r.send(sending, e, before); res.failure != nil {
+			res.interrupted = sending.Err() != nil
+			return
+		}
+		e.Raw = nil
+		r.count.delivered.Add(1)
+		res.sent++
+	}
 }
 
 // send tries an event, more than once if that may help soon. before is how

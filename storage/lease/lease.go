@@ -17,6 +17,7 @@ import (
 
 	"github.com/nanomdm/nanomdm/backoff"
 	"github.com/nanomdm/nanomdm/storage"
+	"github.com/nanomdm/nanomdm/supervise"
 )
 
 // askEvery is the interval at which a candidate reads the lease. It is shorter
@@ -35,7 +36,8 @@ type Work func(ctx context.Context, current func() storage.Lease) error
 // Hold waits until holder has the lease of that name and runs work under it,
 // renewing the lease every third of ttl. When the lease is lost, Hold waits for
 // work to return and then for the lease again. When work returns earlier, or ctx
-// ends, Hold releases the lease and returns the error of work or of ctx.
+// ends, Hold releases the lease and returns the error of work or of ctx. A panic of
+// work is such an error, too: a *supervise.Panic.
 //
 // holder must differ between all replicas and starts; every holder of a name
 // must use the same ttl. Hold logs errors of the store and tries again, for as
@@ -118,7 +120,7 @@ func (k *keeper) keep(ctx context.Context, since time.Time, work Work) (lost boo
 	defer cancel(nil)
 	done := make(chan error, 1)
 	go func() {
-		done <- work(workCtx, func() storage.Lease { return *k.current.Load() })
+		done <- supervise.Recovered(func() error { return work(workCtx, func() storage.Lease { return *k.current.Load() }) })
 	}()
 	// The lease is renewed while work finishes after ctx has ended.
 	store := context.WithoutCancel(ctx)
@@ -142,7 +144,9 @@ func (k *keeper) keep(ctx context.Context, since time.Time, work Work) (lost boo
 			since, wait = at, k.ttl/3
 		case errors.Is(err, storage.ErrLeaseLost) || time.Since(since) >= safe:
 			cancel(storage.ErrLeaseLost)
-			<-done
+			if err := <-done; errors.As(err, new(*supervise.Panic)) {
+				return false, err
+			}
 			return true, nil
 		default:
 			k.log.WarnContext(ctx, "cannot renew the lease", "error", err)

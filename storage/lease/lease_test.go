@@ -14,6 +14,7 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/nanomdm/nanomdm/storage"
+	"github.com/nanomdm/nanomdm/supervise"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -296,5 +297,17 @@ func TestHoldEndsWhileItWaits(t *testing.T) {
 		defer stop()
 		require.ErrorIs(t, hold(ctx, tb, "a", until), context.DeadlineExceeded)
 		require.Equal(t, "dead", tb.row.Holder)
+	})
+}
+
+// A panic of work is an error of Hold, and the lease is free for others.
+func TestPanicIsAnError(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		tb := &table{}
+		err := Hold(t.Context(), tb, "sweep", "a", ttl, slog.New(slog.DiscardHandler), func(context.Context, func() storage.Lease) error { panic("boom") })
+		var p *supervise.Panic
+		require.ErrorAs(t, err, &p)
+		require.Equal(t, "boom", p.Value)
+		require.Empty(t, tb.row.Holder)
 	})
 }

@@ -96,7 +96,7 @@ type activityLog struct {
 	eventBytes int
 
 	flushing sync.Mutex // one flush at a time
-	quit     chan struct{}
+	quit     context.CancelFunc
 	done     chan struct{}
 }
 
@@ -105,25 +105,29 @@ type activityLog struct {
 func startActivity(s *Store, every time.Duration) *activityLog {
 	a := &activityLog{
 		s: s, limit: activityLimit, pending: make(map[string]activity),
-		quit: make(chan struct{}), done: make(chan struct{}),
+		quit: func() {}, done: make(chan struct{}),
 	}
-	go a.run(every)
+	if every < 0 {
+		close(a.done)
+		return a
+	}
+	var ctx context.Context
+	ctx, a.quit = context.WithCancel(context.Background())
+	go func() {
+		defer close(a.done)
+		_ = s.cfg.Supervisor.Run(ctx, "activity", func(ctx context.Context) error { return a.run(ctx, every) }) // ctx ended
+	}()
 	return a
 }
 
-func (a *activityLog) run(every time.Duration) {
-	defer close(a.done)
-	if every < 0 {
-		<-a.quit
-		return
-	}
+func (a *activityLog) run(ctx context.Context, every time.Duration) error {
 	ticker := time.NewTicker(every)
 	defer ticker.Stop()
 	failing := false
 	for {
 		select {
-		case <-a.quit:
-			return
+		case <-ctx.Done():
+			return ctx.Err()
 		case <-ticker.C:
 		}
 		err := a.flush(context.Background(), answeredAtOnce)
@@ -136,7 +140,7 @@ func (a *activityLog) run(every time.Duration) {
 
 // stop ends the goroutine and writes what is left.
 func (a *activityLog) stop() error {
-	close(a.quit)
+	a.quit()
 	<-a.done
 	return a.flush(context.Background(), 0)
 }

@@ -16,6 +16,7 @@ import (
 	"github.com/nanomdm/nanomdm/mdm"
 	"github.com/nanomdm/nanomdm/storage"
 	"github.com/nanomdm/nanomdm/storage/sqldb"
+	"github.com/nanomdm/nanomdm/supervise"
 )
 
 var _ storage.Enqueuer = (*Store)(nil)
@@ -47,7 +48,7 @@ func (s *Store) Enqueue(ctx context.Context, scope storage.Scope, e *storage.Enq
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(atOnce)
 	for i := 0; i < len(ids); i += rows {
-		g.Go(func() error {
+		chunk := func() error {
 			first := i == 0
 			if e.Once != nil { // an earlier call may have done the chunks before
 				mu.Lock()
@@ -60,9 +61,13 @@ func (s *Store) Enqueue(ctx context.Context, scope storage.Scope, e *storage.Enq
 			did = did || some
 			maps.Copy(failed, missed)
 			return err
-		})
+		}
+		g.Go(func() error { return supervise.Recovered(chunk) })
 	}
 	if err := g.Wait(); err != nil {
+		if p := (*supervise.Panic)(nil); errors.As(err, &p) {
+			panic(p) // in the goroutine of the request
+		}
 		return failed, fmt.Errorf("queueing a command: %w", err)
 	}
 	if e.Once != nil {

@@ -25,6 +25,7 @@ import (
 
 	"github.com/nanomdm/nanomdm/storage"
 	"github.com/nanomdm/nanomdm/storage/sqldb"
+	"github.com/nanomdm/nanomdm/supervise"
 )
 
 // Config is the configuration of a Store. Driver and DSN are required; the zero
@@ -44,6 +45,8 @@ type Config struct {
 	DatabaseClock bool
 	// Logger gets errors that no caller gets; nil logs nothing.
 	Logger *slog.Logger
+	// Supervisor runs the store's goroutine. Default: one that reports nothing.
+	Supervisor *supervise.Supervisor
 	// ConnMaxLifetime and ConnMaxIdleTime bound the age of a connection to a
 	// database server: 30 and 3 minutes if zero, which is below the idle
 	// limits of the usual load balancers (Azure has 4 minutes, AWS 350
@@ -171,6 +174,9 @@ func connectStore(ctx context.Context, cfg Config) (*Store, error) {
 	}
 	if cfg.Logger == nil {
 		cfg.Logger = slog.New(slog.DiscardHandler)
+	}
+	if cfg.Supervisor == nil {
+		cfg.Supervisor = supervise.New(supervise.Config{Logger: cfg.Logger})
 	}
 	if cfg.RecordActivityEvery == 0 {
 		cfg.RecordActivityEvery = defaultRecordActivity
