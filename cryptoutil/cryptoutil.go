@@ -9,8 +9,8 @@
 //     [PushTopic]),
 //   - values sealed at rest ([SealKeys]).
 //
-// What a certificate is worth (chain, validity, revocation) is not decided
-// here but in package certverify.
+// Package certverify decides whether a certificate is valid (chain, time,
+// revocation).
 package cryptoutil
 
 import (

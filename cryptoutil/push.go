@@ -14,9 +14,8 @@ import (
 	"github.com/nanomdm/nanomdm/textinput"
 )
 
-// What can be wrong with a push certificate and its key. [ParsePushPair]
-// returns errors that match one of these, or [ErrNoCertificate], and never
-// contain key material.
+// Errors of a push certificate and its key. [ParsePushPair] returns errors that
+// match one of these, or [ErrNoCertificate], and never contain key material.
 var (
 	ErrNoKey         = errors.New("no private key in the PEM data (the certificate and its key go together, in any order)")
 	ErrSeveralKeys   = errors.New("more than one private key in the PEM data")

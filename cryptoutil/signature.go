@@ -15,7 +15,7 @@ import (
 	"golang.org/x/crypto/cryptobyte/asn1"
 )
 
-// What can be wrong with an Mdm-Signature.
+// Errors of an Mdm-Signature.
 var (
 	// ErrSignatureMalformed says that the header is not one detached CMS
 	// signature with its signer's certificate.

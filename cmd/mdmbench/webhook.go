@@ -208,7 +208,7 @@ func skipRequest(in *bufio.Reader) error {
 	}
 }
 
-// close takes no more connections. Those that the daemon keeps end with it.
+// close refuses new connections. Connections that the daemon keeps end with it.
 func (r *receiver) close() {
 	r.open()
 	_ = r.Close()

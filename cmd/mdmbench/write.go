@@ -142,7 +142,7 @@ const method = `
   the most in brackets. Differences under 15 %% are noise.
 - Each reply is checked: idle must be answered empty, and each report with the next
   command or, after the last, with nothing. Of mixed, only the status is checked.
-  What is wrong counts as failed and not into the rate.
+  A wrong reply counts as failed and not into the rate.
 - Fetch and acknowledge: %d commands a device, each visit one poll and %d reports on
   one connection. Mixed: three polls a device, a command for one in four, a
   TokenUpdate for one in ten.
@@ -150,7 +150,7 @@ const method = `
   database by a second replica. Memory is the most that was resident up to then.
 - Reports with webhook are fetch and acknowledge while each report is told to a
   receiver, which is part of the client; it answers at once, or takes the requests
-  and does not answer. What waited for it then is taken afterwards. Each round begins
+  and does not answer. It takes the waiting requests afterwards. Each round begins
   and ends with reports without one, and is compared with the two of them, by their
   requests/s or p99; the figure is the median of the rounds. A first turn, on tables
   that are nearly empty, does not count. With %d reports a second, a latency is from

@@ -214,7 +214,7 @@ func (d *demo) enqueue(ctx context.Context) error {
 	for a, expected := range later {
 		a.expected = append(a.expected, expected...)
 	}
-	fmt.Fprintf(d.out, "\nQueued %d commands through PUT /v1/enqueue. What each device got and reported:\n\n", len(queue))
+	fmt.Fprintf(d.out, "\nQueued %d commands through PUT /v1/enqueue. The commands and reports of each device:\n\n", len(queue))
 	return nil
 }
 

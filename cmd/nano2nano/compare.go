@@ -173,8 +173,8 @@ func channelDiffers(source, here *storage.ChannelRecord) string {
 	return queueDiffers(source.Queue, here.Queue)
 }
 
-// queueDiffers compares the rows that the source has. Those that ended here
-// since, and those that were queued here, are no difference.
+// queueDiffers compares the rows of the source. A row that has since ended in
+// the store, or was queued there, is no difference.
 func queueDiffers(source, here []storage.ItemRecord) string {
 	at := make(map[string]int, len(here))
 	for i, item := range here {

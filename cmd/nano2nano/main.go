@@ -69,7 +69,7 @@ func run(ctx context.Context, e *env, args []string) int {
 	return exitFailure
 }
 
-// options are the flags. Those of NanoMDM's tool of this name are the same.
+// options are the flags, which include those of NanoMDM's tool of this name.
 type options struct {
 	source      foreign.Config
 	fleetKey    string

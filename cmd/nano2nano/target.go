@@ -11,6 +11,7 @@ import (
 	"os"
 	"time"
 
+	"github.com/nanomdm/nanomdm/backoff"
 	"github.com/nanomdm/nanomdm/cryptoutil"
 	"github.com/nanomdm/nanomdm/mdm"
 	"github.com/nanomdm/nanomdm/storage"
@@ -65,18 +66,7 @@ func newEndpoint(address, key string) (*endpoint, error) {
 	if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" {
 		return nil, usage("-url is no URL of http or https")
 	}
-	return &endpoint{url: u.String(), key: key, client: &http.Client{Timeout: time.Minute}, wait: wait}, nil
-}
-
-func wait(ctx context.Context, d time.Duration) error {
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	select {
-	case <-timer.C:
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
-	}
+	return &endpoint{url: u.String(), key: key, client: &http.Client{Timeout: time.Minute}, wait: backoff.Sleep}, nil
 }
 
 func (*endpoint) ImportPushCerts(context.Context, []storage.PushCert) (storage.Imported, error) {

@@ -59,7 +59,7 @@ func backupCommand() command {
 		name: "backup", args: "FILE", offline: true,
 		short: "Write a whole database to a file",
 		long: "The command reads the database itself, not the API; the daemon may run meanwhile. The file is compressed, has a checksum, and can be restored on every engine. " +
-			"Secrets that are sealed stay sealed. Those that are not are sealed with -seal-key-file; without keys the command refuses them unless -plain-secrets is given.",
+			"Sealed secrets stay sealed. Secrets that are not are sealed with -seal-key-file; without keys the command refuses them unless -plain-secrets is given.",
 		example: "nanoctl backup -storage-dsn nanomdm.db -seal-key-file seal.keys nanomdm.backup\nnanoctl backup -storage pgsql -storage-dsn-file dsn.txt nanomdm.backup",
 		prepare: func(flags *flag.FlagSet) runner {
 			d := new(database)

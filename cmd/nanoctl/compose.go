@@ -220,7 +220,7 @@ Some request types take arguments:
   EraseDevice [PIN]                DeviceLock [PIN]       Settings -allowbst
   ScheduleOSUpdate INSTALL_ACTION [-version V] [-key K] [-deferrals N] [-priority P]
 
-All others take their keys by -set, -data and -keys. Those that need none:
+All others take their keys by -set, -data and -keys. These need none:
 
 ` + wrapped(simpleCommands),
 		example: `nanoctl command DeviceInformation OSVersion | curl -T - -u nanomdm:KEY https://mdm.example.org/v1/enqueue/UDID

@@ -34,9 +34,9 @@ func (t *targets) selects() bool { return t.all || len(t.filter.query()) > 0 }
 var deviceTypes = []string{"Device", "User Enrollment (Device)"}
 
 // resolve returns the enrollments that args and -from name, or that -all and
-// the filters select. A selection is of those that are enabled, and of devices
-// unless -type says otherwise. What is done is then done to exactly these,
-// whoever enrolls meanwhile.
+// the filters select. A selection has enabled devices only, unless -enabled or
+// -type says otherwise. The command then acts on exactly these enrollments,
+// also if more enroll meanwhile.
 func (t *targets) resolve(ctx context.Context, e *env, args []string) ([]enrollment, error) {
 	query := t.filter.query()
 	selects := t.selects()

@@ -214,7 +214,7 @@ func (e *env) showResult(r *result) error {
 	if err != nil || !ok {
 		return nil // there is none
 	}
-	// What every report has, and was said already.
+	// Keys of every report, which are printed already.
 	for _, name := range []string{"UDID", "EnrollmentID", "EnrollmentUserID", "UserID", "UserShortName", "UserLongName", "CommandUUID", "Status"} {
 		delete(keys, name)
 	}

@@ -268,8 +268,9 @@ func (s *server) accept(f front) {
 	}
 }
 
-// drainFronts closes the listeners and waits for requests under way. What is
-// not finished in time is cut: contexts end, connections close.
+// drainFronts closes the listeners and waits for running requests. Requests
+// that do not end in time are cut off: their contexts end and connections
+// close.
 func (s *server) drainFronts() bool {
 	ctx, cancel := context.WithTimeout(context.Background(), s.drainTimeout)
 	defer cancel()

@@ -45,7 +45,7 @@ func newNotifier(getenv func(string) string) (*notifier, error) {
 	return n, nil
 }
 
-// What systemd understands.
+// The messages that systemd understands.
 const (
 	notifyReady    = "READY=1"
 	notifyStopping = "STOPPING=1"

@@ -19,6 +19,7 @@ import (
 	"testing/fstest"
 	"time"
 
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
 	"github.com/nanomdm/nanomdm/storage"
@@ -435,13 +436,13 @@ func TestTable(t *testing.T) {
 	var seen []string
 	for _, op := range new(options).table() {
 		for _, name := range op.names() {
-			require.NotContains(t, seen, name)
-			require.Regexp(t, `^[a-z-]+$`, name)
+			assert.NotContains(t, seen, name)
+			assert.Regexp(t, `^[a-z-]+$`, name)
 			seen = append(seen, name)
 		}
-		require.True(t, strings.HasSuffix(op.help, "."), op.name)
+		assert.True(t, strings.HasSuffix(op.help, "."), op.name)
 		if op.def != "" {
-			require.NoError(t, op.set(op.def), op.name)
+			assert.NoError(t, op.set(op.def), op.name)
 		}
 	}
 }

@@ -53,7 +53,7 @@ func (g *Gate) Started() {
 }
 
 // Drain makes the daemon unready, so that load balancers send new requests
-// elsewhere. Those that come nevertheless are served.
+// elsewhere. It still serves requests that come nevertheless.
 func (g *Gate) Drain() {
 	g.mu.Lock()
 	defer g.mu.Unlock()

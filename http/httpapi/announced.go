@@ -167,8 +167,8 @@ func (q *enrollmentQuery) check() error {
 	return nil
 }
 
-// fits checks the filters on one enrollment. Those of names and serial numbers
-// may have found it by something else.
+// fits checks the filters on one enrollment: the search by name or serial
+// number may have found it by another field.
 func (q *enrollmentQuery) fits(e *storage.Enrollment) bool {
 	f := &q.Filter
 	among := func(values []string, value string) bool { return len(values) == 0 || slices.Contains(values, value) }

@@ -14,6 +14,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
 	"github.com/nanomdm/nanomdm/http/httpmdm"
@@ -155,11 +156,11 @@ func TestMistakesOfSourcesShow(t *testing.T) {
 func TestTable(t *testing.T) {
 	seen := map[string]bool{}
 	for _, m := range Table() {
-		require.False(t, seen[m.Name], m.Name)
+		assert.False(t, seen[m.Name], m.Name)
 		seen[m.Name] = true
-		require.Regexp(t, `^nanomdm_[a-z]+(_[a-z]+)*$`, m.Name)
-		require.Equal(t, m.Kind == Counter, strings.HasSuffix(m.Name, "_total"), m.Name)
-		require.True(t, strings.HasSuffix(m.Help, "."), m.Name)
+		assert.Regexp(t, `^nanomdm_[a-z]+(_[a-z]+)*$`, m.Name)
+		assert.Equal(t, m.Kind == Counter, strings.HasSuffix(m.Name, "_total"), m.Name)
+		assert.True(t, strings.HasSuffix(m.Help, "."), m.Name)
 	}
 }
 

@@ -37,10 +37,10 @@ func peerAddress(r *http.Request) string {
 // maxHops bounds how many addresses of X-Forwarded-For are looked at.
 const maxHops = 32
 
-// forwardedFor finds the client in X-Forwarded-For, to whose end each proxy
-// appends the peer that it saw: the last address that is not a trusted
-// proxy's own. What stands before it is the client's word. The peer is the
-// answer if there is no such address, or something else stands in its place.
+// forwardedFor returns the client in X-Forwarded-For, to whose end each proxy
+// appends its peer: the last address that is not a trusted proxy's. The client
+// may have made up the addresses before it. Without such an address, or if its
+// place holds no address, the peer is the client.
 func forwardedFor(values []string, peer string, trusted []netip.Prefix) string {
 	client := peer
 	hops := 0

@@ -116,8 +116,8 @@ func Middleware(logger *slog.Logger, cfg Config, next http.Handler) http.Handler
 			level := slog.LevelDebug
 			switch {
 			case rec.status == http.StatusServiceUnavailable:
-				// Whoever turned it away has logged why, or counted it: an
-				// outage is one line, not one for each device.
+				// The code that refused the request has logged or counted the
+				// reason: an outage is one line, not one for each device.
 			case rec.status >= 500:
 				level = slog.LevelError
 			case rec.status >= 400:

@@ -81,8 +81,8 @@ type mysqlServer struct {
 	maxPacket int
 }
 
-// params returns the system variables of the pool's connections. Those of the
-// DSN take precedence.
+// params returns the system variables of the pool's connections. Variables in
+// the DSN take precedence.
 func (server mysqlServer) params(ofDSN map[string]string) map[string]string {
 	isolation, collation := "transaction_isolation", "utf8mb4_0900_bin"
 	if server.mariadb {
@@ -354,8 +354,9 @@ func mysqlStatementFault(err error) bool {
 	return false
 }
 
-// maxBatchBytes is the size of texts that are sent as one, in bytes. What is
-// larger goes by itself, and the driver prepares what is larger than a packet.
+// maxBatchBytes bounds the size of statements that are joined, in bytes. A
+// larger statement is sent alone, and the driver prepares one that is larger
+// than a packet.
 const maxBatchBytes = 512 << 10
 
 // mysqlExecBatch joins statements into texts of several. The driver reads all

@@ -49,11 +49,11 @@ type Tx struct {
 	missed   []string // texts to prepare once the connection is free
 }
 
-// Write runs fn in one transaction and commits it. What the engine calls
-// retryable is retried from the beginning, with a bound and with jitter, so
-// fn must set what it computes, not add to it. Rows are to be locked in key
-// order. A commit that fails is an error; it is repeated only if the engine
-// said that it rolled back.
+// Write runs fn in one transaction and commits it. After an error that the
+// engine calls retryable it runs fn again, with a bound and with jitter, so fn
+// must set its results, not add to them. fn must lock rows in key order. A
+// commit that fails is an error; it is repeated only if the engine said that it
+// rolled back.
 func (db *DB) Write(ctx context.Context, fn func(ctx context.Context, t *Tx) error) error {
 	ctx, cancel := context.WithTimeout(ctx, opTimeout)
 	defer cancel()

@@ -178,13 +178,13 @@ func (s *Store) DeviceStatementsForTest(ids []string, uuid string) map[string]St
 	numbering, numberArgs := t.UpdateLockedText("nano_enrollment_push", "last_seq = last_seq + 1", ids)
 	eligible, eligibleArgs := t.enrolledText(ids, uuid)
 	return map[string]StatementForTest{
-		"subjects": {Text: s.texts.enrollmentState, Args: append([]any{int64(1), int64(1)}, pairs...), Index: "nano_enrollment_queue_next", Unsorted: true},
-		"senders":  {Text: s.texts.certificateLookup, Args: pairs, Index: "nano_cert_auth_associations_id"},
-		"locking":  {Text: locking, Args: lockArgs},
-		"rows":     {Text: rows, Args: rowArgs},
-		"told":     {Text: told, Args: toldArgs},
-		"ending":   {Text: ending, Args: endArgs},
-		"offered":  {Text: offered, Args: offerArgs},
+		"subjects":     {Text: s.texts.enrollmentState, Args: append([]any{int64(1), int64(1)}, pairs...), Index: "nano_enrollment_queue_next", Unsorted: true},
+		"certificates": {Text: s.texts.certificateLookup, Args: pairs, Index: "nano_cert_auth_associations_id"},
+		"locking":      {Text: locking, Args: lockArgs},
+		"rows":         {Text: rows, Args: rowArgs},
+		"events":       {Text: told, Args: toldArgs},
+		"ending":       {Text: ending, Args: endArgs},
+		"offered":      {Text: offered, Args: offerArgs},
 
 		"numbering": {Text: numbering, Args: numberArgs},
 		"eligible":  {Text: eligible, Args: eligibleArgs},

@@ -47,8 +47,8 @@ type Engine struct {
 	idle []string
 }
 
-// Engines returns SQLite in a file, PostgreSQL, MySQL and MariaDB. What tests
-// make of them is gone when t ends. Use it so:
+// Engines returns SQLite in a file, PostgreSQL, MySQL and MariaDB. Their
+// databases are removed when t ends. Use it so:
 //
 //	for _, engine := range storagetest.Engines(t) {
 //		t.Run(engine.Name, func(t testing.TB) {
