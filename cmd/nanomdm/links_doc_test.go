@@ -7,6 +7,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 )
 
@@ -45,6 +46,25 @@ func TestPagesLinkToExistingPages(t *testing.T) {
 		}
 	}
 	require.Greater(t, checked, 50, "the search looked at the wrong place")
+}
+
+// TestWalksAreShort: each walk of the architecture page names at most six
+// files, and all of them exist.
+func TestWalksAreShort(t *testing.T) {
+	page, err := os.ReadFile("../../docs/architecture.md")
+	require.NoError(t, err)
+	_, rest, _ := strings.Cut(string(page), "## Three walks\n")
+	section, _, _ := strings.Cut(rest, "\n## ")
+	walks := strings.Split(strings.TrimSpace(section), "\n\n")
+	require.Len(t, walks, 3)
+	for _, walk := range walks {
+		files := regexp.MustCompile("`([^`]+\\.go)`").FindAllStringSubmatch(walk, -1)
+		assert.LessOrEqual(t, len(files), 6, walk)
+		assert.NotEmpty(t, files, walk)
+		for _, file := range files {
+			assert.FileExists(t, "../../"+file[1])
+		}
+	}
 }
 
 // headings are the anchors of a page's headings, as GitHub makes them.
