@@ -237,10 +237,9 @@ func (v *Verifier) refusedUntil(cert *x509.Certificate, now time.Time) time.Time
 	return until
 }
 
-// verify leaves the verdict on a chain whose signatures hold to crypto/x509: key
-// usages, constraints, validity. It builds the chain at the moment of the leaf's
-// validity that is nearest to now, so that a leaf out of its time can be told from
-// a stranger.
+// verify has crypto/x509 check a chain whose signatures are valid: key usages,
+// constraints, validity. It checks at the moment of the leaf's validity that is
+// nearest to now, so that an expired leaf differs from a stranger's.
 func (v *Verifier) verify(cert *x509.Certificate, issuers []*x509.Certificate, now time.Time) (validity, error) {
 	at := now
 	switch {
@@ -273,9 +272,9 @@ func (v *Verifier) verify(cert *x509.Certificate, issuers []*x509.Certificate, n
 	return v.lasting(chains), nil
 }
 
-// reason tells a configured CA certificate that is out of its time, which locks
-// a whole fleet out, from a stranger. Of certificates that came with the request
-// the time says nothing: anybody can make an expired one.
+// reason distinguishes an expired certificate of a configured CA, which locks a
+// whole fleet out, from a stranger's certificate. It ignores the validity of
+// certificates that came with the request: anybody can make an expired one.
 func (v *Verifier) reason(err error, at time.Time) error {
 	var invalid x509.CertificateInvalidError
 	if !errors.As(err, &invalid) || invalid.Reason != x509.Expired || !slices.ContainsFunc(v.configured, invalid.Cert.Equal) {

@@ -7,9 +7,9 @@ import (
 	"sync"
 )
 
-// CertificateCache remembers parsed certificates by the hash of their bytes, so
-// that a device which comes back is not paid for twice. It says nothing about
-// trust. Safe for concurrent use.
+// CertificateCache keeps parsed certificates by the hash of their bytes, so
+// that a device's certificate is parsed once. It says nothing about trust. It
+// is safe for concurrent use.
 type CertificateCache struct {
 	mu    sync.RWMutex
 	size  int

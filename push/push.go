@@ -40,8 +40,8 @@ const (
 	// maxPending bounds the enrollments that wait for their push. The sweep
 	// pushes to the others.
 	maxPending = 100_000
-	// callerGrace is how long the sweeps of all replicas leave a push to the
-	// replica whose caller asked for it.
+	// callerGrace is the time for which the sweeps of all replicas leave a push
+	// to the replica whose caller wants it.
 	callerGrace = 30 * time.Second
 )
 
@@ -120,8 +120,8 @@ type Service struct {
 type pendingPush struct {
 	id    string
 	calls []*call
-	// async: a caller that does not wait asked for the push. It is needless
-	// once no push is owed.
+	// async: a caller that does not wait wants the push. It is needless once no
+	// push is owed.
 	async bool
 }
 
@@ -344,8 +344,8 @@ func (s *Service) send(t storage.PushTarget) Result {
 	return Result{APNsID: o.APNsID}
 }
 
-// finish ends the flight of an enrollment, and queues it again if callers asked
-// for it meanwhile.
+// finish ends the push of an enrollment, and queues another one if callers want
+// it.
 func (s *Service) finish(id string) {
 	s.mu.Lock()
 	delete(s.inFlight, id)

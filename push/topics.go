@@ -186,9 +186,8 @@ func (t *topics) watch(ctx context.Context, ttl time.Duration) error {
 	}
 }
 
-// resume allows pushes to a stopped topic again. A sender that was not told of
-// the new certificate reads it ttl after the last push began, which resume waits
-// for.
+// resume allows pushes to a stopped topic again. It waits for ttl after the
+// last push began, when every sender has read the new certificate.
 func (t *topics) resume(name string, ttl time.Duration) {
 	t.mu.Lock()
 	st := t.state(name)

@@ -36,8 +36,8 @@ const (
 // the sweeps, the push sender. A nil function does nothing.
 type component struct {
 	name string
-	// start returns once the component works. Its context ends when the daemon
-	// is told to stop while it is still starting, and means nothing afterwards.
+	// start returns once the component works. Its context ends if the daemon
+	// has to stop while it is still starting; it has no meaning later.
 	start func(context.Context) error
 	// stop returns when nothing of the component runs any more, and gives up
 	// when its context ends.
@@ -192,7 +192,7 @@ func (s *server) live(ctx context.Context) int {
 	started, err := s.start(ctx)
 	switch {
 	case err != nil && ctx.Err() != nil:
-		err = nil // told to stop while starting
+		err = nil // stopped while starting
 	case err == nil:
 		if s.started != nil {
 			s.started()
@@ -219,8 +219,8 @@ func (s *server) live(ctx context.Context) int {
 	return 0
 }
 
-// announce tells the world that the daemon is about to stop, and goes on
-// serving until load balancers had the time to see it.
+// announce makes the daemon unready, and returns after the time that load
+// balancers need to notice. Requests are served meanwhile.
 func (s *server) announce() error {
 	if s.stopping != nil {
 		s.stopping()

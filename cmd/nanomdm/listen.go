@@ -29,8 +29,8 @@ func listen(flag, address string) (net.Listener, error) {
 	return listener, nil
 }
 
-// listenUnix makes a socket. One that a daemon left behind when it was killed
-// is replaced; one that somebody answers on is not.
+// listenUnix makes a socket. It replaces a socket without a listener, which a
+// killed daemon leaves, and no other one.
 func listenUnix(path string) (net.Listener, error) {
 	listener, err := net.Listen("unix", path)
 	if errors.Is(err, syscall.EADDRINUSE) && abandoned(path) {

@@ -11,7 +11,7 @@ import (
 	"time"
 )
 
-// notifier tells systemd how the daemon fares. A nil notifier tells nobody.
+// notifier sends the daemon's state to systemd. A nil notifier does nothing.
 //
 // Source: sd_notify(3), sd_watchdog_enabled(3).
 type notifier struct {

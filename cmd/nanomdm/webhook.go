@@ -59,8 +59,8 @@ func loadSinks(o options) ([]storage.EventSink, error) {
 	return append(sinks, sink), nil
 }
 
-// events adds what tells others what devices say, and returns who is told and
-// the middleware that notes it down.
+// events adds the deliverer of events, and returns the sinks and the middleware
+// that makes the events.
 func (b *building) events(ctx context.Context, store *sqlstore.Store) (*webhook.Sinks, service.Middleware, error) {
 	o := b.o
 	sinks, err := webhook.OpenSinks(ctx, store, b.sinks, b.log)

@@ -149,7 +149,7 @@ func (b *building) logged(next http.Handler) http.Handler {
 	return requestlog.Middleware(b.log, requestlog.Config{Trusted: b.o.trustedProxies, Panicked: b.metrics.Panicked}, next)
 }
 
-// notify sends systemd a state. A failure is logged: nobody can mend it.
+// notify sends a state to systemd. A failure is only logged.
 func (b *building) notify(state string) {
 	if err := b.systemd.notify(state); err != nil {
 		b.log.Warn("systemd was not notified", "error", err)

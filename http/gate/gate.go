@@ -19,7 +19,7 @@ import (
 	"time"
 )
 
-// retryAfter is what those turned away are asked to wait, in seconds.
+// retryAfter is the Retry-After of a refused request, in seconds.
 const retryAfter = "5"
 
 // How often Watch looks at the database, and how long it waits for an answer.
@@ -178,8 +178,8 @@ func Limit(n int, turned func(), next http.Handler) http.Handler {
 	})
 }
 
-// turnAway also gives up the connection: what it still sends is a body that
-// nobody wants to read.
+// turnAway also closes the connection, so that the rest of the body is not
+// read.
 func turnAway(w http.ResponseWriter, turned func()) {
 	if turned != nil {
 		turned()

@@ -28,7 +28,7 @@ const (
 
 // parseCertHeader reads the client certificate, and its chain if it comes along,
 // from all the values of the one header that the deployment names for it. The
-// encoding is told from the value:
+// value shows the encoding:
 //
 //	:MIIB...=:                 RFC 9440 (Google Cloud, Cloudflare rules, HAProxy)
 //	-----BEGIN%20CERTIFI...    percent-encoded PEM, one or a chain, where "+" may be
@@ -51,7 +51,7 @@ func parseCertHeader(values []string) (leaf *x509.Certificate, chain []*x509.Cer
 		return nil, nil, errNoCertificate
 	}
 	if len(values) > 1 {
-		// Which of them the proxy wrote, and which the client, nobody knows.
+		// The client may have sent one of them.
 		return nil, nil, fmt.Errorf("%w: repeated %d times", errCertHeader, len(values))
 	}
 	value := strings.Trim(values[0], " \t")
@@ -72,7 +72,7 @@ func parseCertHeader(values []string) (leaf *x509.Certificate, chain []*x509.Cer
 	return certs[0], certs[1:], nil
 }
 
-// certHeaderForms tells operators what a header may hold.
+// certHeaderForms lists the encodings of a header for operators.
 const certHeaderForms = `percent-encoded PEM, PEM with its line breaks as blanks or left out, Base64 of DER or of PEM, ` +
 	`:Base64: (RFC 9440), or Hash=...;Cert="..." (Envoy)`
 

@@ -119,7 +119,8 @@ type Handler struct {
 	origins  *http.CrossOriginProtection
 }
 
-// New makes a Handler. identity tells who sends; next gets what was decoded.
+// New makes a Handler. identity finds the sender of a request; next gets the
+// decoded message.
 func New(next service.Handler, identity *Identity, cfg Config) *Handler {
 	if cfg.MaxBody <= 0 {
 		cfg.MaxBody = 16 << 20
@@ -235,9 +236,9 @@ func (h *Handler) givenUp(ctx context.Context, arrived time.Time) func() bool {
 	}
 }
 
-// request makes the request of a device's body. A report that cannot be read is
-// one that says so, if the certificate tells whose it is: the device would repeat
-// it for ever, and nothing else would reach it.
+// request makes the request of a device's body. A report that cannot be read
+// becomes one of status Unreadable, if the certificate identifies its device:
+// the device would otherwise repeat it for ever, and get no other command.
 func (h *Handler) request(r *http.Request, role Role, body []byte, cert *x509.Certificate) (*service.Request, error) {
 	msg, err := decode(r, role, body)
 	if err == nil {
@@ -365,7 +366,8 @@ func reply(w http.ResponseWriter, resp *service.Response) {
 // retryAfter is what an overloaded server asks of devices, in seconds.
 const retryAfter = "5"
 
-// retryNextHour is what a device is asked that has sent too much.
+// retryNextHour is the Retry-After of a device over its hourly limit, in
+// seconds.
 const retryNextHour = "600"
 
 // fail answers a device: a status and no text but Apple's own.

@@ -19,8 +19,8 @@ type Verifier interface {
 	Verify(cert *x509.Certificate, chain []*x509.Certificate) error
 }
 
-// Identity tells which certificate a request comes with. Its mode is one, so
-// that a request cannot choose how it is believed. Methods may be called
+// Identity finds the certificate of a request. It has one mode, so that a
+// request cannot choose how it proves its identity. Methods may be called
 // concurrently.
 type Identity struct {
 	verifier Verifier
@@ -117,9 +117,9 @@ const shortestCertificate = 200
 
 const signatureHeader = "Mdm-Signature"
 
-// extract refuses a certificate header that the mode does not look at: either
-// somebody tries it on, or a proxy does its part and the daemon was not told,
-// which must not go unseen.
+// extract refuses a certificate header that the mode does not use: it is either
+// an attack, or a proxy sets the header and the daemon's option is missing,
+// which must not go unnoticed.
 func (i *Identity) extract(r *http.Request) (*sender, []*x509.Certificate, error) {
 	if i.mode != modeHeader {
 		if name := carriesCertificate(r.Header); name != "" {

@@ -26,8 +26,8 @@ const (
 // Polls and most reports are smaller.
 const freeBytes = 4 << 10
 
-// workPatience is how long a request that was read waits for memory to be worked
-// on. Those that have it wait for nobody, so that there is soon some.
+// workPatience is how long a request whose body was read waits for memory to be
+// handled. Requests with memory wait for no others, so that some is free soon.
 const workPatience = 5 * time.Second
 
 // memory is the budget of Config.MaxInFlight. One half is for bodies as they

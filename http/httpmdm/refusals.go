@@ -108,9 +108,9 @@ func (f *refusals) write(r *http.Request, level slog.Level, cause string, status
 	f.log.LogAttrs(r.Context(), level, "device request refused", append(attrs, slog.Any("error", err))...)
 }
 
-// count remembers a refusal until it is stored. A certificate that is not of the
-// CA is nobody's, and a server that is busy or without its database refuses
-// everybody.
+// count keeps a refusal until it is stored. It leaves out certificates of other
+// CAs, which belong to no device, and refusals because the server is busy or
+// without its database, which concern every device.
 func (f *refusals) count(cause string, who speaker, err error) {
 	if !who.chained || cause == ReasonUnavailable || cause == ReasonOverload {
 		return

@@ -177,9 +177,9 @@ type Emit func(name string, value float64, labels ...string)
 type Source struct {
 	// Name stands in nanomdm_metrics_source_failures_total.
 	Name string
-	// Every is how old the values may become before Collect is asked again;
-	// 0 asks at each scrape. If Collect takes long, it is asked less often,
-	// so that watching costs no more than a twentieth of the time.
+	// Every is the age at which Collect is called again; with 0 it is called at
+	// each scrape. If Collect takes long, it is called less often, so that
+	// scrapes cost no more than a twentieth of the time.
 	Every time.Duration
 	// Collect emits the values, or returns an error: then they are missing
 	// until the next time, and the failure is counted. It is not called

@@ -63,9 +63,9 @@ func Enrollment(ctx context.Context) string {
 // ID returns the id of the request that ctx belongs to, or "".
 func ID(ctx context.Context) string { return of(ctx).id }
 
-// Client returns the address of the client that the request of ctx comes
-// from, without a port: what trusted proxies say, else the peer. It is "" for
-// a peer without an address whose word is all there is.
+// Client returns the address of the client of ctx's request, without a port:
+// the address that trusted proxies name, else the peer's. It is "" for a peer
+// without an address that names none.
 func Client(ctx context.Context) string { return of(ctx).client }
 
 // ClientNetwork returns the network by which a client is limited: its address with
@@ -88,8 +88,8 @@ func ClientNetwork(ctx context.Context) netip.Prefix {
 // with requests that are made because of it, or "".
 func TraceParent(ctx context.Context) string { return of(ctx).traceParent }
 
-// Middleware wraps next. Requests that end well, or are asked to come again,
-// are logged at debug level, the client's errors at info, ours at error.
+// Middleware wraps next. It logs successful requests, and 503, at debug level,
+// errors of the client at info and errors of the server at error.
 func Middleware(logger *slog.Logger, cfg Config, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		info := describe(r, cfg.Trusted)

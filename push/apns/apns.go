@@ -56,7 +56,7 @@ type Notification struct {
 	ID string
 }
 
-// Class tells the caller what to do about an answer.
+// Class is the kind of an answer, by what the caller has to do about it.
 type Class int
 
 // The classes. The zero Class is none of them.

@@ -10,7 +10,7 @@ import (
 type statement struct {
 	text string
 	args []any
-	rows *int // takes how many rows it returned or changed, where the dialect tells; may be nil
+	rows *int // gets the number of returned or changed rows, if the dialect counts them; may be nil
 }
 
 // name is how the statement begins, for errors.

@@ -60,7 +60,8 @@ const (
 var (
 	// ErrUnavailable: the database is out of reach, or did not answer in time.
 	ErrUnavailable = errors.New("database unavailable")
-	// ErrBusy: the engine asked for more retries than there are.
+	// ErrBusy: the transaction failed with retryable errors until the last
+	// retry.
 	ErrBusy = errors.New("too busy")
 	// ErrClosed: the DB is closed.
 	ErrClosed = errors.New("store is closed")

@@ -95,8 +95,8 @@ type Dialect struct {
 	statementFault func(error) bool
 	// fromEngine: the error is the engine's or its driver's.
 	fromEngine func(error) bool
-	// observe is told the error of each failed attempt, so that an engine can
-	// change how it talks to the server; nil if it never does.
+	// observe gets the error of each failed attempt, so that an engine can
+	// change its protocol; nil if it never does.
 	observe func(error)
 
 	// Locks and plans.
@@ -108,8 +108,8 @@ type Dialect struct {
 	skipLocked string
 	// forShare ends a SELECT that keeps its rows from being changed.
 	forShare string
-	// forceIndex follows a table's name where the planner has to be told the
-	// index; nil where it finds it.
+	// forceIndex follows a table's name and names the index to use; nil if the
+	// planner chooses the right one.
 	forceIndex func(index string) string
 	// opaque hides a value from the planner, so that one plan serves all
 	// values; nil where that changes nothing.
@@ -212,8 +212,8 @@ func (d *Dialect) PairArgs(pairs []KeyPair) ([]any, error) { return d.pairArgs(p
 // Unique recognizes the error of an INSERT for a key that exists.
 func (d *Dialect) Unique(err error) bool { return d.unique(err) }
 
-// Index follows a table's name and says by which index to read it, where the
-// planner has to be told.
+// Index follows a table's name and names the index to use, if the dialect needs
+// it.
 func (d *Dialect) Index(index string) string {
 	if d.forceIndex == nil {
 		return ""
@@ -229,11 +229,11 @@ func (d *Dialect) Opaque(value string) string {
 	return d.opaque(value)
 }
 
-// temporary says whether repeating what failed may work.
+// temporary says whether the failed statement may work when it is repeated.
 func (d *Dialect) temporary(err error) bool { return d.retryable(err) || d.unavailable(err) }
 
-// operational recognizes errors that are the server's state and not the fault
-// of the statement: what failed may work later, and belongs to nobody's input.
+// operational recognizes errors of the server's state, and not of the
+// statement: it may work later, and no input is at fault.
 func (d *Dialect) operational(err error) bool {
 	return d.unavailable(err) || d.fromEngine(err) && !d.statementFault(err)
 }

@@ -29,8 +29,8 @@ type Migrations struct {
 	// Bootstrap makes the tables that Hold needs, each by a statement that begins
 	// with createTable.
 	Bootstrap []string
-	// Refuse is asked about a database without a record of migrations; it gets
-	// the names of its tables.
+	// Refuse checks a database without a record of migrations; it gets the
+	// names of its tables.
 	Refuse func(tables []string) error
 	// Hold runs work while this process alone may migrate. check is to be called
 	// first in each transaction; it fails if another process has taken over,

@@ -145,8 +145,8 @@ func (t *Tx) begin(ctx context.Context) (err error) {
 	return err
 }
 
-// commit commits. If it fails, lost says whether COMMIT was on its way: then
-// only the error tells what became of the transaction.
+// commit commits. If it fails, lost says whether COMMIT was sent: the outcome
+// of the transaction is then known only if the error says so.
 func (t *Tx) commit(ctx context.Context) (lost bool, err error) {
 	if t.sqltx == nil {
 		t.deferred = append(t.deferred, statement{text: "COMMIT"})
