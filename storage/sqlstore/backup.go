@@ -37,19 +37,16 @@ func Backup(ctx context.Context, cfg Config, to io.Writer, o BackupOptions) (row
 	if err != nil {
 		return 0, err
 	}
-	db, err := sqldb.Open(ctx, sqldb.Config{Driver: cfg.Driver, DSN: cfg.DSN, Now: cfg.Now, Logger: cfg.Logger, RootCAs: cfg.RootCAs})
+	db, err := openExisting(ctx, cfg)
 	if err != nil {
-		return 0, fmt.Errorf("opening the %s database: %w", cfg.Driver, storageError(err))
+		return 0, err
 	}
 	defer func() { err = errors.Join(err, db.Close()) }()
 	err = db.Snapshot(ctx, func(ctx context.Context, t *sqldb.Tx) error {
 		b := &backup{t: &tx{Tx: t, seal: newSealing(cfg)}, o: o, sealing: cfg.Sealer != nil}
 		head := BackupHead{ID: rand.Text(), CreatedAt: time.UnixMicro(t.Now).UTC(), Engine: t.Dialect.Name(), Tables: tables}
-		if head.Schema, err = sqldb.SchemaVersion(ctx, t); err != nil {
-			return fmt.Errorf("reading the schema: %w", err)
-		}
-		if known := migrations().Newest(); head.Schema != known {
-			return fmt.Errorf("%w: the database has schema %d, this binary knows %d", ErrSchema, head.Schema, known)
+		if head.Schema, err = knownSchema(ctx, t); err != nil {
+			return err
 		}
 		if b.seals, err = sealChecks(ctx, b.t); err != nil {
 			return fmt.Errorf("reading the seal keys in use: %w", err)

@@ -30,41 +30,19 @@ func (e *exporting) scan(ctx context.Context, action, text string, args []any, r
 }
 
 // ExportPushCerts implements storage.Exporter.
-func (s *Store) ExportPushCerts(ctx context.Context) ([]storage.PushCert, error) {
-	infos, err := s.PushCertInfos(ctx, storage.Scope{})
-	if err != nil {
-		return nil, err
-	}
-	var certs []storage.PushCert
-	for _, info := range infos {
-		c, err := s.PushCert(ctx, info.Topic)
-		if err != nil {
-			return nil, err
-		}
-		certs = append(certs, *c)
-	}
-	return certs, nil
+func (s *Store) ExportPushCerts(ctx context.Context) (certs []storage.PushCert, err error) {
+	err = s.read(ctx, func(ctx context.Context, t *tx) error {
+		certs, err = t.exportPushCerts(ctx)
+		return err
+	})
+	return certs, err
 }
 
 // ExportCommands implements storage.Exporter.
 func (s *Store) ExportCommands(ctx context.Context, after string, limit int) (list []storage.CommandRecord, err error) {
 	err = s.read(ctx, func(ctx context.Context, t *tx) error {
-		list = nil
-		e := &exporting{t: t}
-		return e.scan(ctx, "reading commands", "SELECT command_uuid, request_type, command, created_at FROM nano_commands WHERE command_uuid > ? ORDER BY command_uuid LIMIT ?",
-			[]any{after, limit}, func(row sqldb.Row) error {
-				var c storage.CommandRecord
-				var raw []byte
-				var at int64
-				if err := row.Scan(&c.UUID, &c.RequestType, &raw, &at); err != nil {
-					return err
-				}
-				c.CreatedAt = fromMicros(at)
-				var err error
-				c.Raw, err = t.opened(commandColumn, c.UUID, raw)
-				list = append(list, c)
-				return err
-			})
+		list, err = t.exportCommands(ctx, after, limit, func(_ string, err error) error { return err })
+		return err
 	})
 	return list, err
 }
@@ -72,39 +50,86 @@ func (s *Store) ExportCommands(ctx context.Context, after string, limit int) (li
 // ExportDeviceIDs implements storage.Exporter.
 func (s *Store) ExportDeviceIDs(ctx context.Context, after string, limit int) (ids []string, err error) {
 	err = s.read(ctx, func(ctx context.Context, t *tx) error {
-		ids = nil
-		e := &exporting{t: t}
-		return e.scan(ctx, "listing devices", "SELECT id FROM nano_devices WHERE id > ? ORDER BY id LIMIT ?", []any{after, limit}, func(row sqldb.Row) error {
-			var id string
-			err := row.Scan(&id)
-			ids = append(ids, id)
-			return err
-		})
+		ids, err = t.exportDeviceIDs(ctx, after, limit)
+		return err
 	})
 	return ids, err
 }
 
 // ExportDevices implements storage.Exporter.
 func (s *Store) ExportDevices(ctx context.Context, ids []string) (list []*storage.DeviceRecord, err error) {
+	err = s.read(ctx, func(ctx context.Context, t *tx) error {
+		list, err = t.exportDevices(ctx, ids)
+		return err
+	})
+	return list, err
+}
+
+func (t *tx) exportPushCerts(ctx context.Context) ([]storage.PushCert, error) {
+	certs, err := sqldb.Collect(t.Query(ctx, "SELECT topic, cert_pem, key_pem, not_after, version FROM nano_push_certs ORDER BY topic"),
+		func(row sqldb.Row, c *storage.PushCert) error {
+			var notAfter int64
+			if err := row.Scan(&c.Topic, &c.CertPEM, &c.KeyPEM, &notAfter, &c.Version); err != nil {
+				return err
+			}
+			c.NotAfter = fromMicros(notAfter)
+			var err error
+			c.KeyPEM, err = t.opened(pushKeyColumn, c.Topic, c.KeyPEM)
+			return err
+		})
+	if err != nil {
+		return nil, fmt.Errorf("reading push certificates: %w", err)
+	}
+	return certs, nil
+}
+
+// exportCommands asks unreadable about a command whose bytes cannot be opened.
+// If it returns no error, the command stands in the list without them.
+func (t *tx) exportCommands(ctx context.Context, after string, limit int, unreadable func(uuid string, err error) error) ([]storage.CommandRecord, error) {
+	list, err := sqldb.Collect(t.Query(ctx, "SELECT command_uuid, request_type, command, created_at FROM nano_commands WHERE command_uuid > ? ORDER BY command_uuid LIMIT ?", after, limit),
+		func(row sqldb.Row, c *storage.CommandRecord) error {
+			var raw []byte
+			var at int64
+			if err := row.Scan(&c.UUID, &c.RequestType, &raw, &at); err != nil {
+				return err
+			}
+			c.CreatedAt = fromMicros(at)
+			var err error
+			if c.Raw, err = t.opened(commandColumn, c.UUID, raw); err != nil {
+				return unreadable(c.UUID, err)
+			}
+			return nil
+		})
+	if err != nil {
+		return nil, fmt.Errorf("reading commands: %w", err)
+	}
+	return list, nil
+}
+
+func (t *tx) exportDeviceIDs(ctx context.Context, after string, limit int) ([]string, error) {
+	ids, err := sqldb.Column[string](t.Query(ctx, "SELECT id FROM nano_devices WHERE id > ? ORDER BY id LIMIT ?", after, limit))
+	if err != nil {
+		return nil, fmt.Errorf("listing devices: %w", err)
+	}
+	return ids, nil
+}
+
+func (t *tx) exportDevices(ctx context.Context, ids []string) ([]*storage.DeviceRecord, error) {
 	if len(ids) == 0 {
 		return nil, nil
 	}
-	err = s.read(ctx, func(ctx context.Context, t *tx) error {
-		e := &exporting{t: t, devices: make(map[string]*storage.DeviceRecord), channels: make(map[string]*storage.ChannelRecord), users: make(map[string]*storage.UserRecord)}
-		for _, read := range []func(context.Context, []string) error{e.readDevices, e.readTags, e.readUsers, e.readEnrollments, e.readPins} {
-			if err := read(ctx, ids); err != nil {
-				return err
-			}
+	e := &exporting{t: t, devices: make(map[string]*storage.DeviceRecord), channels: make(map[string]*storage.ChannelRecord), users: make(map[string]*storage.UserRecord)}
+	for _, read := range []func(context.Context, []string) error{e.readDevices, e.readTags, e.readUsers, e.readEnrollments, e.readPins} {
+		if err := read(ctx, ids); err != nil {
+			return nil, err
 		}
-		for chunk := range slices.Chunk(e.channelIDs(), importRows) {
-			if err := e.readQueues(ctx, chunk); err != nil {
-				return err
-			}
+	}
+	for chunk := range slices.Chunk(e.channelIDs(), importRows) {
+		if err := e.readQueues(ctx, chunk); err != nil {
+			return nil, err
 		}
-		list = e.list()
-		return nil
-	})
-	return list, err
+	}
+	return e.list(), nil
 }
 
 func (e *exporting) channelIDs() []string {

@@ -78,24 +78,30 @@ func unsealed(plain []byte) []byte {
 	return plain
 }
 
-// open reverses close, and unsealed.
+// ErrUnreadable: a stored value is damaged, or sealed with a key that is not
+// here. The rest of the database is as good as before.
+var ErrUnreadable = errors.New("a stored value cannot be read")
+
+func unreadable(err error) error { return &translated{err, ErrUnreadable} }
+
+// open reverses close, and unsealed. Its errors are ErrUnreadable.
 func (s *sealing) open(column, key string, value []byte) ([]byte, error) {
 	if !bytes.HasPrefix(value, []byte(sealMark)) {
 		return value, nil
 	}
 	if len(value) < prefixLen {
-		return nil, fmt.Errorf("a value of %s is cut", column)
+		return nil, unreadable(fmt.Errorf("a value of %s is cut", column))
 	}
 	id, rest := string(value[len(sealMark):prefixLen]), value[prefixLen:]
 	switch {
 	case id == noKey:
 		return rest, nil
 	case s.keys == nil:
-		return nil, fmt.Errorf("a value of %s is sealed with key %.16q: %w", column, id, storage.ErrNotSealing)
+		return nil, unreadable(fmt.Errorf("a value of %s is sealed with key %.16q: %w", column, id, storage.ErrNotSealing))
 	}
 	plain, err := s.keys.Open(id, sealPlace(column, key), rest)
 	if err != nil {
-		return nil, fmt.Errorf("a value of %s that key %.16q sealed: %w", column, id, err)
+		return nil, unreadable(fmt.Errorf("a value of %s that key %.16q sealed: %w", column, id, err))
 	}
 	return plain, nil
 }
@@ -134,21 +140,9 @@ const (
 // records the one that seals from now on.
 func (s *Store) checkSeal(ctx context.Context) error {
 	return s.write(ctx, func(ctx context.Context, t *tx) error {
-		checks, err := sealChecks(ctx, t)
+		checks, err := t.tryKeys(ctx, s.cfg.Sealer)
 		if err != nil {
-			return fmt.Errorf("reading the seal keys in use: %w", err)
-		}
-		for id, value := range checks {
-			if s.cfg.Sealer == nil {
-				return fmt.Errorf("the database holds values that are sealed with key %s: %w", id, storage.ErrNotSealing)
-			}
-			if !slices.Contains(s.cfg.Sealer.KeyIDs(), id) {
-				return fmt.Errorf("the database holds values that are sealed with key %s, which is not among the seal keys", id)
-			}
-			plain, err := t.opened(sealCheckColumn, id, value)
-			if err != nil || string(plain) != sealCheck {
-				return errors.Join(fmt.Errorf("seal key %s does not open what was sealed with it", id), err)
-			}
+			return err
 		}
 		if s.cfg.Sealer == nil {
 			return nil
@@ -164,6 +158,27 @@ func (s *Store) checkSeal(ctx context.Context) error {
 		}
 		return nil
 	})
+}
+
+// tryKeys tries the keys on the rows of nano_seal and returns those rows.
+func (t *tx) tryKeys(ctx context.Context, sealer storage.Sealer) (map[string][]byte, error) {
+	checks, err := sealChecks(ctx, t)
+	if err != nil {
+		return nil, fmt.Errorf("reading the seal keys in use: %w", err)
+	}
+	for id, value := range checks {
+		if sealer == nil {
+			return nil, fmt.Errorf("the database holds values that are sealed with key %s: %w", id, storage.ErrNotSealing)
+		}
+		if !slices.Contains(sealer.KeyIDs(), id) {
+			return nil, fmt.Errorf("the database holds values that are sealed with key %s, which is not among the seal keys", id)
+		}
+		plain, err := t.opened(sealCheckColumn, id, value)
+		if err != nil || string(plain) != sealCheck {
+			return nil, errors.Join(fmt.Errorf("seal key %s does not open what was sealed with it", id), err)
+		}
+	}
+	return checks, nil
 }
 
 func sealChecks(ctx context.Context, t *tx) (map[string][]byte, error) {

@@ -26,6 +26,7 @@ func backupTests() []subtest {
 		{"a backup that is damaged or cut is refused, and nothing is written", backupDamaged},
 		{"a restore needs an empty database, and goes on when it was interrupted", backupInterrupted},
 		{"many rows under one key are paged", backupPages},
+		{"a snapshot is of one moment, and gives what changed since a time", snapshotOfOneMoment},
 	}
 }
 
@@ -273,4 +274,36 @@ func backupPages(t *testing.T, h *Harness) {
 	require.NoError(t, err)
 	_, got := contents(t, restore(t, h.Engine, file))
 	require.True(t, want == got)
+}
+
+func snapshotOfOneMoment(t *testing.T, h *Harness) {
+	h.shared(t)
+	h.imports(t, h.Store, importedDevice("A"), importedDevice2("B"))
+	want := h.exports(t, "A", "B")
+	h.Clock.Advance(time.Hour)
+	since := h.Clock.Now()
+	h.Clock.Advance(time.Minute)
+	h.Enroll(t, "C")
+	h.Enroll(t, "D")
+	require.NoError(t, h.Store.Flush(t.Context()))
+	cfg := h.cfg
+	cfg.Now = h.Clock.Now
+	snap, err := sqlstore.OpenSnapshot(t.Context(), cfg)
+	require.NoError(t, err)
+	defer func() { require.NoError(t, snap.Close()) }()
+
+	h.Enroll(t, "E")
+	h.enqueue(t, []string{"B"}, "LATER")
+	ids, err := snap.ExportDeviceIDs(t.Context(), "", 100)
+	require.NoError(t, err)
+	require.Equal(t, []string{"A", "B", "C", "D"}, ids)
+	got, err := snap.ExportDevices(t.Context(), []string{"A", "B"})
+	require.NoError(t, err)
+	require.Equal(t, want, got)
+	changed, err := snap.ChangedDevices(t.Context(), ids, since)
+	require.NoError(t, err)
+	require.Equal(t, []string{"C", "D"}, changed)
+	n, err := snap.Count(t.Context(), sqlstore.CountDevices)
+	require.NoError(t, err)
+	require.EqualValues(t, 4, n)
 }
