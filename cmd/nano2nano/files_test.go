@@ -234,13 +234,14 @@ func TestMovesFileKV(t *testing.T) {
 				files{t, dir}.put("subsys-fvkey/aa/key", []byte("key"), begun)
 			}
 			files{t, root}.writeFileKV(f)
-			x := newTrial(t, "filekv", dir)
-			require.Zero(t, x.run(), "%s", x.out)
-			x.holds(f, func(want, got *storage.DeviceRecord) string { return exactly(asFileKVKeeps(want), got) })
-			if hub {
-				require.Contains(t, x.out, "Left at the source: 1 files of declarations (KMFDDM).")
-				require.Contains(t, x.out, "Left at the source: 1 files of FileVault recovery keys")
-			}
+			intoEach(t, "filekv", dir, nil, func(x *trial) {
+				require.Zero(x.t, x.run(), "%s", x.out)
+				x.holds(f, func(want, got *storage.DeviceRecord) string { return exactly(asFileKVKeeps(want), got) })
+				if hub {
+					require.Contains(x.t, x.out, "Left at the source: 1 files of declarations (KMFDDM).")
+					require.Contains(x.t, x.out, "Left at the source: 1 files of FileVault recovery keys")
+				}
+			})
 		})
 	}
 }
@@ -249,9 +250,7 @@ func TestMovesFile(t *testing.T) {
 	f := newFleet(t, *enrollments)
 	dir := t.TempDir()
 	files{t, dir}.writeFile(f)
-	x := newTrial(t, "file", dir)
-	require.Zero(t, x.run(), "%s", x.out)
-	x.holds(f, func(want, got *storage.DeviceRecord) string {
+	asFileKeeps := func(want, got *storage.DeviceRecord) string {
 		kept := *want
 		kept.Users = append([]storage.UserRecord(nil), want.Users...)
 		for i, c := range allChannels(&kept) {
@@ -265,5 +264,9 @@ func TestMovesFile(t *testing.T) {
 			}
 		}
 		return exactly(&kept, got)
+	}
+	intoEach(t, "file", dir, nil, func(x *trial) {
+		require.Zero(x.t, x.run(), "%s", x.out)
+		x.holds(f, asFileKeeps)
 	})
 }

@@ -1,5 +1,6 @@
-// Command nano2nano moves the enrollments of another MDM server into a
-// database of this one, or to a migration endpoint over HTTP.
+// Command nano2nano moves the enrollments of another MDM server, or of another
+// database of this one, into a database of this one, or to a migration endpoint
+// over HTTP.
 //
 // It only reads the source. It can be interrupted at any moment and run again,
 // and a second run brings over what changed since the first one.
@@ -78,6 +79,7 @@ type options struct {
 	to, toDSN   string
 	sealKeyFile string
 	sealCommand bool
+	openKeyFile string
 	url, key    string
 	dryRun      bool
 	check       bool
@@ -91,7 +93,8 @@ type options struct {
 const synopsis = `usage: nano2nano -storage KIND -storage-dsn DSN -to sqlite|pgsql|mysql -to-dsn DSN
        nano2nano -storage KIND -storage-dsn DSN -url URL -key KEY
 
-Move the enrollments of another MDM server here. The source is only read.
+Move the enrollments of another MDM server, or of another database of this
+one, here. The source is only read.
 Run the same command again to go on after an interruption, or to bring over
 what changed since.
 
@@ -121,6 +124,7 @@ func parse(e *env, args []string) (*options, error) {
 	flags.StringVar(&o.state, "state", "nano2nano.state", "`file` that remembers how far a run came")
 	flags.StringVar(&o.problems, "problems", "", "write rows that were left out to this `file`, not to the terminal")
 	flags.StringVar(&o.zone, "source-zone", "", "time `zone` of a PostgreSQL source, if it is not that of its session")
+	flags.StringVar(&o.openKeyFile, "source-seal-key-file", "", "open secrets of a source that is this server's with the keys in this `file`")
 	flags.StringVar(&o.fleetKey, "fleet-key-file", "", "`file` with Fleet's server private key")
 	flags.BoolVar(&o.source.DropRefetch, "drop-refetch", true, "leave out Fleet's REFETCH- commands")
 	flags.BoolVar(&o.version, "version", false, "print the version")
@@ -173,6 +177,13 @@ func (o *options) settle(e *env) error {
 			return usage("-source-zone: %v", err)
 		}
 		o.source.Zone = zone
+	}
+	if o.openKeyFile != "" {
+		keys, err := sealKeys(o.openKeyFile)
+		if err != nil {
+			return usage("-source-seal-key-file: %v", err)
+		}
+		o.source.Sealer = keys
 	}
 	if o.fleetKey != "" {
 		key, err := os.ReadFile(o.fleetKey)

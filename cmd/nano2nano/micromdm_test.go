@@ -207,17 +207,18 @@ func asMicroMDMKeeps(want, got *storage.DeviceRecord) string {
 func TestMovesMicroMDM(t *testing.T) {
 	f := newFleet(t, *enrollments)
 	path := writeBolt(t, func(b *bolt) { b.write(f) })
-	x := newTrial(t, "micromdm", path, "-history", "none")
-	require.Zero(t, x.run(), "%s", x.out)
 	here := &fleet{}
 	for _, d := range f.devices {
 		if d.Channel.Type != mdm.UserEnrollmentDevice || d.Channel.Token != nil {
 			here.devices = append(here.devices, d)
 		}
 	}
-	x.holds(here, asMicroMDMKeeps)
-	require.Zero(t, x.run(), "again: %s", x.out)
-	x.holds(here, asMicroMDMKeeps)
+	intoEach(t, "micromdm", path, []string{"-history", "none"}, func(x *trial) {
+		require.Zero(x.t, x.run(), "%s", x.out)
+		x.holds(here, asMicroMDMKeeps)
+		require.Zero(x.t, x.run(), "again: %s", x.out)
+		x.holds(here, asMicroMDMKeeps)
+	})
 }
 
 // aDevice is a device for tests of MicroMDM.

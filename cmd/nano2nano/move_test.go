@@ -38,6 +38,18 @@ func newTrial(t *testing.T, kind, dsn string, flags ...string) *trial {
 	return x
 }
 
+// intoEach moves a source into each engine.
+func intoEach(t *testing.T, kind, dsn string, flags []string, test func(x *trial)) {
+	t.Helper()
+	for _, target := range storagetest.Engines(t) {
+		t.Run("to "+target.Name, func(t *testing.T) {
+			x := newTrial(t, kind, dsn, flags...)
+			x.target = target.Config(t)
+			test(x)
+		})
+	}
+}
+
 // run runs the program with more flags and returns its exit code.
 func (x *trial) run(flags ...string) int {
 	x.t.Helper()
@@ -179,10 +191,10 @@ func TestMovesNanoMDM(t *testing.T) {
 			f := newFleet(t, *enrollments)
 			fixture.create()
 			fixture.write(f)
-			x := newTrial(t, source.kind, dsn)
-			require.Zero(t, x.run(), "%s", x.out)
-			t.Log(x.out)
-			x.holds(f, exactly)
+			intoEach(t, source.kind, dsn, nil, func(x *trial) {
+				require.Zero(x.t, x.run(), "%s", x.out)
+				x.holds(f, exactly)
+			})
 		})
 	}
 }

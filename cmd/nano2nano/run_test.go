@@ -155,16 +155,22 @@ func (e *migrationEndpoint) sent() string {
 	return strings.Join(e.got, "\n") + "\n"
 }
 
+func serve(t *testing.T, h http.Handler) (address string) {
+	t.Helper()
+	server := httptest.NewServer(h)
+	t.Cleanup(server.Close)
+	return server.URL
+}
+
 func TestMovesToAnEndpoint(t *testing.T) {
 	f := newFleet(t, 30)
 	dir := t.TempDir()
 	files{t, dir}.writeFileKV(f)
 	refused := f.devices[2].Channel.ID
 	endpoint := &migrationEndpoint{refuse: refused, failures: 1}
-	server := httptest.NewServer(endpoint)
-	defer server.Close()
+	address := serve(t, endpoint)
 	x := newTrial(t, "filekv", dir)
-	require.Equal(t, exitPartial, x.run("-url", server.URL, "-key", "secret"), "%s", x.out)
+	require.Equal(t, exitPartial, x.run("-url", address, "-key", "secret"), "%s", x.out)
 	require.Contains(t, x.out, "left out: device "+refused+": the endpoint answered 400")
 	require.Contains(t, x.out, "Lost through -url")
 	for _, d := range f.devices {
@@ -179,7 +185,7 @@ func TestMovesToAnEndpoint(t *testing.T) {
 	}
 
 	x = newTrial(t, "filekv", dir)
-	require.Equal(t, exitFailure, x.run("-url", server.URL, "-key", "wrong"), "%s", x.out)
+	require.Equal(t, exitFailure, x.run("-url", address, "-key", "wrong"), "%s", x.out)
 	require.Contains(t, x.out, "check -url, -key")
 	require.NotContains(t, x.out, "wrong")
 }

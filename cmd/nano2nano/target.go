@@ -22,11 +22,7 @@ import (
 func openStore(ctx context.Context, o *options, now func() time.Time) (*sqlstore.Store, error) {
 	cfg := sqlstore.Config{Driver: o.to, DSN: o.toDSN, Now: now, RecordActivityEvery: -1, SealCommands: o.sealCommand}
 	if o.sealKeyFile != "" {
-		data, err := os.ReadFile(o.sealKeyFile)
-		if err != nil {
-			return nil, usage("-seal-key-file: %v", err)
-		}
-		keys, err := cryptoutil.ParseSealKeys(data)
+		keys, err := sealKeys(o.sealKeyFile)
 		if err != nil {
 			return nil, usage("-seal-key-file: %v", err)
 		}
@@ -37,6 +33,14 @@ func openStore(ctx context.Context, o *options, now func() time.Time) (*sqlstore
 		return nil, fmt.Errorf("opening the target: %w", err)
 	}
 	return store, nil
+}
+
+func sealKeys(path string) (*cryptoutil.SealKeys, error) {
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	return cryptoutil.ParseSealKeys(data)
 }
 
 // nowhere is the target of a dry run.

@@ -61,10 +61,11 @@ func TestMovesFleet(t *testing.T) {
 	fixture.createFleet()
 	fixture.writeFleet(f)
 	fixture.exec("INSERT INTO mdm_apple_declarations VALUES ('d1')")
-	x := newTrial(t, "fleet", dsn, "-fleet-key-file", keyFile(t, fleetKey))
-	require.Zero(t, x.run(), "%s", x.out)
-	x.holds(f, exactly)
-	require.Contains(t, x.out, "Left at the source: 1 declarations.")
+	intoEach(t, "fleet", dsn, []string{"-fleet-key-file", keyFile(t, fleetKey)}, func(x *trial) {
+		require.Zero(x.t, x.run(), "%s", x.out)
+		x.holds(f, exactly)
+		require.Contains(x.t, x.out, "Left at the source: 1 declarations.")
+	})
 }
 
 // A wrong key costs the push certificate and nothing else.

@@ -1,6 +1,7 @@
-// Package foreign reads the stores of other MDM servers: NanoMDM and NanoHUB
-// (MySQL, MariaDB, PostgreSQL, directories), Fleet (MySQL) and MicroMDM (a
-// bolt file). It gives their contents as records of package storage.
+// Package foreign reads the stores of MDM servers: NanoMDM and NanoHUB (MySQL,
+// MariaDB, PostgreSQL, directories), Fleet (MySQL), MicroMDM (a bolt file), and
+// the databases of this server. It gives their contents as records of package
+// storage.
 //
 // A source is only read, in one read-only transaction where it has some. A
 // row that cannot be read is reported by its key and left out, and the rest
@@ -75,6 +76,8 @@ type Config struct {
 	// DropRefetch leaves out Fleet's waiting REFETCH- commands, whose answers
 	// nobody but Fleet reads.
 	DropRefetch bool
+	// Sealer opens the sealed values of a database of this server. It may be nil.
+	Sealer storage.Sealer
 	// Now is the clock; time.Now if nil.
 	Now func() time.Time
 	// Report takes problems; they are dropped if nil.
@@ -86,7 +89,7 @@ var ErrKind = errors.New("unknown kind of source")
 
 // Kinds lists the kinds of sources.
 func Kinds() []string {
-	return []string{"mysql", "pgsql", "filekv", "file", "fleet", "micromdm"}
+	return []string{"mysql", "pgsql", "filekv", "file", "fleet", "micromdm", "sqlite"}
 }
 
 // Open opens a source and looks whether it is one of its kind.
@@ -100,6 +103,8 @@ func Open(ctx context.Context, cfg Config) (Source, error) {
 	switch cfg.Kind {
 	case "mysql", "pgsql", "fleet":
 		return openSQL(ctx, cfg)
+	case "sqlite":
+		return openOwn(ctx, cfg)
 	case "filekv":
 		return openFileKV(cfg)
 	case "file":

@@ -43,6 +43,9 @@ type sqlSource struct {
 // errForeign says that a database is not one of the kind.
 var errForeign = errors.New("it does not hold the tables of the source")
 
+// errOwn says that a database is one of this server.
+var errOwn = errors.New("it is a database of this server")
+
 func openSQL(ctx context.Context, cfg Config) (Source, error) {
 	s := &sqlSource{cfg: cfg, pgsql: cfg.Kind == "pgsql", zone: time.UTC}
 	if cfg.Kind == "fleet" {
@@ -51,10 +54,17 @@ func openSQL(ctx context.Context, cfg Config) (Source, error) {
 	if err := s.connect(); err != nil {
 		return nil, err
 	}
-	if err := s.begin(ctx); err != nil {
-		return nil, errors.Join(fmt.Errorf("opening the source: %w", err), s.Close())
+	err := s.begin(ctx)
+	switch {
+	case err == nil:
+		return s, nil
+	case errors.Is(err, errOwn) && cfg.Kind != "fleet":
+		if err := s.Close(); err != nil {
+			return nil, fmt.Errorf("looking at the source: %w", err)
+		}
+		return openOwn(ctx, cfg)
 	}
-	return s, nil
+	return nil, errors.Join(fmt.Errorf("opening the source: %w", err), s.Close())
 }
 
 func (s *sqlSource) connect() error {
@@ -109,13 +119,13 @@ func (s *sqlSource) begin(ctx context.Context) error {
 	if err := s.readColumns(ctx, schema); err != nil {
 		return err
 	}
+	if s.has["nano_schema"] {
+		return errOwn
+	}
 	for _, table := range []string{"devices", "users", "enrollments", "commands", "command_results", "enrollment_queue", "cert_auth_associations"} {
 		if !s.has[s.prefix+table] {
 			return fmt.Errorf("%w: there is no table %s", errForeign, s.prefix+table)
 		}
-	}
-	if s.has["nano_schema"] {
-		return fmt.Errorf("%w: it is a database of this program: give -storage sqlite, pgsql or mysql of its own to nanoctl backup", errForeign)
 	}
 	if s.cfg.Kind == "fleet" {
 		if s.fleet, err = openFleet(ctx, s); err != nil {
