@@ -251,70 +251,92 @@ func (t *topic) failedLocked(err error) {
 // over, or when it has changed. While one push asks, others use the certificate
 // that the client holds, unless it has changed.
 func (t *topic) refreshCertificate(ctx context.Context) error {
-	for {
-		t.mu.Lock()
-		if t.changes == t.known && t.c.cfg.Now().Before(t.nextAsk) {
-			err := t.sourceErr
-			t.mu.Unlock()
-			return err
-		}
-		if t.asking == nil {
-			break // keeps the lock
-		}
-		asking, usable := t.asking, t.cert != nil && t.changes == t.known
-		t.mu.Unlock()
-		if usable {
-			return nil
-		}
-		select {
-		case <-asking:
-		case <-ctx.Done():
-			return ctx.Err()
-		}
+	changes, ask, err := t.beginAsking(ctx)
+	if !ask {
+		return err
 	}
-	t.asking = make(chan struct{})
-	changes := t.changes
-	t.mu.Unlock()
-
-	answered := false
-	defer func() {
-		if !answered { // the source panicked: others ask again
-			t.mu.Lock()
-			defer t.mu.Unlock()
-			close(t.asking)
-			t.asking = nil
-		}
-	}()
-	cert, version, err := t.c.source.PushCertificate(ctx, t.name)
-	answered = true
-
+	cert, version, err := t.askSource(ctx)
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	close(t.asking)
-	t.asking = nil
+	t.endAskingLocked()
 	if err != nil && ctx.Err() != nil {
 		return ctx.Err() // the source did not fail
 	}
+	t.answeredLocked(&cert, version, err, changes)
+	return t.sourceErr
+}
+
+// beginAsking says whether the caller has to ask the source, and returns the
+// number of changes that the answer then covers. Otherwise the error is that of
+// the last answer. It waits while another push asks about a change.
+func (t *topic) beginAsking(ctx context.Context) (changes uint64, ask bool, err error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for {
+		if t.changes == t.known && t.c.cfg.Now().Before(t.nextAsk) {
+			return 0, false, t.sourceErr
+		}
+		if t.asking == nil {
+			t.asking = make(chan struct{})
+			return t.changes, true, nil
+		}
+		if t.cert != nil && t.changes == t.known {
+			return 0, false, nil
+		}
+		asking := t.asking
+		t.mu.Unlock()
+		select {
+		case <-asking:
+			t.mu.Lock()
+		case <-ctx.Done():
+			t.mu.Lock()
+			return 0, false, ctx.Err()
+		}
+	}
+}
+
+// askSource asks the source. If that panics, others ask again.
+func (t *topic) askSource(ctx context.Context) (cert tls.Certificate, version string, err error) {
+	answered := false
+	defer func() {
+		if !answered {
+			t.mu.Lock()
+			defer t.mu.Unlock()
+			t.endAskingLocked()
+		}
+	}()
+	cert, version, err = t.c.source.PushCertificate(ctx, t.name)
+	answered = true
+	return cert, version, err
+}
+
+func (t *topic) endAskingLocked() {
+	close(t.asking)
+	t.asking = nil
+}
+
+// answeredLocked notes the source's answer, which covers a number of changes.
+func (t *topic) answeredLocked(cert *tls.Certificate, version string, err error, changes uint64) {
 	changed := changes != t.known
 	t.known = changes
 	t.nextAsk = t.c.cfg.Now().Add(t.c.cfg.CertificateTTL)
+	soon := t.c.cfg.Now().Add(min(sourceRetry, t.c.cfg.CertificateTTL))
 	switch {
 	case err == nil:
-		t.useLocked(&cert, version)
+		t.useLocked(cert, version)
 	case errors.Is(err, ErrNoCertificate):
 		t.sourceErr = &sourceError{err}
 		t.cert, t.version = nil, ""
 		t.retireAllLocked()
 	case t.cert == nil:
 		t.sourceErr = &sourceError{err}
-		t.nextAsk = t.c.cfg.Now().Add(min(sourceRetry, t.c.cfg.CertificateTTL))
+		t.nextAsk = soon
 	default:
 		if changed {
-			t.nextAsk = t.c.cfg.Now().Add(min(sourceRetry, t.c.cfg.CertificateTTL))
+			t.nextAsk = soon
 		}
 		t.c.cfg.Logger.Warn("asking for the push certificate failed, using the last one", "topic", t.name, "error", err)
 	}
-	return t.sourceErr
 }
 
 // useLocked makes cert the certificate of new connections, and drains those
