@@ -171,7 +171,7 @@ func (o *options) table() []option {
 	return []option{
 		{name: "listen", arg: "ADDRESS", def: ":9000", group: groupListening, set: to(&o.listen, parseListen),
 			help:   "Address for devices and the API, HOST:PORT or unix:PATH.",
-			detail: "`unix:PATH` is a Unix socket that the daemon makes with mode 0660; whoever the file's owner, group and folder let in counts as a trusted proxy."},
+			detail: "`unix:PATH` is a Unix socket that the daemon makes with mode 0660; every process that its owner, group and folder let in is a trusted proxy."},
 		{name: "api-listen", arg: "ADDRESS", group: groupListening, set: to(&o.apiListen, parseListen),
 			help:   "Serve the API here and not on -listen.",
 			detail: "Then the device side alone faces the internet. `/healthz`, `/readyz` and `/version` are on both, `/metrics` and `/migration` go with the API."},

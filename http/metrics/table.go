@@ -71,7 +71,7 @@ func Table() []Metric {
 		{"nanomdm_push_owed_enrollments", Gauge, nil, "Enrollments that are owed a push.", groupPush},
 		{"nanomdm_pushes_total", Counter, []string{"topic", "class", "reason"}, "Pushes that ended, by APNs topic (empty if there is no certificate for it), class (accepted, token_dead, do_not_retry, our_fault, certificate_fault, retry_later) and by APNs' reason, if it gave one. At most 1000 of them.", groupPush},
 		{"nanomdm_push_enrollments", Gauge, []string{"state"}, "Enrollments that this replica pushes to (in_flight), or will next because a caller asked for it (waiting).", groupPush},
-		{"nanomdm_push_swept_total", Counter, nil, "Pushes that this replica's sweep claimed: debts that nobody paid, and silent devices.", groupPush},
+		{"nanomdm_push_swept_total", Counter, nil, "Pushes that this replica's sweep claimed: owed pushes that were not sent in time, and silent devices.", groupPush},
 		{"nanomdm_push_stopped_topics", Gauge, nil, "Topics that this replica does not push to, because APNs refused their certificate or there is none.", groupPush},
 		{"nanomdm_push_outcomes_dropped_total", Counter, nil, "Outcomes of pushes that were not stored because the database was away for long; those pushes are sent again.", groupPush},
 		{"nanomdm_push_connections", Gauge, nil, "Connections to APNs.", groupPush},

@@ -59,8 +59,8 @@ durable() { [[ ${ENGINES_DURABLE:-} == 1 ]]; }
 tls() { [[ -n ${ENGINES_TLS:-} ]]; }
 root() { ((EUID == 0)); }
 
-# without ENGINE REASON: the engine cannot be had. Ends the run, unless whoever
-# started us can live without it.
+# without ENGINE REASON: the engine is not available. Ends the run, unless the
+# caller allows runs without it.
 without() {
 	if [[ ${NANOMDM_ENGINES_OPTIONAL:-} != 1 || ${CI:-} == true ]]; then
 		die "no ${label[$1]}: $2"
