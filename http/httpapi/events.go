@@ -94,7 +94,13 @@ func (a *API) listEvents(ctx context.Context, r *http.Request) (int, any, error)
 			return 0, nil, err
 		}
 	}
-	query := storage.EventQuery{After: after, Topics: topics}
+	return a.eventsAfter(r, storage.EventQuery{After: after, Topics: topics}, limit, wait)
+}
+
+// eventsAfter answers with a page of the log. It waits for the first event of an
+// empty page.
+func (a *API) eventsAfter(r *http.Request, query storage.EventQuery, limit int, wait time.Duration) (int, any, error) {
+	ctx := r.Context()
 	patience, cancel := context.WithTimeout(ctx, wait)
 	defer cancel()
 	if wait > 0 {
