@@ -347,7 +347,7 @@ func TestOnePushInFlight(t *testing.T) {
 		go ask()
 	}
 	w.eventually("all wait", func() bool { return s.Stats().Waiting == 1 && len(results) == 0 })
-	// Those who have not got to asking yet come into the second push or a third.
+	// Calls that come later get into the second push or a third.
 	close(release)
 	first := <-results
 	require.NoError(t, first.Err)
@@ -361,7 +361,7 @@ func TestOnePushInFlight(t *testing.T) {
 	require.Equal(t, len(seen), w.apns.Accepted(token("A")))
 }
 
-// What is not answered in time is owed, and paid.
+// A push without an answer in time stays owed, and is sent again.
 func TestPatience(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t, apnstest.Config{})
@@ -405,7 +405,7 @@ func TestAsync(t *testing.T) {
 	require.NotZero(t, w.owed(), "they are durable")
 	w.eventually("all are pushed", func() bool { return w.owed() == 0 })
 	require.Equal(t, 300, w.apns.Counts().Accepted)
-	// What somebody else paid is not paid again.
+	// A push that another replica sent is not sent again.
 	results, err = s.Push(t.Context(), push.Request{IDs: []string{all[0]}, Async: true, Owed: true})
 	require.NoError(t, err)
 	require.True(t, results[all[0]].Owed)

@@ -131,7 +131,7 @@ func TestMissedGoalsAreBold(t *testing.T) {
 	require.NotContains(t, b.String(), "(scaled, see Method)")
 }
 
-// What is without a webhook comes before and after what is compared with it.
+// Turns without a webhook come before and after the turns that they are compared with.
 func TestTurns(t *testing.T) {
 	for _, test := range []struct {
 		unhooked, hanging []time.Duration

@@ -101,7 +101,7 @@ func goldenServer() http.Handler {
 	})
 }
 
-// What is printed at 80 columns is in the golden file, and no line of it is
+// The output at 80 columns is in the golden file, and no line of it is
 // longer than that but messages, which the terminal wraps.
 func TestEightyColumns(t *testing.T) {
 	local := time.Local

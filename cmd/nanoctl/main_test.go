@@ -455,7 +455,7 @@ func TestFollowing(t *testing.T) {
 	require.Regexp(t, `^mdm.CheckOut +A\nmdm.CheckOut +B\n$`, r.out)
 }
 
-// What devices chose does not steer the terminal.
+// Texts of devices do not control the terminal.
 func TestTerminalIsNotSteered(t *testing.T) {
 	o := newOperator(t)
 	const evil = `\u001b[2J\u202egnp.exe\u0007`
@@ -586,7 +586,7 @@ var dangerousCommands = map[string]string{
 	"send ClearRestrictionsPassword -force": "clear", "delete": "delete",
 }
 
-// What cannot be undone has to be typed: neither yes nor -yes is enough.
+// Commands that cannot be undone have to be confirmed by typing: neither yes nor -yes is enough.
 func TestDangerHasToBeTyped(t *testing.T) {
 	o := newOperator(t)
 	queued := o.commandServer(160)
@@ -621,7 +621,7 @@ func TestDangerHasToBeTyped(t *testing.T) {
 	require.Contains(t, o.run("", "send", "EraseDevice", "C02X").err, `in a script give -confirm "C02X"`)
 }
 
-// What interrupts people is asked about; what is harmless is not, unless it
+// Commands that interrupt people ask first; harmless ones do not, unless it
 // goes to many.
 func TestConfirmation(t *testing.T) {
 	o := newOperator(t)

@@ -11,7 +11,7 @@ import (
 	"github.com/nanomdm/nanomdm/mdm/mdmtest"
 )
 
-// What operators do is in the audit table, whoever's key it was, and what
+// Every action of an operator is in the audit table, whoever's key it was, and what
 // came of it.
 func TestDeedsAreAudited(t *testing.T) {
 	d := start(t, "http")

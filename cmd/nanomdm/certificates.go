@@ -70,18 +70,18 @@ func (f pemFile) certificates() ([]*x509.Certificate, error) {
 // checkCAs logs the certificates that cannot issue device identities, and those
 // near their end. The error is that of a file in which none can.
 func (f pemFile) checkCAs(certs []*x509.Certificate, now time.Time, log *slog.Logger) error {
-	var unfit []error
+	var unusable []error
 	for _, cert := range certs {
 		if err := checkCA(cert, now); err != nil {
-			unfit = append(unfit, fmt.Errorf("%s %w", cert.Subject, err))
+			unusable = append(unusable, fmt.Errorf("%s %w", cert.Subject, err))
 			continue
 		}
 		f.warnOfEnd(cert, now, log)
 	}
-	if len(unfit) == len(certs) {
-		return f.wrong(fmt.Errorf("no certificate in the file can issue device identities: %w", errors.Join(unfit...)))
+	if len(unusable) == len(certs) {
+		return f.wrong(fmt.Errorf("no certificate in the file can issue device identities: %w", errors.Join(unusable...)))
 	}
-	for _, err := range unfit {
+	for _, err := range unusable {
 		log.Error("a certificate cannot issue device identities: remove it from the file", "option", "-"+f.option, "file", f.path, "error", err)
 	}
 	return nil

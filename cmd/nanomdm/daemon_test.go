@@ -145,7 +145,7 @@ func TestEnrollEnqueuePollAcrossRestart(t *testing.T) {
 	require.JSONEq(t, `{"no_push":true,"command_uuid":"C1","request_type":"ProfileList"}`, body)
 	require.Contains(t, body, "\n\t\"no_push\"", "NanoMDM indents by tabs")
 
-	// What was queued survives the process.
+	// Queued commands survive the process.
 	d.stop()
 	d.launch("http")
 	moved, err := mdmtest.NewDevice(d.url+"/mdm", dev.Identity(), mdmtest.Config{UDID: "D1"})

@@ -282,7 +282,7 @@ func TestSignalWhileWaitingForTheDatabase(t *testing.T) {
 	d.signals = nil
 }
 
-// What waiting does not mend ends the start, and says why.
+// An error that waiting cannot mend ends the start with the reason.
 func TestStartsThatCannotSucceed(t *testing.T) {
 	dir := t.TempDir()
 	ca, err := mdmtest.NewCA()

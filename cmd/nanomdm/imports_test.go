@@ -16,7 +16,7 @@ import (
 
 const module = "github.com/nanomdm/nanomdm/"
 
-// Who may import whom, by the first element of the path; docs/architecture.md
+// The allowed imports, by the first element of the path; docs/architecture.md
 // draws the same arrows.
 var arrows = map[string][]string{
 	"docs":       nil, // examples, of what others write

@@ -119,7 +119,7 @@ func TestKilled(t *testing.T) {
 				m.kill()
 				m.begin()
 			}
-			// What the daemon has taken without saying so is reported again.
+			// A device repeats a report that the daemon has stored and not answered.
 			stop()
 			busy.Wait()
 			for _, d := range f.devices {

@@ -36,7 +36,7 @@ func overSocket(t *testing.T, path string) *http.Client {
 	return &http.Client{Transport: transport}
 }
 
-// Whoever may open the socket is a trusted proxy, even where others are named.
+// A peer on the Unix socket is a trusted proxy, even where others are named.
 func TestUnixSocket(t *testing.T) {
 	socket := filepath.Join(t.TempDir(), "mdm.sock")
 	old, err := net.Listen("unix", socket)

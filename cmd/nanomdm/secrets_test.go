@@ -234,7 +234,7 @@ func mdmtestPushPair(t *testing.T) *storage.PushCert {
 	return &storage.PushCert{Topic: topic, CertPEM: pem.EncodeToMemory(certificate), KeyPEM: key, NotAfter: id.Cert.NotAfter}
 }
 
-// What a start that fails says holds no password and no key.
+// The errors of a start that fails hold no password and no key.
 func TestFailedStartsShowNoSecrets(t *testing.T) {
 	dir := t.TempDir()
 	ca, err := mdmtest.NewCA()

@@ -255,7 +255,7 @@ func TestSinks(t *testing.T) {
 	status, _, _ := o.do(o.admin(), "DELETE", "/v1/sinks/clear", "")
 	require.Equal(t, 200, status)
 
-	// What is not shown stays.
+	// Keys that the answer does not show stay.
 	body, err := json.Marshal(map[string]any{"url": shown.URL, "disabled": true})
 	require.NoError(t, err)
 	put("hook", string(body), 200)

@@ -19,7 +19,7 @@ import (
 	"github.com/nanomdm/nanomdm/push/apnstest"
 )
 
-// What is sent, byte for byte, as a server without opinions sees it.
+// The request, byte for byte, as a server without checks sees it.
 func TestRequest(t *testing.T) {
 	type seen struct {
 		method, path, proto, body string

@@ -13,7 +13,7 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-// Who trusts the authority trusts each server that has it, and push
+// A client that trusts the authority trusts each server that has it, and push
 // certificates of one are good for the other.
 func TestServersShareAnAuthority(t *testing.T) {
 	ca, err := apnstest.NewCA()

@@ -111,7 +111,7 @@ func TestFrames(t *testing.T) {
 	require.EqualValues(t, 7, next[*http2.MetaHeadersFrame](c).StreamID)
 	require.Equal(t, 2, srv.Accepted([]byte{1, 2}))
 
-	// What is under way when the server leaves is answered, and nothing else.
+	// The server answers the running requests when it leaves, and no others.
 	c.ask(9)
 	require.NoError(t, c.WritePing(false, [8]byte{3}))
 	next[*http2.PingFrame](c)

@@ -118,7 +118,7 @@ func (s *Snapshot) Count(ctx context.Context, what Counted) (n int64, err error)
 // Counted is what Snapshot.Count counts.
 type Counted string
 
-// What is counted.
+// The counted kinds.
 const (
 	CountDevices      Counted = "nano_devices"
 	CountCommands     Counted = "nano_commands"
