@@ -21,6 +21,9 @@ const (
 	// storeEvery is the interval at which an unchanged last outcome of a topic
 	// is stored.
 	storeEvery = time.Minute
+	// maxTopics is the number of topics from which on those without a push
+	// certificate are forgotten. Devices choose the topics that they enroll with.
+	maxTopics = 1000
 )
 
 // topics keeps which topics are stopped, and logs their failures. It uses the
@@ -59,6 +62,9 @@ func newTopics(store storage.PushCerts, certs *certificates, log *slog.Logger) *
 func (t *topics) state(name string) *topicState {
 	st := t.names[name]
 	if st == nil {
+		if len(t.names) >= maxTopics {
+			maps.DeleteFunc(t.names, func(name string, _ *topicState) bool { return t.certs.version(name) == 0 })
+		}
 		st = &topicState{logged: make(map[failure]time.Time)}
 		t.names[name] = st
 	}
@@ -102,7 +108,10 @@ func (t *topics) skip() map[string]int64 {
 	names := t.stopped()
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	maps.DeleteFunc(names, func(name string, _ int64) bool { return time.Now().After(t.names[name].probeAt) })
+	maps.DeleteFunc(names, func(name string, _ int64) bool {
+		st := t.names[name] // nil: forgotten meanwhile
+		return st == nil || time.Now().After(st.probeAt)
+	})
 	return names
 }
 
