@@ -35,6 +35,7 @@ const (
 	TopicPushCertExpiring  = "nanomdm.PushCertificateExpiring"
 	TopicIdentityExpiring  = "nanomdm.IdentityCertificateExpiring"
 	TopicEnrollmentDeleted = "nanomdm.EnrollmentDeleted"
+	TopicEventLogFull      = "nanomdm.EventLogFull"
 )
 
 const serverTopics = "nanomdm."
@@ -48,6 +49,7 @@ func EventTopics() []string {
 		TopicAuthenticate, TopicTokenUpdate, TopicCheckOut, TopicUserAuthenticate, TopicSetBootstrapToken,
 		TopicGetBootstrapToken, TopicConnect, TopicDeclarativeManagement, TopicGetToken,
 		TopicCommandExpired, TopicPushFailed, TopicPushCertExpiring, TopicIdentityExpiring, TopicEnrollmentDeleted,
+		TopicEventLogFull,
 	}
 }
 
@@ -58,7 +60,7 @@ func EventTopics() []string {
 func BearsTokens(topic string) bool {
 	switch topic {
 	case TopicAuthenticate, TopicCheckOut, TopicGetBootstrapToken, TopicConnect, TopicDeclarativeManagement,
-		TopicCommandExpired, TopicPushFailed, TopicPushCertExpiring, TopicIdentityExpiring, TopicEnrollmentDeleted:
+		TopicCommandExpired, TopicPushFailed, TopicPushCertExpiring, TopicIdentityExpiring, TopicEnrollmentDeleted, TopicEventLogFull:
 		return false
 	}
 	return true
@@ -377,6 +379,15 @@ type Redeliverer interface {
 	Redeliver(ctx context.Context, r Redelivery) (int64, error)
 }
 
+// EventLogSize is the size of the numbered events.
+type EventLogSize struct {
+	Events int64
+	// Bytes is about what they took in the database when they were written.
+	// Payloads that were dropped since still count, events of releases that did
+	// not count do not.
+	Bytes int64
+}
+
 // EventUpkeep keeps the log small and writes events that come due by the clock.
 // Each call is one small transaction under a lease; the caller paces them.
 type EventUpkeep interface {
@@ -387,6 +398,17 @@ type EventUpkeep interface {
 	// deliveries: up to limit, or all of one commit. It returns how many. An
 	// event that an enabled sink has not settled stays, with all of its commit.
 	RemoveEvents(ctx context.Context, l Lease, before time.Time, limit int) (int, error)
+	// TrimEvents removes the oldest events that every enabled sink has settled,
+	// while the log has more than most bytes: up to limit, or all of one commit.
+	// It returns how many. If there are too many bytes it also writes an event,
+	// once a day, if a sink names the topic.
+	TrimEvents(ctx context.Context, l Lease, most int64, limit int) (int, error)
+	// EventExcess returns the number and the time of the last of the oldest
+	// events without which the log would have at most that many bytes; zero if
+	// it has. It looks at the oldest 10000 events.
+	EventExcess(ctx context.Context, most int64) (through int64, newest time.Time, err error)
+	// EventLogSize returns the size of the log.
+	EventLogSize(ctx context.Context) (EventLogSize, error)
 	// NoteExpiring writes an event for each push certificate and each live
 	// identity certificate that expires before a time, once for each, if a sink
 	// names the topic. It writes up to limit events of each kind and returns

@@ -54,6 +54,14 @@ type HistorySize struct {
 	Commands int64
 }
 
+// UserUpkeep bounds the users that never enrolled.
+type UserUpkeep interface {
+	// RemoveUsers removes up to limit users without an enrollment whose last
+	// UserAuthenticate was before a time, and returns how many, under a lease
+	// (ErrLeaseLost).
+	RemoveUsers(ctx context.Context, l Lease, before time.Time, limit int) (int, error)
+}
+
 // Sweeps is the periodic work on the queue and on history. Each call is one
 // small transaction, which checks the lease (ErrLeaseLost) and locks rows in
 // key order; the caller paces the calls. Calls by several replicas at once are

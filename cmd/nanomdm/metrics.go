@@ -79,6 +79,12 @@ func collectWaiting(ctx context.Context, store *sqlstore.Store, emit metrics.Emi
 }
 
 func collectWebhook(ctx context.Context, store *sqlstore.Store, emit metrics.Emit) error {
+	size, err := store.EventLogSize(ctx)
+	if err != nil {
+		return err
+	}
+	emit("nanomdm_events_log_bytes", float64(size.Bytes))
+	emit("nanomdm_events_log_events", float64(size.Events))
 	backlogs, err := store.EventBacklogs(ctx)
 	if err != nil {
 		return err

@@ -61,6 +61,8 @@ type options struct {
 	retainResults  storage.Retention
 	retainAudit    time.Duration // 0 is for ever
 	retainEvents   time.Duration // 0 is for ever
+	retainUsers    time.Duration // 0 is for ever
+	maxEventBytes  int64
 
 	apnsURL        *url.URL
 	apnsCA         string
@@ -273,6 +275,12 @@ func (o *options) table() []option {
 		{name: "retain-events", arg: "AGE", def: "7d", group: groupStorage, set: to(&o.retainEvents, parseAge),
 			help:   "How long to keep events in the log; 0 is for ever.",
 			detail: "At least as long as `-webhook-max-age`: what a receiver is still to get stays until then. Without a receiver there are no events."},
+		{name: "max-event-bytes", arg: "BYTES", def: "16G", group: groupStorage, set: to(&o.maxEventBytes, parseSize),
+			help:   "What the events in the log may take in the database.",
+			detail: "The oldest beyond it are removed, whatever their age. If too many wait for receivers, the oldest of these become dead letters first. An event of topic `nanomdm.EventLogFull` and `nanomdm_events_trimmed_total` say so."},
+		{name: "retain-users", arg: "AGE", def: "90d", group: groupStorage, set: to(&o.retainUsers, parseAge),
+			help:   "How long to keep users that logged in and never enrolled; 0 is for ever.",
+			detail: "Counted from the last UserAuthenticate. They count for `-max-user-channels`."},
 		{name: "retain-audit", arg: "AGE", def: "0", group: groupStorage, set: to(&o.retainAudit, parseAge),
 			help:   "How long to keep the audit records of the API, as 365d.",
 			detail: "An age as above; 0 is for ever."},

@@ -59,7 +59,7 @@ func TestDefaults(t *testing.T) {
 		pushWorkers: 1000, pushExpiration: 7 * 24 * time.Hour, pushTimeout: 10 * time.Second,
 		pushRetry:    []time.Duration{3 * time.Minute, time.Hour, 24 * time.Hour},
 		secretParams: []string{"ticket"}, webhookWorkers: 32, webhookTimeout: 30 * time.Second, webhookMaxAge: 3 * 24 * time.Hour, webhookMaxBacklog: 1_000_000,
-		expiryNotice: 30 * 24 * time.Hour, retainEvents: 7 * 24 * time.Hour,
+		expiryNotice: 30 * 24 * time.Hour, retainEvents: 7 * 24 * time.Hour, retainUsers: 90 * 24 * time.Hour, maxEventBytes: 16 << 30,
 		maxBody: 16 << 20, maxCheckin: 256 << 10, maxStatus: 4 << 20, maxHourlyBytes: 1 << 30, maxInFlight: 256 << 20, maxRequests: 4096, maxUserChannels: 200, drainTimeout: 30 * time.Second, logFormat: logText,
 	}, o)
 }

@@ -33,7 +33,7 @@ func (b *building) upkeep(store *sqlstore.Store) {
 	b.s.background("replica", replica.Work)
 	history := &upkeep.History{
 		Store: store, Log: b.log, Now: time.Now, Commands: b.o.retainCommands, Results: b.o.retainResults,
-		Audit: b.o.retainAudit, DeleteAcked: b.o.storageOptions.deleteAcked,
+		Audit: b.o.retainAudit, Users: b.o.retainUsers, DeleteAcked: b.o.storageOptions.deleteAcked,
 	}
 	if history.Idle() {
 		return

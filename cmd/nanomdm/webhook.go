@@ -77,10 +77,11 @@ func (b *building) events(ctx context.Context, store *sqlstore.Store) (*webhook.
 	}
 	deliverer := webhook.NewDeliverer(store, sinks, rand.Text(), webhook.Config{
 		Workers: o.webhookWorkers, Timeout: o.webhookTimeout, MaxAge: o.webhookMaxAge, MaxBacklog: int64(o.webhookMaxBacklog),
-		Retention: retention, Notice: o.expiryNotice, RootCAs: b.webhookCA, Guard: callout.Guard{Allowed: o.webhookAllowed}, Logger: b.log, Supervisor: b.s.supervisor,
+		Retention: retention, MaxLogBytes: o.maxEventBytes, Notice: o.expiryNotice, RootCAs: b.webhookCA, Guard: callout.Guard{Allowed: o.webhookAllowed}, Logger: b.log, Supervisor: b.s.supervisor,
 	})
 	b.s.background("events", deliverer.Run)
 	b.metrics.Add(metrics.Source{Name: "deliveries", Collect: func(_ context.Context, emit metrics.Emit) error {
+		emit("nanomdm_events_trimmed_total", float64(deliverer.Trimmed()))
 		for _, s := range deliverer.Stats() {
 			emit("nanomdm_webhook_delivered_total", float64(s.Delivered), s.Sink)
 			emit("nanomdm_webhook_failures_total", float64(s.Failures), s.Sink)

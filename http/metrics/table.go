@@ -80,6 +80,9 @@ func Table() []Metric {
 
 		{"nanomdm_events_unnumbered", Gauge, nil, "Committed events that the holder of the events lease has not numbered yet. Counted up to 100000.", groupEvents},
 		{"nanomdm_events_dropped_total", Counter, nil, "Events without a change, such as idle polls, that were dropped because the database was away for long.", groupEvents},
+		{"nanomdm_events_log_bytes", Gauge, nil, "Bytes of the event log, compressed, as they were written.", groupEvents},
+		{"nanomdm_events_log_events", Gauge, nil, "Events of the log.", groupEvents},
+		{"nanomdm_events_trimmed_total", Counter, nil, "Events that this replica removed before their time, because the log had more than `-max-event-bytes`.", groupEvents},
 		{"nanomdm_events_unreadable_total", Counter, nil, "Times that a batch of events, or a payload that is stored by itself, was wanted and could not be read, because it is damaged or sealed with a key that is not here. The log names it.", groupEvents},
 		{"nanomdm_webhook_backlog_events", Gauge, []string{"sink"}, "Numbered events that a sink has before it.", groupEvents},
 		{"nanomdm_webhook_oldest_seconds", Gauge, []string{"sink"}, "Age of the oldest event that a sink has before it or that waits for its next try; 0 if there is none.", groupEvents},

@@ -69,6 +69,10 @@ type Config struct {
 	// Retention is how long events stay in the log, a week if zero, for ever
 	// if negative, and never less than MaxAge.
 	Retention time.Duration
+	// MaxLogBytes is how many bytes of events the log may have, 16 GiB if zero.
+	// The oldest beyond it are removed; those that a sink is still to get become
+	// dead letters first.
+	MaxLogBytes int64
 	// Notice is how long before its end a certificate is announced, 30 days if
 	// zero.
 	Notice time.Duration
@@ -95,6 +99,7 @@ func (c *Config) setDefaults() {
 	or(&c.Timeout, 30*time.Second)
 	or(&c.MaxAge, 72*time.Hour)
 	or(&c.MaxBacklog, 1_000_000)
+	or(&c.MaxLogBytes, 16<<30)
 	or(&c.Notice, 30*24*time.Hour)
 	if c.Retention == 0 {
 		c.Retention = 7 * 24 * time.Hour
@@ -130,7 +135,8 @@ type Deliverer struct {
 
 	woken chan struct{}
 	last  atomic.Int64 // the last number, as far as is known here
-	dial  dialer       // nil but in tests
+	bound bound
+	dial  dialer // nil but in tests
 
 	mu       sync.Mutex
 	running  map[string]*runner
@@ -347,11 +353,16 @@ func (d *Deliverer) upkeep(ctx context.Context, current func() storage.Lease) er
 				return d.store.RemoveEvents(ctx, current(), time.Now().Add(-d.cfg.Retention), removeBatch)
 			})
 		}
+		d.boundLog(ctx, current)
 		d.batches(ctx, "forgetting sinks", func() (int, error) {
 			return d.store.ForgetEventSinks(ctx, current(), time.Now().Add(-d.cfg.MaxAge))
 		})
 		d.watch(ctx, alarmed)
-		if err := backoff.Sleep(ctx, upkeepEvery); err != nil {
+		pause := upkeepEvery
+		if d.bound.through.Load() > 0 {
+			pause = boundEvery
+		}
+		if err := backoff.Sleep(ctx, pause); err != nil {
 			return err
 		}
 	}

@@ -3,6 +3,7 @@ package webhook
 import (
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net/http"
 	"strings"
 	"testing"
@@ -11,6 +12,7 @@ import (
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
 
+	"github.com/nanomdm/nanomdm/mdm"
 	"github.com/nanomdm/nanomdm/service/callout"
 	"github.com/nanomdm/nanomdm/storage"
 )
@@ -395,6 +397,43 @@ func TestTooManyWait(t *testing.T) {
 		n, err := w.store.Redeliver(t.Context(), storage.Redelivery{Sink: "hook", Dead: true})
 		require.NoError(t, err)
 		require.Zero(t, n, "and cannot be sent any more")
+	})
+}
+
+// A receiver is away while devices send a lot.
+func TestTooManyBytesWait(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		w := newWorld(t)
+		w.receiver.answers(status(503))
+		const most = 1 << 20
+		d := w.deliver("a", Config{MaxLogBytes: most})
+		w.enroll("A", "B")
+		noise := rand.NewChaCha8([32]byte{})
+		for _, c := range commands(300) {
+			for _, id := range []string{"A", "B"} {
+				raw := make([]byte, 4<<10)
+				noise.Read(raw)
+				w.says(id, &mdm.Report{Enrollment: mdm.Enrollment{UDID: id}, Status: mdm.StatusAcknowledged, CommandUUID: c, Raw: raw})
+			}
+			time.Sleep(time.Millisecond)
+		}
+		time.Sleep(10 * time.Minute)
+		size, err := w.store.EventLogSize(t.Context())
+		require.NoError(t, err)
+		require.LessOrEqual(t, size.Bytes, int64(most))
+		require.Greater(t, size.Bytes, int64(most*9/10), "it drops no more than it has to")
+		stats := d.Stats()[0]
+		require.Positive(t, stats.Dead+stats.Dropped)
+		require.Positive(t, d.Trimmed())
+		require.EqualValues(t, 604, size.Events+d.Trimmed())
+		require.Equal(t, 1, w.log.count("fill the event log"))
+		w.receiver.answers(nil)
+		w.drained(10 * time.Minute)
+		for _, id := range []string{"A", "B"} {
+			taken := w.receiver.taken(id)
+			require.IsIncreasing(t, taken)
+			require.Equal(t, "C299", taken[len(taken)-1])
+		}
 	})
 }
 

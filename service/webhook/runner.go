@@ -113,6 +113,8 @@ type runner struct {
 	health   health
 	dropping bool      // events over the limit, since the last success
 	warnedAt time.Time // of an event that was skipped
+	// round is the number of bound up to which waiting events became dead letters.
+	round int64
 }
 
 func newRunner(d *Deliverer, k storage.EventSink, current func() storage.Lease, count *counters) *runner {
@@ -268,7 +270,7 @@ func (r *runner) settleResults(ctx context.Context) error {
 // advance reads and starts batches. It reports whether it read events.
 func (r *runner) advance(ctx, sending context.Context, now time.Time) (read bool, err error) {
 	probe := r.health.probe(now)
-	if probe {
+	if probe || r.round != r.d.bound.through.Load() {
 		if err := r.deadLetterWaiting(ctx, now); err != nil {
 			return false, err
 		}
@@ -328,11 +330,12 @@ func (r *runner) read(ctx context.Context, now time.Time, probe bool) (bool, err
 	if r.page != nil || r.backlog.full() || r.out.cursor >= last {
 		return false, nil
 	}
-	if excess := last - r.out.cursor - r.d.cfg.MaxBacklog; excess > 0 {
+	full := r.d.bound.through.Load() // events up to it have to go
+	if excess := max(last-r.out.cursor-r.d.cfg.MaxBacklog, full-r.out.cursor); excess > 0 {
 		if !r.dropping {
 			r.dropping = true
 			r.log.ErrorContext(ctx, "too many events wait for a webhook receiver; the oldest are dead letters now, without their payload",
-				"max_events", r.d.cfg.MaxBacklog)
+				"max_events", r.d.cfg.MaxBacklog, "max_bytes", r.d.cfg.MaxLogBytes)
 		}
 		return true, r.skip(ctx, min(excess, pageRows), last, storage.DeliveryDropped)
 	}
@@ -360,8 +363,15 @@ func (r *runner) deadLetterWaiting(ctx context.Context, now time.Time) error {
 	if err := r.store(ctx); err != nil {
 		return err
 	}
-	n, err := r.d.store.GiveUp(ctx, r.lease(), &r.sink, now.Add(-r.d.cfg.MaxAge-2*maxBackoff), textTooLong, deadLetterRows)
+	round, before := r.d.bound.round()
+	if tooOld := now.Add(-r.d.cfg.MaxAge - 2*maxBackoff); before.Before(tooOld) {
+		before = tooOld
+	}
+	n, err := r.d.store.GiveUp(ctx, r.lease(), &r.sink, before, textTooLong, deadLetterRows)
 	r.count.dead.Add(int64(n))
+	if err == nil && n < deadLetterRows {
+		r.round = round
+	}
 	return err
 }
 
@@ -685,7 +695,7 @@ func (r *runner) batchFailed(ctx context.Context, b *enrollmentBatch, res result
 		before = b.failures
 	}
 	v := assess(r.sink.OnError, e, res.failure, res.tries, before, r.health.backoff)
-	dead := v.dead || now.Sub(e.CreatedAt) > r.d.cfg.MaxAge
+	dead := v.dead || e.Seq <= r.d.bound.through.Load() || now.Sub(e.CreatedAt) > r.d.cfg.MaxAge
 	row := rowOf(e, storage.DeliveryWaiting)
 	if b.from == fromRedelivery {
 		row.State = storage.DeliveryAgain

@@ -203,6 +203,9 @@ func examples() []storage.Event {
 		r.Params = map[string]string{"not_after": "2026-03-29T12:00:00Z", "certificate_sha256": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"}
 	})
 	add(storage.TopicEnrollmentDeleted, device, func(r *storage.Event) { r.APNsTopic = "com.apple.mgmt.External.a" })
+	add(storage.TopicEventLogFull, mdm.EnrollID{}, func(r *storage.Event) {
+		r.UDID, r.Params = "", map[string]string{"max_bytes": "17179869184"}
+	})
 	return list
 }
 
@@ -222,6 +225,7 @@ var meanings = map[string]string{
 	storage.TopicPushCertExpiring:      "A push certificate ends within `-expiry-notice`. Once for each.",
 	storage.TopicIdentityExpiring:      "The pinned certificate of a device does. Once for each.",
 	storage.TopicEnrollmentDeleted:     "An operator deleted an enrollment.",
+	storage.TopicEventLogFull:          "The event log has `-max-event-bytes`; its oldest events are removed. Once a day.",
 }
 
 func TestExamples(t *testing.T) {

@@ -234,6 +234,9 @@ func planReports(ctx context.Context, t *tx, reports []*opRun, rows map[keyPair]
 			results = append(results, p)
 		}
 	}
+	for _, p := range results {
+		p.facts.result = true
+	}
 	return &reported{rows: rows, results: results, moves: moves, ended: ended}, nil
 }
 

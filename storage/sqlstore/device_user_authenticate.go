@@ -4,9 +4,12 @@ import (
 	"cmp"
 	"context"
 	"fmt"
+	"slices"
+	"time"
 
 	"github.com/nanomdm/nanomdm/mdm"
 	"github.com/nanomdm/nanomdm/storage"
+	"github.com/nanomdm/nanomdm/storage/sqldb"
 )
 
 var userAuthenticateKind = opKind{
@@ -41,4 +44,26 @@ func putUsers(ctx context.Context, t *tx, message, sealedAs string, batch []*opR
 		return fmt.Errorf("storing users: %w", err)
 	}
 	return nil
+}
+
+// RemoveUsers implements storage.UserUpkeep.
+func (s *Store) RemoveUsers(ctx context.Context, l storage.Lease, before time.Time, limit int) (removed int, err error) {
+	err = s.sweep(ctx, l, func(ctx context.Context, t *tx) error {
+		removed = 0
+		const old = "token_update_at IS NULL AND updated_at < ?"
+		const unenrolled = " AND NOT EXISTS (SELECT 1 FROM nano_enrollments e WHERE e.id = nano_users.id)"
+		ids, err := sqldb.Column[string](t.Query(ctx, "SELECT id FROM nano_users WHERE "+old+unenrolled+" ORDER BY updated_at LIMIT ?", micros(before), limit))
+		if err != nil || len(ids) == 0 {
+			return err
+		}
+		slices.Sort(ids)
+		is, args := t.Among(ids)
+		n, err := t.Exec(ctx, "DELETE FROM nano_users WHERE id "+is+" AND "+old+unenrolled, append(args, micros(before))...)
+		removed = int(n)
+		return err
+	})
+	if err != nil {
+		return 0, fmt.Errorf("removing users: %w", err)
+	}
+	return removed, nil
 }

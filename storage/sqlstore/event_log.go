@@ -30,16 +30,19 @@ type numberedBatch struct {
 	last   int64 // number of its last event
 	size   int64
 	newest int64
+	// bytes are those of the batch, through those of all batches up to it; 0
+	// if that is not known.
+	bytes, through int64
 }
 
 // batchesAfter reads the batches with events after a number, until they have
 // limit of them.
 func batchesAfter(ctx context.Context, t *tx, after int64, limit int) (list []numberedBatch, err error) {
 	events := int64(0)
-	err = t.Query(ctx, `SELECT batch_id, seq, size, newest FROM nano_event_batches`+t.Dialect.Index("nano_event_batches_seq")+
+	err = t.Query(ctx, `SELECT batch_id, seq, size, newest, stored_bytes, log_bytes FROM nano_event_batches`+t.Dialect.Index("nano_event_batches_seq")+
 		` WHERE seq > ? ORDER BY seq LIMIT ?`, after, limit).Each(func(row sqldb.Row) error {
 		var b numberedBatch
-		if err := row.Scan(&b.id, &b.last, &b.size, &b.newest); err != nil {
+		if err := row.Scan(&b.id, &b.last, &b.size, &b.newest, &b.bytes, &b.through); err != nil {
 			return err
 		}
 		list = append(list, b)

@@ -60,7 +60,10 @@ func (s *Store) NumberEvents(ctx context.Context, l storage.Lease, limit int) (n
 		}
 		last, err = giveNumbers(ctx, t, base, batches)
 		n = int(last - base)
-		return err
+		if err != nil {
+			return err
+		}
+		return countBytes(ctx, t, batches)
 	})
 	if err != nil {
 		return 0, 0, fmt.Errorf("numbering events: %w", err)
@@ -93,17 +96,18 @@ func lastNumber(ctx context.Context, t *tx, lock string) (int64, error) {
 
 // unnumberedBatch is one of nano_event_batches.
 type unnumberedBatch struct {
-	id   string
-	size int
+	id    string
+	size  int
+	bytes int64
 }
 
 // unnumbered reads the next batches without numbers, in order: with up to limit
 // events together, or a single one.
 func unnumbered(ctx context.Context, t *tx, limit int) (batches []unnumberedBatch, err error) {
 	events := 0
-	err = t.Query(ctx, `SELECT batch_id, size FROM nano_event_batches WHERE seq = 0 ORDER BY stamp, batch_id LIMIT ?`, limit).Each(func(row sqldb.Row) error {
+	err = t.Query(ctx, `SELECT batch_id, size, stored_bytes FROM nano_event_batches WHERE seq = 0 ORDER BY stamp, batch_id LIMIT ?`, limit).Each(func(row sqldb.Row) error {
 		var b unnumberedBatch
-		if err := row.Scan(&b.id, &b.size); err != nil {
+		if err := row.Scan(&b.id, &b.size, &b.bytes); err != nil {
 			return err
 		}
 		if events += b.size; events > limit && len(batches) > 0 {

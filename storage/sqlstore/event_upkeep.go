@@ -152,22 +152,29 @@ func (s *Store) RemoveEvents(ctx context.Context, l storage.Lease, before time.T
 		if err != nil || len(old) == 0 {
 			return 0, err
 		}
-		last := old[len(old)-1].last
-		for _, sink := range sinks {
-			if _, err := t.Exec(ctx, `DELETE FROM nano_event_deliveries WHERE sink = ? AND seq <= ?`, sink.Name, last); err != nil {
-				return 0, err
-			}
-		}
-		if err := deleteBatches(ctx, t, idsOf(old)); err != nil {
-			return 0, err
-		}
-		_, err = t.Exec(ctx, `DELETE FROM nano_event_batches WHERE seq > 0 AND seq <= ?`, last)
-		return events, err
+		return events, removeBatches(ctx, t, sinks, old)
 	})
 	if err != nil {
 		return 0, fmt.Errorf("removing events: %w", err)
 	}
 	return n, nil
+}
+
+// removeBatches removes the first batches of the log, with their deliveries.
+func removeBatches(ctx context.Context, t *tx, sinks []storage.EventSink, old []numberedBatch) error {
+	last := old[len(old)-1].last
+	for _, sink := range sinks {
+		if _, err := t.Exec(ctx, `DELETE FROM nano_event_deliveries WHERE sink = ? AND seq <= ?`, sink.Name, last); err != nil {
+			return err
+		}
+	}
+	if err := deleteBatches(ctx, t, idsOf(old)); err != nil {
+		return err
+	}
+	if _, err := t.Exec(ctx, `DELETE FROM nano_event_batches WHERE seq > 0 AND seq <= ?`, last); err != nil {
+		return err
+	}
+	return countRemoved(ctx, t, old)
 }
 
 // deleteBatches deletes batches, with the payloads that are stored apart.

@@ -1,9 +1,11 @@
 package sqlstore
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"encoding/json"
+	"encoding/xml"
 	"fmt"
 
 	"github.com/klauspost/compress/s2"
@@ -21,14 +23,21 @@ const (
 	// maxInlinePayload is the largest payload, in bytes, that is stored with
 	// its batch: a read of one event reads the whole batch.
 	maxInlinePayload = 16 << 10
+	// maxOtherPayload is the largest payload, in bytes, that events keep of
+	// reports that are no results of commands. Operators bound the number of
+	// results, since they queue the commands; a device may send any number of
+	// other reports.
+	maxOtherPayload = 4 << 10
 )
 
 // facts are the fields of events that an operation knows.
 type facts struct {
 	// repeated: an equal report came before, with its events.
 	repeated bool
-	topic    string // APNs topic, as far as it was read or is in the message
-	tally    int    // TokenUpdate
+	// result: the report is stored as the result of a command.
+	result bool
+	topic  string // APNs topic, as far as it was read or is in the message
+	tally  int    // TokenUpdate
 	// requestType of a command that was queued for the enrollment.
 	requestType string
 }
@@ -43,12 +52,36 @@ func outgoing(batch []*opRun) []storage.Event {
 		if p.err != nil || p.settled || p.facts.repeated {
 			continue
 		}
+		r, isReport := p.op.(*storage.Report)
 		for _, e := range p.src.Events {
+			if isReport && !p.facts.result && e.Topic == storage.TopicConnect && len(e.Raw) > maxOtherPayload {
+				e.Raw = reportSummary(&e, r)
+			}
 			e.Enroll, e.APNsTopic, e.RequestType, e.Tally = p.src.Enroll, p.facts.topic, p.facts.requestType, p.facts.tally
 			events = append(events, e)
 		}
 	}
 	return events
+}
+
+// reportSummary returns a property list with the keys that identify a report,
+// in place of a payload that is not kept.
+func reportSummary(e *storage.Event, r *storage.Report) []byte {
+	var b bytes.Buffer
+	b.WriteString(xml.Header)
+	fmt.Fprintf(&b, "<!-- A report of %d bytes that is no result of a queued command. -->\n<plist version=\"1.0\"><dict>", len(e.Raw))
+	for _, field := range [...]struct{ key, value string }{
+		{"CommandUUID", r.CommandUUID}, {"EnrollmentID", e.EnrollmentID}, {"Status", string(r.Status)}, {"UDID", e.UDID},
+	} {
+		if field.value == "" {
+			continue
+		}
+		b.WriteString("<key>" + field.key + "</key><string>")
+		_ = xml.EscapeText(&b, []byte(clip(field.value))) // a buffer does not fail
+		b.WriteString("</string>")
+	}
+	b.WriteString("</dict></plist>\n")
+	return b.Bytes()
 }
 
 // insertEvents inserts events of devices into the outbox. An event without an
@@ -197,12 +230,29 @@ func storeBatch(ctx context.Context, t *tx, batch []storage.Event, payloads []by
 		}
 	}
 	id := eventID(t.Now)
-	if err := t.ExecDeferred(ctx, "INSERT INTO nano_events (batch_id, details, payloads) VALUES (?, ?, ?)", id, details, compress(payloads)); err != nil {
+	payloads = compress(payloads)
+	if err := t.ExecDeferred(ctx, "INSERT INTO nano_events (batch_id, details, payloads) VALUES (?, ?, ?)", id, details, payloads); err != nil {
 		return err
 	}
-	return t.ExecDeferred(ctx, `INSERT INTO nano_event_batches (batch_id, stamp, size, newest)
-SELECT ?, `+t.Dialect.Greatest()+`(`+t.Dialect.IntPlaceholder()+`, COALESCE(MAX(stamp) + 1, 0)), `+t.Dialect.IntPlaceholder()+`, `+t.Dialect.IntPlaceholder()+` FROM nano_event_batches WHERE seq = 0`,
-		id, t.Now, len(batch), newest)
+	return t.ExecDeferred(ctx, `INSERT INTO nano_event_batches (batch_id, stamp, size, newest, stored_bytes)
+SELECT ?, `+t.Dialect.Greatest()+`(`+t.Dialect.IntPlaceholder()+`, COALESCE(MAX(stamp) + 1, 0)), `+t.Dialect.IntPlaceholder()+`, `+t.Dialect.IntPlaceholder()+`, `+t.Dialect.IntPlaceholder()+` FROM nano_event_batches WHERE seq = 0`,
+		id, t.Now, len(batch), newest, storedBytes(details, payloads, apart))
+}
+
+// batchOverhead estimates the bytes of a batch beside its columns of bytes, with
+// its rows in indexes.
+const batchOverhead = 256
+
+// storedBytes returns about how many bytes a batch takes in the database. apart
+// has the values of nano_event_payloads.
+func storedBytes(details, payloads []byte, apart []any) int64 {
+	n := int64(batchOverhead + len(details) + len(payloads))
+	for _, value := range apart {
+		if payload, ok := value.([]byte); ok {
+			n += int64(len(payload))
+		}
+	}
+	return n
 }
 
 // maxBatchSize bounds the memory for the decompressed events of a batch, in

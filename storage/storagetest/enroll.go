@@ -31,6 +31,7 @@ func enrollTests() []subtest {
 		{"what a device is owed is pushed once it has a new token", enrollRevives},
 		{"a certificate acts for one device and all its channels", identityOneDevice},
 		{"user channels of a device are bounded", enrollBoundedUsers},
+		{"users that never enrolled are removed by age", enrollRemovedUsers},
 		{"a device with many channels ends and is deleted in bounded steps", enrollManyUsers},
 		{"an active enrollment is neither checked out nor disabled", identityActive},
 		{"a retired certificate is dead", identityRetired},
@@ -572,6 +573,30 @@ func enrollBoundedUsers(t *testing.T, h *Harness) {
 	d.enrolls(t)
 	d.user("U2").enrolls(t)
 	other.user("U1").enrolls(t)
+}
+
+func enrollRemovedUsers(t *testing.T, h *Harness) {
+	s := h.Open(t, func(c *sqlstore.Config) { c.MaxUserChannels = 4 })
+	d := h.device("D").on(s).enrolls(t)
+	require.NoError(t, d.user("enrolled").userAuthenticate(t))
+	d.user("enrolled").enrolls(t)
+	for _, name := range []string{"gone", "gone too", "comes back"} {
+		require.NoError(t, d.user(name).userAuthenticate(t))
+	}
+	require.ErrorIs(t, d.user("next").userAuthenticate(t), storage.ErrTooManyChannels)
+	h.Clock.Advance(time.Hour)
+	require.NoError(t, d.user("comes back").userAuthenticate(t))
+	l := take(t, h.Store, "history", "a")
+	for _, want := range []int{1, 1, 0} {
+		n, err := h.Store.RemoveUsers(t.Context(), l, h.Clock.Now(), 1)
+		require.NoError(t, err)
+		require.Equal(t, want, n)
+	}
+	require.Equal(t, []string{"D:comes back", "D:enrolled"}, h.Strings(t, "SELECT id FROM nano_users ORDER BY id"))
+	require.NoError(t, d.user("next").userAuthenticate(t))
+	l.Fence++
+	_, err := h.Store.RemoveUsers(t.Context(), l, h.Clock.Now(), 1)
+	require.ErrorIs(t, err, storage.ErrLeaseLost)
 }
 
 func enrollManyUsers(t *testing.T, h *Harness) {

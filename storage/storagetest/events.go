@@ -3,12 +3,14 @@ package storagetest
 import (
 	"bytes"
 	"fmt"
+	"math/rand/v2"
 	"slices"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
+	"github.com/groob/plist"
 	"github.com/klauspost/compress/s2"
 	"github.com/stretchr/testify/require"
 
@@ -65,6 +67,9 @@ func upkeepTests() []subtest {
 		{"a dropped payload goes when no sink needs it", upkeepPayloads},
 		{"payloads go one by one, wherever they are stored", upkeepMixed},
 		{"old events go when every sink is done with them", upkeepEvents},
+		{"the log is trimmed to a number of bytes", upkeepTrimmed},
+		{"the log counts its bytes beside an older release", upkeepBytesOfOlderRelease},
+		{"events keep large payloads of results alone", upkeepOtherPayloads},
 		{"nothing is kept up without the lease", upkeepWithoutLease},
 		{"certificates near their end are announced once", upkeepExpiring},
 		{"an expired command is announced", upkeepExpiredCommand},
@@ -345,6 +350,7 @@ func outboxLarge(t *testing.T, h *Harness) {
 	d := h.device("A").enrolls(t)
 	large := event("large", storage.TopicConnect)
 	large.Raw = make([]byte, 1<<20)
+	h.enqueue(t, []string{"A"}, "X")
 	d.withEvents(large).reports(t, mdm.StatusAcknowledged, "X")
 	h.number(t, l)
 	events, err := h.Store.SinkPage(t.Context(), 0, 10)
@@ -748,7 +754,9 @@ func mixed() []storage.Event {
 func outboxMixed(t *testing.T, h *Harness) {
 	l := eventLease(t, h)
 	want := mixed()
-	h.device("A").enrolls(t).withEvents(want...).reports(t, mdm.StatusAcknowledged, "X")
+	d := h.device("A").enrolls(t)
+	h.enqueue(t, []string{"A"}, "X")
+	d.withEvents(want...).reports(t, mdm.StatusAcknowledged, "X")
 	h.number(t, l)
 	check := func(events []storage.Event) {
 		t.Helper()
@@ -790,7 +798,9 @@ func outboxMixed(t *testing.T, h *Harness) {
 func upkeepMixed(t *testing.T, h *Harness) {
 	l := eventLease(t, h)
 	k := h.putSink(t, hook())
-	h.device("A").enrolls(t).withEvents(mixed()...).reports(t, mdm.StatusAcknowledged, "X")
+	d := h.device("A").enrolls(t)
+	h.enqueue(t, []string{"A"}, "X")
+	d.withEvents(mixed()...).reports(t, mdm.StatusAcknowledged, "X")
 	h.number(t, l)
 	var put []storage.Delivery
 	for _, seq := range []int64{1, 2, 5, 8} {
@@ -820,6 +830,7 @@ func upkeepMixed(t *testing.T, h *Harness) {
 func outboxTwice(t *testing.T, h *Harness) {
 	l := eventLease(t, h)
 	d := h.device("A").enrolls(t)
+	h.enqueue(t, []string{"A"}, "X", "Y")
 	for _, uuid := range []string{"X", "Y"} {
 		d.withEvents(mixed()[1], mixed()[7]).reports(t, mdm.StatusAcknowledged, uuid)
 	}
@@ -1001,6 +1012,7 @@ func upkeepWithoutLease(t *testing.T, h *Harness) {
 	later := h.Clock.Now().Add(time.Hour)
 	for name, step := range map[string]func() (int, error){
 		"payloads": func() (int, error) { return h.Store.DropPayloads(t.Context(), l, 10) },
+		"trim":     func() (int, error) { return h.Store.TrimEvents(t.Context(), l, 0, 10) },
 		"events":   func() (int, error) { return h.Store.RemoveEvents(t.Context(), l, later, 10) },
 		"notices":  func() (int, error) { return h.Store.NoteExpiring(t.Context(), l, later, 10) },
 		"sinks":    func() (int, error) { return h.Store.ForgetEventSinks(t.Context(), l, later) },
@@ -1127,4 +1139,152 @@ func upkeepUnasked(t *testing.T, h *Harness) {
 	n, err = h.Store.NoteExpiring(t.Context(), l, now, 10)
 	require.NoError(t, err)
 	require.Equal(t, 1, n)
+}
+
+// logSize returns the size of the log, which must be what its batches take.
+func (h *Harness) logSize(t *testing.T) storage.EventLogSize {
+	t.Helper()
+	size, err := h.Store.EventLogSize(t.Context())
+	require.NoError(t, err)
+	require.Equal(t, h.Int(t, "SELECT COALESCE(SUM(stored_bytes), 0) FROM nano_event_batches WHERE seq > 0"), size.Bytes)
+	require.Equal(t, h.Int(t, "SELECT COALESCE(SUM(size), 0) FROM nano_event_batches WHERE seq > 0"), size.Events)
+	return size
+}
+
+// fills has a device answer commands with results of a size, each with its event.
+func (c *channel) fills(t *testing.T, size int, uuids ...string) {
+	t.Helper()
+	c.h.enqueue(t, []string{c.enroll.ID}, uuids...)
+	for _, uuid := range uuids {
+		e := event("of "+uuid, storage.TopicConnect)
+		e.Raw = make([]byte, size)
+		rand.NewChaCha8([32]byte([]byte(fmt.Sprintf("%32s", uuid)))).Read(e.Raw) // does not compress
+		c.withEvents(e).reports(t, mdm.StatusAcknowledged, uuid)
+	}
+}
+
+func upkeepTrimmed(t *testing.T, h *Harness) {
+	l := eventLease(t, h)
+	k := h.putSink(t, hook())
+	watcher := hook()
+	watcher.Name, watcher.URL, watcher.Filter.Topics = "watcher", "", []string{storage.TopicEventLogFull}
+	h.putSink(t, watcher)
+	require.Zero(t, h.logSize(t))
+	d := h.device("A").enrolls(t)
+	const each, most = 100 << 10, 450 << 10
+	d.fills(t, each, "C1", "C2", "C3", "C4")
+	h.number(t, l)
+	trim := func() int {
+		t.Helper()
+		n, err := h.Store.TrimEvents(t.Context(), l, most, 2)
+		require.NoError(t, err)
+		return n
+	}
+	require.Zero(t, trim(), "it fits")
+	d.fills(t, each, "C5", "C6", "C7")
+	h.number(t, l)
+	size := h.logSize(t)
+	require.EqualValues(t, 7, size.Events)
+	require.Greater(t, size.Bytes, int64(7*each))
+	require.Less(t, size.Bytes, int64(7*each+7*4096))
+	require.Zero(t, trim(), "the sink has them before it")
+	through, newest, err := h.Store.EventExcess(t.Context(), most)
+	require.NoError(t, err)
+	require.EqualValues(t, 3, through)
+	require.Equal(t, event("", "").CreatedAt, newest)
+	require.NoError(t, h.Store.Settle(t.Context(), l, k, storage.Settlement{Cursor: 7, Put: []storage.Delivery{waits(1, storage.DeliveryDead)}}))
+	require.Equal(t, 2, trim())
+	require.Equal(t, 1, trim())
+	require.Zero(t, trim())
+	require.LessOrEqual(t, h.logSize(t).Bytes, int64(most))
+	through, _, err = h.Store.EventExcess(t.Context(), most)
+	require.NoError(t, err)
+	require.Zero(t, through)
+	require.Equal(t, []string{"of C4", "of C5", "of C6", "of C7"}, sentEvents(t, h, "A"))
+	require.EqualValues(t, 4, h.Int(t, "SELECT COUNT(*) FROM nano_event_payloads"))
+	require.Zero(t, h.Int(t, "SELECT COUNT(*) FROM nano_event_deliveries"))
+
+	h.number(t, l)
+	events, _, err := h.Store.ReadEvents(t.Context(), everything, storage.EventQuery{Limit: 10, Topics: []string{storage.TopicEventLogFull}})
+	require.NoError(t, err)
+	require.Len(t, events, 1, "once a day")
+	require.Equal(t, map[string]string{"max_bytes": fmt.Sprint(most)}, events[0].Params)
+	n, err := h.Store.RemoveEvents(t.Context(), l, h.Clock.Now().Add(time.Hour), 10)
+	require.NoError(t, err)
+	require.NotZero(t, n)
+	h.logSize(t)
+}
+
+func upkeepBytesOfOlderRelease(t *testing.T, h *Harness) {
+	l := eventLease(t, h)
+	d := h.device("A").enrolls(t)
+	h.putSink(t, storage.EventSink{Name: "log", Enabled: true})
+	d.fills(t, 1000, "C1")
+	h.number(t, l)
+	// An older release numbers events and counts nothing.
+	d.fills(t, 1000, "C2")
+	h.Exec(t, "UPDATE nano_event_batches SET seq = 2 WHERE seq = 0")
+	h.Exec(t, "UPDATE nano_event_counters SET value = 2 WHERE name = 'seq'")
+	d.fills(t, 1000, "C3")
+	h.number(t, l)
+	for range 2 {
+		n, err := h.Store.TrimEvents(t.Context(), l, 10, 1)
+		require.NoError(t, err)
+		require.Equal(t, 1, n)
+	}
+	d.fills(t, 1000, "C4", "C5")
+	h.number(t, l)
+	n, err := h.Store.TrimEvents(t.Context(), l, 10, 1)
+	require.NoError(t, err)
+	require.Equal(t, 1, n)
+	require.EqualValues(t, 2, h.logSize(t).Events)
+}
+
+// A device sends reports that no operator asked for, with bodies of any size.
+func upkeepOtherPayloads(t *testing.T, h *Harness) {
+	l := eventLease(t, h)
+	d := h.device("A").enrolls(t)
+	h.enqueue(t, []string{"A"}, "C", "put off")
+	large := make([]byte, 1<<20)
+	rand.NewChaCha8([32]byte{}).Read(large)
+	n := 0
+	says := func(status mdm.Status, uuid string, raw []byte) {
+		n++
+		e := event(fmt.Sprint(n), storage.TopicConnect)
+		e.UDID, e.Status, e.CommandUUID, e.Raw = "A<&", string(status), uuid, raw
+		d.withEvents(e).reports(t, status, uuid)
+	}
+	says(mdm.StatusAcknowledged, "C", large)
+	for range 3 {
+		says(mdm.StatusAcknowledged, "unknown", large)
+		says(mdm.StatusError, "C", large) // it ended before
+		says(mdm.StatusNotNow, "put off", large)
+		says(mdm.StatusAcknowledged, strings.Repeat("long", 1000), large)
+		says(mdm.StatusIdle, "", large)
+	}
+	says(mdm.StatusAcknowledged, "unknown", []byte("small"))
+	require.NoError(t, h.Store.Flush(t.Context()))
+	h.number(t, l)
+	size := h.logSize(t)
+	require.EqualValues(t, n, size.Events)
+	require.Less(t, size.Bytes, int64(len(large)+n*4096))
+	for seq := range int64(n) {
+		events, err := h.Store.SinkPage(t.Context(), seq, 1)
+		require.NoError(t, err)
+		e := events[0]
+		raw, err := h.Store.EventPayload(t.Context(), e.Seq)
+		require.NoError(t, err)
+		switch e.ID {
+		case "1":
+			require.True(t, bytes.Equal(large, raw))
+		case fmt.Sprint(n):
+			require.Equal(t, "small", string(raw))
+		default:
+			var said struct{ CommandUUID, Status, UDID string }
+			require.NoError(t, plist.Unmarshal(raw, &said))
+			require.Equal(t, "A<&", said.UDID)
+			require.Equal(t, e.Status, said.Status)
+			require.Equal(t, e.CommandUUID, said.CommandUUID)
+		}
+	}
 }

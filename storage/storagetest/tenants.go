@@ -18,6 +18,7 @@ func tenantTests() []subtest {
 		{"a move between topics ends a renewal window", topicMoveIgnoresRenewal},
 		{"an Authenticate without a topic leaves it to the TokenUpdate", topicOfTokenUpdate},
 		{"a copy from another server takes nothing back", copyTakesNothingBack},
+		{"a report of another tenant's command is one of an unknown command", reportOfOtherTenant},
 	}
 }
 
@@ -217,4 +218,27 @@ func copyTakesNothingBack(t *testing.T, h *Harness) {
 	require.NoError(t, err)
 	require.Equal(t, "b2", token)
 	require.Equal(t, "C1", d.polls(t))
+}
+
+func reportOfOtherTenant(t *testing.T, h *Harness) {
+	d := h.device("D").enrolls(t)
+	e := h.device("E")
+	require.NoError(t, e.begins(t, topicB))
+	require.NoError(t, e.saysToken(t, topicB))
+	h.enqueue(t, []string{"D"}, "C")
+	h.enqueue(t, []string{"E"}, "own")
+	h.putSink(t, hook())
+	for _, uuid := range []string{"C", "unknown"} {
+		for _, status := range []mdm.Status{mdm.StatusNotNow, mdm.StatusAcknowledged, mdm.StatusError} {
+			said := event("", storage.TopicConnect)
+			said.ID = string(status) + uuid
+			require.Equal(t, "own", e.withEvents(said).reports(t, status, uuid))
+		}
+	}
+	for _, stored := range storedEvents(t, h) {
+		require.Empty(t, stored.RequestType)
+	}
+	require.Equal(t, "C queued", queueStates(t, h, "D"))
+	require.Zero(t, h.Int(t, "SELECT COUNT(*) FROM nano_command_results"))
+	require.Equal(t, "C", d.polls(t))
 }

@@ -37,7 +37,8 @@ type History struct {
 
 	Commands, Results storage.Retention
 	Audit             time.Duration
-	DeleteAcked       bool // remove acknowledged commands at once
+	Users             time.Duration // without an enrollment
+	DeleteAcked       bool          // remove acknowledged commands at once
 
 	// scanned is where the next scan of each rule begins. Each call of Work
 	// begins anew.
@@ -46,7 +47,7 @@ type History struct {
 
 // Idle reports whether everything is kept for ever, so that there is no work.
 func (h *History) Idle() bool {
-	return !h.DeleteAcked && h.Audit == 0 && len(rules(h.Commands)) == 0 && len(rules(h.Results)) == 0
+	return !h.DeleteAcked && h.Audit == 0 && h.Users == 0 && len(rules(h.Commands)) == 0 && len(rules(h.Results)) == 0
 }
 
 // Work runs until ctx ends, under the lease that current returns.
@@ -80,7 +81,10 @@ var finishedStates = [...]storage.State{
 
 // removeOld scans the history once.
 func (h *History) removeOld(ctx context.Context, current func() storage.Lease) error {
-	if err := h.removeAudit(ctx, current); err != nil {
+	if err := h.removeByAge(ctx, current, "audit records", h.Audit, h.Store.RemoveAudit); err != nil {
+		return err
+	}
+	if err := h.removeByAge(ctx, current, "users without an enrollment", h.Users, h.Store.RemoveUsers); err != nil {
 		return err
 	}
 	var total storage.Removed
@@ -113,14 +117,17 @@ func (h *History) removeOld(ctx context.Context, current func() storage.Lease) e
 	return nil
 }
 
-func (h *History) removeAudit(ctx context.Context, current func() storage.Lease) error {
-	if h.Audit == 0 {
+// removeByAge removes rows of one kind that are older than an age.
+func (h *History) removeByAge(ctx context.Context, current func() storage.Lease, kind string, age time.Duration,
+	remove func(context.Context, storage.Lease, time.Time, int) (int, error),
+) error {
+	if age == 0 {
 		return nil
 	}
 	total := 0
 	for {
 		began := time.Now()
-		n, err := h.Store.RemoveAudit(ctx, current(), h.Now().Add(-h.Audit), batchRows)
+		n, err := remove(ctx, current(), h.Now().Add(-age), batchRows)
 		if err != nil {
 			return err
 		}
@@ -133,7 +140,7 @@ func (h *History) removeAudit(ctx context.Context, current func() storage.Lease)
 		}
 	}
 	if total > 0 {
-		h.Log.InfoContext(ctx, "removed old audit records", "records", total)
+		h.Log.InfoContext(ctx, "removed old rows", "kind", kind, "rows", total)
 	}
 	return nil
 }

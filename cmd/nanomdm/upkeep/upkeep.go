@@ -22,6 +22,7 @@ const batchRows = 256
 type Store interface {
 	storage.Sweeps
 	storage.AuditUpkeep
+	storage.UserUpkeep
 	storage.EnqueueUpkeep
 }
 
