@@ -109,6 +109,9 @@ func TestEventThatPanics(t *testing.T) {
 		d := w.deliverFrom(store, "a", Config{})
 		w.enroll("A", "B")
 		large := []byte(strings.Repeat("x", 1<<20)) // its payload is read apart
+		_, err := w.store.Enqueue(t.Context(), storage.Scope{}, &storage.Enqueue{IDs: []string{"A"},
+			Command: &mdm.Command{CommandUUID: "C1", RequestType: "ProfileList", Raw: []byte("C1")}})
+		require.NoError(t, err)
 		w.says("A", &mdm.Report{Enrollment: mdm.Enrollment{UDID: "A"}, Status: mdm.StatusAcknowledged, CommandUUID: "C1", Raw: large})
 		w.report("A", "C2")
 		w.report("B", "C3")
