@@ -36,6 +36,8 @@ type stats struct {
 		Waiting         int        `json:"waiting"`
 		Dead            int        `json:"dead"`
 		OldestWaitingAt *time.Time `json:"oldest_waiting_at"`
+		Logged          int        `json:"logged"`
+		LogBytes        int64      `json:"log_bytes"`
 		Sinks           []struct {
 			Name            string     `json:"name"`
 			Waiting         int        `json:"waiting"`
@@ -138,6 +140,9 @@ func (s *stats) pushSection(p *page) {
 
 func (s *stats) eventSection(p *page) {
 	p.section("Events")
+	if s.Events.Logged > 0 {
+		p.line(plain, "%d in the log, %d MB", s.Events.Logged, s.Events.LogBytes>>20)
+	}
 	if len(s.Events.Sinks) == 0 {
 		p.line(plain, "nobody receives them")
 		return

@@ -87,6 +87,7 @@ type Store interface {
 	storage.Redeliverer
 	storage.Replicas
 	EventBacklogs(ctx context.Context) ([]storage.SinkBacklog, error)
+	EventLogSize(ctx context.Context) (storage.EventLogSize, error)
 }
 
 // New makes the API. Its callers have the main key, which must not be empty,

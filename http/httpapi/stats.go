@@ -40,11 +40,14 @@ type pushTopicInfo struct {
 	LastAt      time.Time `json:"last_at,omitzero"`
 }
 
-// eventStats counts the events that receivers have not received.
+// eventStats counts the events of the log, and those that receivers have not
+// received.
 type eventStats struct {
 	Waiting         int64      `json:"waiting"`
 	Dead            int64      `json:"dead"`
 	OldestWaitingAt time.Time  `json:"oldest_waiting_at,omitzero"`
+	Logged          int64      `json:"logged,omitempty"`
+	LogBytes        int64      `json:"log_bytes,omitempty"`
 	Sinks           []sinkStat `json:"sinks"`
 }
 
@@ -96,7 +99,11 @@ func (a *API) eventStats(ctx context.Context) (*eventStats, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &eventStats{Sinks: []sinkStat{}}
+	size, err := a.store.EventLogSize(ctx)
+	if err != nil {
+		return nil, err
+	}
+	s := &eventStats{Logged: size.Events, LogBytes: size.Bytes, Sinks: []sinkStat{}}
 	for _, b := range backlogs {
 		waiting := b.Behind + b.Waiting + b.Again
 		s.Waiting += waiting
