@@ -210,8 +210,12 @@ func sqliteDialect() *Dialect {
 			"where":         "WHERE",
 			"pgsql":         "--",
 		},
-		repeated: func(error) bool { return false },
-		tables:   "SELECT name FROM sqlite_master WHERE type = 'table'",
+		// ALTER TABLE has no IF NOT EXISTS for columns, and the error no code of
+		// its own.
+		repeated: func(err error) bool {
+			return sqliteCode(err) == sqlite3.SQLITE_ERROR && strings.Contains(err.Error(), "duplicate column name")
+		},
+		tables: "SELECT name FROM sqlite_master WHERE type = 'table'",
 	}
 }
 
