@@ -42,6 +42,7 @@ func (s *Store) startBatches() {
 	s.polls = newBatcher(cfg, withTimeout(s.cfg.Polled, s.poll))
 	cfg.inFlight = writes
 	s.changes = newBatcher(cfg, withTimeout(s.cfg.Committed, s.change))
+	s.startEnqueues()
 }
 
 // withTimeout bounds the time of a batch of device messages, and reports its

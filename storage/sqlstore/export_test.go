@@ -208,3 +208,26 @@ func (s *Store) PushedForTest(id string, seq int64, plan bool) {
 func (s *Store) OfferedForTest(id, uuid string, times int) {
 	s.act.note(activity{id: id, offered: uuid, offers: times, offeredAt: 1})
 }
+
+// CallForTest is a call of Enqueue in a batch of calls, and its outcome.
+type CallForTest struct {
+	Scope   storage.Scope
+	Enqueue storage.Enqueue
+
+	Failed   map[string]error
+	Conflict error
+}
+
+// EnqueueTogetherForTest carries calls out in one transaction, as calls that
+// arrive while others run.
+func (s *Store) EnqueueTogetherForTest(ctx context.Context, calls []*CallForTest) error {
+	batch := make([]*enqueueCall, len(calls))
+	for i, c := range calls {
+		batch[i] = &enqueueCall{scope: c.Scope, e: &c.Enqueue, ids: storableAmong(c.Enqueue.IDs, make(map[string]error))}
+	}
+	err := s.write(ctx, func(ctx context.Context, t *tx) error { return enqueueCalls(ctx, t, batch) })
+	for i, c := range batch {
+		calls[i].Failed, calls[i].Conflict = c.failed, c.conflict
+	}
+	return err
+}

@@ -17,6 +17,10 @@ const (
 	// oweNumbersAt takes as many numbers as its first and last arguments say,
 	// and makes a push owed for the last of them.
 	oweNumbersAt = "owed_seq = last_seq + ?, push_at = ?, last_seq = last_seq + ?"
+	// oweNumbersBy is oweNumbersAt that keeps an earlier time.
+	oweNumbersBy = "owed_seq = last_seq + ?, push_at = CASE WHEN push_at < ? THEN push_at ELSE ? END, last_seq = last_seq + ?"
+	// takeNumbers takes some numbers without a push owed.
+	takeNumbers = "last_seq = last_seq + ?"
 	// takeNumber takes a number without a push owed.
 	takeNumber = "last_seq = last_seq + 1"
 )

@@ -2,6 +2,7 @@ package sqlstore
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"database/sql"
 	"errors"
@@ -32,9 +33,11 @@ const (
 	firstPush = 30 * time.Second
 )
 
-// Enqueue implements storage.Enqueuer. Transactions of a call with an
-// idempotency key follow each other, as its row says how far it came; others
-// run beside each other where the engine has more than one writer.
+// Enqueue implements storage.Enqueuer. A call for few enrollments is carried out
+// together with others, unless it keeps a record of its progress or replaces
+// commands. Transactions of a call with an idempotency key follow each other, as
+// its row says how far it came; those of other large calls run beside each other
+// where the engine has more than one writer.
 func (s *Store) Enqueue(ctx context.Context, scope storage.Scope, e *storage.Enqueue) (map[string]error, error) {
 	failed := make(map[string]error)
 	ids := storableAmong(e.IDs, failed)
@@ -43,6 +46,9 @@ func (s *Store) Enqueue(ctx context.Context, scope storage.Scope, e *storage.Enq
 		_, _, atOnce = s.db.Parallel()
 	}
 	rows := enqueuedAtOnce / atOnce
+	if e.Once == nil && e.SupersedeKey == "" && len(ids) > 0 && len(ids) <= rows {
+		return s.enqueueTogether(ctx, scope, e, ids, failed)
+	}
 	var mu sync.Mutex
 	did := false
 	g, ctx := errgroup.WithContext(ctx)
@@ -73,6 +79,17 @@ func (s *Store) Enqueue(ctx context.Context, scope storage.Scope, e *storage.Enq
 	if e.Once != nil {
 		e.Once.Repeated = !did
 	}
+	return failed, nil
+}
+
+// enqueueTogether carries a call out in a transaction that it may share.
+func (s *Store) enqueueTogether(ctx context.Context, scope storage.Scope, e *storage.Enqueue, ids []string, failed map[string]error) (map[string]error, error) {
+	c := &enqueueCall{scope: scope, e: e, ids: ids}
+	err := s.enqueues.do(ctx, c, len(ids))
+	if err = cmp.Or(err, c.conflict); err != nil {
+		return failed, fmt.Errorf("queueing a command: %w", err)
+	}
+	maps.Copy(failed, c.failed)
 	return failed, nil
 }
 
