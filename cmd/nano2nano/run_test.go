@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"io"
 	"net/http"
 	"net/http/httptest"
@@ -77,8 +78,8 @@ func TestStateOfAnotherRun(t *testing.T) {
 	require.Contains(t, x.out, "another source, target or history")
 }
 
-// The process is killed while it writes and run again, until it ends: the
-// target is the same as after one run.
+// The program is killed while it writes, and run again, until it ends: the
+// target is the same as after one run, on each engine.
 func TestKilledAndRunAgain(t *testing.T) {
 	f := newFleet(t, max(*enrollments, 500))
 	dir := t.TempDir()
@@ -86,35 +87,65 @@ func TestKilledAndRunAgain(t *testing.T) {
 	binary := filepath.Join(t.TempDir(), "nano2nano")
 	out, err := exec.Command("go", "build", "-o", binary, ".").CombinedOutput()
 	require.NoError(t, err, "%s", out)
-	x := newTrial(t, "filekv", dir)
+	intoEach(t, "filekv", dir, nil, func(x *trial) {
+		store := x.store() // migrated: after a migration that was killed the next one waits for the lease
+		require.NoError(x.t, store.Close())
+		x.killedAndRunAgain(binary)
+		x.holds(f, func(want, got *storage.DeviceRecord) string { return exactly(asFileKVKeeps(want), got) })
+		require.Zero(x.t, x.run("-check"), "%s", x.out)
+	})
+}
+
+// killedAndRunAgain kills the program while it moves devices, later each time,
+// until a run ends.
+func (x *trial) killedAndRunAgain(binary string) {
+	x.t.Helper()
 	args := append(append([]string{}, x.flags...), "-to", x.target.Driver, "-to-dsn", x.target.DSN)
 	state := x.flags[len(x.flags)-1]
-	for kills := range 4 {
+	kills := 0
+	for after := time.Millisecond; ; after += after/2 + time.Millisecond {
+		require.Less(x.t, after, time.Minute)
+		var out bytes.Buffer
 		cmd := exec.Command(binary, args...)
-		require.NoError(t, cmd.Start())
-		moving := func() bool {
-			said, err := os.ReadFile(state)
-			return err == nil && strings.Contains(string(said), `"phase":"devices"`)
+		cmd.Stdout, cmd.Stderr = &out, &out
+		require.NoError(x.t, cmd.Start())
+		ended := make(chan error, 1)
+		go func() { ended <- cmd.Wait() }()
+		if err, done := x.awaitDevices(state, ended); done || waitFor(ended, after, &err) {
+			require.NoError(x.t, err, "%s", out.String())
+			break
 		}
-		require.Eventually(t, moving, time.Minute, time.Millisecond)
-		if kills > 0 { // a little later each time
-			size := func() int64 {
-				info, err := os.Stat(x.target.DSN + "-wal")
-				if err != nil {
-					return 0
-				}
-				return info.Size()
-			}
-			begun := size()
-			require.Eventually(t, func() bool { return size() != begun || !moving() }, time.Minute, time.Millisecond)
+		require.NoError(x.t, cmd.Process.Kill())
+		if <-ended == nil {
+			break // it ended meanwhile
 		}
-		require.NoError(t, cmd.Process.Kill())
-		require.Error(t, cmd.Wait(), "it ended before it was killed")
+		kills++
 	}
-	out, err = exec.Command(binary, args...).CombinedOutput()
-	require.NoError(t, err, "%s", out)
-	x.holds(f, func(want, got *storage.DeviceRecord) string { return exactly(asFileKVKeeps(want), got) })
-	require.Zero(t, x.run("-check"), "%s", x.out)
+	x.t.Logf("killed %d times", kills)
+	require.Positive(x.t, kills)
+}
+
+// awaitDevices waits until the program moves devices, or has ended.
+func (x *trial) awaitDevices(state string, ended chan error) (err error, done bool) {
+	x.t.Helper()
+	for {
+		if said, err := os.ReadFile(state); err == nil && strings.Contains(string(said), `"phase":"devices"`) {
+			return nil, false
+		}
+		if waitFor(ended, time.Millisecond, &err) {
+			return err, true
+		}
+	}
+}
+
+// waitFor says whether a program ended within a time.
+func waitFor(ended chan error, within time.Duration, err *error) bool {
+	select {
+	case *err = <-ended:
+		return true
+	case <-time.After(within):
+		return false
+	}
 }
 
 // migrationEndpoint is a server that takes check-ins.

@@ -1,14 +1,21 @@
 package main
 
 import (
+	"context"
+	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
 
+	"github.com/nanomdm/nanomdm/mdm"
+	"github.com/nanomdm/nanomdm/mdm/mdmtest"
 	"github.com/nanomdm/nanomdm/storage"
 	"github.com/nanomdm/nanomdm/storage/sqlstore"
+	"github.com/nanomdm/nanomdm/storage/storagetest"
 )
 
 func TestBackupAndRestore(t *testing.T) {
@@ -47,4 +54,76 @@ func TestBackupAndRestore(t *testing.T) {
 	r = o.run("", "backup", file)
 	require.Equal(t, exitUsage, r.code)
 	require.Contains(t, r.err, "-storage-dsn")
+}
+
+// fillDatabase makes an SQLite database with many rows in several tables.
+func fillDatabase(t *testing.T) sqlstore.Config {
+	t.Helper()
+	cfg := sqlstore.Config{Driver: "sqlite", DSN: filepath.Join(t.TempDir(), "from.db")}
+	store, err := sqlstore.Open(t.Context(), cfg)
+	require.NoError(t, err)
+	defer func() { require.NoError(t, store.Close()) }()
+	var commands []storage.CommandRecord
+	for n := range 300 {
+		uuid := fmt.Sprintf("C-%04d", n)
+		commands = append(commands, storage.CommandRecord{UUID: uuid, RequestType: "ProfileList", Raw: mdmtest.NewCommand(uuid, "ProfileList", nil), CreatedAt: time.Unix(1_760_000_000, 0)})
+	}
+	_, err = store.ImportCommands(t.Context(), commands)
+	require.NoError(t, err)
+	for page := range 6 {
+		var devices []*storage.DeviceRecord
+		for n := range 50 {
+			d := &storage.DeviceRecord{SerialNumber: "S", Authenticate: storage.Checkin{Raw: []byte("authenticate"), At: time.Unix(1_760_000_000, 0)}}
+			d.Channel = storage.ChannelRecord{ID: fmt.Sprintf("D-%02d-%02d", page, n), Type: mdm.Device, Topic: "topic", Enabled: true}
+			for q := range 10 {
+				d.Channel.Queue = append(d.Channel.Queue, storage.ItemRecord{CommandUUID: commands[(n+q)%len(commands)].UUID, State: storage.Queued, CreatedAt: time.Unix(1_760_000_000, 0)})
+			}
+			devices = append(devices, d)
+		}
+		_, err := store.ImportDevices(t.Context(), devices)
+		require.NoError(t, err)
+	}
+	return cfg
+}
+
+// A restore is killed again and again, each time somewhat later, until one run
+// ends: the database is the one that was backed up.
+func TestRestoreIsKilled(t *testing.T) {
+	from := fillDatabase(t)
+	_, want := storagetest.Contents(t, from)
+	file := filepath.Join(t.TempDir(), "backup")
+	r := newOperator(t).run("", "backup", "-storage-dsn", from.DSN, "-plain-secrets", file)
+	require.Zero(t, r.code, r.err)
+	program, err := exec.LookPath("nanoctl") // this test's own, by TestMain
+	require.NoError(t, err)
+	for _, e := range storagetest.Engines(t) {
+		t.Run(e.Name, func(t *testing.T) {
+			to := e.Config(t)
+			// The schema is there, as after a migration that was killed the next
+			// one waits for the lease.
+			store, err := sqlstore.Open(t.Context(), to)
+			require.NoError(t, err)
+			require.NoError(t, store.Close())
+			kills := 0
+			for after := 20 * time.Millisecond; ; after += after / 3 {
+				require.Less(t, after, 10*time.Minute)
+				ctx, cancel := context.WithTimeout(t.Context(), after) // its end kills the program
+				out, err := exec.CommandContext(ctx, program, "restore", "-storage", to.Driver, "-storage-dsn", to.DSN, file).CombinedOutput()
+				killed := ctx.Err() != nil
+				cancel()
+				if err == nil {
+					break
+				}
+				require.True(t, killed, "%v: %s", err, out)
+				kills++
+			}
+			t.Logf("killed %d times", kills)
+			require.Positive(t, kills)
+			_, got := storagetest.Contents(t, to)
+			require.True(t, want == got)
+			store, err = sqlstore.Open(t.Context(), to)
+			require.NoError(t, err)
+			require.NoError(t, store.Close())
+		})
+	}
 }

@@ -6,11 +6,14 @@ import (
 	"crypto/sha256"
 	"encoding/binary"
 	"fmt"
+	"slices"
+	"sync"
 	"testing"
 	"time"
 
 	"github.com/klauspost/compress/zstd"
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/nanomdm/nanomdm/mdm"
 	"github.com/nanomdm/nanomdm/storage"
@@ -26,6 +29,7 @@ func backupTests() []subtest {
 		{"a backup that is damaged or cut is refused, and nothing is written", backupDamaged},
 		{"a restore needs an empty database, and goes on when it was interrupted", backupInterrupted},
 		{"many rows under one key are paged", backupPages},
+		{"a backup under load has what was acknowledged before it began, on each engine", backupUnderLoad},
 		{"a snapshot is of one moment, and gives what changed since a time", snapshotOfOneMoment},
 	}
 }
@@ -74,9 +78,9 @@ func populate(t *testing.T, h *Harness, store *sqlstore.Store) {
 	require.NoError(t, store.Flush(t.Context()))
 }
 
-// contents returns the contents of a backup of the database: the same bytes for
-// the same rows on every engine.
-func contents(t *testing.T, cfg sqlstore.Config) (rows map[string]int64, all string) {
+// Contents returns the number of rows of each table and the contents of a backup
+// of the database: the same bytes for the same rows on every engine.
+func Contents(t *testing.T, cfg sqlstore.Config) (rows map[string]int64, all string) {
 	t.Helper()
 	var file bytes.Buffer
 	_, err := sqlstore.Backup(t.Context(), cfg, &file, plainSecrets)
@@ -105,7 +109,7 @@ func backupEverywhere(t *testing.T, h *Harness) {
 	populate(t, h, h.Store)
 	file, err := h.backup(t, plainSecrets)
 	require.NoError(t, err)
-	rows, want := contents(t, h.cfg)
+	rows, want := Contents(t, h.cfg)
 	require.Positive(t, rows["nano_events"])
 	require.Positive(t, rows["nano_device_tags"])
 	require.Positive(t, rows["nano_device_inventory"])
@@ -114,7 +118,7 @@ func backupEverywhere(t *testing.T, h *Harness) {
 			continue
 		}
 		cfg := restore(t, e, file)
-		_, got := contents(t, cfg)
+		_, got := Contents(t, cfg)
 		require.True(t, want == got, e.Name)
 		cfg.RecordActivityEvery, cfg.Now = -1, h.Clock.Now
 		store, err := sqlstore.Open(t.Context(), cfg)
@@ -164,7 +168,7 @@ func backupConsistent(t *testing.T, h *Harness) {
 		case err := <-stopped:
 			require.NoError(t, err)
 		}
-		rows, _ := contents(t, h.cfg)
+		rows, _ := Contents(t, h.cfg)
 		require.Equal(t, 4*rows["nano_commands"], rows["nano_enrollment_queue"])
 	}
 	cancel()
@@ -199,9 +203,9 @@ func backupSealed(t *testing.T, h *Harness) {
 	populate(t, h, store)
 	file, err := h.backup(t, sqlstore.BackupOptions{})
 	require.NoError(t, err, "nothing in it is plain")
-	_, want := contents(t, h.cfg)
+	_, want := Contents(t, h.cfg)
 	cfg := restore(t, h.Engine, file)
-	_, got := contents(t, cfg)
+	_, got := Contents(t, cfg)
 	require.True(t, want == got)
 	cfg.Sealer, cfg.SealCommands, cfg.Now, cfg.RecordActivityEvery = seals{"key"}, true, h.Clock.Now, -1
 	again, err := sqlstore.Open(t.Context(), cfg)
@@ -233,7 +237,7 @@ func backupInterrupted(t *testing.T, h *Harness) {
 	populate(t, h, h.Store)
 	file, err := h.backup(t, plainSecrets)
 	require.NoError(t, err)
-	_, want := contents(t, h.cfg)
+	_, want := Contents(t, h.cfg)
 	_, _, err = sqlstore.Restore(t.Context(), h.cfg, bytes.NewReader(file), nil)
 	require.ErrorIs(t, err, sqlstore.ErrNotEmpty)
 
@@ -254,7 +258,7 @@ func backupInterrupted(t *testing.T, h *Harness) {
 	require.ErrorIs(t, err, sqlstore.ErrRestoring)
 	_, _, err = sqlstore.Restore(t.Context(), cfg, bytes.NewReader(file), nil)
 	require.NoError(t, err)
-	_, got := contents(t, cfg)
+	_, got := Contents(t, cfg)
 	require.True(t, want == got)
 }
 
@@ -268,12 +272,115 @@ func backupPages(t *testing.T, h *Harness) {
 	h.enqueue(t, ids[:1000], "A")
 	h.enqueue(t, ids[:1], "C")
 	h.shared(t)
-	rows, want := contents(t, h.cfg)
+	rows, want := Contents(t, h.cfg)
 	require.EqualValues(t, 3501, rows["nano_enrollment_queue"])
 	file, err := h.backup(t, plainSecrets)
 	require.NoError(t, err)
-	_, got := contents(t, restore(t, h.Engine, file))
+	_, got := Contents(t, restore(t, h.Engine, file))
 	require.True(t, want == got)
+}
+
+// acknowledgements are the commands whose reports the store took, by device.
+type acknowledgements struct {
+	mu     sync.Mutex
+	byID   map[string][]string
+	n      int
+	enough chan struct{} // is closed at the 100th
+}
+
+func (a *acknowledgements) add(id, uuid string) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.byID[id] = append(a.byID[id], uuid)
+	if a.n++; a.n == 100 {
+		close(a.enough)
+	}
+}
+
+func (a *acknowledgements) soFar() map[string][]string {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	was := make(map[string][]string, len(a.byID))
+	for id, uuids := range a.byID {
+		was[id] = slices.Clone(uuids)
+	}
+	return was
+}
+
+// enqueueAndReport queues commands for a device and reports them until the
+// context ends.
+func (h *Harness) enqueueAndReport(ctx context.Context, id string, acks *acknowledgements) error {
+	d := h.device(id)
+	for n := 0; ; n++ {
+		uuid := fmt.Sprintf("%s-%05d", id, n)
+		failed, err := h.Store.Enqueue(ctx, storage.Scope{}, &storage.Enqueue{Command: command(uuid), IDs: []string{id}})
+		if err == nil && len(failed) == 0 {
+			_, err = d.store.Apply(ctx, &storage.Report{Src: d.withEvents(event("of "+uuid, storage.TopicConnect)).source(), Status: mdm.StatusAcknowledged, CommandUUID: uuid, Raw: []byte("result of " + uuid)})
+		}
+		switch {
+		case ctx.Err() != nil:
+			return nil
+		case err != nil:
+			return err
+		case len(failed) > 0:
+			return failed[id]
+		}
+		acks.add(id, uuid)
+	}
+}
+
+func backupUnderLoad(t *testing.T, h *Harness) {
+	h.shared(t)
+	var ids []string
+	for n := range 10 {
+		ids = append(ids, fmt.Sprintf("D%02d", n))
+	}
+	h.Enroll(t, ids...)
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	g, ctx := errgroup.WithContext(ctx)
+	acks := &acknowledgements{byID: make(map[string][]string), enough: make(chan struct{})}
+	for _, id := range ids {
+		g.Go(func() error { return h.enqueueAndReport(ctx, id, acks) })
+	}
+	select {
+	case <-acks.enough:
+	case <-ctx.Done():
+	}
+	before := acks.soFar()
+	file, err := h.backup(t, plainSecrets)
+	require.NoError(t, err)
+	cancel()
+	require.NoError(t, g.Wait())
+	for _, e := range Engines(t) {
+		if e.variable != "" && e.dsn == "" {
+			continue
+		}
+		store, err := sqlstore.Open(t.Context(), restore(t, e, file))
+		require.NoError(t, err)
+		h.hasReports(t, store, before, e.Name)
+		require.NoError(t, store.Close())
+	}
+}
+
+// hasReports checks that a store has the results of commands, and that a command has ended if, and only if, its result is there.
+func (h *Harness) hasReports(t *testing.T, store *sqlstore.Store, want map[string][]string, where string) {
+	t.Helper()
+	for id, uuids := range want {
+		list, err := store.ExportDevices(t.Context(), []string{id})
+		require.NoError(t, err)
+		require.Len(t, list, 1, "%s: %s", where, id)
+		results := make(map[string]string)
+		for _, item := range list[0].Channel.Queue {
+			require.Equal(t, item.State == storage.Acknowledged, item.Result != nil, "%s: %s", where, item.CommandUUID)
+			if item.Result != nil {
+				results[item.CommandUUID] = string(item.Result.Raw)
+			}
+		}
+		for _, uuid := range uuids {
+			require.Equal(t, "result of "+uuid, results[uuid], where)
+		}
+	}
 }
 
 func snapshotOfOneMoment(t *testing.T, h *Harness) {
