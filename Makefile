@@ -60,7 +60,12 @@ bench: build ## end-to-end on durable engines, into docs/performance.md; pushes;
 
 chaos: build ## break clusters and compare what was acknowledged; CHAOS='-scenarios kills -duration 10m'
 	cmd/mdmchaos/install.sh
-	./bin/mdmchaos -nanomdm ./bin/nanomdm $(CHAOS)
+	@# The release before is the commit that cmd/nanomdm/upgrade_test.go names.
+	rm -rf bin/before && mkdir -p bin/before
+	git archive $$(sed -n 's/^const releaseBefore = "\(.*\)"/\1/p' cmd/nanomdm/upgrade_test.go) | tar -x -C bin/before
+	cd bin/before && CGO_ENABLED=0 $(GO) build -o ../nanomdm-before ./cmd/nanomdm
+	rm -rf bin/before
+	./bin/mdmchaos -nanomdm ./bin/nanomdm -before ./bin/nanomdm-before $(CHAOS)
 
 # go test fuzzes one target at a time, so each is found and run by name. The
 # name also goes to -run, for the seeds. Making an input smaller is bounded: it

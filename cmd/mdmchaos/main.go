@@ -18,6 +18,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -26,6 +27,7 @@ import (
 // options are what the flags say.
 type options struct {
 	nanomdm   string
+	before    string
 	scenarios string
 	seed      uint64
 	duration  time.Duration
@@ -69,6 +71,7 @@ func parse(args []string) (*options, error) {
 	}
 	o := &options{}
 	flags.StringVar(&o.nanomdm, "nanomdm", "bin/nanomdm", "the daemon's `program`")
+	flags.StringVar(&o.before, "before", "", "the `program` of the release before, for the scenario upgrade; empty leaves it out of all")
 	flags.StringVar(&o.scenarios, "scenarios", "", "comma-separated `names`; empty is all")
 	flags.Uint64Var(&o.seed, "seed", 1, "seed of all choices")
 	flags.DurationVar(&o.duration, "duration", 30*time.Second, "how long each scenario breaks things")
@@ -94,6 +97,11 @@ func parse(args []string) (*options, error) {
 		return nil, err
 	}
 	o.nanomdm = program
+	if o.before != "" {
+		if o.before, err = filepath.Abs(o.before); err != nil {
+			return nil, err
+		}
+	}
 	return o, nil
 }
 
@@ -102,7 +110,7 @@ func run(ctx context.Context, out io.Writer, args []string) error {
 	if err != nil {
 		return err
 	}
-	chosen, err := choose(o.scenarios)
+	chosen, err := choose(o.scenarios, o.before != "")
 	if err != nil {
 		return err
 	}
@@ -129,16 +137,20 @@ func run(ctx context.Context, out io.Writer, args []string) error {
 	return failed
 }
 
-func choose(names string) ([]scenario, error) {
+// choose returns the named scenarios. An upgrade needs the release before.
+func choose(names string, before bool) ([]scenario, error) {
 	all := scenarios()
 	if names == "" {
-		return all, nil
+		return slices.DeleteFunc(all, func(s scenario) bool { return s.upgrade && !before }), nil
 	}
 	var chosen []scenario
 	for name := range strings.SplitSeq(names, ",") {
 		found := false
 		for _, s := range all {
 			if s.name == name {
+				if s.upgrade && !before {
+					return nil, fmt.Errorf("the scenario %s needs -before", name)
+				}
 				chosen, found = append(chosen, s), true
 			}
 		}

@@ -48,9 +48,12 @@ func (r *replica) start() error {
 	if r.process != nil && r.process.running() {
 		return nil
 	}
-	var err error
-	r.process, err = start(r.dir, r.name, "", r.env, r.program, r.args...)
-	return err
+	p, err := start(r.dir, r.name, "", r.env, r.program, r.args...)
+	if err != nil {
+		return err // the process that ended stays, for stop
+	}
+	r.process = p
+	return nil
 }
 
 func (r *replica) current() *process {

@@ -23,6 +23,8 @@ type scenario struct {
 	database    func(dir string) database
 	// args are what one replica is started with, in addition.
 	args func(replica int) []string
+	// upgrade is set when the replicas begin as the release before.
+	upgrade bool
 	// fault breaks one thing and mends it, again and again until the time is up.
 	fault func(ctx context.Context, w *world) error
 }
@@ -39,6 +41,7 @@ func scenarios() []scenario {
 		{name: "galera-one", about: "Galera, one node takes all writes; nodes are killed and stopped", database: galera(1), fault: breakGalera},
 		{name: "galera-many", about: "Galera, each replica writes to a node of its own; nodes and replicas are killed", database: galera(galeraNodes), fault: breakGaleraAndReplicas},
 		{name: "galera-calm", about: "Galera with several writers and no fault: certification alone", database: galera(galeraNodes), fault: nothing},
+		{name: "upgrade", about: "PostgreSQL; replicas change between the release before (-before) and this one", database: postgres, upgrade: true, fault: changeRelease},
 	}
 }
 
@@ -158,6 +161,23 @@ func breakGaleraAndReplicas(ctx context.Context, w *world) error {
 	return breakGalera(ctx, w)
 }
 
+// changeRelease replaces one replica's program, as a rolling upgrade or a step
+// back does: the replica drains, and starts as the other release.
+func changeRelease(ctx context.Context, w *world) error {
+	r := w.replicas[w.rng.IntN(len(w.replicas))]
+	program := w.o.nanomdm
+	if r.program == program {
+		program = w.o.before
+	}
+	w.note("%s becomes %s", r.name, program)
+	r.stop()
+	r.program = program
+	if err := r.start(); err != nil {
+		return err
+	}
+	return r.ready(ctx, time.Minute)
+}
+
 func nothing(context.Context, *world) error { return nil }
 
 // outcome is one row of the summary.
@@ -237,13 +257,17 @@ func (w *world) start(ctx context.Context, s scenario) error {
 	if w.receiver, err = newReceiver(); err != nil {
 		return err
 	}
+	program := w.o.nanomdm
+	if s.upgrade {
+		program = w.o.before
+	}
 	for i := range w.o.replicas {
 		storage, dsn := w.database.source(i)
 		args := []string{"-ca", caFile, "-apns-url", w.apns.URL(), "-apns-ca", apnsCA, "-webhook-url", w.receiver.url}
 		if s.args != nil {
 			args = append(args, s.args(i)...)
 		}
-		r, err := newReplica(w.dir, w.o.nanomdm, i, storage, dsn, args...)
+		r, err := newReplica(w.dir, program, i, storage, dsn, args...)
 		if err != nil {
 			return err
 		}
