@@ -167,6 +167,9 @@ func TestOwnDatabaseServers(t *testing.T) {
 			own := s.as(ownUser, ownPassword, ownDatabase)
 			t.Run("TLS", func(t *testing.T) { s.within(t).testTLS(own, right, wrong) })
 			t.Run("causes", func(t *testing.T) { s.within(t).testCauses(right) })
+			if engine == "mysql" {
+				t.Run("Group Replication", func(t *testing.T) { s.within(t).testGroupReplication(own, right) })
+			}
 			if engine != "pgsql" { // see TestReadOnlyServer
 				t.Run("read-only", func(t *testing.T) { s.within(t).testReadOnly(own, right) })
 			}
@@ -244,4 +247,51 @@ func (s *ownServer) testReadOnly(dsn, ca string) {
 	s.exec("SET GLOBAL read_only = 0")
 	d.eventually("/readyz", 200)
 	require.NoError(s.t, dev.TokenUpdate(s.t.Context()))
+}
+
+// testGroupReplication: sessions on a member of a group read what other members
+// have committed, as far as the group's mode needs it, whatever the server's
+// own setting is.
+func (s *ownServer) testGroupReplication(dsn, ca string) {
+	s.exec("INSTALL PLUGIN group_replication SONAME 'group_replication.so'")
+	s.exec("SET GLOBAL group_replication_group_name = '8d4bcbb6-6d3b-4f2d-8a6b-0d3a1f7f4a11'")
+	for _, c := range []struct{ primaries, server, dsn, want string }{
+		{"ON", "EVENTUAL", "", "BEFORE_ON_PRIMARY_FAILOVER"},
+		{"ON", "AFTER", "", "AFTER"},
+		{"OFF", "EVENTUAL", "", "BEFORE"},
+		{"OFF", "BEFORE_ON_PRIMARY_FAILOVER", "", "BEFORE"},
+		{"OFF", "BEFORE_AND_AFTER", "", "BEFORE_AND_AFTER"},
+		{"ON", "EVENTUAL", "?group_replication_consistency='AFTER'", "AFTER"},
+	} {
+		s.t.Run(c.primaries+" "+c.server+c.dsn, func(t *testing.T) {
+			s := s.within(t)
+			s.exec("SET GLOBAL group_replication_single_primary_mode = " + c.primaries)
+			s.exec("SET GLOBAL group_replication_consistency = '" + c.server + "'")
+			d := start(t, "http", "-storage", s.storage, "-storage-dsn", dsn+c.dsn, "-storage-ca", ca)
+			d.eventually("/readyz", 200)
+			// The connection that asked for the server's kind may take its time to end.
+			require.Eventually(t, func() bool { return slices.Equal(s.consistencies(), []string{c.want}) }, 10*time.Second, 20*time.Millisecond,
+				"%s, and it is %s", c.want, s.consistencies())
+		})
+	}
+}
+
+// consistencies are the values of group_replication_consistency in sessions of
+// the daemon.
+func (s *ownServer) consistencies() (values []string) {
+	rows, err := s.admin.QueryContext(s.t.Context(), `SELECT DISTINCT v.VARIABLE_VALUE FROM performance_schema.variables_by_thread v
+		JOIN performance_schema.threads t USING (THREAD_ID)
+		WHERE t.PROCESSLIST_USER = ? AND v.VARIABLE_NAME = 'group_replication_consistency'`, ownUser)
+	if err != nil {
+		return []string{err.Error()}
+	}
+	defer rows.Close()
+	for rows.Next() {
+		var value string
+		if err := rows.Scan(&value); err != nil {
+			return []string{err.Error()}
+		}
+		values = append(values, value)
+	}
+	return values
 }

@@ -76,9 +76,12 @@ func openMySQL(ctx context.Context, cfg Config) (*pools, error) {
 
 // mysqlServer is the kind of server at the other end of a connection.
 type mysqlServer struct {
-	mariadb   bool
-	galera    bool // a node of a cluster that several nodes write to
-	maxPacket int
+	mariadb bool
+	galera  bool // a node of a cluster that several nodes write to
+	// consistency is the group_replication_consistency that sessions need and do
+	// not have; empty if the server's own suffices or is no member of a group.
+	consistency string
+	maxPacket   int
 }
 
 // params returns the system variables of the pool's connections. Variables in
@@ -113,6 +116,9 @@ func (server mysqlServer) params(ofDSN map[string]string) map[string]string {
 		// must not be offered a command that it has answered.
 		params["wsrep_sync_wait"] = "7"
 	}
+	if server.consistency != "" {
+		params["group_replication_consistency"] = "'" + server.consistency + "'"
+	}
 	maps.Copy(params, ofDSN)
 	return params
 }
@@ -143,6 +149,11 @@ func askMySQL(ctx context.Context, cfg Config, mc *mysql.Config) (mysqlServer, e
 			return server, fmt.Errorf("connecting: %w", err)
 		}
 	}
+	if !server.mariadb {
+		if server.consistency, err = neededConsistency(ctx, db); err != nil {
+			return server, err
+		}
+	}
 	if flush != "1" {
 		cfg.Logger.WarnContext(ctx, "innodb_flush_log_at_trx_commit is not 1: what was acknowledged to devices can be lost in a crash", "value", flush)
 	}
@@ -161,6 +172,54 @@ func isGalera(ctx context.Context, db *sql.DB) (bool, error) {
 		return false, nil
 	}
 	return value == "ON", err
+}
+
+// neededConsistency returns the group_replication_consistency that sessions on
+// a member of a group have to set, empty if none. After a failover the new
+// primary must not answer before it has applied the former one's transactions;
+// with several primaries each transaction waits for those of the others, as on
+// Galera. A server that does not let sessions set it is refused.
+func neededConsistency(ctx context.Context, db *sql.DB) (string, error) {
+	settings, err := groupSettings(ctx, db)
+	if err != nil {
+		return "", fmt.Errorf("connecting: %w", err)
+	}
+	needed := ""
+	switch single := settings["group_replication_single_primary_mode"] == "ON"; {
+	case settings["group_replication_group_name"] == "":
+		return "", nil
+	case single && settings["group_replication_consistency"] == "EVENTUAL":
+		needed = "BEFORE_ON_PRIMARY_FAILOVER"
+	case !single && (settings["group_replication_consistency"] == "EVENTUAL" || settings["group_replication_consistency"] == "BEFORE_ON_PRIMARY_FAILOVER"):
+		needed = "BEFORE"
+	default:
+		return "", nil
+	}
+	if _, err := db.ExecContext(ctx, "SET SESSION group_replication_consistency = '"+needed+"'"); err != nil {
+		return "", fmt.Errorf("group_replication_consistency is %s, with which a device can be offered what it has answered, and sessions cannot change it: run SET PERSIST group_replication_consistency = '%s' on each member: %w",
+			settings["group_replication_consistency"], needed, err)
+	}
+	return needed, nil
+}
+
+// groupSettings reads the settings of Group Replication; a server without the
+// plugin has none.
+func groupSettings(ctx context.Context, db *sql.DB) (map[string]string, error) {
+	rows, err := db.QueryContext(ctx, "SHOW GLOBAL VARIABLES WHERE Variable_name IN "+
+		"('group_replication_group_name', 'group_replication_single_primary_mode', 'group_replication_consistency')")
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	settings := make(map[string]string)
+	for rows.Next() {
+		var name, value string
+		if err := rows.Scan(&name, &value); err != nil {
+			return nil, err
+		}
+		settings[name] = value
+	}
+	return settings, rows.Err()
 }
 
 // checkMySQLWrites names the settings by which the server refuses writes. With
