@@ -64,10 +64,7 @@ func TestSystemdUnit(t *testing.T) {
 		}
 	}
 
-	analyze, err := exec.LookPath("systemd-analyze")
-	if err != nil {
-		t.Skip("systemd-analyze is not installed")
-	}
+	analyze := installed(t, "systemd-analyze")
 	self, err := os.Executable()
 	require.NoError(t, err)
 	file := filepath.Join(t.TempDir(), "nanomdm.service")
@@ -113,10 +110,7 @@ func TestComposeFile(t *testing.T) {
 	require.Equal(t, 2, replicas)
 
 	// nginx reads its part.
-	program, err := exec.LookPath("nginx")
-	if err != nil {
-		t.Skip("nginx is not installed")
-	}
+	program := installed(t, "nginx")
 	dir := t.TempDir()
 	devices, err := mdmtest.NewCA()
 	require.NoError(t, err)

@@ -92,16 +92,24 @@ var proxies = []proxy{
 
 // The examples of docs/proxies, as they are but for paths and the port, in
 // front of the daemon, and each other form of the certificate header.
+// installed finds a program that a test runs. Without it the test is skipped, and
+// fails in CI.
+func installed(t *testing.T, program string) string {
+	t.Helper()
+	path, err := exec.LookPath(program)
+	if err != nil {
+		if os.Getenv("CI") == "true" {
+			t.Fatalf("%s is not installed: in CI every example is tested", program)
+		}
+		t.Skipf("no %s: install it, or run storage/engines/with-engines.sh go test ./...", program)
+	}
+	return path
+}
+
 func TestProxiesOfTheDocumentation(t *testing.T) {
 	for _, p := range proxies {
 		t.Run(p.program, func(t *testing.T) {
-			program, err := exec.LookPath(p.program)
-			if err != nil {
-				if os.Getenv("CI") == "true" {
-					t.Fatalf("%s is not installed: in CI every proxy is tested", p.program)
-				}
-				t.Skipf("no %s: install it, or run storage/engines/with-engines.sh go test ./...", p.program)
-			}
+			program := installed(t, p.program)
 			t.Run("example", func(t *testing.T) { p.test(t, program, p.header) })
 			for name, form := range p.forms {
 				t.Run(name, func(t *testing.T) { p.test(t, program, form) })

@@ -85,9 +85,10 @@ func TestConsumers(t *testing.T) {
 		},
 		"python": func(t *testing.T, _, port string) *exec.Cmd {
 			python, err := exec.LookPath("python3")
-			if err != nil {
+			if err != nil && os.Getenv("CI") != "true" {
 				t.Skip("no python3 here")
 			}
+			require.NoError(t, err)
 			return exec.Command(python, filepath.Join(dir, "consumer.py"), port)
 		},
 	} {

@@ -261,7 +261,8 @@ debian_mirror() {
 }
 
 # prepare_tools: nginx, HAProxy, Apache and Caddy run in tests with the examples of
-# docs/proxies, and Prometheus' promtool reads the alert rules. A test that
+# docs/proxies, Prometheus' promtool reads the alert rules, Python a consumer of
+# webhooks, and systemd-analyze the unit. A test that
 # misses its tool is skipped, and fails if CI=true.
 prepare_tools() {
 	local missing=() p
@@ -269,7 +270,10 @@ prepare_tools() {
 		command -v "$p" >/dev/null || missing+=("$p")
 	done
 	command -v promtool >/dev/null || missing+=(prometheus)
+	command -v python3 >/dev/null || missing+=(python3)
 	[[ -x /usr/sbin/pgbouncer ]] || missing+=(pgbouncer)
+	# For systemd-analyze, by itself: where it cannot be installed, the rest can.
+	command -v systemd-analyze >/dev/null || apt_install systemd || say "WARNING: going on without systemd-analyze"
 	((${#missing[@]} == 0)) && return
 	if ! apt_install "${missing[@]}"; then
 		say "WARNING: going on without ${missing[*]}"
