@@ -83,35 +83,43 @@ func (a *api) result(ctx context.Context, id, uuid string) (string, error) {
 }
 
 // settled waits until each device that never enrolled again has all that was
-// queued for it, and the receiver all that devices reported. Its error says
-// what is still missing; the checks name each.
-func settled(ctx context.Context, limit time.Duration, h *history, f *fleet, r *receiver) error {
+// queued for it, and the receiver all that devices reported. It passes each new
+// reason to wait on to waiting; the checks name everything that is missing.
+func settled(ctx context.Context, limit time.Duration, h *history, f *fleet, r *receiver, waiting func(error)) error {
+	last := ""
 	return await(ctx, limit, "the system to settle", func() error {
-		h.mu.Lock()
-		defer h.mu.Unlock()
-		for _, s := range f.devices {
-			if s.isEnrolling() {
-				return fmt.Errorf("%s enrolls", s.id)
-			}
-			d := h.device(s.id)
-			taken := make(map[string]bool)
-			for _, x := range d.results {
-				taken[x.uuid] = taken[x.uuid] || x.status != "NotNow"
-			}
-			for _, c := range h.calls {
-				if c.acknowledged[s.id] && !taken[c.uuid] && !cleared(d, c) {
-					return fmt.Errorf("%s waits for %s", s.id, c.marker)
-				}
-			}
-			if len(r.reported(s.id)) < len(taken) {
-				missing := terminal(d)
-				if got := r.reported(s.id); len(got) < len(missing) {
-					return fmt.Errorf("the receiver waits for %d answers of %s", len(missing)-len(got), s.id)
-				}
+		err := unsettled(h, f, r)
+		if err != nil && err.Error() != last {
+			last = err.Error()
+			waiting(err)
+		}
+		return err
+	})
+}
+
+// unsettled says what is still missing, if anything is.
+func unsettled(h *history, f *fleet, r *receiver) error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for _, s := range f.devices {
+		if s.isEnrolling() {
+			return fmt.Errorf("%s enrolls", s.id)
+		}
+		d := h.device(s.id)
+		taken := make(map[string]bool)
+		for _, x := range d.results {
+			taken[x.uuid] = taken[x.uuid] || x.status != "NotNow"
+		}
+		for _, c := range h.calls {
+			if c.acknowledged[s.id] && !taken[c.uuid] && !cleared(d, c) {
+				return fmt.Errorf("%s waits for %s", s.id, c.marker)
 			}
 		}
-		return nil
-	})
+		if missing := len(terminal(d)) - len(r.reported(s.id)); missing > 0 {
+			return fmt.Errorf("the receiver waits for %d answers of %s", missing, s.id)
+		}
+	}
+	return nil
 }
 
 // cleared: the device enrolled again after the first attempt to queue the

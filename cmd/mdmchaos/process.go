@@ -84,9 +84,52 @@ func credential(name string) (*syscall.Credential, error) {
 	return &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid)}, nil
 }
 
-// signal reaches the whole group. A process that has ended takes none.
+// signal reaches the process, its group and all its descendants: PostgreSQL's
+// processes have groups of their own. A process that has ended takes none.
 func (p *process) signal(s syscall.Signal) {
+	children := descendants(p.cmd.Process.Pid)
 	_ = syscall.Kill(-p.cmd.Process.Pid, s)
+	for _, pid := range children {
+		_ = syscall.Kill(pid, s)
+	}
+}
+
+// descendants lists the children of a process, their children and so on.
+func descendants(pid int) (all []int) {
+	stats, err := filepath.Glob("/proc/[0-9]*/stat")
+	if err != nil {
+		panic(err) // the pattern is constant
+	}
+	children := make(map[int][]int)
+	for _, path := range stats {
+		content, err := os.ReadFile(path)
+		if err != nil {
+			continue // it ended meanwhile
+		}
+		if child, parent, ok := parentOf(string(content)); ok {
+			children[parent] = append(children[parent], child)
+		}
+	}
+	for next := children[pid]; len(next) > 0; next = next[1:] {
+		all = append(all, next[0])
+		next = append(next, children[next[0]]...)
+	}
+	return all
+}
+
+// parentOf reads a process and its parent from the content of /proc/PID/stat:
+// the number, the name in brackets, the state and the parent.
+func parentOf(stat string) (pid, parent int, ok bool) {
+	fields := strings.Fields(stat[strings.LastIndexByte(stat, ')')+1:])
+	if len(fields) < 2 {
+		return 0, 0, false
+	}
+	number, _, _ := strings.Cut(stat, " ")
+	pid, err := strconv.Atoi(number)
+	if err == nil {
+		parent, err = strconv.Atoi(fields[1])
+	}
+	return pid, parent, err == nil
 }
 
 func (p *process) running() bool {
