@@ -13,10 +13,10 @@ ENGINES := storage/engines/with-engines.sh
 UNWATCHED := -d=checkptr=0 -race=false
 RACE := -race '-gcflags=modernc.org/sqlite/lib=$(UNWATCHED)' '-gcflags=modernc.org/libc/...=$(UNWATCHED)'
 
-.PHONY: help build release demo test quick bench chaos fuzz lint clean
+.PHONY: help build release demo test quick bench chaos chaos-short fuzz lint clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: ## build the programs into bin/, without cgo
 	CGO_ENABLED=0 $(GO) build -trimpath -o bin/ ./cmd/...
@@ -66,6 +66,10 @@ chaos: build ## break clusters and compare what was acknowledged; CHAOS='-scenar
 	cd bin/before && CGO_ENABLED=0 $(GO) build -o ../nanomdm-before ./cmd/nanomdm
 	rm -rf bin/before
 	./bin/mdmchaos -nanomdm ./bin/nanomdm -before ./bin/nanomdm-before $(CHAOS)
+
+chaos-short: build ## the same for some minutes: replicas and primaries are killed, connections cut
+	cmd/mdmchaos/install.sh postgresql haproxy
+	./bin/mdmchaos -nanomdm ./bin/nanomdm -scenarios kills,cuts,failover -duration 50s -devices 12 -operators 3 -seed 7
 
 # go test fuzzes one target at a time, so each is found and run by name. The
 # name also goes to -run, for the seeds. Making an input smaller is bounded: it

@@ -1,18 +1,30 @@
 #!/usr/bin/env bash
 #
-# install.sh: installs what mdmchaos runs, from Debian's packages, if it is
-# missing. None of the servers is started or enabled: mdmchaos starts its own,
-# on free ports of 127.0.0.1.
+# install.sh [PACKAGE...]: installs the programs that mdmchaos runs, from
+# Debian's packages, where they are missing: postgresql, haproxy, pgbouncer and
+# galera, or those that are named. No server is started or enabled: mdmchaos
+# starts its own, on free ports of 127.0.0.1.
 set -euo pipefail
 
+(($# > 0)) || set -- postgresql haproxy pgbouncer galera
+PATH=$PATH:/usr/sbin
 missing=()
-compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null || missing+=(postgresql)
-[[ -x /usr/sbin/mariadbd && -x /usr/bin/wsrep_sst_rsync ]] || missing+=(mariadb-server)
-[[ -e /usr/lib/galera/libgalera_smm.so ]] || missing+=(galera-4)
-command -v rsync >/dev/null || missing+=(rsync)
-command -v lsof >/dev/null || missing+=(lsof) # the state transfer asks it who listens
-command -v haproxy >/dev/null || missing+=(haproxy)
-[[ -x /usr/sbin/pgbouncer ]] || missing+=(pgbouncer)
+for package; do
+	case $package in
+	postgresql) compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null || missing+=(postgresql) ;;
+	haproxy | pgbouncer) command -v "$package" >/dev/null || missing+=("$package") ;;
+	galera)
+		[[ -x /usr/sbin/mariadbd && -x /usr/bin/wsrep_sst_rsync ]] || missing+=(mariadb-server)
+		[[ -e /usr/lib/galera/libgalera_smm.so ]] || missing+=(galera-4)
+		command -v rsync >/dev/null || missing+=(rsync)
+		command -v lsof >/dev/null || missing+=(lsof) # the state transfer asks it who listens
+		;;
+	*)
+		echo "install.sh: $package is not one of postgresql, haproxy, pgbouncer, galera" >&2
+		exit 2
+		;;
+	esac
+done
 ((${#missing[@]} > 0)) || exit 0
 
 if ((EUID != 0)) || ! command -v apt-get >/dev/null; then
