@@ -125,12 +125,18 @@ func newPeer(b *testing.B, cfg sqlstore.Config) *peer {
 		require.NoError(b, err)
 	}
 	now := "TIMESTAMP NOT NULL DEFAULT CURRENT_TIMESTAMP"
-	for _, statement := range []string{
-		"CREATE TABLE enrollments (id VARCHAR(127) NOT NULL PRIMARY KEY)",
+	statements := []string{
+		"CREATE TABLE enrollments (id VARCHAR(255) NOT NULL PRIMARY KEY)",
 		"CREATE TABLE commands (command_uuid VARCHAR(127) NOT NULL PRIMARY KEY, request_type VARCHAR(63) NOT NULL, command TEXT NOT NULL, created_at " + now + ", updated_at " + now + ")",
-		"CREATE TABLE enrollment_queue (id VARCHAR(127) NOT NULL, command_uuid VARCHAR(127) NOT NULL, active SMALLINT NOT NULL DEFAULT 1, priority SMALLINT NOT NULL DEFAULT 0, " +
+		"CREATE TABLE enrollment_queue (id VARCHAR(255) NOT NULL, command_uuid VARCHAR(127) NOT NULL, active SMALLINT NOT NULL DEFAULT 1, priority SMALLINT NOT NULL DEFAULT 0, " +
 			"created_at " + now + ", updated_at " + now + ", PRIMARY KEY (id, command_uuid), FOREIGN KEY (id) REFERENCES enrollments (id), FOREIGN KEY (command_uuid) REFERENCES commands (command_uuid))",
-	} {
+	}
+	if cfg.Driver == "mysql" { // these two are in its schema for MySQL alone
+		statements = append(statements,
+			"CREATE INDEX queue_order ON enrollment_queue (priority DESC, created_at)",
+			"CREATE INDEX idx_queue_lookup ON enrollment_queue (id, active, priority DESC, created_at)")
+	}
+	for _, statement := range statements {
 		_, err := p.db.Exec(statement)
 		require.NoError(b, err)
 	}

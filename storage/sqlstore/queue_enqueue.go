@@ -70,10 +70,7 @@ func (s *Store) Enqueue(ctx context.Context, scope storage.Scope, e *storage.Enq
 		}
 		g.Go(func() error { return supervise.Recovered(chunk) })
 	}
-	if err := g.Wait(); err != nil {
-		if p := (*supervise.Panic)(nil); errors.As(err, &p) {
-			panic(p) // in the goroutine of the request
-		}
+	if err := wait(g); err != nil {
 		return failed, fmt.Errorf("queueing a command: %w", err)
 	}
 	if e.Once != nil {
@@ -82,15 +79,43 @@ func (s *Store) Enqueue(ctx context.Context, scope storage.Scope, e *storage.Enq
 	return failed, nil
 }
 
-// enqueueTogether carries a call out in a transaction that it may share.
+// enqueueTogether carries a call out in transactions that it may share, one for
+// each share of its enrollments. The first of them appends the audit record.
 func (s *Store) enqueueTogether(ctx context.Context, scope storage.Scope, e *storage.Enqueue, ids []string, failed map[string]error) (map[string]error, error) {
-	c := &enqueueCall{scope: scope, e: e, ids: ids}
-	err := s.enqueues.do(ctx, c, len(ids))
-	if err = cmp.Or(err, c.conflict); err != nil {
+	unaudited := *e
+	unaudited.Audit = nil
+	var calls []*enqueueCall
+	var g errgroup.Group
+	for i, share := range s.shares(ids) {
+		if len(share) == 0 {
+			continue
+		}
+		c := &enqueueCall{scope: scope, e: e, ids: share}
+		if len(calls) > 0 {
+			c.e = &unaudited
+		}
+		calls = append(calls, c)
+		run := func() error { return cmp.Or(s.enqueues[i].do(ctx, c, len(share)), c.conflict) }
+		g.Go(func() error { return supervise.Recovered(run) })
+	}
+	err := wait(&g)
+	for _, c := range calls {
+		maps.Copy(failed, c.failed)
+	}
+	if err != nil {
 		return failed, fmt.Errorf("queueing a command: %w", err)
 	}
-	maps.Copy(failed, c.failed)
 	return failed, nil
+}
+
+// wait waits for transactions of a call. A panic of one of them goes on in the
+// goroutine of the request.
+func wait(g *errgroup.Group) error {
+	err := g.Wait()
+	if p := (*supervise.Panic)(nil); errors.As(err, &p) {
+		panic(p)
+	}
+	return err
 }
 
 // enqueueSome is one transaction of Enqueue, for a chunk of the sorted ids. It

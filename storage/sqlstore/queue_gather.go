@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"hash/maphash"
 	"maps"
 	"slices"
 
@@ -24,7 +25,13 @@ const (
 	gatheredRows  = 4000
 	// waitingCalls bounds the calls that wait; more are storage.ErrBusy.
 	waitingCalls = 4096
+	// enqueueShares is how many such transactions run beside each other, and
+	// sharedFrom how many enrollments a call has that is part of all of them.
+	enqueueShares = 2
+	sharedFrom    = 64
 )
+
+var shareSeed = maphash.MakeSeed()
 
 // enqueueCall is a call for some enrollments in a batch of calls. It needs no
 // record of its progress and replaces nothing: see Store.Enqueue.
@@ -34,43 +41,95 @@ type enqueueCall struct {
 	ids      []string // sorted
 	failed   map[string]error
 	conflict error
-	eligible []string
+	eligible []*gatheredRow
 }
 
 // command is the call's.
 func (c *enqueueCall) command() *mdm.Command { return c.e.Command }
 
-// startEnqueues makes the batcher of Enqueue. A second batch in flight would
-// wait for the push rows of the first one.
+// gatheredRow is an enrollment that a batch of calls names.
+type gatheredRow struct {
+	id       string
+	locked   bool  // it has a push row
+	last     int64 // number of its queue
+	enrolled bool
+	topic    string
+	taken    numbering // by the calls so far
+}
+
+// numbering is what a batch of calls does to a push row.
+type numbering struct {
+	numbers int  // that they take
+	owed    bool // a push is owed for the last one
+}
+
+// gather returns the enrollments of calls in key order, and by their ids.
+func gather(calls []*enqueueCall) (ids []string, rows map[string]*gatheredRow) {
+	rows = make(map[string]*gatheredRow, len(calls[0].ids))
+	for _, c := range calls {
+		for _, id := range c.ids {
+			if rows[id] == nil {
+				rows[id] = &gatheredRow{id: id}
+				ids = append(ids, id)
+			}
+		}
+	}
+	slices.Sort(ids)
+	return ids, rows
+}
+
+// startEnqueues makes the batchers of Enqueue, one for each share of the
+// enrollments: a second batch in flight for the same ones would wait for the push
+// rows of the first. With one batch in flight, the database uses one processor.
 func (s *Store) startEnqueues() {
+	_, _, shares := s.db.Parallel()
 	cfg := batchConfig{inFlight: 1, rows: gatheredCalls, bytes: gatheredRows, waiting: waitingCalls, hopeless: hopeless}
-	s.enqueues = newBatcher(cfg, func(ctx context.Context, calls []*enqueueCall) error {
-		return s.write(ctx, func(ctx context.Context, t *tx) error { return enqueueCalls(ctx, t, calls) })
-	})
+	for range min(shares, enqueueShares) {
+		s.enqueues = append(s.enqueues, newBatcher(cfg, func(ctx context.Context, calls []*enqueueCall) error {
+			return s.write(ctx, func(ctx context.Context, t *tx) error { return enqueueCalls(ctx, t, calls) })
+		}))
+	}
+}
+
+// shares divides sorted ids among the batchers. Few ids are one share.
+func (s *Store) shares(ids []string) [][]string {
+	shareOf := func(id string) int { return int(maphash.String(shareSeed, id) % uint64(len(s.enqueues))) }
+	shares := make([][]string, len(s.enqueues))
+	if len(ids) < sharedFrom {
+		shares[shareOf(ids[0])] = ids
+		return shares
+	}
+	for _, id := range ids {
+		i := shareOf(id)
+		shares[i] = append(shares[i], id)
+	}
+	return shares
 }
 
 // enqueueCalls carries calls out in one transaction. A call whose command
 // conflicts with another one fails by itself.
 func enqueueCalls(ctx context.Context, t *tx, calls []*enqueueCall) error {
-	var ids []string
 	for _, c := range calls {
 		c.failed, c.conflict, c.eligible = make(map[string]error), nil, nil
-		ids = append(ids, c.ids...)
 	}
-	slices.Sort(ids)
-	ids = slices.Compact(ids)
-	numbers, err := lockNumbers(ctx, t, ids)
-	if err != nil {
+	ids, rows := gather(calls)
+	if err := lockRows(ctx, t, ids, rows); err != nil {
 		return err
 	}
 	stored, err := findCommands(ctx, t, calls)
 	if err != nil {
 		return err
 	}
-	if err := chooseEligible(ctx, t, calls, ids, numbers, stored); err != nil {
+	if err := readEnrolled(ctx, t, ids, rows); err != nil {
 		return err
 	}
-	if err := insertCalls(ctx, t, calls, numbers); err != nil {
+	if err := chooseEligible(ctx, t, calls, rows, stored); err != nil {
+		return err
+	}
+	if err := insertCalls(ctx, t, calls); err != nil {
+		return err
+	}
+	if err := raiseNumbers(ctx, t, ids, rows); err != nil {
 		return err
 	}
 	if err := putCommands(ctx, t, calls, stored); err != nil {
@@ -82,6 +141,23 @@ func enqueueCalls(ctx context.Context, t *tx, calls []*enqueueCall) error {
 				return fmt.Errorf("appending an audit record: %w", err)
 			}
 		}
+	}
+	return nil
+}
+
+// lockRows locks push rows and reads the last number of each queue.
+func lockRows(ctx context.Context, t *tx, ids []string, rows map[string]*gatheredRow) error {
+	err := t.QueryLocked(ctx, "id, last_seq", "nano_enrollment_push", ids).Each(func(row sqldb.Row) error {
+		var id string
+		var last int64
+		if err := row.Scan(&id, &last); err != nil {
+			return err
+		}
+		rows[id].locked, rows[id].last = true, last
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("locking push rows: %w", err)
 	}
 	return nil
 }
@@ -142,31 +218,52 @@ func keepCommands(ctx context.Context, t *tx, calls []*enqueueCall, read func(uu
 	return nil
 }
 
+// readEnrolled reads which enrollments are enabled, with their topics.
+func readEnrolled(ctx context.Context, t *tx, ids []string, rows map[string]*gatheredRow) error {
+	q, args := t.enrolledText(ids, "")
+	err := t.Query(ctx, q, args...).Each(func(row sqldb.Row) error {
+		var id, topic string
+		var enabled bool
+		var none any
+		if err := row.Scan(&id, &enabled, &topic, &none); err != nil {
+			return err
+		}
+		rows[id].enrolled, rows[id].topic = enabled, topic
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("reading enrollments: %w", err)
+	}
+	return nil
+}
+
 // chooseEligible says which enrollments of each call get its command: those that
 // are enrolled, that the caller may see, and that do not have it.
-func chooseEligible(ctx context.Context, t *tx, calls []*enqueueCall, ids []string, numbers map[string]int64, stored map[string]bool) error {
-	topics, err := enrolledTopics(ctx, t, ids)
-	if err != nil {
-		return err
+func chooseEligible(ctx context.Context, t *tx, calls []*enqueueCall, rows map[string]*gatheredRow, stored map[string]bool) error {
+	uses := make(map[string]int, len(calls))
+	for _, c := range calls {
+		uses[c.command().CommandUUID]++
 	}
-	given := make(map[keyPair]bool) // by the calls before
+	given := make(map[keyPair]bool) // by the calls before, of commands that several calls have
 	for _, c := range calls {
 		uuid := c.command().CommandUUID
 		var has map[string]bool
 		if stored[uuid] {
+			var err error
 			if has, err = enrolledAmong(ctx, t, c.scope, c.ids, uuid); err != nil {
 				return err
 			}
 		}
 		for _, id := range c.ids {
-			_, known := numbers[id]
-			topic, enrolled := topics[id]
+			row, pair := rows[id], keyPair{ID: id, Item: uuid}
 			switch {
-			case !known || !enrolled || len(c.scope.Topics) > 0 && !slices.Contains(c.scope.Topics, topic):
+			case !row.locked || !row.enrolled || len(c.scope.Topics) > 0 && !slices.Contains(c.scope.Topics, row.topic):
 				c.failed[id] = storage.ErrNotEnrolled
-			case c.conflict == nil && !has[id] && !given[keyPair{ID: id, Item: uuid}]:
-				given[keyPair{ID: id, Item: uuid}] = true
-				c.eligible = append(c.eligible, id)
+			case c.conflict == nil && !has[id] && (uses[uuid] == 1 || !given[pair]):
+				c.eligible = append(c.eligible, row)
+				if uses[uuid] > 1 {
+					given[pair] = true
+				}
 			}
 		}
 		if len(c.failed) == len(c.ids) {
@@ -176,40 +273,22 @@ func chooseEligible(ctx context.Context, t *tx, calls []*enqueueCall, ids []stri
 	return nil
 }
 
-// enrolledTopics returns the enabled enrollments among ids, with their topics.
-func enrolledTopics(ctx context.Context, t *tx, ids []string) (map[string]string, error) {
-	q, args := t.enrolledText(ids, "")
-	topics := make(map[string]string, len(ids))
-	err := t.Query(ctx, q, args...).Each(func(row sqldb.Row) error {
-		var id, topic string
-		var enabled bool
-		var none any
-		if err := row.Scan(&id, &enabled, &topic, &none); err != nil {
-			return err
-		}
-		if enabled {
-			topics[id] = topic
-		}
-		return nil
-	})
-	if err != nil {
-		return nil, fmt.Errorf("reading enrollments: %w", err)
-	}
-	return topics, nil
-}
-
-// numbering is what calls do to a push row together.
-type numbering struct {
-	numbers int  // that they take
-	owed    bool // a push is owed for the last one
-}
-
 // insertCalls inserts the queue rows of calls behind the last numbers, in order of
-// the calls, and raises numbers and pushes owed.
-func insertCalls(ctx context.Context, t *tx, calls []*enqueueCall, last map[string]int64) error {
-	cols := []string{"id", "seq", "command_uuid", "priority", "state", "created_at", "not_before", "expires_at"}
+// the calls. Columns that have their default in all rows are left out.
+func insertCalls(ctx context.Context, t *tx, calls []*enqueueCall) error {
+	cols := []string{"id", "seq", "command_uuid", "state", "created_at"}
+	some := func(has func(e *storage.Enqueue) bool) bool {
+		return slices.ContainsFunc(calls, func(c *enqueueCall) bool { return has(c.e) })
+	}
+	priorities := some(func(e *storage.Enqueue) bool { return e.Priority != 0 })
+	times := some(func(e *storage.Enqueue) bool { return micros(e.NotBefore) > t.Now || !e.ExpiresAt.IsZero() })
+	if priorities {
+		cols = append(cols, "priority")
+	}
+	if times {
+		cols = append(cols, "not_before", "expires_at")
+	}
 	var items []any
-	taken := make(map[string]numbering)
 	for _, c := range calls {
 		state, notBefore, expires := int(storage.Queued), any(nil), any(nil)
 		if at := micros(c.e.NotBefore); at > t.Now {
@@ -218,12 +297,17 @@ func insertCalls(ctx context.Context, t *tx, calls []*enqueueCall, last map[stri
 		if !c.e.ExpiresAt.IsZero() {
 			expires = micros(c.e.ExpiresAt)
 		}
-		for _, id := range c.eligible {
-			n := taken[id]
-			n.numbers++
-			n.owed = n.owed || state == int(storage.Queued) && !c.e.NoPush
-			taken[id] = n
-			items = append(items, id, last[id]+int64(n.numbers), c.command().CommandUUID, c.e.Priority, state, t.Now, notBefore, expires)
+		same := []any{c.command().CommandUUID, state, t.Now}
+		if priorities {
+			same = append(same, c.e.Priority)
+		}
+		if times {
+			same = append(same, notBefore, expires)
+		}
+		for _, row := range c.eligible {
+			row.taken.numbers++
+			row.taken.owed = row.taken.owed || state == int(storage.Queued) && !c.e.NoPush
+			items = append(append(items, row.id, row.last+int64(row.taken.numbers)), same...)
 		}
 	}
 	if len(items) == 0 {
@@ -232,15 +316,22 @@ func insertCalls(ctx context.Context, t *tx, calls []*enqueueCall, last map[stri
 	if err := t.Insert(ctx, "nano_enrollment_queue", cols, items); err != nil {
 		return fmt.Errorf("storing queue rows: %w", err)
 	}
+	return nil
+}
+
+// raiseNumbers raises the numbers that calls took, and the pushes owed.
+func raiseNumbers(ctx context.Context, t *tx, ids []string, rows map[string]*gatheredRow) error {
 	alike := make(map[numbering][]string)
-	for _, id := range slices.Sorted(maps.Keys(taken)) {
-		alike[taken[id]] = append(alike[taken[id]], id)
+	for _, id := range ids {
+		if taken := rows[id].taken; taken.numbers > 0 {
+			alike[taken] = append(alike[taken], id)
+		}
 	}
-	for n, ids := range alike {
-		set, args := takeNumbers, []any{n.numbers}
-		if n.owed {
+	for taken, ids := range alike {
+		set, args := takeNumbers, []any{taken.numbers}
+		if taken.owed {
 			at := t.Now + firstPush.Microseconds()
-			set, args = oweNumbersBy, []any{n.numbers, at, at, n.numbers}
+			set, args = oweNumbersBy, []any{taken.numbers, at, at, taken.numbers}
 		}
 		q, idArgs := t.UpdateLockedText("nano_enrollment_push", set, ids)
 		if _, err := t.Exec(ctx, q, append(args, idArgs...)...); err != nil {

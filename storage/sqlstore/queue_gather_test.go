@@ -1,9 +1,12 @@
 package sqlstore_test
 
 import (
+	"fmt"
+	"sync"
 	"testing"
 	"time"
 
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
 	"github.com/nanomdm/nanomdm/mdm"
@@ -84,4 +87,61 @@ func enqueueTogether(t *testing.T, h *storagetest.Harness) {
 	err := h.Store.EnqueueTogetherForTest(t.Context(), []*sqlstore.CallForTest{call("new", "one", nil, "A"), call("new", "two", nil, "B")})
 	require.ErrorIs(t, err, storage.ErrConflict)
 	require.EqualValues(t, 0, h.Int(t, "SELECT COUNT(*) FROM nano_commands WHERE command_uuid = 'new'"))
+}
+
+// TestEnqueueShares: a call whose enrollments are shared between transactions
+// queues one row for each of them, in order of the calls, and is audited once.
+func TestEnqueueShares(t *testing.T) {
+	for _, e := range storagetest.Engines(t) {
+		t.Run(e.Name, func(t *testing.T) { enqueueShares(t, storagetest.NewHarness(t, e)) })
+	}
+}
+
+func enqueueShares(t *testing.T, h *storagetest.Harness) {
+	var ids []string
+	for i := range 150 {
+		ids = append(ids, fmt.Sprintf("D%03d", i))
+	}
+	h.Enroll(t, ids...)
+	call := func(uuid, raw string) (map[string]error, error) {
+		return h.Store.Enqueue(t.Context(), storage.Scope{}, &storage.Enqueue{
+			Command: &mdm.Command{CommandUUID: uuid, RequestType: "ProfileList", Raw: []byte(raw)},
+			IDs:     append([]string{"stranger"}, ids...),
+			Audit:   &storage.AuditRecord{Action: "command.enqueue", Target: uuid},
+		})
+	}
+	const each = 5
+	var callers sync.WaitGroup
+	for caller := range 3 {
+		callers.Go(func() {
+			for i := range each {
+				uuid := fmt.Sprintf("%c%d", 'a'+caller, i)
+				failed, err := call(uuid, uuid)
+				if !assert.NoError(t, err) {
+					return
+				}
+				assert.Len(t, failed, 1)
+				assert.ErrorIs(t, failed["stranger"], storage.ErrNotEnrolled)
+			}
+		})
+	}
+	callers.Wait()
+	require.EqualValues(t, 3*each, h.Int(t, "SELECT COUNT(*) FROM nano_audit WHERE action = 'command.enqueue'"))
+	require.EqualValues(t, len(ids), h.Int(t, "SELECT COUNT(*) FROM nano_enrollment_push WHERE last_seq = 15 AND owed_seq = 15"))
+	for _, id := range ids {
+		last := map[byte]string{}
+		queue := h.Strings(t, "SELECT command_uuid FROM nano_enrollment_queue WHERE id = ? ORDER BY seq", id)
+		require.Len(t, queue, 3*each, id)
+		for _, uuid := range queue { // each caller's in the order in which it made them
+			require.Greater(t, uuid, last[uuid[0]], id)
+			last[uuid[0]] = uuid
+		}
+	}
+
+	failed, err := call("a0", "a0") // repeated: nothing is queued twice
+	require.NoError(t, err)
+	require.Len(t, failed, 1)
+	_, err = call("a0", "other bytes")
+	require.ErrorIs(t, err, storage.ErrConflict)
+	require.EqualValues(t, 3*each*len(ids), h.Int(t, "SELECT COUNT(*) FROM nano_enrollment_queue"))
 }

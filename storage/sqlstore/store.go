@@ -98,7 +98,7 @@ type Store struct {
 	act           *activityLog
 	polls         *batcher[*opRun]
 	changes       *batcher[*opRun]
-	enqueues      *batcher[*enqueueCall]
+	enqueues      []*batcher[*enqueueCall]
 	seal          *sealing
 	texts         deviceTexts
 	unreadable    atomic.Int64 // Stats.EventsUnreadable
