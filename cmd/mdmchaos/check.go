@@ -85,10 +85,10 @@ func (a *api) result(ctx context.Context, id, uuid string) (string, error) {
 // settled waits until each device that never enrolled again has all that was
 // queued for it, and the receiver all that devices reported. It passes each new
 // reason to wait on to waiting; the checks name everything that is missing.
-func settled(ctx context.Context, limit time.Duration, h *history, f *fleet, r *receiver, waiting func(error)) error {
+func settled(ctx context.Context, limit time.Duration, h *history, f *fleet, sinks []sink, r *receiver, waiting func(error)) error {
 	last := ""
 	return await(ctx, limit, "the system to settle", func() error {
-		err := unsettled(h, f, r)
+		err := unsettled(h, f, sinks, r)
 		if err != nil && err.Error() != last {
 			last = err.Error()
 			waiting(err)
@@ -98,7 +98,7 @@ func settled(ctx context.Context, limit time.Duration, h *history, f *fleet, r *
 }
 
 // unsettled says what is still missing, if anything is.
-func unsettled(h *history, f *fleet, r *receiver) error {
+func unsettled(h *history, f *fleet, sinks []sink, r *receiver) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	for _, s := range f.devices {
@@ -115,8 +115,10 @@ func unsettled(h *history, f *fleet, r *receiver) error {
 				return fmt.Errorf("%s waits for %s", s.id, c.marker)
 			}
 		}
-		if missing := len(terminal(d)) - len(r.reported(s.id)); missing > 0 {
-			return fmt.Errorf("the receiver waits for %d answers of %s", missing, s.id)
+		for _, k := range sinks {
+			if missing := len(terminal(d, k.takes)) - len(r.reported(k.name, s.id)); missing > 0 {
+				return fmt.Errorf("the sink %s waits for %d answers of %s", k.name, missing, s.id)
+			}
 		}
 	}
 	return nil
@@ -128,10 +130,13 @@ func cleared(d *deviceHistory, c *call) bool {
 	return slices.ContainsFunc(d.enrolled, func(at time.Time) bool { return c.begun.Before(at) })
 }
 
-// terminal lists the commands that a device ended, in order.
-func terminal(d *deviceHistory) (uuids []string) {
+// anyType takes all commands.
+func anyType(string) bool { return true }
+
+// terminal lists the commands of some types that a device ended, in order.
+func terminal(d *deviceHistory, takes func(requestType string) bool) (uuids []string) {
 	for _, x := range d.results {
-		if x.status != "NotNow" && !slices.Contains(uuids, x.uuid) {
+		if x.status != "NotNow" && takes(x.requestType) && !slices.Contains(uuids, x.uuid) {
 			uuids = append(uuids, x.uuid)
 		}
 	}
@@ -140,7 +145,7 @@ func terminal(d *deviceHistory) (uuids []string) {
 
 // check compares the history with the store and the receiver. The error is
 // for a store that cannot be read.
-func check(ctx context.Context, a *api, h *history, f *fleet, r *receiver) ([]string, error) {
+func check(ctx context.Context, a *api, h *history, f *fleet, sinks []sink, r *receiver) ([]string, error) {
 	var found findings
 	for _, s := range f.devices {
 		snap, err := a.fetch(ctx, s.id)
@@ -151,18 +156,21 @@ func check(ctx context.Context, a *api, h *history, f *fleet, r *receiver) ([]st
 		if d == nil {
 			d = &deviceHistory{}
 		}
-		for _, uuid := range terminal(d) {
+		for _, uuid := range terminal(d, anyType) {
 			if snap.results[uuid], err = a.result(ctx, s.id, uuid); err != nil {
 				found.add("%s: the answer to %s was taken and cannot be read: %v", s.id, uuid, err)
 			}
 		}
-		checkDevice(&found, s.id, d, h.calls, snap, r.reported(s.id))
+		checkDevice(&found, s.id, d, h.calls, snap)
+		for _, k := range sinks {
+			checkEvents(&found, s.id, k.name, terminal(d, k.takes), r.reported(k.name, s.id))
+		}
 	}
 	return found.list, nil
 }
 
 // checkDevice compares what one device saw and said with the rest.
-func checkDevice(found *findings, id string, d *deviceHistory, calls []*call, snap *snapshot, events []string) {
+func checkDevice(found *findings, id string, d *deviceHistory, calls []*call, snap *snapshot) {
 	if !snap.enabled {
 		found.add("%s: its last TokenUpdate was taken and it is not enrolled", id)
 	}
@@ -178,7 +186,6 @@ func checkDevice(found *findings, id string, d *deviceHistory, calls []*call, sn
 			found.add("%s: command %s (%s) was queued, and is %s at the end", id, c.marker, c.uuid, state)
 		}
 	}
-	checkEvents(found, id, terminal(d), events)
 }
 
 // checkResults: an answer that got its 200 is stored as it was.
@@ -234,15 +241,15 @@ func checkOffers(found *findings, id string, d *deviceHistory, calls []*call) {
 	}
 }
 
-// checkEvents: each answer that was taken arrived at the receiver, in order.
-func checkEvents(found *findings, id string, taken, events []string) {
+// checkEvents: each answer that was taken arrived at the sink, in order.
+func checkEvents(found *findings, id, sink string, taken, events []string) {
 	for i, uuid := range taken {
 		if !slices.Contains(events, uuid) {
-			found.add("%s: the event of the answer to %s never arrived", id, uuid)
+			found.add("%s: the event of the answer to %s never arrived at %s", id, uuid, sink)
 			continue
 		}
 		if i > 0 && slices.Contains(events, taken[i-1]) && slices.Index(events, taken[i-1]) > slices.Index(events, uuid) {
-			found.add("%s: the event of %s arrived before that of %s", id, uuid, taken[i-1])
+			found.add("%s: the event of %s arrived at %s before that of %s", id, uuid, sink, taken[i-1])
 		}
 	}
 }

@@ -22,8 +22,8 @@ func TestCheckDevice(t *testing.T) {
 		d := &deviceHistory{
 			offers: []offer{{"A", "op-0-0", at(3)}, {"B", "op-0-1", at(5)}},
 			results: []result{
-				{"A", "NotNow", nonce("D", "A"), at(4)}, {"A", "Acknowledged", nonce("D", "A"), at(4)},
-				{"B", "Error", nonce("D", "B"), at(6)},
+				{uuid: "A", status: "NotNow", nonce: nonce("D", "A"), at: at(4)}, {uuid: "A", status: "Acknowledged", nonce: nonce("D", "A"), at: at(4)},
+				{uuid: "B", status: "Error", nonce: nonce("D", "B"), at: at(6)},
 			},
 		}
 		snap := &snapshot{enabled: true, states: map[string]string{"A": "acknowledged", "B": "error"},
@@ -57,13 +57,14 @@ func TestCheckDevice(t *testing.T) {
 			d.offers = append(d.offers, offer{"C", "op-0-1", at(7)})
 		}, "made two commands"},
 		{"lost event", func(_ *deviceHistory, _ []*call, _ *snapshot, e *[]string) { *e = (*e)[:1] }, "never arrived"},
-		{"events out of order", func(_ *deviceHistory, _ []*call, _ *snapshot, e *[]string) { *e = []string{"B", "A"} }, "arrived before"},
+		{"events out of order", func(_ *deviceHistory, _ []*call, _ *snapshot, e *[]string) { *e = []string{"B", "A"} }, "before that of A"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			d, calls, snap, events := good()
 			c.spoil(d, calls, snap, &events)
 			var found findings
-			checkDevice(&found, "D", d, calls, snap, events)
+			checkDevice(&found, "D", d, calls, snap)
+			checkEvents(&found, "D", "webhook", terminal(d, anyType), events)
 			if c.want == "" {
 				require.Empty(t, found.list)
 				return
@@ -79,4 +80,15 @@ func TestCleared(t *testing.T) {
 	c := &call{begun: time.Unix(100, 0)}
 	require.False(t, cleared(&deviceHistory{enrolled: []time.Time{time.Unix(50, 0)}}, c))
 	require.True(t, cleared(&deviceHistory{enrolled: []time.Time{time.Unix(50, 0), time.Unix(200, 0)}}, c))
+}
+
+// A sink that takes one type of command is not missed for another type.
+func TestTerminalByType(t *testing.T) {
+	d := &deviceHistory{results: []result{
+		{uuid: "A", status: "NotNow", requestType: "RemoveProfile"}, {uuid: "B", status: "Error", requestType: "RemoveProfile"},
+		{uuid: "A", status: "Acknowledged", requestType: "RemoveProfile"}, {uuid: "C", status: "Acknowledged", requestType: "RemoveProvisioningProfile"},
+	}}
+	require.Equal(t, []string{"B", "A", "C"}, terminal(d, everything[0].takes))
+	require.Equal(t, []string{"B", "A"}, terminal(d, sinkPerType()[0].takes))
+	require.Equal(t, []string{"C"}, terminal(d, sinkPerType()[1].takes))
 }

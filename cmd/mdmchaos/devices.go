@@ -156,7 +156,9 @@ func (s *sleeper) poll(ctx context.Context, f *fleet) {
 	for ctx.Err() == nil {
 		visit, err := s.device.Poll(ctx)
 		for _, x := range append(visit.Resent, visit.Exchanges...) {
-			f.history.reported(s.id, x.Command.UUID, string(x.Status), nonce(s.id, x.Command.UUID))
+			f.history.reported(s.id, result{
+				uuid: x.Command.UUID, requestType: x.Command.RequestType, status: string(x.Status), nonce: nonce(s.id, x.Command.UUID),
+			})
 		}
 		if err == nil && !endsWithNotNow(visit) {
 			return

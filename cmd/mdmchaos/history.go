@@ -25,6 +25,7 @@ type history struct {
 type call struct {
 	operator, number int
 	marker           string // stands in the command, so that devices tell two commands of one call
+	requestType      string
 	uuid             string
 	ids              []string
 	acknowledged     map[string]bool // by enrollment
@@ -46,6 +47,7 @@ type offer struct {
 
 type result struct {
 	uuid, status, nonce string
+	requestType         string
 	at                  time.Time
 }
 
@@ -85,11 +87,12 @@ func (h *history) offered(id, uuid, marker string) {
 	d.offers = append(d.offers, offer{uuid: uuid, marker: marker, at: time.Now()})
 }
 
-func (h *history) reported(id, uuid, status, nonce string) {
+func (h *history) reported(id string, x result) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	d := h.device(id)
-	d.results = append(d.results, result{uuid: uuid, status: status, nonce: nonce, at: time.Now()})
+	x.at = time.Now()
+	d.results = append(d.results, x)
 }
 
 // enrolling notes that a device begins to enroll again: from now on its queue

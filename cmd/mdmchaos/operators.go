@@ -62,7 +62,9 @@ func (a *api) get(ctx context.Context, path string, into any) error {
 }
 
 // operator queues one command after the other, each for some devices, and
-// repeats a call until all of them have it.
+// repeats a call until all of them have it. A call with an idempotency key has
+// an effect once: it is complete when the server refused the rest, which enrolls
+// again at that moment.
 type operator struct {
 	number  int
 	keyed   bool // lets the server make the UUID, and sends an idempotency key
@@ -83,6 +85,10 @@ type answer struct {
 	Error        string `json:"error"`
 }
 
+// requestTypes are the commands that operators queue in turn. Each carries the
+// call's marker under one key.
+var requestTypes = []struct{ name, key string }{{"RemoveProfile", "Identifier"}, {"RemoveProvisioningProfile", "UUID"}}
+
 type operators struct {
 	busy       sync.WaitGroup
 	mu         sync.Mutex
@@ -99,17 +105,30 @@ func (o *operators) violation(format string, args ...any) {
 // it is acknowledged, or finish ends.
 func (o *operator) run(ctx, finish context.Context, all *operators) {
 	for n := 0; ctx.Err() == nil; n++ {
-		c := &call{operator: o.number, number: n, marker: fmt.Sprintf("op-%d-%d", o.number, n), ids: o.some()}
+		c := &call{
+			operator: o.number, number: n, marker: fmt.Sprintf("op-%d-%d", o.number, n),
+			requestType: requestTypes[n%len(requestTypes)].name, ids: o.some(),
+		}
 		if !o.keyed {
 			c.uuid = uuid.NewString()
 		}
 		o.history.begin(c)
 		o.repeat(finish, c, all)
-		if o.keyed && o.rng.IntN(3) == 0 {
+		if o.keyed && c.uuid != "" && o.rng.IntN(3) == 0 {
 			o.again(ctx, c, all)
 		}
 		_ = backoff.Sleep(ctx, o.pause)
 	}
+}
+
+// markerKey is the key of a command's marker.
+func markerKey(requestType string) string {
+	for _, t := range requestTypes {
+		if t.name == requestType {
+			return t.key
+		}
+	}
+	panic("no key for " + requestType)
 }
 
 func (o *operator) some() []string {
@@ -120,14 +139,14 @@ func (o *operator) some() []string {
 
 func (o *operator) repeat(ctx context.Context, c *call, all *operators) {
 	for ctx.Err() == nil {
-		queued, uuid, err := o.send(ctx, c)
+		queued, refused, uuid, err := o.send(ctx, c)
 		o.history.answered(err == nil)
 		if err == nil {
 			if o.keyed && c.uuid != "" && uuid != c.uuid {
 				all.violation("call %s with an idempotency key made commands %s and %s", c.marker, c.uuid, uuid)
 			}
 			o.history.accept(c, uuid, queued)
-			if len(c.acknowledged) == len(c.ids) {
+			if len(c.acknowledged) == len(c.ids) || o.keyed && len(queued)+refused == len(c.ids) {
 				return
 			}
 		}
@@ -138,46 +157,50 @@ func (o *operator) repeat(ctx context.Context, c *call, all *operators) {
 // again repeats a call that was acknowledged, as a client does that lost the
 // answer.
 func (o *operator) again(ctx context.Context, c *call, all *operators) {
-	_, uuid, err := o.send(ctx, c)
+	_, _, uuid, err := o.send(ctx, c)
 	if err == nil && uuid != c.uuid {
 		all.violation("call %s, repeated, made command %s besides %s", c.marker, uuid, c.uuid)
 	}
 }
 
-func (o *operator) send(ctx context.Context, c *call) (queued []string, uuid string, err error) {
+// send makes the call once, and returns the enrollments that have the command
+// and how many were refused.
+func (o *operator) send(ctx context.Context, c *call) (queued []string, refused int, uuid string, err error) {
 	var status int
 	var content []byte
 	if o.keyed {
 		body, err := json.Marshal(map[string]any{
-			"ids": c.ids, "request_type": "RemoveProfile", "Identifier": c.marker,
+			"ids": c.ids, "request_type": c.requestType, markerKey(c.requestType): c.marker,
 			"options": map[string]any{"idempotency_key": c.marker},
 		})
 		if err != nil {
-			return nil, "", err
+			return nil, 0, "", err
 		}
 		status, content, err = o.api.do(ctx, http.MethodPost, "/v1/commands?push=async", "application/json", body)
 		if err != nil {
-			return nil, "", err
+			return nil, 0, "", err
 		}
 	} else {
-		command := mdmtest.NewCommand(c.uuid, "RemoveProfile", func(p *mdmtest.Plist) { p.String("Identifier", c.marker) })
+		command := mdmtest.NewCommand(c.uuid, c.requestType, func(p *mdmtest.Plist) { p.String(markerKey(c.requestType), c.marker) })
 		path := "/v1/enqueue/" + url.PathEscape(strings.Join(c.ids, ",")) + "?push=async"
 		status, content, err = o.api.do(ctx, http.MethodPut, strings.ReplaceAll(path, "%2C", ","), "", command)
 		if err != nil {
-			return nil, "", err
+			return nil, 0, "", err
 		}
 	}
 	var a answer
 	if err := json.Unmarshal(content, &a); err != nil {
-		return nil, "", fmt.Errorf("%d %.100s", status, content)
+		return nil, 0, "", fmt.Errorf("%d %.100s", status, content)
 	}
 	if status != http.StatusOK && status != http.StatusMultiStatus {
-		return nil, "", fmt.Errorf("%d %s%s", status, a.Error, a.CommandError)
+		return nil, 0, "", fmt.Errorf("%d %s%s", status, a.Error, a.CommandError)
 	}
 	for id, one := range a.Status {
 		if one.CommandError == "" {
 			queued = append(queued, id)
+		} else {
+			refused++
 		}
 	}
-	return queued, a.CommandUUID, nil
+	return queued, refused, a.CommandUUID, nil
 }

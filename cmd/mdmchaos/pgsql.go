@@ -203,7 +203,11 @@ func (c *pgCluster) lag(ctx context.Context, d time.Duration) error {
 	return c.failOver(ctx)
 }
 
+// hang stops the primary: it keeps its connections and answers none.
+func (c *pgCluster) hang() { c.nodes[c.primary].process.signal(syscall.SIGSTOP) }
+
 func (c *pgCluster) heal(ctx context.Context) error {
+	c.relay.refuse(false)
 	for i, n := range c.nodes {
 		if n.process != nil && n.process.running() {
 			n.process.signal(syscall.SIGCONT)
@@ -245,10 +249,14 @@ func (c *pgCluster) fillDisk() error {
 		return err
 	}
 	defer f.Close()
-	// Writes meanwhile take a part, so the rest is tried in steps.
-	for size := int64(s.Bavail) * s.Bsize; size > 0; size -= 64 << 10 {
-		if err := syscall.Fallocate(int(f.Fd()), 0, 0, size); err == nil {
-			return nil
+	// Writes of the server take a part meanwhile, so the rest is taken in ever
+	// smaller pieces.
+	end := int64(0)
+	for size := int64(s.Bavail) * s.Bsize; size >= s.Bsize; {
+		if err := syscall.Fallocate(int(f.Fd()), 0, end, size); err == nil {
+			end += size
+		} else {
+			size /= 2
 		}
 	}
 	return nil

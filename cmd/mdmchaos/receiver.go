@@ -7,21 +7,28 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"path"
 	"sync"
 	"time"
 )
 
-// receiver takes webhook events and fails one request in ten.
+// receiver takes webhook events of all sinks, each at a path of its own, and
+// fails one request in ten.
 type receiver struct {
 	server *http.Server
-	url    string
+	base   string
 	done   chan struct{}
 
-	mu      sync.Mutex
-	count   int
+	mu    sync.Mutex
+	count int
+	away  time.Time                  // until then each request fails
+	sinks map[string]*receivedEvents // by name
+}
+
+// receivedEvents are what one sink received.
+type receivedEvents struct {
 	reports map[string][]string // commands in order of their first event, by enrollment
 	seen    map[string]bool     // enrollment and command
-	last    time.Time
 }
 
 type event struct {
@@ -40,8 +47,7 @@ func newReceiver() (*receiver, error) {
 	if err != nil {
 		return nil, err
 	}
-	r := &receiver{url: "http://" + listener.Addr().String() + "/events", done: make(chan struct{}),
-		reports: make(map[string][]string), seen: make(map[string]bool)}
+	r := &receiver{base: "http://" + listener.Addr().String(), done: make(chan struct{}), sinks: make(map[string]*receivedEvents)}
 	r.server = &http.Server{Handler: r, ReadHeaderTimeout: 10 * time.Second}
 	go func() {
 		_ = r.server.Serve(listener) // Close ends it
@@ -49,6 +55,9 @@ func newReceiver() (*receiver, error) {
 	}()
 	return r, nil
 }
+
+// url is where a sink sends its events.
+func (r *receiver) url(sink string) string { return r.base + "/" + sink }
 
 func (r *receiver) ServeHTTP(w http.ResponseWriter, request *http.Request) {
 	body, err := io.ReadAll(request.Body)
@@ -60,26 +69,44 @@ func (r *receiver) ServeHTTP(w http.ResponseWriter, request *http.Request) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.count++
-	if r.count%10 == 0 {
+	if r.count%10 == 0 || time.Now().Before(r.away) {
 		w.WriteHeader(http.StatusServiceUnavailable)
 		return
 	}
-	r.last = time.Now()
 	// NotNow is no answer: the same command comes again.
 	if e.Report != nil && e.Report.CommandUUID != "" && e.Report.Status != "NotNow" {
-		id, key := e.Report.IDs.ID, e.Report.IDs.ID+"\x00"+e.Report.CommandUUID
-		if !r.seen[key] {
-			r.seen[key] = true
-			r.reports[id] = append(r.reports[id], e.Report.CommandUUID)
-		}
+		r.sink(path.Base(request.URL.Path)).add(e.Report.IDs.ID, e.Report.CommandUUID)
 	}
 }
 
-// reported are the commands whose answers arrived, in order.
-func (r *receiver) reported(id string) []string {
+func (r *receiver) sink(name string) *receivedEvents {
+	k := r.sinks[name]
+	if k == nil {
+		k = &receivedEvents{reports: make(map[string][]string), seen: make(map[string]bool)}
+		r.sinks[name] = k
+	}
+	return k
+}
+
+func (k *receivedEvents) add(id, uuid string) {
+	if key := id + "\x00" + uuid; !k.seen[key] {
+		k.seen[key] = true
+		k.reports[id] = append(k.reports[id], uuid)
+	}
+}
+
+// reported are the commands whose answers arrived at a sink, in order.
+func (r *receiver) reported(sink, id string) []string {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return append([]string(nil), r.reports[id]...)
+	return append([]string(nil), r.sink(sink).reports[id]...)
+}
+
+// fail makes all requests fail for some time.
+func (r *receiver) fail(d time.Duration) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.away = time.Now().Add(d)
 }
 
 func (r *receiver) close() {

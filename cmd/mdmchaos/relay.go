@@ -19,6 +19,7 @@ type relay struct {
 	target string
 	open   map[*connection]struct{}
 	closed bool
+	away   bool // connections are refused
 	wait   sync.WaitGroup
 
 	// cutCommits loses that many connections right after a COMMIT went to the
@@ -67,7 +68,7 @@ func (r *relay) connect(client net.Conn) {
 	}
 	c := &connection{client: client, server: server}
 	r.mu.Lock()
-	if r.closed || r.target != target {
+	if r.closed || r.away || r.target != target {
 		r.mu.Unlock()
 		c.close()
 		return
@@ -114,6 +115,17 @@ func (r *relay) move(target string) {
 	r.target = target
 	r.mu.Unlock()
 	r.cutAll()
+}
+
+// refuse closes all connections, and new ones at once, until it is called with
+// false.
+func (r *relay) refuse(away bool) {
+	r.mu.Lock()
+	r.away = away
+	r.mu.Unlock()
+	if away {
+		r.cutAll()
+	}
 }
 
 // cutAll loses all connections.

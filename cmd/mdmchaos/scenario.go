@@ -8,8 +8,10 @@ import "context"
 type scenario struct {
 	name, about string
 	database    func(dir string) database
-	// args are what one replica is started with, in addition.
-	args func(replica int) []string
+	// sinks are the receivers of events, and args what one replica is started
+	// with, which names them.
+	sinks []sink
+	args  func(w *world, replica int) ([]string, error)
 	// upgrade is set when the replicas begin as the release before.
 	upgrade bool
 	// fault breaks one thing and mends it, again and again until the time is up.
@@ -17,7 +19,7 @@ type scenario struct {
 }
 
 func scenarios() []scenario {
-	return []scenario{
+	list := []scenario{
 		{name: "kills", about: "PostgreSQL; replicas are killed", database: postgres, fault: killReplica},
 		{name: "stops", about: "PostgreSQL; replicas are stopped for seconds and go on", database: postgres, fault: stopReplica},
 		{name: "cuts", about: "PostgreSQL; connections break right after COMMIT was sent", database: postgres, fault: cutCommits},
@@ -29,7 +31,20 @@ func scenarios() []scenario {
 		{name: "galera-many", about: "Galera, each replica writes to a node of its own; nodes and replicas are killed", database: galera(galeraNodes), fault: breakGaleraAndReplicas},
 		{name: "galera-calm", about: "Galera with several writers and no fault: certification alone", database: galera(galeraNodes), fault: nothing},
 		{name: "upgrade", about: "PostgreSQL; replicas change between the release before (-before) and this one", database: postgres, upgrade: true, fault: changeRelease},
+		{name: "sinks", about: "PostgreSQL, away for up to a minute; replicas name different webhook sinks, in turn", database: postgres, fault: breakSinks,
+			sinks: sinkPerType(), args: differentSinks},
 	}
+	for i := range list {
+		if list[i].sinks == nil {
+			list[i].sinks, list[i].args = everything, oneSink
+		}
+	}
+	return list
+}
+
+// oneSink are the arguments of replicas that all name the same sink.
+func oneSink(w *world, _ int) ([]string, error) {
+	return []string{"-webhook-url", w.receiver.url(w.sinks[0].name)}, nil
 }
 
 func postgres(dir string) database            { return &pgCluster{dir: dir} }

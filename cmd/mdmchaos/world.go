@@ -27,6 +27,8 @@ type world struct {
 	balancer *balancer
 	apns     *apnstest.Server
 	receiver *receiver
+	sinks    []sink
+	naming   naming // in the scenario sinks
 	history  *history
 	fleet    *fleet
 	leases   *leaseWatch
@@ -43,7 +45,7 @@ func runScenario(ctx context.Context, o *options, out io.Writer, s scenario) (re
 	if err := os.Chmod(dir, 0o777); err != nil {
 		return outcome{}, err
 	}
-	w := &world{o: o, out: out, dir: dir, rng: rand.New(rand.NewPCG(o.seed, o.seed)), history: newHistory()}
+	w := &world{o: o, out: out, dir: dir, rng: rand.New(rand.NewPCG(o.seed, o.seed)), history: newHistory(), sinks: s.sinks}
 	defer func() {
 		w.stop()
 		if o.keep || err != nil || len(result.violations) > 0 {
@@ -100,10 +102,11 @@ func (w *world) start(ctx context.Context, s scenario) error {
 	}
 	for i := range w.o.replicas {
 		storage, dsn := w.database.source(i)
-		args := []string{"-ca", caFile, "-apns-url", w.apns.URL(), "-apns-ca", apnsCA, "-webhook-url", w.receiver.url}
-		if s.args != nil {
-			args = append(args, s.args(i)...)
+		args, err := s.args(w, i)
+		if err != nil {
+			return err
 		}
+		args = append(args, "-ca", caFile, "-apns-url", w.apns.URL(), "-apns-ca", apnsCA)
 		r, err := newReplica(w.dir, program, i, storage, dsn, args...)
 		if err != nil {
 			return err
@@ -142,7 +145,7 @@ func (w *world) start(ctx context.Context, s scenario) error {
 func (w *world) live(ctx context.Context, s scenario) ([]string, error) {
 	devices, sleepForever := context.WithCancel(ctx)
 	defer sleepForever()
-	finish, giveUp := context.WithTimeout(ctx, w.o.duration+w.o.settle)
+	finish, giveUp := context.WithCancel(ctx)
 	defer giveUp()
 	queueing, stopQueueing := context.WithCancel(ctx)
 	defer stopQueueing()
@@ -160,19 +163,21 @@ func (w *world) live(ctx context.Context, s scenario) ([]string, error) {
 		return nil, err
 	}
 	w.print("everything runs")
+	patience := time.AfterFunc(w.o.settle, giveUp)
+	defer patience.Stop()
 	all.busy.Wait()
 	w.print("the operators are done")
 	for _, s := range w.fleet.devices {
 		s.rest()
 	}
-	unsettled := settled(ctx, w.o.settle, w.history, w.fleet, w.receiver, func(err error) { w.print("%v", err) })
+	unsettled := settled(ctx, w.o.settle, w.history, w.fleet, w.sinks, w.receiver, func(err error) { w.print("%v", err) })
 	sleepForever()
 	w.fleet.wait()
 	if ctx.Err() != nil {
 		return nil, ctx.Err()
 	}
 	quiet := time.Now()
-	violations, err := check(ctx, newAPI(w.balancer.url()), w.history, w.fleet, w.receiver)
+	violations, err := check(ctx, newAPI(w.balancer.url()), w.history, w.fleet, w.sinks, w.receiver)
 	w.phases.faults, w.phases.settle, w.phases.check = broken.Sub(began), quiet.Sub(broken), time.Since(quiet)
 	violations = append(violations, all.violations...)
 	if unsettled != nil {
