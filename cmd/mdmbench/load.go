@@ -156,19 +156,31 @@ func (d device) fetch(uuids []string, after string) ([]message, error) {
 
 // enqueue queues one command for all devices, without push, with many ids a
 // call, and returns its UUID.
-func enqueue(ctx context.Context, p *process, devices []device, ids int) (string, error) {
+func enqueue(ctx context.Context, p *process, devices []device) (string, error) {
 	uuid := mdmtest.NewUUID()
-	command := mdmtest.NewCommand(uuid, "DeviceInformation", nil)
-	for chunk := range slices.Chunk(devices, ids) {
-		var udids []string
-		for _, d := range chunk {
-			udids = append(udids, d.udid)
-		}
-		if _, err := p.call(ctx, http.MethodPut, "/v1/enqueue/"+strings.Join(udids, ",")+"?nopush=1", command); err != nil {
-			return "", fmt.Errorf("enqueueing: %w", err)
+	for chunk := range slices.Chunk(udidsOf(devices), chunkIDs) {
+		if err := enqueueCommand(ctx, p, uuid, chunk); err != nil {
+			return "", err
 		}
 	}
 	return uuid, nil
+}
+
+// enqueueCommand queues a command for ids, without push.
+func enqueueCommand(ctx context.Context, p *process, uuid string, ids []string) error {
+	command := mdmtest.NewCommand(uuid, "DeviceInformation", nil)
+	if _, err := p.call(ctx, http.MethodPut, "/v1/enqueue/"+strings.Join(ids, ",")+"?nopush=1", command); err != nil {
+		return fmt.Errorf("enqueueing: %w", err)
+	}
+	return nil
+}
+
+func udidsOf(devices []device) []string {
+	udids := make([]string, len(devices))
+	for i, d := range devices {
+		udids[i] = d.udid
+	}
+	return udids
 }
 
 // outcome is what a load did.

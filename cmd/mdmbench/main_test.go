@@ -94,7 +94,7 @@ func TestDriveChecksReplies(t *testing.T) {
 
 func TestMissedGoalsAreBold(t *testing.T) {
 	pgsql := engines()[0]
-	r := &report{engine: pgsql, scaled: 3 * peerRows, rows: []row{
+	r := &report{engine: pgsql, enqueueRatio: 1.25, rows: []row{
 		{name: "idle", connections: 8, ratio: 0.99},
 		{name: "idle", connections: 128, ratio: 1.25},
 		{name: "fetch and acknowledge", connections: 64, ratio: 0.7, dbCounts: true, dbCommits: 0.05},
@@ -115,7 +115,7 @@ func TestMissedGoalsAreBold(t *testing.T) {
 		"64 connections | 0.70 (≥ 0.70) |",
 		"to idle with none | 0.95 (≥ 0.95) |",
 		"| commits a report, 64 connections | **0.06** (≤ 0.05) |",
-		"(scaled, see Method) | 3.00 (≥ 2.00) |",
+		"to NanoMDM's statements | 1.25 (≥ 1.00) |",
 		"Not measured: MariaDB, MySQL, SQLite.",
 		"to reports without | 0.80 (≥ 0.80) |",
 		"to p99 without webhook | 1.20 (≤ 1.20) |",
@@ -125,10 +125,10 @@ func TestMissedGoalsAreBold(t *testing.T) {
 	require.Contains(t, out, "| "+hookedName+" | 64 | 0 | – | – |", "it was not compared to the reference")
 	require.NotContains(t, out, "200000 enrollments", "what was not measured has no line")
 
-	r.scaled = 0
+	r.enqueueRatio = 0
 	b.Reset()
 	require.NoError(t, write(&b, &options{}, []*report{r}))
-	require.NotContains(t, b.String(), "(scaled, see Method)")
+	require.NotContains(t, b.String(), "to NanoMDM's statements |")
 }
 
 // Turns without a webhook come before and after the turns that they are compared with.

@@ -26,8 +26,12 @@ import (
 // commandsEach is how many commands a device fetches and acknowledges.
 const commandsEach = 10
 
-// enqueueIDs is how many ids a call of enqueue has.
-const enqueueIDs = 1000
+const (
+	// chunkIDs is how many ids a call has that queues a command for all devices.
+	chunkIDs = 1000
+	// enqueueCallers callers queue callerCalls commands each, for callerIDs ids.
+	enqueueCallers, callerCalls, callerIDs = 8, 20, 500
+)
 
 // row is one measurement, the medians of its rounds.
 type row struct {
@@ -53,13 +57,15 @@ type row struct {
 
 // report is what was measured on one engine.
 type report struct {
-	engine   engine
-	note     string
-	rows     []row
-	enqueue  float64 // rows a second
-	loaded   int64   // memory of the daemon, with many devices; 0 if it was not measured
-	scaled   float64 // those, for each request a second of the reference
-	resident int64
+	engine  engine
+	note    string
+	rows    []row
+	enqueue float64 // rows a second
+	// peerEnqueue is rows a second of NanoMDM's statements, and enqueueRatio the
+	// ratio to them; 0 if the engine is none of NanoMDM's.
+	peerEnqueue, enqueueRatio float64
+	loaded                    int64 // memory of the daemon, with many devices; 0 if it was not measured
+	resident                  int64
 }
 
 // find returns the row of a name, with that many connections unless they are 0, and
@@ -418,7 +424,7 @@ func (b *bench) visits(ctx context.Context, devices []device, commands int) ([][
 func (b *bench) repeatedVisits(ctx context.Context, devices []device, commands, times int) ([][]message, error) {
 	var uuids []string
 	for range commands * times {
-		uuid, err := enqueue(ctx, b.daemon, devices, enqueueIDs)
+		uuid, err := enqueue(ctx, b.daemon, devices)
 		if err != nil {
 			return nil, err
 		}
@@ -598,26 +604,62 @@ func enrollDirectly(ctx context.Context, store *sqlstore.Store, udid string) err
 	return err
 }
 
-// enqueue measures rows queued a second.
-func (b *bench) enqueue(ctx context.Context, devices []device) error {
-	if idle, ok := b.report.find("idle", 8); ok {
-		b.report.scaled = 1 / idle.reference
-	}
-	var rates []float64
-	for range b.o.rounds {
-		start, rows := time.Now(), 0
-		for range 10 {
-			if _, err := enqueue(ctx, b.daemon, devices, enqueueIDs); err != nil {
-				return err
-			}
-			rows += len(devices)
+// enqueue measures rows queued a second by several callers at once, some of whose
+// enrollments are the same, and what NanoMDM's statements take on the same server.
+func (b *bench) enqueue(ctx context.Context, devices []device) (err error) {
+	ids := udidsOf(devices)
+	var p *peer
+	if b.db.driver != "" {
+		if p, err = newPeer(ctx, b.db, devices); err != nil {
+			return err
 		}
-		rates = append(rates, float64(rows)/time.Since(start).Seconds())
+		defer func() { err = errors.Join(err, p.close()) }()
+	}
+	var rates, peerRates, ratios []float64
+	for range b.o.rounds {
+		rate, err := callers(ctx, ids, func(ctx context.Context, ids []string) error {
+			return enqueueCommand(ctx, b.daemon, mdmtest.NewUUID(), ids)
+		})
+		if err != nil {
+			return err
+		}
+		rates = append(rates, rate)
+		if p == nil {
+			continue
+		}
+		peerRate, err := callers(ctx, ids, p.enqueue)
+		if err != nil {
+			return fmt.Errorf("enqueueing by NanoMDM's statements: %w", err)
+		}
+		peerRates, ratios = append(peerRates, peerRate), append(ratios, rate/peerRate)
 	}
 	b.report.enqueue = median(rates)
-	b.report.scaled *= b.report.enqueue
-	fmt.Fprintf(os.Stderr, "%-10s  enqueue  %.0f rows a second\n", b.db.label, b.report.enqueue)
+	if p != nil {
+		b.report.peerEnqueue, b.report.enqueueRatio = median(peerRates), median(ratios)
+	}
+	fmt.Fprintf(os.Stderr, "%-10s  enqueue  %.0f rows a second (NanoMDM's statements: %.0f)\n", b.db.label, b.report.enqueue, b.report.peerEnqueue)
 	return nil
+}
+
+// callers has several callers queue commands, each for its own stretch of ids that
+// shares half with its neighbours', and returns rows a second.
+func callers(ctx context.Context, ids []string, enqueue func(ctx context.Context, ids []string) error) (float64, error) {
+	each := min(callerIDs, len(ids))
+	g, ctx := errgroup.WithContext(ctx)
+	start := time.Now()
+	for caller := range enqueueCallers {
+		begin := caller * each / 2 % (len(ids) - each + 1)
+		g.Go(func() error {
+			for range callerCalls {
+				if err := enqueue(ctx, ids[begin:begin+each]); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+	}
+	err := g.Wait()
+	return float64(enqueueCallers*callerCalls*each) / time.Since(start).Seconds(), err
 }
 
 // profiled runs work, if profiles were asked for under perf(1), and leaves the

@@ -2,7 +2,6 @@ package sqlstore_test
 
 import (
 	"context"
-	"database/sql"
 	"fmt"
 	"strconv"
 	"strings"
@@ -26,13 +25,12 @@ const (
 )
 
 // BenchmarkEnqueueCallers is 8 callers that queue commands for 500 of 2,000
-// enrollments each, and beside it the statements by which NanoMDM does so, on
-// the same server:
+// enrollments each. cmd/mdmbench compares that with NanoMDM's statements.
 //
 //	storage/engines/with-engines.sh go test ./storage/sqlstore -run '^$' -bench EnqueueCallers
 func BenchmarkEnqueueCallers(b *testing.B) {
 	for _, e := range storagetest.Engines(b) {
-		b.Run(e.Name+"/here", func(b *testing.B) {
+		b.Run(e.Name, func(b *testing.B) {
 			store, err := sqlstore.Open(b.Context(), e.Unmigrated(b))
 			require.NoError(b, err)
 			defer store.Close()
@@ -46,10 +44,6 @@ func BenchmarkEnqueueCallers(b *testing.B) {
 				}
 				return err
 			})
-		})
-		b.Run(e.Name+"/peer", func(b *testing.B) {
-			p := newPeer(b, e.Unmigrated(b))
-			enqueueBench(b, p.ids, p.enqueue)
 		})
 	}
 }
@@ -102,80 +96,4 @@ func enqueueBench(b *testing.B, ids []string, enqueue func(ctx context.Context, 
 	}
 	callers.Wait()
 	b.ReportMetric(float64(b.N*benchIDs)/time.Since(began).Seconds(), "rows/s")
-}
-
-// peer is NanoMDM's queue, as far as an enqueue touches it: a row for the
-// command and one for each enrollment, in one transaction of two statements.
-type peer struct {
-	db      *sql.DB
-	ids     []string
-	numbers bool // placeholders are $1, $2, ...
-}
-
-func newPeer(b *testing.B, cfg sqlstore.Config) *peer {
-	p := &peer{numbers: cfg.Driver == "pgsql"}
-	driver := map[string]string{"pgsql": "pgx", "mysql": "mysql", "sqlite": "sqlite"}[cfg.Driver]
-	var err error
-	p.db, err = sql.Open(driver, cfg.DSN)
-	require.NoError(b, err)
-	b.Cleanup(func() { require.NoError(b, p.db.Close()) })
-	if cfg.Driver == "sqlite" {
-		p.db.SetMaxOpenConns(1)
-		_, err = p.db.Exec("PRAGMA journal_mode = WAL")
-		require.NoError(b, err)
-	}
-	now := "TIMESTAMP NOT NULL DEFAULT CURRENT_TIMESTAMP"
-	statements := []string{
-		"CREATE TABLE enrollments (id VARCHAR(255) NOT NULL PRIMARY KEY)",
-		"CREATE TABLE commands (command_uuid VARCHAR(127) NOT NULL PRIMARY KEY, request_type VARCHAR(63) NOT NULL, command TEXT NOT NULL, created_at " + now + ", updated_at " + now + ")",
-		"CREATE TABLE enrollment_queue (id VARCHAR(255) NOT NULL, command_uuid VARCHAR(127) NOT NULL, active SMALLINT NOT NULL DEFAULT 1, priority SMALLINT NOT NULL DEFAULT 0, " +
-			"created_at " + now + ", updated_at " + now + ", PRIMARY KEY (id, command_uuid), FOREIGN KEY (id) REFERENCES enrollments (id), FOREIGN KEY (command_uuid) REFERENCES commands (command_uuid))",
-	}
-	if cfg.Driver == "mysql" { // these two are in its schema for MySQL alone
-		statements = append(statements,
-			"CREATE INDEX queue_order ON enrollment_queue (priority DESC, created_at)",
-			"CREATE INDEX idx_queue_lookup ON enrollment_queue (id, active, priority DESC, created_at)")
-	}
-	for _, statement := range statements {
-		_, err := p.db.Exec(statement)
-		require.NoError(b, err)
-	}
-	for i := range benchFleet {
-		p.ids = append(p.ids, fmt.Sprintf("DEVICE-%05d", i))
-		_, err := p.db.Exec("INSERT INTO enrollments VALUES ('" + p.ids[i] + "')")
-		require.NoError(b, err)
-	}
-	return p
-}
-
-func (p *peer) place(i int) string {
-	if p.numbers {
-		return "$" + strconv.Itoa(i)
-	}
-	return "?"
-}
-
-func (p *peer) enqueue(ctx context.Context, uuid string, ids []string) error {
-	tx, err := p.db.BeginTx(ctx, nil)
-	if err != nil {
-		return err
-	}
-	defer tx.Rollback() //nolint:errcheck // after a commit it does nothing
-	q := fmt.Sprintf("INSERT INTO commands (command_uuid, request_type, command) VALUES (%s, %s, %s)", p.place(1), p.place(2), p.place(3))
-	if _, err := tx.ExecContext(ctx, q, uuid, "ProfileList", benchCommand); err != nil {
-		return err
-	}
-	var rows strings.Builder
-	var args []any
-	for i, id := range ids {
-		if i > 0 {
-			rows.WriteString(", ")
-		}
-		fmt.Fprintf(&rows, "(%s, %s)", p.place(2*i+1), p.place(2*i+2))
-		args = append(args, id, uuid)
-	}
-	if _, err := tx.ExecContext(ctx, "INSERT INTO enrollment_queue (id, command_uuid) VALUES "+rows.String(), args...); err != nil {
-		return err
-	}
-	return tx.Commit()
 }
