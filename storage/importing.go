@@ -39,6 +39,9 @@ type ChannelRecord struct {
 	RenewalUntil          time.Time
 	EnrolledAt            time.Time
 	LastSeenAt            time.Time
+	// MovedAt is when the enrollment came from another APNs topic to this one.
+	// Callers that are bound to topics see nothing from before.
+	MovedAt time.Time
 	// Queue is in the order in which the device is offered the commands.
 	Queue []ItemRecord
 }
@@ -53,8 +56,8 @@ type DeviceRecord struct {
 	OSVersion, BuildVersion, ProductName       string
 	IMEI, MEID                                 string
 	// Tags are the device's tags, sorted. An import adds them to those of the
-	// store.
-	Tags []string
+	// store. FormerTags are from before Channel.MovedAt.
+	Tags, FormerTags []string
 
 	Authenticate   Checkin
 	TokenUpdate    Checkin
@@ -137,7 +140,8 @@ type Importer interface {
 	// device that has sent a check-in to this server since the one in the
 	// record keeps its state. A queue row that has ended in the store stays
 	// ended. A waiting row of an earlier import is cancelled if the record no
-	// longer has it.
+	// longer has it. A record with another APNs topic than the store's moves the
+	// enrollment, at the time of the record's Authenticate if it does not say when.
 	//
 	// A new row that waits makes a push owed, due after some minutes, spread
 	// over the enrollments.

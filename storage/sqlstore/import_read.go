@@ -179,11 +179,23 @@ authenticate, authenticate_at, token_update, token_update_at, unlock_token, unlo
 }
 
 func (e *exporting) readTags(ctx context.Context, ids []string) error {
-	tags, _, err := readTags(ctx, e.t, storage.Scope{}, ids)
-	for id, d := range e.devices {
-		d.Tags = tags[id]
-	}
-	return err
+	is, args := e.t.Among(ids)
+	return e.scan(ctx, "reading tags", "SELECT g.id, g.tag, CASE WHEN "+movedSince+" THEN 1 ELSE 0 END FROM nano_device_tags g WHERE g.id "+is+" ORDER BY g.id, g.tag", args,
+		func(row sqldb.Row) error {
+			var id, tag string
+			var former bool
+			if err := row.Scan(&id, &tag, &former); err != nil {
+				return err
+			}
+			switch d := e.devices[id]; {
+			case d == nil:
+			case former:
+				d.FormerTags = append(d.FormerTags, tag)
+			default:
+				d.Tags = append(d.Tags, tag)
+			}
+			return nil
+		})
 }
 
 // open unseals columns of a row.
@@ -217,17 +229,19 @@ FROM nano_users WHERE device_id `+is, args, func(row sqldb.Row) error {
 func (e *exporting) readEnrollments(ctx context.Context, ids []string) error {
 	is, args := e.t.Among(ids)
 	return e.scan(ctx, "reading enrollments", `SELECT e.id, e.type, e.topic, e.push_magic, e.token, e.token_at, e.enabled, e.operator_disabled, e.token_update_tally,
-e.awaiting_configuration, e.renewal_until, e.enrolled_at, a.last_seen_at FROM nano_enrollments e LEFT JOIN nano_enrollment_activity a ON a.id = e.id WHERE e.device_id `+is, args,
+e.awaiting_configuration, e.renewal_until, e.enrolled_at, a.last_seen_at, v.moved_at FROM nano_enrollments e
+LEFT JOIN nano_enrollment_activity a ON a.id = e.id LEFT JOIN nano_topic_moves v ON v.id = e.id WHERE e.device_id `+is, args,
 		func(row sqldb.Row) error {
 			var c storage.ChannelRecord
 			var typ string
-			var tokenAt, renewal, enrolledAt, seenAt sql.Null[int64]
+			var tokenAt, renewal, enrolledAt, seenAt, movedAt sql.Null[int64]
 			if err := row.Scan(&c.ID, &typ, &c.Topic, &c.PushMagic, &c.Token, &tokenAt, &c.Enabled, &c.OperatorDisabled, &c.Tally,
-				&c.AwaitingConfiguration, &renewal, &enrolledAt, &seenAt); err != nil {
+				&c.AwaitingConfiguration, &renewal, &enrolledAt, &seenAt, &movedAt); err != nil {
 				return err
 			}
 			c.Type = mdm.EnrollType(typ)
 			c.TokenAt, c.RenewalUntil, c.EnrolledAt, c.LastSeenAt = fromMicros(tokenAt.V), fromMicros(renewal.V), fromMicros(enrolledAt.V), fromMicros(seenAt.V)
+			c.MovedAt = fromMicros(movedAt.V)
 			if into := e.channels[c.ID]; into != nil {
 				*into = c
 			}

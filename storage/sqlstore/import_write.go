@@ -146,7 +146,7 @@ func (s *Store) ImportDevices(ctx context.Context, devices []*storage.DeviceReco
 			imp.devices = append(imp.devices, &own)
 		}
 		for _, step := range []func(context.Context) error{imp.readDevices, imp.readChannels, imp.readCommands,
-			imp.writeDevices, imp.writeTags, imp.writeUsers, imp.writeEnrollments, imp.writeActivity, imp.writePins, imp.writeQueues} {
+			imp.writeDevices, imp.writeMoves, imp.writeTags, imp.writeUsers, imp.writeEnrollments, imp.writeActivity, imp.writePins, imp.writeQueues} {
 			if err := step(ctx); err != nil {
 				return err
 			}
@@ -169,6 +169,7 @@ type importing struct {
 	known    map[string]knownDevice
 	users    map[string]int64 // token_update_at by id
 	stamps   map[string]int64 // when enrollments were imported first, by id
+	topics   map[string]string
 	push     map[string]knownPush
 	commands map[string]bool
 }
@@ -258,6 +259,7 @@ func (i *importing) readDevices(ctx context.Context) error {
 // have sent a later check-in to this server.
 func (i *importing) readChannels(ctx context.Context) error {
 	i.users, i.stamps, i.push = make(map[string]int64), make(map[string]int64), make(map[string]knownPush)
+	i.topics = make(map[string]string)
 	var ids []string
 	for _, c := range i.channels() {
 		ids = append(ids, c.ID)
@@ -265,12 +267,12 @@ func (i *importing) readChannels(ctx context.Context) error {
 	if len(ids) == 0 {
 		return nil
 	}
-	text, args := i.t.LockText("id, created_at", "nano_enrollments", ids)
+	text, args := i.t.LockText("id, created_at, topic", "nano_enrollments", ids)
 	err := i.scan(ctx, "locking enrollments", text, args, func(row sqldb.Row) error {
-		var id string
+		var id, topic string
 		var at int64
-		err := row.Scan(&id, &at)
-		i.stamps[id] = at
+		err := row.Scan(&id, &at, &topic)
+		i.stamps[id], i.topics[id] = at, topic
 		return err
 	})
 	if err != nil || len(i.stamps) == 0 {
@@ -379,10 +381,46 @@ func (i *importing) tokenAt(token storage.Token) any {
 	return null(micros(token.At))
 }
 
-// writeTags adds tags, up to the greatest number of a device.
+// movedAt returns when a channel came to its topic, 0 if it has had no other.
+func (i *importing) movedAt(c *storage.ChannelRecord, authenticatedAt time.Time) int64 {
+	was := i.topics[c.ID]
+	switch {
+	case !c.MovedAt.IsZero():
+		return micros(c.MovedAt)
+	case was == "" || was == c.Topic:
+		return 0
+	case authenticatedAt.IsZero():
+		return i.t.Now
+	}
+	return micros(authenticatedAt)
+}
+
+// writeMoves notes moves between topics: bound callers see no rows from before.
+func (i *importing) writeMoves(ctx context.Context) error {
+	var args []any
+	for _, d := range i.devices {
+		channels := []*storage.ChannelRecord{&d.Channel}
+		for n := range d.Users {
+			channels = append(channels, &d.Users[n].Channel)
+		}
+		for _, c := range channels {
+			if at := i.movedAt(c, d.Authenticate.At); at > 0 {
+				args = append(args, c.ID, at)
+			}
+		}
+	}
+	set := []string{"moved_at = " + i.t.Dialect.Greatest() + "(nano_topic_moves.moved_at, new.moved_at)"}
+	if err := i.t.upsertChunks(ctx, "nano_topic_moves", []string{"id", "moved_at"}, []string{"id"}, set, args); err != nil {
+		return fmt.Errorf("noting moves between topics: %w", err)
+	}
+	return nil
+}
+
+// writeTags adds tags, up to the greatest number of a device. Those of a former
+// tenant stay older than the move.
 func (i *importing) writeTags(ctx context.Context) error {
 	var args []any
-	if !slices.ContainsFunc(i.devices, func(d *storage.DeviceRecord) bool { return len(d.Tags) > 0 }) {
+	if !slices.ContainsFunc(i.devices, func(d *storage.DeviceRecord) bool { return len(d.Tags)+len(d.FormerTags) > 0 }) {
 		return nil
 	}
 	there, _, err := readTags(ctx, i.t, storage.Scope{}, i.ids())
@@ -391,14 +429,19 @@ func (i *importing) writeTags(ctx context.Context) error {
 	}
 	for _, d := range i.devices {
 		id := d.Channel.ID
-		add := without(slices.Compact(slices.Sorted(slices.Values(d.Tags))), there[id])
+		former := slices.Sorted(slices.Values(d.FormerTags))
+		add := without(slices.Compact(slices.Sorted(slices.Values(slices.Concat(d.Tags, former)))), there[id])
 		for n, tag := range add {
+			at := i.t.Now
+			if slices.Contains(former, tag) {
+				at = micros(d.Channel.MovedAt)
+			}
 			if why := storage.TagFault(tag); why != "" {
 				i.refuse("tag", id, fmt.Sprintf("%.80q: %s", tag, why))
 			} else if len(there[id])+n >= storage.MaxTags {
 				i.refuse("tag", id, fmt.Sprintf("%s: a device cannot have more than %d", tag, storage.MaxTags))
 			} else {
-				args = append(args, id, tag, i.t.Now)
+				args = append(args, id, tag, at)
 			}
 		}
 	}

@@ -26,6 +26,8 @@ func importTests() []subtest {
 		{"imported secrets are sealed", importSealed},
 		{"a push certificate gives way to a later one", importPushCert},
 		{"pages of an export follow each other", exportPages},
+		{"an imported device keeps from its tenant what was before it came", importMoved},
+		{"an import that brings another topic leaves nothing in sight", importMoves},
 	}
 }
 
@@ -310,4 +312,82 @@ func exportPages(t *testing.T, h *Harness) {
 		got, after = append(got, ids...), ids[len(ids)-1]
 	}
 	require.Equal(t, want, got)
+}
+
+// exported is a device as an Exporter reads it from a store where it came from one
+// tenant to another, with its commands.
+func (h *Harness) exported(t *testing.T, id string) (d *storage.DeviceRecord, commands []storage.CommandRecord) {
+	t.Helper()
+	commands, err := h.Store.ExportCommands(t.Context(), "", 100)
+	require.NoError(t, err)
+	list := h.exports(t, id)
+	require.Len(t, list, 1)
+	return list[0], commands
+}
+
+func importMoved(t *testing.T, h *Harness) {
+	d := h.device("D").enrolls(t)
+	require.NoError(t, d.user("U").saysToken(t, topicA))
+	h.tags(t, tenantA, []string{"D"}, []string{"secret"}, nil)
+	h.enqueue(t, []string{"D", "D:U"}, "before")
+	d.reports(t, mdm.StatusAcknowledged, "before")
+	h.Clock.Advance(time.Minute)
+	require.NoError(t, d.begins(t, topicB))
+	require.NoError(t, d.saysToken(t, topicB))
+	require.NoError(t, d.user("U").saysToken(t, topicB))
+	h.Clock.Advance(time.Minute)
+	h.tags(t, tenantB, []string{"D"}, []string{"own"}, nil)
+	h.enqueue(t, []string{"D"}, "after")
+	d.reports(t, mdm.StatusAcknowledged, "after")
+	record, commands := h.exported(t, "D")
+	require.NoError(t, h.Store.DeleteEnrollment(t.Context(), everything, "D", auditRecord("delete")))
+
+	for range 2 {
+		h.Clock.Advance(time.Hour)
+		done, err := h.Store.ImportCommands(t.Context(), commands)
+		require.NoError(t, err)
+		require.Empty(t, done.Refused)
+		done, err = h.Store.ImportDevices(t.Context(), []*storage.DeviceRecord{record})
+		require.NoError(t, err)
+		require.Empty(t, done.Refused)
+		require.Equal(t, []string{"own"}, h.tagsOf(t, tenantB, "D"))
+		require.Equal(t, []string{"own", "secret"}, h.tagsOf(t, everything, "D"))
+		require.Equal(t, map[string]int64{"own": 1}, h.tagCounts(t, tenantB))
+		require.Empty(t, h.found(t, tenantB, storage.EnrollmentFilter{Tag: "secret"}, 10))
+		for _, id := range []string{"D", "D:U"} {
+			_, err = h.Store.QueueItem(t.Context(), tenantB, id, "before")
+			require.ErrorIs(t, err, storage.ErrNotFound, id)
+		}
+		_, err = h.Store.CommandResult(t.Context(), tenantB, "D", "before")
+		require.ErrorIs(t, err, storage.ErrNotFound)
+		_, err = h.Store.CommandResult(t.Context(), tenantB, "D", "after")
+		require.NoError(t, err)
+	}
+}
+
+func importMoves(t *testing.T, h *Harness) {
+	record := importedDevice("D")
+	record.Tags = []string{"secret"}
+	h.imports(t, h.Store, record)
+	require.Equal(t, []string{"secret"}, h.tagsOf(t, tenantA, "D"))
+
+	h.Clock.Advance(time.Hour)
+	at := h.Clock.Now().Add(-time.Minute)
+	moved := importedDevice("D")
+	moved.Channel.Topic, moved.Users[0].Channel.Topic = topicB, topicB
+	moved.Authenticate.At, moved.TokenUpdate.At, moved.Users[0].TokenUpdate.At = at, at, at
+	moved.Channel.Queue = append(moved.Channel.Queue, storage.ItemRecord{CommandUUID: "new", State: storage.Queued, CreatedAt: h.Clock.Now()})
+	_, err := h.Store.ImportCommands(t.Context(), importedCommands("new"))
+	require.NoError(t, err)
+	h.imports(t, h.Store, moved)
+	require.True(t, h.sees(t, tenantB, "D"))
+	require.Empty(t, h.tagsOf(t, tenantB, "D"))
+	for _, uuid := range importedUUIDs {
+		_, err := h.Store.QueueItem(t.Context(), tenantB, "D", uuid)
+		require.ErrorIs(t, err, storage.ErrNotFound, uuid)
+	}
+	_, err = h.Store.QueueItem(t.Context(), tenantB, "D:U", "next")
+	require.ErrorIs(t, err, storage.ErrNotFound)
+	_, err = h.Store.QueueItem(t.Context(), tenantB, "D", "new")
+	require.NoError(t, err)
 }
