@@ -31,6 +31,9 @@ var (
 	// ErrTopic: a TokenUpdate has another APNs topic than the Authenticate that
 	// began the enrollment.
 	ErrTopic = errors.New("APNs topic is not that of the enrollment")
+	// ErrTopicCA: the CA that issued the certificate may not enroll devices to
+	// the APNs topic of the message.
+	ErrTopicCA = errors.New("another CA enrolls devices to this APNs topic")
 	// ErrOwnWord: the message is a copy from another server, and the device
 	// itself has since sent messages to this one.
 	ErrOwnWord = errors.New("the device has spoken to this server itself since, and its own messages count; delete the enrollment to begin anew")
@@ -86,6 +89,12 @@ type Pin struct {
 	// Unconfirmed: another server has to agree before it is pinned. An operation
 	// that would pin it fails with ErrUnconfirmed.
 	Unconfirmed bool
+	// EnrollsTo says whether the CA that issued the certificate enrolls devices
+	// to an APNs topic; nil: to all. Where it does not, an Authenticate with that
+	// topic fails with ErrTopicCA, and so does an operation that would pin the
+	// certificate to an enrollment of that topic or set that topic. Audit records
+	// say so, one for each device in an hour and 100 in all.
+	EnrollsTo func(topic string) bool
 }
 
 // Source is the channel that sent a message, its certificate, and the events to

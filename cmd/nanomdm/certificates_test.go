@@ -106,9 +106,9 @@ func TestCABesideGoodOnes(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "ca.pem")
 	require.NoError(t, os.WriteFile(file, data, 0o600))
 	var log bytes.Buffer
-	_, notAfter, err := loadVerifier(options{ca: file}, nil, slog.New(slog.NewTextHandler(&log, nil)))
-	require.NoError(t, err)
-	require.WithinDuration(t, time.Now().Add(9*24*time.Hour), notAfter, 2*time.Hour)
+	var side deviceSide
+	require.NoError(t, side.loadVerifiers(options{ca: file}, nil, slog.New(slog.NewTextHandler(&log, nil))))
+	require.WithinDuration(t, time.Now().Add(9*24*time.Hour), side.caNotAfter, 2*time.Hour)
 	lines := strings.Split(strings.TrimSpace(log.String()), "\n")
 	require.Len(t, lines, 2)
 	require.Contains(t, lines[0], "level=WARN")

@@ -24,7 +24,8 @@ type options struct {
 
 	ca            string
 	intermediate  string
-	certHeader    string // a leading colon asks for RFC 9440, as in NanoMDM
+	topicCAs      map[string]string // files by APNs topic
+	certHeader    string            // a leading colon asks for RFC 9440, as in NanoMDM
 	tlsClientAuth bool
 	clockSkew     time.Duration
 	retro         bool
@@ -191,6 +192,9 @@ func (o *options) table() []option {
 			detail: "Not required with `-disable-mdm`."},
 		{name: "intermediate", arg: "FILE", group: groupIdentity, file: true, set: to(&o.intermediate, parseText),
 			help: "PEM file of intermediate CAs below those of -ca."},
+		{name: "topic-ca", arg: "LIST", group: groupIdentity, set: to(&o.topicCAs, parseTopicCAs),
+			help:   "PEM files of the CAs whose devices alone enroll to a topic: TOPIC=FILE,...",
+			detail: "For tenants with CAs of their own, all of them in `-ca`, too: a device of one tenant's CA can neither enroll to another's APNs topic nor take over a device there; it gets 400, and the audit has a record. A file names the CAs that issue the devices' certificates themselves, or CAs above those of `-intermediate`. Enrolled devices stay, until they enroll again."},
 		{name: "cert-header", arg: "NAME", group: groupIdentity, set: to(&o.certHeader, parseHeaderName),
 			help:   "Take the device certificate from this header of the proxy's.",
 			detail: "A name that begins with a colon (`:Client-Cert`) is read as RFC 9440. Without it, and without `-tls-client-auth`, the device's `Mdm-Signature` header is its identity. The proxy must remove the header from what clients send."},

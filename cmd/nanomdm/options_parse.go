@@ -104,6 +104,22 @@ func parseHeaderName(s string) (string, error) {
 	return s, nil
 }
 
+// parseTopicCAs reads files by APNs topic.
+func parseTopicCAs(s string) (map[string]string, error) {
+	files := make(map[string]string)
+	for _, field := range fields(s) {
+		topic, file, _ := strings.Cut(field, "=")
+		switch _, twice := files[topic]; {
+		case topic == "" || file == "":
+			return nil, fmt.Errorf("%q is not TOPIC=FILE, such as com.apple.mgmt.External.1=ca.pem", field)
+		case twice:
+			return nil, fmt.Errorf("%s is there twice: name one file with all of its CAs", topic)
+		}
+		files[topic] = file
+	}
+	return files, nil
+}
+
 // plainPath is a path that a mux takes as it is.
 var plainPath = regexp.MustCompile(`^(/[A-Za-z0-9._~-]+)+$`)
 

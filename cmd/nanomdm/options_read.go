@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"math"
 	"os"
 	"path/filepath"
@@ -286,6 +287,14 @@ func (c *configuration) checkListening(o *options) {
 }
 
 func (c *configuration) checkRoles(o *options) {
+	for _, topic := range slices.Sorted(maps.Keys(o.topicCAs)) {
+		if info, err := c.stat(o.topicCAs[topic]); err != nil || info.IsDir() {
+			c.mistake("-topic-ca: no such file: %s", o.topicCAs[topic])
+		}
+	}
+	if o.disableMDM && len(o.topicCAs) > 0 {
+		c.warn("-topic-ca does nothing with -disable-mdm")
+	}
 	if why := weakness(string(o.api)); why != "" {
 		c.warn("the key of -api can be guessed, %s: make one with openssl rand -base64 32", why)
 	}

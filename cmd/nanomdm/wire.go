@@ -8,7 +8,9 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net/http"
+	"slices"
 	"strings"
 	"time"
 
@@ -264,6 +266,7 @@ func (b *building) deviceHandler(store *sqlstore.Store, protocol service.Handler
 	}
 	chain = append(chain, devicelog.New(b.log), events, certauth.New(certauth.Config{
 		Retro: b.o.retro, Reenroll: b.o.reenroll, Renewal: b.o.renewal, Confirm: b.side.confirm, Expired: b.metrics.Expired,
+		TopicCAs: b.side.topicCAs,
 	}))
 	h := httpmdm.New(service.Chain(protocol, chain...), b.side.identity, httpmdm.Config{
 		Pins: store, Refusals: store, MaxBody: b.o.maxBody, MaxCheckin: b.o.maxCheckin, MaxStatus: b.o.maxStatus, MaxHourly: b.o.maxHourlyBytes,
@@ -346,9 +349,10 @@ type deviceSide struct {
 	identity   *httpmdm.Identity
 	tls        *tls.Config
 	core       core.Config
-	confirm    certauth.Confirmer // nil without -authenticate-url
-	caNotAfter time.Time          // of the first of -ca to expire; zero without devices
-	authProxy  http.RoundTripper  // nil without -auth-proxy-url
+	confirm    certauth.Confirmer           // nil without -authenticate-url
+	topicCAs   map[string]certauth.Verifier // by APNs topic
+	caNotAfter time.Time                    // of the first of -ca to expire; zero without devices
+	authProxy  http.RoundTripper            // nil without -auth-proxy-url
 }
 
 func loadDeviceSide(o options, log *slog.Logger, checked func()) (*deviceSide, error) {
@@ -363,12 +367,7 @@ func loadDeviceSide(o options, log *slog.Logger, checked func()) (*deviceSide, e
 	if o.reenroll == storage.ReenrollAllow {
 		log.Warn("any certificate of -ca may enroll a known device anew, and then gets its commands; -reenroll same-subject and deny are stricter")
 	}
-	verifier, notAfter, err := loadVerifier(o, checked, log)
-	if err == nil {
-		side.caNotAfter = notAfter
-		side.identity = chooseIdentity(o, verifier, log)
-	}
-	errs = append(errs, err)
+	errs = append(errs, side.loadVerifiers(o, checked, log))
 	if o.dm != nil {
 		errs = append(errs, side.loadDM(o, log))
 	}
@@ -381,6 +380,7 @@ func loadDeviceSide(o options, log *slog.Logger, checked func()) (*deviceSide, e
 		side.authProxy = callout.Transport(roots)
 	}
 	if o.returnToService != "" {
+		var err error
 		side.core.ReturnToService, err = readDict(o.returnToService)
 		errs = append(errs, ofOption("return-to-service", err))
 	}
@@ -428,22 +428,40 @@ func (side *deviceSide) loadAuthenticateHook(o options, log *slog.Logger) error 
 	return errors.Join(rootsErr, ofOption("authenticate-url", err))
 }
 
-func loadVerifier(o options, checked func(), log *slog.Logger) (*certverify.Verifier, time.Time, error) {
-	roots, notAfter, err := loadCAs("ca", o.ca, log)
-	if err != nil {
-		return nil, time.Time{}, err
-	}
+// loadVerifiers makes the verifier of -ca and those of the APNs topics that are
+// bound to CAs.
+func (side *deviceSide) loadVerifiers(o options, checked func(), log *slog.Logger) error {
 	var intermediates pemFile
+	var err error
 	if o.intermediate != "" {
 		if intermediates, _, err = loadCAs("intermediate", o.intermediate, log); err != nil {
-			return nil, time.Time{}, err
+			return err
 		}
 	}
-	verifier, err := certverify.New(roots.data, intermediates.data, certverify.Config{ClockSkew: o.clockSkew, AllowExpired: o.allowExpired, Checked: checked})
-	if err != nil {
-		return nil, time.Time{}, fmt.Errorf("-ca, -intermediate: %w", err)
+	verifier := func(option, file string, checked func()) (*certverify.Verifier, time.Time, error) {
+		roots, notAfter, err := loadCAs(option, file, log)
+		if err != nil {
+			return nil, notAfter, err
+		}
+		v, err := certverify.New(roots.data, intermediates.data, certverify.Config{ClockSkew: o.clockSkew, AllowExpired: o.allowExpired, Checked: checked})
+		if err != nil {
+			return nil, notAfter, fmt.Errorf("-%s, -intermediate: %w", option, err)
+		}
+		return v, notAfter, nil
 	}
-	return verifier, notAfter, nil
+	all, notAfter, err := verifier("ca", o.ca, checked)
+	errs := []error{err}
+	if err == nil {
+		side.caNotAfter = notAfter
+		side.identity = chooseIdentity(o, all, log)
+	}
+	side.topicCAs = make(map[string]certauth.Verifier)
+	for _, topic := range slices.Sorted(maps.Keys(o.topicCAs)) {
+		v, _, err := verifier("topic-ca", o.topicCAs[topic], nil)
+		side.topicCAs[topic] = v
+		errs = append(errs, err)
+	}
+	return errors.Join(errs...)
 }
 
 // loadCAs reads the CAs of an option's file, and returns when the first of them

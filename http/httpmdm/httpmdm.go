@@ -86,6 +86,7 @@ const (
 	ReasonNotEnrolled  = "not_enrolled"
 	ReasonChannels     = "too_many_channels" // of users of one device
 	ReasonTopic        = "other_topic"       // than at enrollment
+	ReasonTopicCA      = "other_topic_ca"    // the topic is that of other CAs' devices
 	ReasonOwnWord      = "old_copy"          // in a migration, of a device that spoke here itself
 	ReasonTooLarge     = "too_large"
 	ReasonSlow         = "slow_body"
@@ -102,7 +103,7 @@ const (
 // Reasons lists them all.
 func Reasons() []string {
 	return []string{
-		ReasonMethod, ReasonOrigin, ReasonIdentity, ReasonPeer, ReasonUnusedHeader, ReasonPin, ReasonNotEnrolled, ReasonTopic, ReasonOwnWord, ReasonChannels, ReasonTooLarge,
+		ReasonMethod, ReasonOrigin, ReasonIdentity, ReasonPeer, ReasonUnusedHeader, ReasonPin, ReasonNotEnrolled, ReasonTopic, ReasonTopicCA, ReasonOwnWord, ReasonChannels, ReasonTooLarge,
 		ReasonSlow, ReasonMalformed, ReasonOverload, ReasonCrowded, ReasonByteBudget, ReasonUnavailable, ReasonUnrecognized, ReasonOther, ReasonError,
 	}
 }
@@ -386,7 +387,8 @@ func (h *Handler) note(w http.ResponseWriter, r *http.Request, who speaker, err 
 	switch {
 	case errors.As(err, &se):
 		status, level = se.Status, slog.LevelWarn
-	case errors.Is(err, errIdentity), errors.Is(err, storage.ErrIdentity), errors.Is(err, storage.ErrNotEnrolled), errors.Is(err, storage.ErrTopic), errors.Is(err, storage.ErrTooManyChannels):
+	case errors.Is(err, errIdentity), errors.Is(err, storage.ErrIdentity), errors.Is(err, storage.ErrNotEnrolled), errors.Is(err, storage.ErrTopic),
+		errors.Is(err, storage.ErrTopicCA), errors.Is(err, storage.ErrTooManyChannels):
 		status, level = http.StatusBadRequest, slog.LevelWarn
 	case errors.Is(err, storage.ErrOwnWord):
 		status, level = http.StatusConflict, slog.LevelWarn
@@ -447,6 +449,8 @@ func reason(err error) string {
 		return ReasonChannels
 	case errors.Is(err, storage.ErrTopic):
 		return ReasonTopic
+	case errors.Is(err, storage.ErrTopicCA):
+		return ReasonTopicCA
 	case errors.Is(err, storage.ErrOwnWord):
 		return ReasonOwnWord
 	case errors.Is(err, tooLarge):

@@ -149,7 +149,7 @@ func outcomeLabel(resp *service.Response, err error) string {
 	case err == nil:
 	case errors.As(err, &se):
 		status = se.Status
-	case errors.Is(err, storage.ErrIdentity), errors.Is(err, storage.ErrNotEnrolled), errors.Is(err, storage.ErrTopic), errors.Is(err, storage.ErrOwnWord),
+	case errors.Is(err, storage.ErrIdentity), errors.Is(err, storage.ErrNotEnrolled), errors.Is(err, storage.ErrTopic), errors.Is(err, storage.ErrTopicCA), errors.Is(err, storage.ErrOwnWord),
 		errors.Is(err, storage.ErrTooManyChannels):
 		return "refused"
 	case errors.Is(err, storage.ErrUnavailable), errors.Is(err, storage.ErrBusy), errors.Is(err, storage.ErrClosed),

@@ -228,6 +228,7 @@ var explanations = map[string][2]string{
 	httpmdm.ReasonUnrecognized: {"403", "`-authenticate-url` refused the device"},
 	httpmdm.ReasonNotEnrolled:  {"400", "a message that needs an enrollment, from a device without one"},
 	httpmdm.ReasonTopic:        {"400", "a TokenUpdate with another APNs topic than the Authenticate had; the audit has a record"},
+	httpmdm.ReasonTopicCA:      {"400", "an enrollment to an APNs topic, or a certificate for a device there, that `-topic-ca` leaves to other CAs; the audit has a record"},
 	httpmdm.ReasonOwnWord:      {"409", "a message in a migration that differs from what a device has told this server itself"},
 	httpmdm.ReasonChannels:     {"400", "a new user of a device that has `-max-user-channels` of them"},
 	httpmdm.ReasonTooLarge:     {"413", "a body larger than `-max-body`, or than `-max-checkin` or `-max-status` for its type"},

@@ -6,6 +6,7 @@ package certauth
 
 import (
 	"context"
+	"crypto/x509"
 	"errors"
 	"net/http"
 	"time"
@@ -31,6 +32,14 @@ type Config struct {
 	Expired func()
 	// Confirm is asked before a certificate is pinned; nil asks nobody.
 	Confirm Confirmer
+	// TopicCAs are the CAs that enroll devices to some APNs topics. Certificates
+	// of any CA enroll devices to the others.
+	TopicCAs map[string]Verifier
+}
+
+// Verifier checks that a certificate chains to some CAs.
+type Verifier interface {
+	Verify(cert *x509.Certificate, chain []*x509.Certificate) error
 }
 
 // Confirmer has the last word on who enrolls.
@@ -43,6 +52,19 @@ type Confirmer interface {
 }
 
 var errNoCertificate = errors.New("request without a device certificate")
+
+// enrollsTo says to which APNs topics a certificate's CA enrolls devices. The
+// topics' CAs are those that issue the certificates, so that no chain of the device
+// is needed.
+func (c *Config) enrollsTo(cert *x509.Certificate) func(topic string) bool {
+	if len(c.TopicCAs) == 0 {
+		return nil
+	}
+	return func(topic string) bool {
+		cas, bound := c.TopicCAs[topic]
+		return !bound || cas.Verify(cert, nil) == nil
+	}
+}
 
 // New returns the middleware. It belongs innermost, right before core, since
 // it may call what follows twice. A request without a certificate is refused
@@ -61,6 +83,7 @@ func New(cfg Config) service.Middleware {
 				Reenroll:    cfg.Reenroll,
 				Renewal:     cfg.Renewal,
 				Unconfirmed: cfg.Confirm != nil,
+				EnrollsTo:   cfg.enrollsTo(r.Certificate),
 			}
 			resp, err := next.Handle(ctx, r)
 			if err == nil && cfg.Expired != nil && time.Now().After(r.Certificate.NotAfter) {

@@ -86,6 +86,9 @@ func (c *certificates) checkCertificate(p *opRun, now int64) (pin bool, err erro
 	if p.src.Pin == nil {
 		return false, nil
 	}
+	if p.kind.begins && !c.enrollsTo(p) {
+		return false, storage.ErrTopicCA
+	}
 	if known, ok := c.byHash[p.src.Pin.Hash]; ok && known.device == p.device && !known.retired {
 		return false, nil
 	} else if ok && known.device != p.device {
@@ -104,6 +107,9 @@ func (c *certificates) checkCertificate(p *opRun, now int64) (pin bool, err erro
 	}
 	if !c.mayTakeOver(p) {
 		return false, c.refusal(p)
+	}
+	if !c.enrollsTo(p) {
+		return false, storage.ErrTopicCA
 	}
 	if p.src.Pin.Unconfirmed {
 		return false, storage.ErrUnconfirmed
@@ -127,6 +133,11 @@ func admit(ctx context.Context, t *tx, batch []*opRun) (*certificates, error) {
 	var renewed []string
 	for _, p := range batch {
 		pin, err := certs.checkCertificate(p, t.Now)
+		if errors.Is(err, storage.ErrTopicCA) {
+			if err := auditTopic(ctx, t, p, err, "another CA issued its certificate than enrolls devices to "+certs.topicOf(p)); err != nil {
+				return nil, err
+			}
+		}
 		p.err = cmp.Or(err, p.givenUp())
 		if !pin || p.err != nil {
 			continue

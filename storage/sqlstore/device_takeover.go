@@ -15,6 +15,7 @@ import (
 // the live one may take it over.
 type claim struct {
 	serial      string
+	topic       string
 	renewing    bool   // a renewal window is open
 	certificate []byte // DER of the live one; nil if unknown
 }
@@ -29,7 +30,7 @@ func (c *certificates) unsettledBy(p *opRun) bool {
 	if ok && (known.device != p.device || !known.retired) {
 		return false
 	}
-	if p.kind.begins && p.src.Pin.Reenroll != storage.ReenrollAllow {
+	if p.src.Pin.EnrollsTo != nil || p.kind.begins && p.src.Pin.Reenroll != storage.ReenrollAllow {
 		return true
 	}
 	return p.src.Pin.Renewal != storage.RenewalDeny
@@ -48,14 +49,14 @@ func (c *certificates) readClaims(ctx context.Context, t *tx, batch []*opRun) er
 	}
 	place, args := sqldb.InList(devices)
 	c.claims = make(map[string]claim)
-	err := t.Query(ctx, `SELECT d.id, d.serial_number, e.renewal_until, a.certificate FROM nano_devices d
+	err := t.Query(ctx, `SELECT d.id, d.serial_number, COALESCE(e.topic, ''), e.renewal_until, a.certificate FROM nano_devices d
 LEFT JOIN nano_enrollments e ON e.id = d.id
 LEFT JOIN nano_cert_auth_associations a ON a.id = d.id AND a.retired_at IS NULL
 WHERE d.id IN `+place, args...).Each(func(row sqldb.Row) error {
 		var device string
 		var k claim
 		var renewal sql.Null[int64]
-		if err := row.Scan(&device, &k.serial, &renewal, &k.certificate); err != nil {
+		if err := row.Scan(&device, &k.serial, &k.topic, &renewal, &k.certificate); err != nil {
 			return err
 		}
 		k.renewing = renewal.Valid && renewal.V > t.Now
@@ -66,6 +67,23 @@ WHERE d.id IN `+place, args...).Each(func(row sqldb.Row) error {
 		return fmt.Errorf("reading what may be taken over: %w", err)
 	}
 	return nil
+}
+
+// topicOf returns the APNs topic that a device enrolls to, or that it has.
+func (c *certificates) topicOf(p *opRun) string {
+	if p.kind.begins {
+		if said := p.kind.topic(p.op); said != "" {
+			return said
+		}
+	}
+	return c.claims[p.device].topic
+}
+
+// enrollsTo says whether the certificate's CA enrolls devices to the topic of an
+// operation's device.
+func (c *certificates) enrollsTo(p *opRun) bool {
+	enrolls, topic := p.src.Pin.EnrollsTo, c.topicOf(p)
+	return enrolls == nil || topic == "" || enrolls(topic)
 }
 
 // mayTakeOver checks a certificate that no device has had, or a retired one of

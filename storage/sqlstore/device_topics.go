@@ -11,9 +11,13 @@ import (
 // The APNs topic decides which tenant sees an enrollment. Authenticate sets it,
 // and a TokenUpdate confirms it.
 
-// topicAuditPause bounds the audit records of a device that repeats a refused
-// TokenUpdate: one in this time.
-const topicAuditPause = time.Hour
+// topicAuditPause and topicAudits bound the audit records of refused topics: one
+// of a device in this time, and some of all devices, since a certificate that is
+// pinned to nothing may name any device.
+const (
+	topicAuditPause = time.Hour
+	topicAudits     = 100
+)
 
 // actionRefuseTopic is the action of the audit record.
 const actionRefuseTopic = "enrollment.topic.refuse"
@@ -28,32 +32,51 @@ func (r *opRound) topicOf(p *opRun, said string) string {
 }
 
 // refuseTopics refuses TokenUpdates of devices with another topic than that of
-// their Authenticate, and appends an audit record.
+// their Authenticate, or that sets a topic of another CA's devices, and appends
+// audit records.
 func refuseTopics(ctx context.Context, t *tx, batch []*opRun, r *opRound) error {
 	for _, p := range ofKind(batch, &tokenUpdateKind) {
-		said := clip(p.op.(*storage.TokenUpdate).Message.Topic)
-		is := r.topicOf(p, said)
-		if p.settled || p.src.Enroll.IsUserChannel() || is == said {
+		said := clip(p.kind.topic(p.op))
+		is := r.topicOf(p, "")
+		detail := ""
+		switch {
+		case p.settled || p.src.Enroll.IsUserChannel():
+			continue
+		case is == "" && p.src.Pin != nil && p.src.Pin.EnrollsTo != nil && !p.src.Pin.EnrollsTo(said):
+			p.err = storage.ErrTopicCA
+			detail = "another CA issued its certificate than enrolls devices to " + said
+		case is != "" && is != said:
+			p.err = storage.ErrTopic
+			detail = fmt.Sprintf("its TokenUpdate has the topic %s; it enrolled with %s", said, is)
+		default:
 			continue
 		}
-		p.err = storage.ErrTopic
-		var recent int
-		err := t.QueryRow(ctx, "SELECT COUNT(*) FROM nano_audit"+t.Dialect.Index("nano_audit_target")+" WHERE target = ? AND action = ? AND created_at > ?",
-			clip(p.id()), actionRefuseTopic, t.Now-topicAuditPause.Microseconds()).Scan(&recent)
-		if err != nil {
-			return fmt.Errorf("looking for audit records: %w", err)
+		if err := auditTopic(ctx, t, p, p.err, detail); err != nil {
+			return err
 		}
-		if recent > 0 {
-			continue
-		}
-		err = audit(ctx, t, &storage.AuditRecord{
-			Who: "device", Action: actionRefuseTopic, Target: p.id(),
-			Detail:  fmt.Sprintf("its TokenUpdate has the topic %s; it enrolled with %s", said, is),
-			Outcome: "the topic is not that of the enrollment",
-		})
-		if err != nil {
-			return fmt.Errorf("keeping a record: %w", err)
-		}
+	}
+	return nil
+}
+
+// auditTopic appends an audit record of a refused topic, unless there are recent
+// ones.
+func auditTopic(ctx context.Context, t *tx, p *opRun, refused error, detail string) error {
+	var ofDevice, ofAll int
+	since := t.Now - topicAuditPause.Microseconds()
+	err := t.QueryRow(ctx, "SELECT COUNT(*) FROM nano_audit"+t.Dialect.Index("nano_audit_target")+" WHERE target = ? AND action = ? AND created_at > ?",
+		clip(p.id()), actionRefuseTopic, since).Scan(&ofDevice)
+	if err == nil && ofDevice == 0 {
+		err = t.QueryRow(ctx, "SELECT COUNT(*) FROM nano_audit"+t.Dialect.Index("nano_audit_action")+" WHERE action = ? AND created_at > ?",
+			actionRefuseTopic, since).Scan(&ofAll)
+	}
+	if err != nil {
+		return fmt.Errorf("looking for audit records: %w", err)
+	}
+	if ofDevice > 0 || ofAll >= topicAudits {
+		return nil
+	}
+	if err := audit(ctx, t, &storage.AuditRecord{Who: "device", Action: actionRefuseTopic, Target: clip(p.id()), Detail: detail, Outcome: refused.Error()}); err != nil {
+		return fmt.Errorf("keeping a record: %w", err)
 	}
 	return nil
 }

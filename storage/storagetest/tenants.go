@@ -1,6 +1,7 @@
 package storagetest
 
 import (
+	"fmt"
 	"testing"
 	"time"
 
@@ -13,6 +14,7 @@ import (
 func tenantTests() []subtest {
 	return []subtest{
 		{"a device's word moves it to no other topic", topicIsSetAtAuthenticate},
+		{"a topic is that of some CAs' devices", topicOfCA},
 		{"a user channel has its device's topic", userChannelInheritsTopic},
 		{"a re-enrollment to another topic leaves nothing in sight", topicMove},
 		{"a move between topics ends a renewal window", topicMoveIgnoresRenewal},
@@ -72,6 +74,51 @@ func topicIsSetAtAuthenticate(t *testing.T, h *Harness) {
 	require.ErrorIs(t, d.saysToken(t, topicB), storage.ErrTopic)
 	require.Equal(t, 2, h.auditCount(t, "enrollment.topic.refuse"))
 	require.NoError(t, d.saysToken(t, topicA))
+}
+
+// ofTenantB is the channel with a certificate of a CA that enrolls to no topic but
+// that of tenant B.
+func (c *channel) ofTenantB(certificate string) *channel {
+	w := c.with(certificate)
+	w.pin.EnrollsTo = func(topic string) bool { return topic == topicB }
+	return w
+}
+
+func topicOfCA(t *testing.T, h *Harness) {
+	d := h.device("D").with("a").enrolls(t)
+	require.NoError(t, d.setBootstrapToken(t, "secret"))
+	h.enqueue(t, []string{"D"}, "C1")
+	rogue := h.device("D").ofTenantB("b")
+	for _, topic := range []string{topicA, ""} {
+		require.ErrorIs(t, rogue.begins(t, topic), storage.ErrTopicCA, "a re-enrollment as %q", topic)
+	}
+	retro := rogue.ofTenantB("b")
+	retro.pin.Renewal = storage.RenewalWindow
+	_, err := h.Store.SetRenewal(t.Context(), everything, []string{"D"}, h.Clock.Now().Add(time.Hour))
+	require.NoError(t, err)
+	refused(t, retro, storage.ErrTopicCA)
+	require.Equal(t, "C1", d.polls(t), "its certificate is not retired")
+	require.Equal(t, 1, h.auditCount(t, "enrollment.topic.refuse"))
+
+	unpinned := h.device("U").enrolls(t)
+	require.NoError(t, unpinned.saysToken(t, topicA))
+	taker := unpinned.ofTenantB("b")
+	taker.pin.Retro = true
+	refused(t, taker, storage.ErrTopicCA)
+
+	silent := h.device("S").ofTenantB("s")
+	require.NoError(t, silent.begins(t, ""))
+	require.ErrorIs(t, silent.saysToken(t, topicA), storage.ErrTopicCA)
+	require.False(t, h.sees(t, tenantA, "S"))
+	require.NoError(t, silent.saysToken(t, topicB))
+
+	for i := range 120 {
+		require.ErrorIs(t, h.device(fmt.Sprint("X", i)).ofTenantB("x").begins(t, topicA), storage.ErrTopicCA)
+	}
+	require.Zero(t, h.Int(t, "SELECT COUNT(*) FROM nano_devices WHERE id LIKE 'X%'"))
+	require.Equal(t, 100, h.auditCount(t, "enrollment.topic.refuse"), "made-up devices do not fill the audit")
+	require.NoError(t, rogue.begins(t, topicB), "it may take the device to its own topic, with nothing in sight")
+	require.False(t, h.sees(t, tenantA, "D"))
 }
 
 func userChannelInheritsTopic(t *testing.T, h *Harness) {
