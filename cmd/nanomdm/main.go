@@ -49,7 +49,7 @@ func run(ctx context.Context, args, environ []string, stdout, stderr io.Writer, 
 	for _, w := range warnings {
 		log.Warn(w)
 	}
-	d, err := wire(o, environ, log, stdout)
+	d, err := wire(o, environ, log, stdout, time.Now)
 	if err != nil {
 		fmt.Fprintln(stderr, "nanomdm:", err)
 		return exitFailure

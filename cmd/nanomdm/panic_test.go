@@ -28,7 +28,7 @@ func TestBackgroundWorkOutlivesPanics(t *testing.T) {
 		"-storage-dsn", filepath.Join(dir, "mdm.db")}, environ, os.Stat)
 	require.NoError(t, err)
 	log := &syncBuffer{}
-	s, err := wire(o, environ, newLogger(log, o), io.Discard)
+	s, err := wire(o, environ, newLogger(log, o), io.Discard, time.Now)
 	require.NoError(t, err)
 	signals, code := make(chan os.Signal, 1), make(chan int, 1)
 	go func() { code <- s.run(context.Background(), signals) }()

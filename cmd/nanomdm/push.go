@@ -19,9 +19,9 @@ func (b *building) push(store *sqlstore.Store) (*push.Service, error) {
 	o := b.o
 	service, err := push.New(store, push.Config{
 		APNs: apns.Config{
-			URL: o.apnsURL.String(), RootCAs: b.apnsCA, Workers: o.pushWorkers, Expiration: o.pushExpiration, Logger: b.log,
+			URL: o.apnsURL.String(), RootCAs: b.apnsCA, Workers: o.pushWorkers, Expiration: o.pushExpiration, Now: store.Now, Logger: b.log,
 		},
-		Rate: o.pushRate, Retry: o.pushRetry, Wait: o.pushTimeout, Logger: b.log, Supervisor: b.s.supervisor,
+		Rate: o.pushRate, Retry: o.pushRetry, Wait: o.pushTimeout, Now: store.Now, Logger: b.log, Supervisor: b.s.supervisor,
 	})
 	if err != nil {
 		return nil, err

@@ -19,7 +19,7 @@ const leaseTTL = 15 * time.Second
 // upkeep adds the periodic work on queue and history, each under its lease.
 func (b *building) upkeep(store *sqlstore.Store) {
 	holder := rand.Text()
-	queue := &upkeep.Queue{Store: store, Log: b.log, Now: time.Now}
+	queue := &upkeep.Queue{Store: store, Log: b.log, Now: store.Now}
 	b.s.background("queue sweep", func(ctx context.Context) error {
 		return lease.Hold(ctx, store, "queue", holder, leaseTTL, b.log, queue.Work)
 	})
@@ -28,11 +28,11 @@ func (b *building) upkeep(store *sqlstore.Store) {
 		host = "unknown"
 	}
 	replica := &upkeep.Replica{Store: store, Log: b.log, Self: storage.Replica{
-		ID: rand.Text(), Name: host, Version: release.String(), Listen: b.address, StartedAt: time.Now(),
+		ID: rand.Text(), Name: host, Version: release.String(), Listen: b.address, StartedAt: store.Now(),
 	}}
 	b.s.background("replica", replica.Work)
 	history := &upkeep.History{
-		Store: store, Log: b.log, Now: time.Now, Commands: b.o.retainCommands, Results: b.o.retainResults,
+		Store: store, Log: b.log, Now: store.Now, Commands: b.o.retainCommands, Results: b.o.retainResults,
 		Audit: b.o.retainAudit, Users: b.o.retainUsers, DeleteAcked: b.o.storageOptions.deleteAcked,
 	}
 	if history.Idle() {

@@ -69,7 +69,7 @@ func (b *building) events(ctx context.Context, store *sqlstore.Store) (*webhook.
 	}
 	b.s.background("event sinks", sinks.Run)
 	if o.webhookWorkers == 0 {
-		return sinks, webhook.Middleware(sinks, o.secretParams, nil), nil
+		return sinks, webhook.Middleware(sinks, o.secretParams, store.Now, nil), nil
 	}
 	retention := o.retainEvents
 	if retention == 0 {
@@ -77,7 +77,7 @@ func (b *building) events(ctx context.Context, store *sqlstore.Store) (*webhook.
 	}
 	deliverer := webhook.NewDeliverer(store, sinks, rand.Text(), webhook.Config{
 		Workers: o.webhookWorkers, Timeout: o.webhookTimeout, MaxAge: o.webhookMaxAge, MaxBacklog: int64(o.webhookMaxBacklog),
-		Retention: retention, MaxLogBytes: o.maxEventBytes, Notice: o.expiryNotice, RootCAs: b.webhookCA, Guard: callout.Guard{Allowed: o.webhookAllowed}, Logger: b.log, Supervisor: b.s.supervisor,
+		Retention: retention, MaxLogBytes: o.maxEventBytes, Notice: o.expiryNotice, Now: store.Now, RootCAs: b.webhookCA, Guard: callout.Guard{Allowed: o.webhookAllowed}, Logger: b.log, Supervisor: b.s.supervisor,
 	})
 	b.s.background("events", deliverer.Run)
 	b.metrics.Add(metrics.Source{Name: "deliveries", Collect: func(_ context.Context, emit metrics.Emit) error {
@@ -92,5 +92,5 @@ func (b *building) events(ctx context.Context, store *sqlstore.Store) (*webhook.
 		}
 		return nil
 	}})
-	return sinks, webhook.Middleware(sinks, o.secretParams, deliverer.Wake), nil
+	return sinks, webhook.Middleware(sinks, o.secretParams, store.Now, deliverer.Wake), nil
 }

@@ -45,6 +45,7 @@ type building struct {
 	o      options
 	log    *slog.Logger
 	stdout io.Writer
+	now    func() time.Time // the clock of this machine
 
 	side    *deviceSide
 	s       *server
@@ -65,14 +66,15 @@ type building struct {
 // wire puts the daemon together. Everything that has to be closed is a
 // component of the server that it returns. Errors of several files are reported
 // at once. The database is opened when the server runs, so that a start while
-// the database is away waits, with probes answered.
-func wire(o options, environ []string, log *slog.Logger, stdout io.Writer) (*server, error) {
+// the database is away waits, with probes answered. now is the machine's clock,
+// which the store bounds by its database's.
+func wire(o options, environ []string, log *slog.Logger, stdout io.Writer, now func() time.Time) (*server, error) {
 	counters := metrics.New(release.String())
 	side, err := loadDeviceSide(o, log, counters.Checked)
 	if err != nil {
 		return nil, err
 	}
-	b := &building{o: o, log: log, stdout: stdout, side: side, gate: gate.New(log), metrics: counters}
+	b := &building{o: o, log: log, stdout: stdout, now: now, side: side, gate: gate.New(log), metrics: counters}
 	if b.systemd, err = newNotifier(lookup(environ)); err != nil {
 		return nil, err
 	}
@@ -168,6 +170,7 @@ func (b *building) addStore() {
 			cfg := sqlstore.Config{
 				Driver:          b.o.storage,
 				DSN:             string(b.o.storageDSN),
+				Now:             b.now,
 				DatabaseClock:   true,
 				Logger:          b.log,
 				Supervisor:      b.s.supervisor,
@@ -244,7 +247,7 @@ func (b *building) assemble(ctx context.Context, store *sqlstore.Store) error {
 func (b *building) addAPI(mux *http.ServeMux, store *sqlstore.Store, pusher *push.Service, sinks *webhook.Sinks) (*httpapi.API, error) {
 	api, err := httpapi.New(string(b.o.api), store, pusher, httpapi.Config{
 		MaxBody: b.o.maxBody, Refused: b.metrics.APIRefused, SinksChanged: sinks.Refresh, SinkGuard: callout.Guard{Allowed: b.o.webhookAllowed},
-		Draining: b.s.draining(), ExpiredServed: b.o.allowExpired, Version: release.String(), Logger: b.log,
+		Draining: b.s.draining(), ExpiredServed: b.o.allowExpired, Version: release.String(), Now: store.Now, Logger: b.log,
 	})
 	if err != nil {
 		return nil, err

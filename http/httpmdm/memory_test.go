@@ -9,6 +9,7 @@ import (
 	"net/http/httptest"
 	"runtime"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
 
@@ -41,7 +42,7 @@ func TestMemoryOfBodies(t *testing.T) {
 			require.NoError(t, err)
 			sinks, err := webhook.OpenSinks(t.Context(), h.Store, []storage.EventSink{sink}, log)
 			require.NoError(t, err)
-			handler := httpmdm.New(service.Chain(core.New(h.Store, core.Config{}), webhook.Middleware(sinks, nil, nil), certauth.New(certauth.Config{})),
+			handler := httpmdm.New(service.Chain(core.New(h.Store, core.Config{}), webhook.Middleware(sinks, nil, time.Now, nil), certauth.New(certauth.Config{})),
 				httpmdm.SignatureIdentity(verifier), httpmdm.Config{Pins: h.Store}).MDM(httpmdm.Any)
 			server := httptest.NewServer(handler)
 			defer server.Close()

@@ -79,6 +79,8 @@ type Config struct {
 	// Backoff is the pause after a first failure, 100 milliseconds if zero. It
 	// doubles with each further one, up to 5 minutes.
 	Backoff time.Duration
+	// Now is the clock of stored times, time.Now if nil.
+	Now func() time.Time
 	// LeaseTTL is how long after a replica died another one takes over, 10
 	// seconds if zero; the same on all replicas.
 	LeaseTTL time.Duration
@@ -109,6 +111,9 @@ func (c *Config) setDefaults() {
 	}
 	or(&c.Backoff, 100*time.Millisecond)
 	or(&c.LeaseTTL, 10*time.Second)
+	if c.Now == nil {
+		c.Now = time.Now
+	}
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}
@@ -340,7 +345,7 @@ func (d *Deliverer) upkeep(ctx context.Context, current func() storage.Lease) er
 	for {
 		if time.Since(noticed) >= noticeEvery {
 			if d.batches(ctx, "announcing certificates near their end", func() (int, error) {
-				return d.store.NoteExpiring(ctx, current(), time.Now().Add(d.cfg.Notice), removeBatch/5)
+				return d.store.NoteExpiring(ctx, current(), d.cfg.Now().Add(d.cfg.Notice), removeBatch/5)
 			}) {
 				noticed = time.Now()
 			}
@@ -350,12 +355,12 @@ func (d *Deliverer) upkeep(ctx context.Context, current func() storage.Lease) er
 		})
 		if d.cfg.Retention > 0 {
 			d.batches(ctx, "removing old events", func() (int, error) {
-				return d.store.RemoveEvents(ctx, current(), time.Now().Add(-d.cfg.Retention), removeBatch)
+				return d.store.RemoveEvents(ctx, current(), d.cfg.Now().Add(-d.cfg.Retention), removeBatch)
 			})
 		}
 		d.boundLog(ctx, current)
 		d.batches(ctx, "forgetting sinks", func() (int, error) {
-			return d.store.ForgetEventSinks(ctx, current(), time.Now().Add(-d.cfg.MaxAge))
+			return d.store.ForgetEventSinks(ctx, current(), d.cfg.Now().Add(-d.cfg.MaxAge))
 		})
 		d.watch(ctx, alarmed)
 		pause := upkeepEvery

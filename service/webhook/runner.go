@@ -379,7 +379,7 @@ func (r *runner) deadLetterWaiting(ctx context.Context, now time.Time) error {
 // receiver was down.
 func (r *runner) skipTooOld(ctx context.Context, last int64, now time.Time) (bool, error) {
 	first, err := r.d.store.SinkPage(ctx, r.out.cursor, 1)
-	if err != nil || len(first) == 0 || now.Sub(first[0].CreatedAt) <= r.d.cfg.MaxAge {
+	if err != nil || len(first) == 0 || r.d.cfg.Now().Sub(first[0].CreatedAt) <= r.d.cfg.MaxAge {
 		return false, err
 	}
 	r.health.probeAgain(now) // there may be more of them
@@ -399,7 +399,7 @@ func (r *runner) skip(ctx context.Context, rows, last int64, state storage.Deliv
 	}
 	for i := range events {
 		e := &events[i]
-		if state == storage.DeliveryDead && time.Since(e.CreatedAt) <= r.d.cfg.MaxAge {
+		if state == storage.DeliveryDead && r.d.cfg.Now().Sub(e.CreatedAt) <= r.d.cfg.MaxAge {
 			break
 		}
 		r.out.cursor = e.Seq
@@ -695,7 +695,7 @@ func (r *runner) batchFailed(ctx context.Context, b *enrollmentBatch, res result
 		before = b.failures
 	}
 	v := assess(r.sink.OnError, e, res.failure, res.tries, before, r.health.backoff)
-	dead := v.dead || e.Seq <= r.d.bound.through.Load() || now.Sub(e.CreatedAt) > r.d.cfg.MaxAge
+	dead := v.dead || e.Seq <= r.d.bound.through.Load() || r.d.cfg.Now().Sub(e.CreatedAt) > r.d.cfg.MaxAge
 	row := rowOf(e, storage.DeliveryWaiting)
 	if b.from == fromRedelivery {
 		row.State = storage.DeliveryAgain

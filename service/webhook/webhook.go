@@ -52,16 +52,16 @@ func topicOf(k mdm.Kind) string {
 // Middleware annotates requests with the events that a sink wants. Without a
 // sink nothing is written. secretParams names query parameters of enrollment
 // URLs whose values are secret, such as tickets: events have their hashes.
-// wake is called after an event was committed, unless it is nil, and must not
+// now is the store's clock. wake is called after an event was committed, unless it is nil, and must not
 // block.
-func Middleware(sinks *Sinks, secretParams []string, wake func()) service.Middleware {
+func Middleware(sinks *Sinks, secretParams []string, now func() time.Time, wake func()) service.Middleware {
 	return func(next service.Handler) service.Handler {
 		return service.HandlerFunc(func(ctx context.Context, r *service.Request) (*service.Response, error) {
 			topic := topicOf(r.Message.Kind())
 			if topic == "" || !sinks.any() {
 				return next.Handle(ctx, r)
 			}
-			e := event(r, topic)
+			e := event(r, topic, now().UTC())
 			if len(r.Params) > 0 && len(secretParams) > 0 {
 				e.Params = hashParams(r.Params, secretParams)
 			}
@@ -82,11 +82,11 @@ func Middleware(sinks *Sinks, secretParams []string, wake func()) service.Middle
 }
 
 // event makes a request's event without its ID.
-func event(r *service.Request, topic string) storage.Event {
+func event(r *service.Request, topic string, at time.Time) storage.Event {
 	who := r.Message.Identity()
 	e := storage.Event{
 		Topic:        topic,
-		CreatedAt:    time.Now().UTC(),
+		CreatedAt:    at,
 		UDID:         short(who.UDID),
 		EnrollmentID: short(who.EnrollmentID),
 		Params:       r.Params,

@@ -276,7 +276,7 @@ func newWorld(t *testing.T, sinks ...storage.EventSink) *world {
 	}
 	w.sinks, err = OpenSinks(t.Context(), store, sinks, w.logger())
 	require.NoError(t, err)
-	w.devices = service.Chain(core.New(store, core.Config{}), Middleware(w.sinks, []string{"ticket"}, nil))
+	w.devices = service.Chain(core.New(store, core.Config{}), Middleware(w.sinks, []string{"ticket"}, time.Now, nil))
 	t.Cleanup(func() {
 		for _, stop := range w.stops {
 			stop()

@@ -221,6 +221,11 @@ func (s *Store) Close() error {
 	return s.closeErr
 }
 
+// Now is the clock of stored times: Config.Now, bounded by the database's clock
+// with Config.DatabaseClock. Times that are compared with stored ones come from
+// it.
+func (s *Store) Now() time.Time { return s.now() }
+
 // Stats returns the counters.
 func (s *Store) Stats() Stats {
 	return Stats{
