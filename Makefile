@@ -65,7 +65,8 @@ chaos: build ## break clusters and compare what was acknowledged; CHAOS='-scenar
 	git archive $$(sed -n 's/^const releaseBefore = "\(.*\)"/\1/p' cmd/nanomdm/upgrade_test.go) | tar -x -C bin/before
 	cd bin/before && CGO_ENABLED=0 $(GO) build -o ../nanomdm-before ./cmd/nanomdm
 	rm -rf bin/before
-	./bin/mdmchaos -nanomdm ./bin/nanomdm -before ./bin/nanomdm-before $(CHAOS)
+	cmd/mdmchaos/shift-clock.sh bin/nanomdm-shifted
+	./bin/mdmchaos -nanomdm ./bin/nanomdm -before ./bin/nanomdm-before -shifted ./bin/nanomdm-shifted $(CHAOS)
 
 chaos-short: build ## the same for some minutes: replicas and primaries are killed, connections cut
 	cmd/mdmchaos/install.sh postgresql haproxy

@@ -111,7 +111,7 @@ func unsettled(h *history, f *fleet, sinks []sink, r *receiver) error {
 			taken[x.uuid] = taken[x.uuid] || x.status != "NotNow"
 		}
 		for _, c := range h.calls {
-			if c.acknowledged[s.id] && !taken[c.uuid] && !cleared(d, c) {
+			if c.acknowledged[s.id] && !taken[c.uuid] && !cleared(d, c) && !c.unwanted() {
 				return fmt.Errorf("%s waits for %s", s.id, c.marker)
 			}
 		}
@@ -123,6 +123,9 @@ func unsettled(h *history, f *fleet, sinks []sink, r *receiver) error {
 	}
 	return nil
 }
+
+// unwanted says whether the command expires before a device could get it.
+func (c *call) unwanted() bool { return c.timing != nil && c.timing.unwanted }
 
 // cleared: the device enrolled again after the first attempt to queue the
 // command, so that its queue may have been cleared since.
@@ -145,7 +148,7 @@ func terminal(d *deviceHistory, takes func(requestType string) bool) (uuids []st
 
 // check compares the history with the store and the receiver. The error is
 // for a store that cannot be read.
-func check(ctx context.Context, a *api, h *history, f *fleet, sinks []sink, r *receiver) ([]string, error) {
+func check(ctx context.Context, a *api, h *history, f *fleet, sinks []sink, r *receiver, times *punctuality) ([]string, error) {
 	var found findings
 	for _, s := range f.devices {
 		snap, err := a.fetch(ctx, s.id)
@@ -162,6 +165,7 @@ func check(ctx context.Context, a *api, h *history, f *fleet, sinks []sink, r *r
 			}
 		}
 		checkDevice(&found, s.id, d, h.calls, snap)
+		times.checkTimes(&found, s.id, d, h.calls, snap)
 		for _, k := range sinks {
 			checkEvents(&found, s.id, k.name, terminal(d, k.takes), r.reported(k.name, s.id))
 		}
@@ -177,7 +181,7 @@ func checkDevice(found *findings, id string, d *deviceHistory, calls []*call, sn
 	checkResults(found, id, d, snap)
 	checkOffers(found, id, d, calls)
 	for _, c := range calls {
-		if !c.acknowledged[id] || cleared(d, c) {
+		if !c.acknowledged[id] || cleared(d, c) || c.unwanted() {
 			continue
 		}
 		if state, ok := snap.states[c.uuid]; !ok {
@@ -234,6 +238,9 @@ func checkOffers(found *findings, id string, d *deviceHistory, calls []*call) {
 			continue
 		}
 		seen[o.uuid] = true
+		if c.timing != nil {
+			continue // its time decides
+		}
 		if c.number < latest[c.operator] {
 			found.add("%s: command %d of operator %d was offered after number %d", id, c.number, c.operator, latest[c.operator])
 		}

@@ -34,6 +34,7 @@ type sleeper struct {
 	restless bool
 	rng      *rand.Rand
 	pushed   chan struct{} // holds one push, however many came
+	asleep   chan struct{} // closed when the device wakes up; nil: it is awake
 
 	mu        sync.Mutex // guards rng, restless and enrolling
 	enrolling bool
@@ -129,6 +130,14 @@ func (f *fleet) wait() {
 }
 
 func (s *sleeper) live(ctx context.Context, f *fleet) {
+	if s.asleep != nil {
+		select {
+		case <-s.asleep:
+			s.poll(ctx, f)
+		case <-ctx.Done():
+			return
+		}
+	}
 	enrollAt := time.Now().Add(s.pause(5*time.Second, 10*time.Second))
 	for ctx.Err() == nil {
 		if s.isRestless() && time.Now().After(enrollAt) {

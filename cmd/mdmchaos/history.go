@@ -30,6 +30,8 @@ type call struct {
 	ids              []string
 	acknowledged     map[string]bool // by enrollment
 	begun            time.Time       // of the first attempt
+	accepted         time.Time       // of the first good answer
+	timing           *timing         // nil: at once and for ever
 }
 
 // deviceHistory is what one device saw, in its own order.
@@ -116,6 +118,9 @@ func (h *history) accept(c *call, uuid string, ids []string) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	c.uuid = uuid
+	if c.accepted.IsZero() {
+		c.accepted = time.Now()
+	}
 	for _, id := range ids {
 		c.acknowledged[id] = true
 	}

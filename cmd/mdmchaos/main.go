@@ -28,6 +28,7 @@ import (
 type options struct {
 	nanomdm   string
 	before    string
+	shifted   string
 	scenarios string
 	seed      uint64
 	duration  time.Duration
@@ -72,6 +73,7 @@ func parse(args []string) (*options, error) {
 	o := &options{}
 	flags.StringVar(&o.nanomdm, "nanomdm", "bin/nanomdm", "the daemon's `program`")
 	flags.StringVar(&o.before, "before", "", "the `program` of the release before, for the scenario upgrade; empty leaves it out of all")
+	flags.StringVar(&o.shifted, "shifted", "", "the `program` of shift-clock.sh, for the scenario clock; empty leaves it out of all")
 	flags.StringVar(&o.scenarios, "scenarios", "", "comma-separated `names`; empty is all")
 	flags.Uint64Var(&o.seed, "seed", 1, "seed of all choices")
 	flags.DurationVar(&o.duration, "duration", 30*time.Second, "how long each scenario breaks things")
@@ -92,13 +94,12 @@ func parse(args []string) (*options, error) {
 		fmt.Fprintln(flags.Output(), "mdmchaos: -devices must be 2 or more, -operators, -replicas and -duration positive")
 		return nil, errUsage
 	}
-	program, err := filepath.Abs(o.nanomdm)
-	if err != nil {
-		return nil, err
-	}
-	o.nanomdm = program
-	if o.before != "" {
-		if o.before, err = filepath.Abs(o.before); err != nil {
+	for _, program := range []*string{&o.nanomdm, &o.before, &o.shifted} {
+		if *program == "" {
+			continue
+		}
+		var err error
+		if *program, err = filepath.Abs(*program); err != nil {
 			return nil, err
 		}
 	}
@@ -110,7 +111,7 @@ func run(ctx context.Context, out io.Writer, args []string) error {
 	if err != nil {
 		return err
 	}
-	chosen, err := choose(o.scenarios, o.before != "")
+	chosen, err := choose(o)
 	if err != nil {
 		return err
 	}
@@ -137,26 +138,23 @@ func run(ctx context.Context, out io.Writer, args []string) error {
 	return failed
 }
 
-// choose returns the named scenarios. An upgrade needs the release before.
-func choose(names string, before bool) ([]scenario, error) {
+// choose returns the named scenarios, or all whose programs are there.
+func choose(o *options) ([]scenario, error) {
 	all := scenarios()
-	if names == "" {
-		return slices.DeleteFunc(all, func(s scenario) bool { return s.upgrade && !before }), nil
+	lacks := func(s scenario) bool { return s.program != nil && s.program(o) == "" }
+	if o.scenarios == "" {
+		return slices.DeleteFunc(all, lacks), nil
 	}
 	var chosen []scenario
-	for name := range strings.SplitSeq(names, ",") {
-		found := false
-		for _, s := range all {
-			if s.name == name {
-				if s.upgrade && !before {
-					return nil, fmt.Errorf("the scenario %s needs -before", name)
-				}
-				chosen, found = append(chosen, s), true
-			}
-		}
-		if !found {
+	for name := range strings.SplitSeq(o.scenarios, ",") {
+		i := slices.IndexFunc(all, func(s scenario) bool { return s.name == name })
+		switch {
+		case i < 0:
 			return nil, fmt.Errorf("no scenario is called %q; mdmchaos -help lists them", name)
+		case lacks(all[i]):
+			return nil, fmt.Errorf("the scenario %s needs another program: -before or -shifted; see mdmchaos -help", name)
 		}
+		chosen = append(chosen, all[i])
 	}
 	return chosen, nil
 }

@@ -73,6 +73,8 @@ type operator struct {
 	ids     []string
 	rng     *rand.Rand
 	pause   time.Duration
+	// plan changes each call before it is made; nil: none.
+	plan func(o *operator, c *call)
 }
 
 // answer is the part of an enqueue's answer that says who got it.
@@ -93,6 +95,13 @@ type operators struct {
 	busy       sync.WaitGroup
 	mu         sync.Mutex
 	violations []string // calls with an idempotency key that were done twice
+	givenUp    []string // calls that were not complete when the time to settle was over
+}
+
+func (o *operators) giveUp(format string, args ...any) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.givenUp = append(o.givenUp, fmt.Sprintf(format, args...))
 }
 
 func (o *operators) violation(format string, args ...any) {
@@ -108,6 +117,9 @@ func (o *operator) run(ctx, finish context.Context, all *operators) {
 		c := &call{
 			operator: o.number, number: n, marker: fmt.Sprintf("op-%d-%d", o.number, n),
 			requestType: requestTypes[n%len(requestTypes)].name, ids: o.some(),
+		}
+		if o.plan != nil {
+			o.plan(o, c)
 		}
 		if !o.keyed {
 			c.uuid = uuid.NewString()
@@ -138,8 +150,10 @@ func (o *operator) some() []string {
 }
 
 func (o *operator) repeat(ctx context.Context, c *call, all *operators) {
+	var last error
 	for ctx.Err() == nil {
 		queued, refused, uuid, err := o.send(ctx, c)
+		last = err
 		o.history.answered(err == nil)
 		if err == nil {
 			if o.keyed && c.uuid != "" && uuid != c.uuid {
@@ -152,6 +166,7 @@ func (o *operator) repeat(ctx context.Context, c *call, all *operators) {
 		}
 		_ = backoff.Sleep(ctx, 50*time.Millisecond+time.Duration(o.rng.Int64N(int64(300*time.Millisecond))))
 	}
+	all.giveUp("call %s for %d enrollments is given up; %d have the command, and the last error is: %v", c.marker, len(c.ids), len(c.acknowledged), last)
 }
 
 // again repeats a call that was acknowledged, as a client does that lost the
@@ -169,9 +184,10 @@ func (o *operator) send(ctx context.Context, c *call) (queued []string, refused 
 	var status int
 	var content []byte
 	if o.keyed {
+		options := c.timing.enqueueOptions()
+		options["idempotency_key"] = c.marker
 		body, err := json.Marshal(map[string]any{
-			"ids": c.ids, "request_type": c.requestType, markerKey(c.requestType): c.marker,
-			"options": map[string]any{"idempotency_key": c.marker},
+			"ids": c.ids, "request_type": c.requestType, markerKey(c.requestType): c.marker, "options": options,
 		})
 		if err != nil {
 			return nil, 0, "", err

@@ -19,6 +19,7 @@ type outcome struct {
 	takeovers                        int           // changes of a lease's holder
 	takeover                         time.Duration // the longest of them
 	violations                       []string
+	times                            punctuality
 	phases                           phases
 }
 
@@ -34,6 +35,9 @@ func (o outcome) print(out io.Writer) {
 	fmt.Fprintf(out, "%-12s %3d faults, %6d requests (%d failed), %6d commands queued, %6d answers taken, longest stall %v, %d take-overs in %v at most, %d violations (%v)\n",
 		o.scenario, o.faults, o.requests, o.failed, o.calls, o.results, o.stall.Round(100*time.Millisecond),
 		o.takeovers, o.takeover.Round(100*time.Millisecond), len(o.violations), o.phases)
+	if o.times != (punctuality{}) {
+		fmt.Fprintf(out, "    %v\n", &o.times)
+	}
 	for i, v := range o.violations {
 		if i == 20 {
 			fmt.Fprintf(out, "    and %d more\n", len(o.violations)-i)

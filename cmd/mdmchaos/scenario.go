@@ -12,8 +12,13 @@ type scenario struct {
 	// with, which names them.
 	sinks []sink
 	args  func(w *world, replica int) ([]string, error)
-	// upgrade is set when the replicas begin as the release before.
-	upgrade bool
+	// program is the one that replicas begin with; nil is the daemon as it is.
+	// It is empty where the flag that names it is missing.
+	program func(o *options) string
+	// env is the environment of one replica, in addition.
+	env func(replica int) []string
+	// times is set when operators also queue commands with times.
+	times bool
 	// fault breaks one thing and mends it, again and again until the time is up.
 	fault func(ctx context.Context, w *world) error
 }
@@ -30,9 +35,11 @@ func scenarios() []scenario {
 		{name: "galera-one", about: "Galera, one node takes all writes; nodes are killed and stopped", database: galera(1), fault: breakGalera},
 		{name: "galera-many", about: "Galera, each replica writes to a node of its own; nodes and replicas are killed", database: galera(galeraNodes), fault: breakGaleraAndReplicas},
 		{name: "galera-calm", about: "Galera with several writers and no fault: certification alone", database: galera(galeraNodes), fault: nothing},
-		{name: "upgrade", about: "PostgreSQL; replicas change between the release before (-before) and this one", database: postgres, upgrade: true, fault: changeRelease},
+		{name: "upgrade", about: "PostgreSQL; replicas change between the release before (-before) and this one", database: postgres, program: func(o *options) string { return o.before }, fault: changeRelease},
 		{name: "sinks", about: "PostgreSQL, away for up to a minute; replicas name different webhook sinks, in turn", database: postgres, fault: breakSinks,
 			sinks: sinkPerType(), args: differentSinks},
+		{name: "clock", about: "PostgreSQL; clocks of replicas (-shifted) are ten minutes off both ways, and replicas are killed", database: postgres, fault: killOne,
+			program: func(o *options) string { return o.shifted }, env: wrongClocks, times: true},
 	}
 	for i := range list {
 		if list[i].sinks == nil {

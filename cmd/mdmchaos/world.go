@@ -12,6 +12,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/nanomdm/nanomdm/backoff"
 	"github.com/nanomdm/nanomdm/mdm/mdmtest"
 	"github.com/nanomdm/nanomdm/push/apnstest"
 )
@@ -34,6 +35,7 @@ type world struct {
 	leases   *leaseWatch
 	faults   int
 	phases   phases
+	times    punctuality
 }
 
 func runScenario(ctx context.Context, o *options, out io.Writer, s scenario) (result outcome, err error) {
@@ -66,7 +68,7 @@ func runScenario(ctx context.Context, o *options, out io.Writer, s scenario) (re
 	w.leases.end()
 	result = outcome{
 		scenario: s.name, faults: w.faults, violations: violations, stall: w.history.stall,
-		takeovers: w.leases.takeovers, takeover: w.leases.longest, phases: w.phases,
+		times: w.times, takeovers: w.leases.takeovers, takeover: w.leases.longest, phases: w.phases,
 	}
 	result.requests, result.failed, result.calls, result.results = w.history.counts()
 	return result, nil
@@ -97,8 +99,8 @@ func (w *world) start(ctx context.Context, s scenario) error {
 		return err
 	}
 	program := w.o.nanomdm
-	if s.upgrade {
-		program = w.o.before
+	if s.program != nil {
+		program = s.program(w.o)
 	}
 	for i := range w.o.replicas {
 		storage, dsn := w.database.source(i)
@@ -111,6 +113,9 @@ func (w *world) start(ctx context.Context, s scenario) error {
 		if err != nil {
 			return err
 		}
+		if s.env != nil {
+			r.env = append(r.env, s.env(i)...)
+		}
 		if err := r.start(); err != nil {
 			return err
 		}
@@ -118,6 +123,12 @@ func (w *world) start(ctx context.Context, s scenario) error {
 	}
 	for _, r := range w.replicas {
 		if err := r.ready(ctx, time.Minute); err != nil {
+			return err
+		}
+	}
+	if len(w.sinks) > 1 {
+		// A replica learns within three seconds of a sink that another one names.
+		if err := backoff.Sleep(ctx, 5*time.Second); err != nil {
 			return err
 		}
 	}
@@ -149,11 +160,15 @@ func (w *world) live(ctx context.Context, s scenario) ([]string, error) {
 	defer giveUp()
 	queueing, stopQueueing := context.WithCancel(ctx)
 	defer stopQueueing()
+	var awake, asleep []string
+	if s.times {
+		awake, asleep = w.fleet.sleep()
+	}
 	w.fleet.run(devices)
 	defer w.fleet.wait()
 	defer sleepForever()
 	began := time.Now()
-	all := w.queue(queueing, finish)
+	all := w.queue(queueing, finish, awake, asleep)
 	if err := w.breakThings(ctx, s); err != nil {
 		return nil, err
 	}
@@ -167,8 +182,17 @@ func (w *world) live(ctx context.Context, s scenario) ([]string, error) {
 	defer patience.Stop()
 	all.busy.Wait()
 	w.print("the operators are done")
+	for _, call := range all.givenUp {
+		w.print("%s", call)
+	}
 	for _, s := range w.fleet.devices {
 		s.rest()
+	}
+	if s.times {
+		if err := w.awaitEnds(ctx); err != nil {
+			return nil, err
+		}
+		w.fleet.wakeAll()
 	}
 	unsettled := settled(ctx, w.o.settle, w.history, w.fleet, w.sinks, w.receiver, func(err error) { w.print("%v", err) })
 	sleepForever()
@@ -177,7 +201,7 @@ func (w *world) live(ctx context.Context, s scenario) ([]string, error) {
 		return nil, ctx.Err()
 	}
 	quiet := time.Now()
-	violations, err := check(ctx, newAPI(w.balancer.url()), w.history, w.fleet, w.sinks, w.receiver)
+	violations, err := check(ctx, newAPI(w.balancer.url()), w.history, w.fleet, w.sinks, w.receiver, &w.times)
 	w.phases.faults, w.phases.settle, w.phases.check = broken.Sub(began), quiet.Sub(broken), time.Since(quiet)
 	violations = append(violations, all.violations...)
 	if unsettled != nil {
@@ -186,18 +210,30 @@ func (w *world) live(ctx context.Context, s scenario) ([]string, error) {
 	return violations, err
 }
 
-func (w *world) queue(ctx, finish context.Context) *operators {
+// queue lets operators work until ctx ends; finish ends their repetitions. If
+// some devices sleep, two of the operators queue commands with times.
+func (w *world) queue(ctx, finish context.Context, awake, asleep []string) *operators {
 	var ids []string
 	for _, s := range w.fleet.devices {
-		ids = append(ids, s.id)
+		if s.asleep == nil {
+			ids = append(ids, s.id)
+		}
 	}
 	all := &operators{}
-	for i := range w.o.operators {
+	start := func(i int, keyed bool, plan func(*operator, *call)) {
 		o := &operator{
-			number: i, keyed: i%2 == 1, api: newAPI(w.balancer.url()), history: w.history, ids: ids,
+			number: i, keyed: keyed, api: newAPI(w.balancer.url()), history: w.history, ids: ids, plan: plan,
 			rng: rand.New(rand.NewPCG(w.o.seed, uint64(1000+i))), pause: 200 * time.Millisecond,
 		}
 		all.busy.Go(func() { o.run(ctx, finish, all) })
+	}
+	for i := range w.o.operators {
+		start(i, i%2 == 1, nil)
+	}
+	if asleep != nil {
+		for i := range 2 {
+			start(w.o.operators+i, true, planTimes(awake, asleep))
+		}
 	}
 	return all
 }
