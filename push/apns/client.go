@@ -174,7 +174,7 @@ func (c *Client) push(ctx context.Context, n Notification) Outcome {
 	if t == nil {
 		return Outcome{Class: RetryLater, Err: ErrClosed}
 	}
-	defer c.pushes.Done()
+	defer c.leave(t)
 	select {
 	case c.workers.slots <- struct{}{}:
 	case <-ctx.Done():
@@ -321,7 +321,20 @@ func (c *Client) enter(name string) *topic {
 		t = &topic{c: c, name: name}
 		c.topics[name] = t
 	}
+	t.uses++
 	return t
+}
+
+// leave counts a push out. Devices choose their topics, so that those without a
+// certificate are remembered up to a bound.
+func (c *Client) leave(t *topic) {
+	defer c.pushes.Done()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	t.uses--
+	if t.uses == 0 && len(c.topics) > knownTopics && t.isBare() {
+		delete(c.topics, t.name)
+	}
 }
 
 // goDial dials for t in the background. It returns false once the client's

@@ -15,6 +15,7 @@ const (
 	maxDialWait = time.Second            // the longest back-off that a push waits for
 	recheck     = 250 * time.Millisecond // for streams that come free without a signal
 	sourceRetry = time.Second            // pause after the source failed and there is no certificate
+	knownTopics = 1000                   // beyond it, topics without a certificate are forgotten
 )
 
 // dialPauses space dials in a row that led to no answer.
@@ -24,6 +25,7 @@ var dialPauses = backoff.Policy{First: 100 * time.Millisecond, Max: 30 * time.Se
 type topic struct {
 	c    *Client
 	name string
+	uses int // pushes under way; guarded by Client.mu
 
 	mu sync.Mutex
 
@@ -55,6 +57,13 @@ type waiter struct {
 type grant struct {
 	cn  *conn
 	err error
+}
+
+// isBare says whether the topic has neither a certificate nor connections.
+func (t *topic) isBare() bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.cert == nil && len(t.conns) == 0 && !t.dialing
 }
 
 // acquire returns a connection with a reserved stream. The caller gives the
