@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"maps"
 	"net/http"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -248,6 +249,9 @@ func (a *API) enqueueOnce(ctx context.Context, o *enqueueRequest) (int, any, err
 	if err := o.targets.check(); err != nil {
 		return 0, nil, err
 	}
+	if len(callerOf(ctx).scope.Topics) > 0 && o.uuid != "" && !randomUUID.MatchString(o.uuid) {
+		return 0, nil, badRequest("CommandUUID: keys that are bound to topics need one with a random UUID in it, of version 4 or 7")
+	}
 	e, err := o.options.storage(a.cfg.Now())
 	if err != nil {
 		return 0, nil, err
@@ -399,6 +403,12 @@ func (o *enqueueRequest) describe(cmd *mdm.Command, ids []string) string {
 	}
 	return detail
 }
+
+// randomUUID is a UUID of a version that others cannot guess. Tenants share the
+// name space of commands, and a name that is taken is a conflict: a tenant whose
+// names hold one can neither find another's commands by guessing nor take names
+// that another will use.
+var randomUUID = regexp.MustCompile(`(?i)\b[0-9a-f]{8}-[0-9a-f]{4}-[47][0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}\b`)
 
 // newUUID makes a CommandUUID in upper case, as Apple's own tools write them.
 func newUUID() string { return strings.ToUpper(uuid.NewString()) }

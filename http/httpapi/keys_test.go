@@ -332,13 +332,14 @@ func (o *operators) next(id string) string {
 }
 
 func TestTenantsEnqueueForTheirOwn(t *testing.T) {
+	const one, two, three = newUUID, "018F3C5E-0000-7000-8000-000000000002", "REFETCH-3f2b8d7c-1111-4222-9333-444455556666"
 	o := newOperators(t)
 	o.enroll("dev-a", "topic-a")
 	o.enroll("dev-b", "topic-b")
 	a := call{key: o.makeKey("tenant-a", "enqueue", "topic-a")}
 	b := call{key: o.makeKey("tenant-b", "enqueue", "topic-b", "topic-c")}
 
-	status, answer, _ := o.do(a, "PUT", "/v1/enqueue/dev-a,dev-b,nobody", command("one"))
+	status, answer, _ := o.do(a, "PUT", "/v1/enqueue/dev-a,dev-b,nobody", command(one))
 	require.Equal(t, 207, status, answer)
 	var res struct {
 		Status map[string]map[string]string `json:"status"`
@@ -347,16 +348,44 @@ func TestTenantsEnqueueForTheirOwn(t *testing.T) {
 	require.Empty(t, res.Status["dev-a"]["command_error"])
 	require.NotEmpty(t, res.Status["dev-b"]["command_error"])
 	require.Equal(t, res.Status["nobody"], res.Status["dev-b"], "another tenant's enrollment is like none")
-	require.Equal(t, "one", o.next("dev-a"))
+	require.Equal(t, one, o.next("dev-a"))
 	require.Empty(t, o.next("dev-b"))
 
-	status, answer, _ = o.do(b, "PUT", "/v1/enqueue/dev-a", command("two"))
+	status, answer, _ = o.do(b, "PUT", "/v1/enqueue/dev-a", command(two))
 	require.Equal(t, 500, status, answer)
-	require.Equal(t, "one", o.next("dev-a"))
-	status, answer, _ = o.do(b, "PUT", "/v1/enqueue/dev-b", command("three"))
+	require.Equal(t, one, o.next("dev-a"))
+	status, answer, _ = o.do(b, "PUT", "/v1/enqueue/dev-b", command(three))
 	require.Equal(t, 200, status, answer)
-	require.Equal(t, "three", o.next("dev-b"))
+	require.Equal(t, three, o.next("dev-b"))
 }
+
+// Tenants share the name space of CommandUUIDs, where a name that is taken is a
+// conflict. So a tenant can neither guess names nor take those of others.
+func TestTenantsNameCommandsAtRandom(t *testing.T) {
+	o := newOperators(t)
+	o.enroll("dev-a", "topic-a")
+	o.enroll("dev-b", "topic-b")
+	a := call{key: o.makeKey("tenant-a", "enqueue", "topic-a")}
+	o.asks(o.admin(), 200, "PUT", "/v1/enqueue/dev-b?nopush=1", command("wipe-1"))
+	const alike = "3f2b8d7c-1111-5222-9333-444455556666" // of version 5: a hash of a name
+	for _, uuid := range []string{"wipe-1", "wipe-2", alike, "x" + newUUID, newUUID + "0"} {
+		for _, ask := range []struct{ method, path, body string }{
+			{"PUT", "/v1/enqueue/dev-a", command(uuid)},
+			{"POST", "/v1/enqueue", `{"ids": ["dev-a"], "plist": "` + base64.StdEncoding.EncodeToString([]byte(command(uuid))) + `"}`},
+			{"POST", "/v1/commands", `{"ids": ["dev-a"], "request_type": "RestartDevice", "command_uuid": "` + uuid + `"}`},
+		} {
+			status, answer, _ := o.do(a, ask.method, ask.path, ask.body)
+			require.NotEqual(t, 200, status)
+			require.Contains(t, answer, "a random UUID", uuid)
+		}
+	}
+	require.Empty(t, o.next("dev-a"))
+	o.asks(a, 200, "POST", "/v1/commands", `{"ids": ["dev-a"], "request_type": "RestartDevice"}`)
+	o.asks(o.admin(), 200, "PUT", "/v1/enqueue/dev-b?nopush=1", command("wipe-2"))
+}
+
+// newUUID is a CommandUUID that keys which are bound to topics may choose.
+const newUUID = "6E2B0A70-5C7E-4D1B-9E57-0B8E5F0C1D2E"
 
 // Twelve operators and a guesser share an address, as behind a proxy that is
 // not named in -trusted-proxies: every operator gets in, at any moment.
