@@ -363,7 +363,7 @@ func (o *options) table() []option {
 			help: "Largest declarative management message."},
 		{name: "max-hourly-bytes", arg: "BYTES", def: "1G", group: groupLimits, set: to(&o.maxHourlyBytes, parseSize),
 			help:   "Bytes that one device may send in an hour; beyond it 503.",
-			detail: "To one replica, in bodies of more than 16 KiB; smaller ones are always taken. The log and `nanoctl show` name the device."},
+			detail: "To one replica, in bodies of more than 16 KiB, and as much again in smaller ones, each of which counts 1 KiB more than it has. It bounds what one device adds to the event log, too: keep `-max-event-bytes` well above it. The log and `nanoctl show` name the device."},
 		{name: "max-in-flight", arg: "BYTES", def: "256M", group: groupLimits, set: to(&o.maxInFlight, parseSize),
 			help:   "Memory for request bodies of all devices and their copies at once; beyond it 503.",
 			detail: "Each byte of a body counts ten times: twice while it arrives, eight times while it is decoded and stored. The first 4 KiB of each body do not count, so that large ones do not crowd polls out. At least 16 times `-max-body`."},

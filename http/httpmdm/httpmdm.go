@@ -51,7 +51,8 @@ type Config struct {
 	// declarative management message, default 4 MiB. Both are at most MaxBody.
 	MaxCheckin, MaxStatus int64
 	// MaxHourly bounds what one certificate sends to this server in an hour, in
-	// bodies of more than 16 KiB; past it they get 503. Default 1 GiB.
+	// bodies of more than 16 KiB, and in smaller ones as much again, each of which
+	// counts 1 KiB more than it has; past it they get 503. Default 1 GiB.
 	MaxHourly int64
 	// MaxInFlight bounds the memory that all bodies and their copies take at
 	// once, beyond the first 4 KiB of each; past it requests get 503 with
@@ -188,7 +189,7 @@ func (h *Handler) MDM(role Role) http.Handler {
 			h.fail(w, r, id.speaker, err)
 			return
 		}
-		h.bytes.add(id.certificate, len(body))
+		h.bytes.add(id.certificate, len(body)+len(r.URL.RawQuery))
 		done, err := h.memory.work(r.Context(), body)
 		if err != nil {
 			h.fail(w, r, id.speaker, err)

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto/x509"
 	"fmt"
+	"hash/maphash"
 	"net/http"
 	"sync"
 	"time"
@@ -55,51 +56,71 @@ func (h *Handler) checkSize(msg mdm.Message) error {
 	return nil
 }
 
-// countedFrom is the size of bodies that byteBudget does not count.
-const countedFrom = 16 << 10
+const (
+	// largeFrom is the size of bodies beyond which each certificate has a count of
+	// its own. There are few of these.
+	largeFrom = 16 << 10
+	// smallCounts is the number of counts for smaller bodies, which certificates
+	// share by chance, and smallExtra what such a request counts besides its bytes:
+	// its event takes less in the database than both.
+	smallCounts = 1 << 16
+	smallExtra  = 1 << 10
+)
 
-// byteBudget counts what each certificate sends in an hour, in bodies that are
-// larger than countedFrom: there are few of these, and polls are always let in.
-// Safe for concurrent use.
+// byteBudget counts what each certificate sends in an hour. A device that has used
+// its budget up with large bodies still sends small ones, such as polls, which have
+// a budget of the same size. Safe for concurrent use.
 type byteBudget struct {
 	limit int64
+	seed  maphash.Seed
 
 	mu    sync.Mutex
 	since time.Time
-	sent  map[string]int64
+	large map[string]int64
+	small [smallCounts]int64
 }
 
 func newByteBudget(limit int64) *byteBudget {
-	return &byteBudget{limit: limit, sent: make(map[string]int64)}
+	return &byteBudget{limit: limit, seed: maphash.MakeSeed(), large: make(map[string]int64)}
+}
+
+// smallOf returns the count for small bodies of a certificate; the caller holds mu.
+func (b *byteBudget) smallOf(hash string) *int64 {
+	return &b.small[maphash.String(b.seed, hash)%smallCounts]
 }
 
 // allows says whether a certificate may send a body of n bytes, -1 if its size is
 // not known.
 func (b *byteBudget) allows(cert *x509.Certificate, n int64) bool {
-	if 0 <= n && n <= countedFrom {
-		return true
-	}
+	hash := cryptoutil.CertificateHash(cert)
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.turn(time.Now())
-	return b.sent[cryptoutil.CertificateHash(cert)] < b.limit
+	if *b.smallOf(hash) >= b.limit {
+		return false
+	}
+	return 0 <= n && n <= largeFrom || b.large[hash] < b.limit
 }
 
-// add counts a body whose sender has proven to own the certificate.
+// add counts a request of n bytes in body and query, whose sender has proven to own
+// the certificate.
 func (b *byteBudget) add(cert *x509.Certificate, n int) {
-	if n <= countedFrom {
-		return
-	}
+	hash := cryptoutil.CertificateHash(cert)
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.turn(time.Now())
-	b.sent[cryptoutil.CertificateHash(cert)] += int64(n)
+	if n > largeFrom {
+		b.large[hash] += int64(n)
+	} else {
+		*b.smallOf(hash) += int64(n + smallExtra)
+	}
 }
 
 // turn begins a new hour if the last one is over; the caller holds mu.
 func (b *byteBudget) turn(now time.Time) {
 	if now.Sub(b.since) >= time.Hour {
 		b.since = now
-		clear(b.sent)
+		clear(b.large)
+		clear(b.small[:])
 	}
 }

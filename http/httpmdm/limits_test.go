@@ -86,4 +86,19 @@ func TestBytesByTheHour(t *testing.T) {
 	require.NoError(t, err, "polls are always let in")
 	require.Equal(t, map[string]int{"byte_budget": 1}, reasons)
 	require.EqualValues(t, 1, s.recorded("D1")["byte_budget"].Count)
+
+	// Small ones have a budget, too, which queries use as well.
+	small := func(query string) int {
+		resp, err := e.Do(t.Context(), "/mdm"+query, reportType, report("D2", "Idle", "", ""))
+		require.NoError(t, err)
+		return resp.Status
+	}
+	sent := 0
+	for small("?q="+strings.Repeat("q", 10<<10)) == 200 {
+		sent++
+	}
+	require.InDelta(t, 23, sent, 2)
+	require.Equal(t, 503, small(""))
+	_, err = d.Poll(t.Context())
+	require.NoError(t, err)
 }
