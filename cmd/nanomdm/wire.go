@@ -370,6 +370,9 @@ func loadDeviceSide(o options, log *slog.Logger, checked func()) (*deviceSide, e
 	if o.reenroll == storage.ReenrollAllow {
 		log.Warn("any certificate of -ca may enroll a known device anew, and then gets its commands; -reenroll same-subject and deny are stricter")
 	}
+	if o.retro {
+		log.Warn("-retro lets any certificate of -ca speak for an enrollment that has none pinned: turn it off after the migration")
+	}
 	errs = append(errs, side.loadVerifiers(o, checked, log))
 	if o.dm != nil {
 		errs = append(errs, side.loadDM(o, log))
