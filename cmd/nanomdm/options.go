@@ -116,6 +116,7 @@ type storageOptions struct {
 	connMaxLifetime time.Duration
 	connMaxIdleTime time.Duration
 	maxOpenConns    int
+	maxTotalConns   int // of all replicas together
 }
 
 // secret is a value that no log line and no formatted text shows. Convert it to

@@ -212,8 +212,10 @@ func parseStorageOptions(s string) (storageOptions, error) {
 			err = to(&o.connMaxIdleTime, parsePositive)(value)
 		case "max_open_conns":
 			err = to(&o.maxOpenConns, parseCount)(value)
+		case "max_total_conns":
+			err = to(&o.maxTotalConns, parseCount)(value)
 		default:
-			return o, fmt.Errorf("%q is not a setting: use delete, conn_max_lifetime, conn_max_idle_time, max_open_conns", key)
+			return o, fmt.Errorf("%q is not a setting: use delete, conn_max_lifetime, conn_max_idle_time, max_open_conns, max_total_conns", key)
 		}
 		if err != nil {
 			return o, fmt.Errorf("%s: %w", key, err)

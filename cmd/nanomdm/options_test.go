@@ -100,13 +100,13 @@ func TestPrecedence(t *testing.T) {
 func TestValues(t *testing.T) {
 	o, warnings := parse(t, []string{
 		"-ca", "ca.pem", "-cert-header", ":Client-Cert", "-trusted-proxies", "10.1.2.3/8, ::1",
-		"-storage", "mysql", "-storage-options", "delete=1,conn_max_lifetime=3m,conn_max_idle_time=30s,max_open_conns=7",
+		"-storage", "mysql", "-storage-options", "delete=1,conn_max_lifetime=3m,conn_max_idle_time=30s,max_open_conns=7,max_total_conns=80",
 		"-push-retry", "0", "-push-rate", "2.5", "-max-body", "2k", "-max-in-flight", "1G", "-dm", "http://h/dm/",
 	}, []string{"NANOMDM_STORAGE_DSN=u:p@tcp(h)/d"})
 	require.Empty(t, warnings)
 	require.Equal(t, []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("::1/128")}, o.trustedProxies)
 	require.Equal(t, storageOptions{
-		deleteAcked: true, connMaxLifetime: 3 * time.Minute, connMaxIdleTime: 30 * time.Second, maxOpenConns: 7,
+		deleteAcked: true, connMaxLifetime: 3 * time.Minute, connMaxIdleTime: 30 * time.Second, maxOpenConns: 7, maxTotalConns: 80,
 	}, o.storageOptions)
 	require.Equal(t, secret("u:p@tcp(h)/d"), o.storageDSN)
 	require.Empty(t, o.pushRetry)
@@ -134,7 +134,7 @@ func TestAllMistakesAtOnce(t *testing.T) {
 		`-trusted-proxies: "10/8" is not a network such as 10.0.0.0/8`,
 		`-checkin: "maybe" is neither true nor false`,
 		`-dm: not a URL with http or https and a host, such as https://mdm.example.org/`,
-		`-storage-options: "size" is not a setting: use delete, conn_max_lifetime, conn_max_idle_time, max_open_conns`,
+		`-storage-options: "size" is not a setting: use delete, conn_max_lifetime, conn_max_idle_time, max_open_conns, max_total_conns`,
 		`NANOMDM_PUSH_WORKERS: "0" is not a number of 1 or more`,
 		`NANOMDM_PUSH_TIMEOUT: "10" is not a time above zero, such as 30s, 5m or 168h`,
 		`-tls-cert needs the key too: give -tls-key`,
@@ -607,6 +607,7 @@ const pageFoot = `
 | ` + "`conn_max_lifetime=TIME`" + ` | Replace a database connection of this age. |
 | ` + "`conn_max_idle_time=TIME`" + ` | Close a database connection that was idle for so long. |
 | ` + "`max_open_conns=N`" + ` | Database connections at once, at most. |
+| ` + "`max_total_conns=N`" + ` | Database connections of all replicas together, at most: see [clusters](clusters.md#connections). |
 
 A key that is not given leaves the choice to the engine's own default.
 

@@ -84,15 +84,26 @@ func openOwnServer(t *testing.T, engine, dsn string) *ownServer {
 	s.admin, err = sql.Open(driver, dsn)
 	require.NoError(t, err)
 	t.Cleanup(func() { s.admin.Close() })
-	if engine == "pgsql" {
-		s.exec("CREATE USER " + ownUser + " PASSWORD '" + ownPassword + "'")
-		s.exec("CREATE DATABASE " + ownDatabase + " OWNER " + ownUser)
-		return s
+	for _, statement := range documentedStatements(t, engine) {
+		s.exec(statement)
 	}
-	s.exec("CREATE DATABASE " + ownDatabase)
-	s.exec("CREATE USER '" + ownUser + "'@'%' IDENTIFIED BY '" + ownPassword + "' REQUIRE SSL")
-	s.exec("GRANT ALL ON " + ownDatabase + ".* TO '" + ownUser + "'@'%'")
 	return s
+}
+
+// documentedStatements are what docs/clusters.md has an administrator run for an
+// engine, with the names of this test.
+func documentedStatements(t *testing.T, engine string) []string {
+	t.Helper()
+	page, err := os.ReadFile("../../docs/clusters.md")
+	require.NoError(t, err)
+	heading := map[string]string{"pgsql": "PostgreSQL", "mysql": "MySQL", "mariadb": "MariaDB"}[engine]
+	m := regexp.MustCompile("### " + heading + "\n\n```sql\n((?:.+;\n)+)```\n").FindStringSubmatch(string(page))
+	require.NotNil(t, m)
+	text := regexp.MustCompile(`DATABASE nanomdm\b|\bnanomdm\.\*`).ReplaceAllStringFunc(m[1], func(name string) string {
+		return strings.Replace(name, "nanomdm", ownDatabase, 1)
+	})
+	text = strings.NewReplacer("nanomdm", ownUser, "secret", ownPassword).Replace(text)
+	return strings.Split(strings.TrimSpace(text), "\n")
 }
 
 // within is the server for a subtest.

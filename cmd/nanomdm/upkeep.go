@@ -29,7 +29,7 @@ func (b *building) upkeep(store *sqlstore.Store) {
 	}
 	replica := &upkeep.Replica{Store: store, Log: b.log, Self: storage.Replica{
 		ID: rand.Text(), Name: host, Version: release.String(), Listen: b.address, StartedAt: store.Now(),
-	}}
+	}, Connections: b.o.storageOptions.maxTotalConns, PerReplica: store.Pools()["write"].MaxOpenConnections, Limit: store.LimitConnections, Now: store.Now}
 	b.s.background("replica", replica.Work)
 	history := &upkeep.History{
 		Store: store, Log: b.log, Now: store.Now, Commands: b.o.retainCommands, Results: b.o.retainResults,

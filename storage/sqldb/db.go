@@ -188,6 +188,16 @@ func (db *DB) Pools() map[string]sql.DBStats {
 	return pools
 }
 
+// LimitConnections changes how many connections to a database server there are
+// at most. SQLite's stay as they are.
+func (db *DB) LimitConnections(n int) {
+	if db.read != db.write {
+		return
+	}
+	db.write.SetMaxOpenConns(n)
+	db.write.SetMaxIdleConns(n)
+}
+
 // Parallel says how many batches of reads, batches of writes and transactions
 // of one bulk call are best run at once. A single connection, as SQLite's
 // writer has, gets one, since a second one would only wait there.

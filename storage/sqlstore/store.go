@@ -244,6 +244,10 @@ func (s *Store) Stats() Stats {
 // read.
 func (s *Store) Pools() map[string]sql.DBStats { return s.db.Pools() }
 
+// LimitConnections changes how many connections to a database server the store
+// opens at most. SQLite's stay as they are.
+func (s *Store) LimitConnections(n int) { s.db.LimitConnections(n) }
+
 // Ping implements storage.Health.
 func (s *Store) Ping(ctx context.Context) error {
 	err := s.read(ctx, func(ctx context.Context, t *tx) error {

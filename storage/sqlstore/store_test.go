@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
 	"github.com/nanomdm/nanomdm/storage"
@@ -177,6 +178,26 @@ func TestDatabaseClock(t *testing.T) {
 			at := time.UnixMicro(h.Int(t, "SELECT created_at FROM nano_api_keys WHERE name = ?", id))
 			require.WithinDuration(t, time.Now(), at, 5*time.Second)
 		}
+	})
+}
+
+// TestLimitConnections: more callers than connections wait, and connections
+// beyond a new limit end.
+func TestLimitConnections(t *testing.T) {
+	servers(t, func(t *testing.T, h *storagetest.Harness) {
+		ask := func(callers int) {
+			var all sync.WaitGroup
+			for range callers {
+				all.Go(func() { assert.NoError(t, h.Store.Ping(t.Context())) })
+			}
+			all.Wait()
+		}
+		ask(20)
+		h.Store.LimitConnections(2)
+		ask(20)
+		pool := h.Store.Pools()["write"]
+		require.Equal(t, 2, pool.MaxOpenConnections)
+		require.LessOrEqual(t, pool.OpenConnections, 2)
 	})
 }
 
