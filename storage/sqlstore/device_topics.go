@@ -3,6 +3,7 @@ package sqlstore
 import (
 	"context"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/nanomdm/nanomdm/storage"
@@ -123,6 +124,18 @@ func moveTopics(ctx context.Context, t *tx, batch []*opRun, r *opRound) error {
 	}
 	if err := t.Upsert(ctx, "nano_topic_moves", []string{"id", "moved_at"}, []string{"id"}, []string{"moved_at"}, moves); err != nil {
 		return fmt.Errorf("noting moves between topics: %w", err)
+	}
+	return forgetRefusals(ctx, t, channels)
+}
+
+// forgetRefusals removes the refusals of enrollments that moved to another topic:
+// its tenant is not to see how often the former one's were refused, and why.
+func forgetRefusals(ctx context.Context, t *tx, ids []string) error {
+	for chunk := range slices.Chunk(slices.Sorted(slices.Values(ids)), enqueueRows) {
+		is, args := t.Among(chunk)
+		if _, err := t.Exec(ctx, "DELETE FROM nano_enrollment_refusals WHERE id "+is, args...); err != nil {
+			return fmt.Errorf("forgetting refusals: %w", err)
+		}
 	}
 	return nil
 }

@@ -398,6 +398,7 @@ func (i *importing) movedAt(c *storage.ChannelRecord, authenticatedAt time.Time)
 // writeMoves notes moves between topics: bound callers see no rows from before.
 func (i *importing) writeMoves(ctx context.Context) error {
 	var args []any
+	var moved []string
 	for _, d := range i.devices {
 		channels := []*storage.ChannelRecord{&d.Channel}
 		for n := range d.Users {
@@ -407,13 +408,16 @@ func (i *importing) writeMoves(ctx context.Context) error {
 			if at := i.movedAt(c, d.Authenticate.At); at > 0 {
 				args = append(args, c.ID, at)
 			}
+			if was := i.topics[c.ID]; was != "" && was != c.Topic {
+				moved = append(moved, c.ID)
+			}
 		}
 	}
 	set := []string{"moved_at = " + i.t.Dialect.Greatest() + "(nano_topic_moves.moved_at, new.moved_at)"}
 	if err := i.t.upsertChunks(ctx, "nano_topic_moves", []string{"id", "moved_at"}, []string{"id"}, set, args); err != nil {
 		return fmt.Errorf("noting moves between topics: %w", err)
 	}
-	return nil
+	return forgetRefusals(ctx, i.t, moved)
 }
 
 // writeTags adds tags, up to the greatest number of a device. Those of a former
@@ -423,7 +427,7 @@ func (i *importing) writeTags(ctx context.Context) error {
 	if !slices.ContainsFunc(i.devices, func(d *storage.DeviceRecord) bool { return len(d.Tags)+len(d.FormerTags) > 0 }) {
 		return nil
 	}
-	there, _, err := readTags(ctx, i.t, storage.Scope{}, i.ids())
+	there, err := readTags(ctx, i.t, storage.Scope{}, i.ids())
 	if err != nil {
 		return err
 	}

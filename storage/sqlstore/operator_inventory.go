@@ -387,7 +387,7 @@ func addTags(ctx context.Context, t *tx, scope storage.Scope, byID map[string]*s
 		devices = append(devices, e.DeviceID)
 	}
 	slices.Sort(devices)
-	tags, _, err := readTags(ctx, t, scope, slices.Compact(devices))
+	tags, err := readTags(ctx, t, scope, slices.Compact(devices))
 	for _, e := range byID {
 		e.Tags = tags[e.DeviceID]
 	}

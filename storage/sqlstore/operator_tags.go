@@ -53,7 +53,7 @@ func changeTags(ctx context.Context, t *tx, scope storage.Scope, c storage.TagCh
 	if err != nil {
 		return done, fmt.Errorf("locking devices: %w", err)
 	}
-	visible, hidden, err := readTags(ctx, t, scope, done.Found)
+	visible, err := readTags(ctx, t, scope, done.Found)
 	if err != nil {
 		return done, err
 	}
@@ -62,7 +62,7 @@ func changeTags(ctx context.Context, t *tx, scope storage.Scope, c storage.TagCh
 	for _, id := range done.Found {
 		add := without(c.Add, visible[id])
 		kept := without(visible[id], c.Remove)
-		switch n := len(without(hidden[id], add)) + len(kept) + len(add); {
+		switch n := len(kept) + len(add); { // how many are hidden would show otherwise
 		case len(add) > 0 && n > storage.MaxTags:
 			done.Full = append(done.Full, id)
 			continue
@@ -99,35 +99,25 @@ func without(texts, others []string) []string {
 	return slices.DeleteFunc(slices.Clone(texts), func(text string) bool { return slices.Contains(others, text) })
 }
 
-// readTags reads the tags of devices, sorted: those that the scope sees, and
-// the others.
-func readTags(ctx context.Context, t *tx, scope storage.Scope, devices []string) (visible, hidden map[string][]string, err error) {
-	visible, hidden = make(map[string][]string), make(map[string][]string)
+// readTags reads the tags of devices that the scope sees, sorted.
+func readTags(ctx context.Context, t *tx, scope storage.Scope, devices []string) (map[string][]string, error) {
+	tags := make(map[string][]string)
 	if len(devices) == 0 {
-		return visible, hidden, nil
-	}
-	isHidden := "0"
-	if len(scope.Topics) > 0 {
-		isHidden = "CASE WHEN " + movedSince + " THEN 1 ELSE 0 END"
+		return tags, nil
 	}
 	place, args := sqldb.InList(devices)
-	err = t.Query(ctx, "SELECT g.id, g.tag, "+isHidden+" FROM nano_device_tags g WHERE g.id IN "+place+" ORDER BY g.id, g.tag", args...).Each(func(row sqldb.Row) error {
+	err := t.Query(ctx, "SELECT g.id, g.tag FROM nano_device_tags g WHERE g.id IN "+place+tagInSight(scope)+" ORDER BY g.id, g.tag", args...).Each(func(row sqldb.Row) error {
 		var id, tag string
-		var away bool
-		if err := row.Scan(&id, &tag, &away); err != nil {
+		if err := row.Scan(&id, &tag); err != nil {
 			return err
 		}
-		into := visible
-		if away {
-			into = hidden
-		}
-		into[id] = append(into[id], tag)
+		tags[id] = append(tags[id], tag)
 		return nil
 	})
 	if err != nil {
-		return nil, nil, fmt.Errorf("reading tags: %w", err)
+		return nil, fmt.Errorf("reading tags: %w", err)
 	}
-	return visible, hidden, nil
+	return tags, nil
 }
 
 // TagCounts implements storage.Tags.

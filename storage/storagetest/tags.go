@@ -21,6 +21,7 @@ func tagTests() []subtest {
 		{"tags are changed by several at once", tagsAtOnce},
 		{"a scope sees and changes the tags of its own devices", tagsScope},
 		{"tags from before a move to another topic are out of sight", tagsMove},
+		{"tags from before a move to another topic take no places", tagsMoveFull},
 		{"tags go along to another store", tagsImported},
 	}
 }
@@ -187,6 +188,25 @@ func tagsMove(t *testing.T, h *Harness) {
 	require.Equal(t, []string{"lab"}, h.tagsOf(t, tenantB, "D"))
 	require.Equal(t, []string{"D"}, h.found(t, tenantB, storage.EnrollmentFilter{Tag: "lab"}, 10))
 	require.Equal(t, []string{"lab", "secret"}, h.tagsOf(t, everything, "D"))
+}
+
+// The former tenant's tags take no places of the new one's, which would tell how
+// many they are.
+func tagsMoveFull(t *testing.T, h *Harness) {
+	d := h.device("D").enrolls(t)
+	var theirs, own []string
+	for i := range storage.MaxTags {
+		theirs = append(theirs, fmt.Sprint("theirs-", i))
+		own = append(own, fmt.Sprint("own-", i))
+	}
+	h.tags(t, tenantA, []string{"D"}, theirs, nil)
+	h.Clock.Advance(time.Minute)
+	require.NoError(t, d.begins(t, topicB))
+	require.NoError(t, d.saysToken(t, topicB))
+	h.Clock.Advance(time.Minute)
+	require.Empty(t, h.tags(t, tenantB, []string{"D"}, own, nil).Full)
+	require.Len(t, h.tagsOf(t, tenantB, "D"), storage.MaxTags)
+	require.Equal(t, []string{"D"}, h.tags(t, tenantB, []string{"D"}, []string{"more"}, nil).Full)
 }
 
 func tagsImported(t *testing.T, h *Harness) {

@@ -137,9 +137,11 @@ func userChannelInheritsTopic(t *testing.T, h *Harness) {
 }
 
 func topicMove(t *testing.T, h *Harness) {
-	d := h.device("D").enrolls(t)
+	d := h.device("D").with("a").enrolls(t)
 	u := d.user("U")
 	require.NoError(t, d.saysToken(t, topicA))
+	require.NoError(t, h.Store.RecordRefusals(t.Context(), []storage.DeviceRefusal{
+		{Certificate: "a", Enrollment: "D", Cause: "malformed", Count: 3, First: h.Clock.Now(), Last: h.Clock.Now(), Detail: "of the former tenant"}}))
 	require.NoError(t, u.saysToken(t, topicA))
 	require.NoError(t, d.setBootstrapToken(t, "secret"))
 	h.enqueue(t, []string{"D", "D:U"}, "done", "waiting")
@@ -183,6 +185,10 @@ func topicMove(t *testing.T, h *Harness) {
 	token, err := h.Store.BootstrapToken(ctx, tenantB, "D", auditRecord("read"))
 	require.NoError(t, err)
 	require.Empty(t, token)
+
+	refusals, err := h.Store.EnrollmentRefusals(ctx, "D")
+	require.NoError(t, err)
+	require.Empty(t, refusals)
 
 	// Administrators of all topics still do.
 	result, err := h.Store.CommandResult(ctx, everything, "D", "done")
