@@ -3,7 +3,9 @@ package main
 import (
 	"encoding/json"
 	"net/http"
+	"net/http/httptest"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -68,4 +70,31 @@ func TestMirror(t *testing.T) {
 	require.NoError(t, err)
 	require.Len(t, visit.Exchanges, 1)
 	require.Equal(t, "C1", visit.Exchanges[0].Command.UUID)
+}
+
+// A mirror that sends the daemon elsewhere gets it nowhere, and one that hangs keeps
+// neither devices nor other receivers waiting.
+func TestMirrorThatMisbehaves(t *testing.T) {
+	elsewhere := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { t.Errorf("%s %s", r.Method, r.URL) }))
+	t.Cleanup(elsewhere.Close)
+	var asked atomic.Int64
+	done := make(chan struct{})
+	mirror := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if asked.Add(1) == 1 {
+			http.Redirect(w, r, elsewhere.URL, http.StatusTemporaryRedirect)
+			return
+		}
+		<-done
+	}))
+	t.Cleanup(mirror.Close)
+	t.Cleanup(func() { close(done) })
+	hook := newConsumer(t, nil)
+	d := start(t, "http", "-mirror-url", mirror.URL+"/migration", "-mirror-key", testKey, "-webhook-url", hook.URL)
+	dev := d.device("D1", mdmtest.Config{})
+	require.NoError(t, dev.Enroll(t.Context()))
+	require.Eventually(t, func() bool { return asked.Load() > 1 }, time.Minute, 10*time.Millisecond, "it is tried again")
+	require.NoError(t, dev.SetBootstrapToken(t.Context(), []byte("bootstrap")))
+	_, err := dev.Poll(t.Context())
+	require.NoError(t, err)
+	require.Eventually(t, func() bool { return len(hook.events()) >= 4 }, time.Minute, 10*time.Millisecond)
 }

@@ -69,7 +69,7 @@ func TestSecretsStaySecret(t *testing.T) {
 		"unlock token": random("unlock-"), "bootstrap token": random("bootstrap-"), "command payload": random("wifi-password-"),
 		"send key": random("dm-send-"), "recv key": random("dm-recv-"), "hook key": random("hook-"), "sink key": random("sink-"),
 		"hook password": random("hookpw-"), "backend password": random("backendpw-"), "wrong key": random("nmk_wrong"),
-		"webhook key": random("webhook-"), "push key": block.Bytes[len(block.Bytes)-40:], "API key": []byte(testKey + rand.Text()),
+		"webhook key": random("webhook-"), "mirror key": random("mirror-"), "mirror password": random("mirrorpw-"), "push key": block.Bytes[len(block.Bytes)-40:], "API key": []byte(testKey + rand.Text()),
 	}
 	sealKey := make([]byte, 32)
 	_, _ = rand.Read(sealKey)
@@ -104,6 +104,7 @@ func TestSecretsStaySecret(t *testing.T) {
 	d := begin(t, []string{
 		"NANOMDM_DM_SEND_HMAC_KEY=" + text("send key"), "NANOMDM_DM_RECV_HMAC_KEY=" + text("recv key"), "NANOMDM_AUTHENTICATE_KEY=" + text("hook key"),
 		"NANOMDM_WEBHOOK_HMAC_KEY=" + text("webhook key"), "NANOMDM_WEBHOOK_URL=" + with(gone.URL, "u", text("hook password")),
+		"NANOMDM_MIRROR_KEY=" + text("mirror key"), "NANOMDM_MIRROR_URL=" + with(gone.URL, "u", text("mirror password")) + "/migration",
 		"NANOMDM_AUTHENTICATE_URL=" + with(hook.URL, "u", text("hook password")),
 		"NANOMDM_DM=" + with(gone.URL, "u", text("backend password")) + "/", "NANOMDM_AUTH_PROXY_URL=" + with(gone.URL, "u", text("backend password")) + "/",
 	}, "-storage-dsn", file, "-seal-key-file", keyFile, "-seal-commands", "-debug", "-migration", "-api", text("API key"),

@@ -14,7 +14,7 @@ func TestStartWarnsOfOpenSettings(t *testing.T) {
 	sinks := filepath.Join(t.TempDir(), "sinks.json")
 	require.NoError(t, os.WriteFile(sinks, []byte(`{"sinks": [{"name": "clear", "url": "http://hook.example.org/", "tokens": true},
 		{"name": "sealed", "url": "https://hook.example.org/", "tokens": true}, {"name": "plain", "url": "http://hook.example.org/"}]}`), 0o644))
-	d := start(t, "http", "-retro", "-dump", "-cert-header", "X-Cert", "-webhook-config", sinks)
+	d := start(t, "http", "-retro", "-dump", "-cert-header", "X-Cert", "-webhook-config", sinks, "-mirror-url", "http://old.example.org/migration")
 	for _, warning := range []string{
 		"any certificate of -ca may enroll a known device anew",
 		"-retro lets any certificate of -ca speak for an enrollment that has none pinned",
@@ -27,6 +27,7 @@ func TestStartWarnsOfOpenSettings(t *testing.T) {
 		require.Contains(t, d.log.String(), warning)
 	}
 	require.Regexp(t, `level=WARN .*an event sink sends tokens over http, .* sink=clear\n`, d.log.String())
+	require.Regexp(t, `level=WARN .*an event sink sends tokens over http, .* sink=mirror\n`, d.log.String())
 	require.NotRegexp(t, `tokens over http.* sink=(sealed|plain)`, d.log.String())
 
 	seal := filepath.Join(t.TempDir(), "seal")
