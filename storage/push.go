@@ -116,7 +116,7 @@ type PushCert struct {
 	CertPEM  []byte
 	KeyPEM   []byte // unencrypted; the store seals it
 	NotAfter time.Time
-	// Version grows with each upload of the topic.
+	// Version grows with each upload of the topic, also after it was deleted.
 	Version int64
 }
 
@@ -136,6 +136,9 @@ type PushCerts interface {
 	// StorePushCert stores or replaces the certificate of its topic, and sets
 	// Version. Owed pushes of the topic that were put off are then due.
 	StorePushCert(ctx context.Context, c *PushCert) error
+	// DeletePushCert removes one, or fails with ErrNotFound. Pushes of the topic
+	// stay owed.
+	DeletePushCert(ctx context.Context, topic string) error
 	// PushCert reads one, or ErrNotFound.
 	PushCert(ctx context.Context, topic string) (*PushCert, error)
 	// PushCertVersion reads the version alone, or ErrNotFound.

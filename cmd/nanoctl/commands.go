@@ -17,7 +17,7 @@ func groups() []group {
 			resultCommand(), cancelCommand(), requeueCommand(),
 		}},
 		{"Certificates and secrets", []command{
-			pushCertPutCommand(), pushCertLsCommand(), renewalOpenCommand(), renewalCloseCommand(), bootstrapTokenCommand(),
+			pushCertPutCommand(), pushCertLsCommand(), pushCertRmCommand(), renewalOpenCommand(), renewalCloseCommand(), bootstrapTokenCommand(),
 			unlockTokenCommand(), escrowUnlockCommand(), resealCommand(),
 		}},
 		{"Events", []command{

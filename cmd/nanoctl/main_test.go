@@ -807,7 +807,7 @@ COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _nanoctl; printf '%s\n' "${COMPREPLY[
 		return strings.Fields(string(out))
 	}
 	require.Equal(t, []string{"enrollments", "enable"}, complete("en"))
-	require.Equal(t, []string{"put", "ls"}, complete("pushcert", ""))
+	require.Equal(t, []string{"put", "ls", "rm"}, complete("pushcert", ""))
 	require.Equal(t, []string{"-stale"}, complete("enrollments", "ls", "-st"))
 	require.Equal(t, []string{"--stale"}, complete("enrollments", "ls", "--st"))
 	require.Contains(t, complete("send", "X", "-"), "-wait")

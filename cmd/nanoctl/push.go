@@ -174,6 +174,29 @@ func pushCertLsCommand() command {
 	}
 }
 
+func pushCertRmCommand() command {
+	return command{
+		name: "pushcert rm", args: "TOPIC", short: "Remove a push certificate",
+		long: `Without its certificate nothing wakes the devices of a topic. While there are any, -force is needed.
+A certificate that is renewed needs no removal: "nanoctl pushcert put" replaces it.`,
+		example: "nanoctl pushcert rm com.apple.mgmt.External.X",
+		prepare: func(flags *flag.FlagSet) runner {
+			force := flags.Bool("force", false, "also while enrolled devices use it")
+			return func(ctx context.Context, e *env, args []string) error {
+				if err := e.confirm("The push certificate of %s is removed.", printable(args[0])); err != nil {
+					return err
+				}
+				q := url.Values{}
+				if *force {
+					q.Set("force", "true")
+				}
+				a, err := e.api.do(ctx, http.MethodDelete, "/v1/pushcerts/"+url.PathEscape(args[0]), q, nil)
+				return e.printSentence(a, err, nil, func() string { return "the push certificate of " + args[0] + " is removed" })
+			}
+		},
+	}
+}
+
 // isServerError says whether an error is the server's own and not one that it hands
 // on.
 func isServerError(a *answer) bool {

@@ -19,6 +19,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -102,7 +103,8 @@ type world struct {
 	devices      []*mdmtest.Device
 	wakes        sync.WaitGroup // devices that a push woke
 	receiver     *httptest.Server
-	events       chan string // topics that the receiver was sent
+	events       chan string  // topics that the receiver took
+	refusal      atomic.Int32 // status with which the receiver refuses events; 0: it takes them
 
 	mu        sync.Mutex
 	behaviour map[string]mdmtest.Behaviour // by UDID
@@ -129,7 +131,7 @@ func (l *logBuffer) String() string {
 }
 
 // patience is how long anything in a story may take.
-const patience = 30 * time.Second
+const patience = time.Minute
 
 var listening = regexp.MustCompile(`address=(127\.0\.0\.1:\d+)`)
 
@@ -592,13 +594,28 @@ func (w *world) settled(ts *testscript.TestScript, args []string) error {
 	return nil
 }
 
-// startReceiver listens for a sink; its address is RECEIVER.
-func (w *world) startReceiver(ts *testscript.TestScript, _ []string) error {
+// receiver [STATUS]: listen for a sink at RECEIVER, and refuse events with STATUS.
+func (w *world) startReceiver(ts *testscript.TestScript, args []string) error {
+	w.refusal.Store(0)
+	if len(args) > 0 {
+		status, err := strconv.Atoi(args[0])
+		if err != nil {
+			return err
+		}
+		w.refusal.Store(int32(status))
+	}
+	if w.receiver != nil {
+		return nil
+	}
 	w.events = make(chan string, 100)
 	w.receiver = httptest.NewServer(http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
 		var e event
 		if r.Header.Get("X-Hmac-Signature") == "" || json.NewDecoder(r.Body).Decode(&e) != nil {
 			rw.WriteHeader(http.StatusBadRequest)
+			return
+		}
+		if status := int(w.refusal.Load()); status != 0 {
+			rw.WriteHeader(status)
 			return
 		}
 		w.events <- e.Topic

@@ -22,6 +22,7 @@ const (
 	actReadQueue     = "queue.read"
 	actPush          = "push"
 	actPushCert      = "pushcert.store"
+	actDeleteCert    = "pushcert.delete"
 	actDisable       = "enrollment.disable"
 	actEnable        = "enrollment.enable"
 	actDelete        = "enrollment.delete"

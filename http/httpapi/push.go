@@ -195,7 +195,7 @@ func (a *API) storePushCert(ctx context.Context, r *http.Request) (int, any, err
 	}
 	cert := &storage.PushCert{Topic: pair.Topic, CertPEM: pair.CertPEM, KeyPEM: pair.KeyPEM, NotAfter: answer.NotAfter}
 	err = a.store.StorePushCert(ctx, cert)
-	a.audit(ctx, actPushCert, pair.Topic, fmt.Sprintf("version %d, expires %s", cert.Version, answer.NotAfter.Format(time.RFC3339)), err)
+	a.audit(ctx, actPushCert, pair.Topic, "expires "+answer.NotAfter.Format(time.RFC3339), err)
 	if err != nil {
 		return 0, nil, err
 	}
@@ -306,4 +306,45 @@ func (a *API) listPushCerts(ctx context.Context, _ *http.Request) (int, any, err
 		list.Stranded = append(list.Stranded, strandedInfo{topic, stranded[topic]})
 	}
 	return http.StatusOK, list, nil
+}
+
+// errNoPushCert is the answer about a topic that has none, or that the caller's
+// key is not bound to.
+var errNoPushCert = &problem{http.StatusNotFound, "there is no push certificate for that topic"}
+
+// deletePushCert removes a topic's push certificate. While enrollments use the
+// topic, it has to be forced.
+func (a *API) deletePushCert(ctx context.Context, r *http.Request) (int, any, error) {
+	topic := r.PathValue("topic")
+	q := a.queryOf(r)
+	force := q.flag("force")
+	if err := q.done(); err != nil {
+		return 0, nil, err
+	}
+	if !covers(callerOf(ctx).scope, topic) {
+		return 0, nil, errNoPushCert
+	}
+	infos, err := a.store.PushCertInfos(ctx, storage.Scope{Topics: []string{topic}})
+	switch {
+	case err != nil:
+		return 0, nil, err
+	case len(infos) == 0:
+		return a.gone(ctx, actDeleteCert, topic, errNoPushCert)
+	}
+	used := infos[0].Enrollments
+	if used > 0 && (force == nil || !*force) {
+		err := &problem{http.StatusConflict, fmt.Sprintf("%d enrollments use that topic, and nothing wakes them without its certificate; force=true deletes it all the same", used)}
+		a.audit(ctx, actDeleteCert, topic, "", err)
+		return 0, nil, err
+	}
+	if err := a.store.DeletePushCert(ctx, topic); errors.Is(err, storage.ErrNotFound) {
+		return a.gone(ctx, actDeleteCert, topic, errNoPushCert)
+	} else if err != nil {
+		return 0, nil, err
+	}
+	a.audit(ctx, actDeleteCert, topic, fmt.Sprintf("%d enrollments used it", used), nil)
+	return http.StatusOK, struct {
+		Topic       string `json:"topic"`
+		Enrollments int64  `json:"enrollments"`
+	}{topic, used}, nil
 }

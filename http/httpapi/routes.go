@@ -76,6 +76,7 @@ func (a *API) routes() []route {
 		{method: "GET", path: "/v1/pushcert", role: roleRead, form: formNanoMDM, handler: a.endpoint(a.showPushCert)},
 		{path: "/v1/escrowkeyunlock", role: roleAdmin, form: formNanoMDM, handler: http.HandlerFunc(a.escrowKeyUnlock)},
 		{method: "GET", path: "/v1/pushcerts", role: roleRead, handler: a.endpoint(noQuery(a.listPushCerts))},
+		{method: "DELETE", path: "/v1/pushcerts/{topic}", role: roleAdmin, handler: a.endpoint(a.deletePushCert)},
 
 		// Events.
 		{method: "GET", path: "/v1/events", role: roleRead, handler: slow(a.endpoint(a.listEvents))},

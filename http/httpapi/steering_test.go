@@ -546,6 +546,7 @@ func TestTenants(t *testing.T) {
 		"PUT /v1/pushcert":                                  {body: "PEM"},
 		"GET /v1/pushcert":                                  {query: "?topic={who}"},
 		"GET /v1/pushcerts":                                 {},
+		"DELETE /v1/pushcerts/{topic}":                      {query: "?force=true"},
 		"POST /v1/escrowkeyunlock":                          {},
 		"PUT /v1/escrowkeyunlock":                           {},
 		"GET /v1/escrowkeyunlock":                           {},

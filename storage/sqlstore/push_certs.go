@@ -14,13 +14,15 @@ import (
 
 var _ storage.PushCerts = (*Store)(nil)
 
-// StorePushCert implements storage.PushCerts.
+// StorePushCert implements storage.PushCerts. The first version of a topic is the
+// time, so that no replica takes a certificate that it remembers for one that was
+// uploaded after that was deleted.
 func (s *Store) StorePushCert(ctx context.Context, c *storage.PushCert) error {
 	err := s.write(ctx, func(ctx context.Context, t *tx) error {
 		_, err := t.Exec(ctx, t.Dialect.Upsert("nano_push_certs",
 			[]string{"topic", "cert_pem", "key_pem", "not_after", "version", "last_class", "last_at", "created_at", "updated_at"}, []string{"topic"},
 			[]string{"cert_pem", "key_pem", "not_after", "version = nano_push_certs.version + 1", "last_class", "last_at", "updated_at"}),
-			c.Topic, notNil(c.CertPEM), notNil(t.sealed(pushKeyColumn, c.Topic, c.KeyPEM)), micros(c.NotAfter), 1, nil, nil, t.Now, t.Now)
+			c.Topic, notNil(c.CertPEM), notNil(t.sealed(pushKeyColumn, c.Topic, c.KeyPEM)), micros(c.NotAfter), t.Now, nil, nil, t.Now, t.Now)
 		if err != nil {
 			return err
 		}
@@ -31,6 +33,21 @@ func (s *Store) StorePushCert(ctx context.Context, c *storage.PushCert) error {
 	}
 	if err := s.makePushesDue(ctx, c.Topic); err != nil {
 		return fmt.Errorf("planning pushes for a push certificate: %w", err)
+	}
+	return nil
+}
+
+// DeletePushCert implements storage.PushCerts.
+func (s *Store) DeletePushCert(ctx context.Context, topic string) error {
+	err := s.write(ctx, func(ctx context.Context, t *tx) error {
+		n, err := t.Exec(ctx, "DELETE FROM nano_push_certs WHERE topic = ?", topic)
+		if err == nil && n == 0 {
+			return storage.ErrNotFound
+		}
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("deleting a push certificate: %w", err)
 	}
 	return nil
 }
