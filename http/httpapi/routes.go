@@ -101,7 +101,10 @@ func (a *API) Register(mux *http.ServeMux) {
 	for _, r := range a.routes() {
 		mux.Handle(r.pattern(), a.guard(r))
 	}
-	mux.Handle(anyOther, closed(noRoute(mux)))
+	// The mux would redirect the paths of these routes without their slash.
+	for _, path := range []string{anyOther, "/v1/enqueue", "/v1/push", "/v1/queue"} {
+		mux.Handle(path, closed(noRoute(mux, path)))
+	}
 }
 
 // guard puts a route's handler behind the checks of its requests.
@@ -134,15 +137,15 @@ func (a *API) Reader(next http.Handler) http.Handler {
 
 const anyOther = "/v1/"
 
-// noRoute answers requests that no route of mux takes: 405 where a route takes
-// another method, else 404.
-func noRoute(mux *http.ServeMux) http.Handler {
+// noRoute answers requests that no route of mux takes, behind a pattern: 405 where
+// a route takes another method, else 404.
+func noRoute(mux *http.ServeMux, own string) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		var allowed []string
 		for _, method := range []string{"GET", "PUT", "POST", "DELETE"} {
 			other := r.Clone(r.Context())
 			other.Method = method
-			if _, pattern := mux.Handler(other); pattern != anyOther {
+			if _, pattern := mux.Handler(other); pattern != own {
 				allowed = append(allowed, method)
 			}
 		}
