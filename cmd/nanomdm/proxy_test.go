@@ -202,11 +202,17 @@ func tryProxy(t *testing.T, d *daemon, url, address string, serverCA *mdmtest.CA
 	require.NoError(t, err)
 	require.Error(t, dev.Enroll(t.Context()))
 
-	// The operator's side needs no certificate.
-	resp, err := client(nil).Get(url + "/version")
-	require.NoError(t, err)
-	resp.Body.Close()
-	require.Equal(t, 200, resp.StatusCode)
+	// Pages without a certificate may share the name, and the API does not, not
+	// even with its key.
+	for path, status := range map[string]int{"/version": 200, "/v1/enrollments": 403, "//v1/enrollments": 403, "/metrics": 403, "/v1": 403} {
+		req, err := http.NewRequest("GET", url+path, nil)
+		require.NoError(t, err)
+		req.SetBasicAuth("nanomdm", testKey)
+		resp, err := client(nil).Do(req)
+		require.NoError(t, err)
+		resp.Body.Close()
+		require.Equal(t, status, resp.StatusCode, path)
+	}
 }
 
 // writeTLS writes the server's certificate and key and the devices' CA where
