@@ -208,7 +208,9 @@ func (o *operator) send(ctx context.Context, c *call) (queued []string, refused 
 	if err := json.Unmarshal(content, &a); err != nil {
 		return nil, 0, "", fmt.Errorf("%d %.100s", status, content)
 	}
-	if status != http.StatusOK && status != http.StatusMultiStatus {
+	// 500 is also the answer of a call whose enrollments were all refused.
+	allRefused := status == http.StatusInternalServerError && a.Error == "" && a.CommandError == "" && len(a.Status) == len(c.ids)
+	if status != http.StatusOK && status != http.StatusMultiStatus && !allRefused {
 		return nil, 0, "", fmt.Errorf("%d %s%s", status, a.Error, a.CommandError)
 	}
 	for id, one := range a.Status {
