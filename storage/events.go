@@ -209,6 +209,10 @@ type EventSink struct {
 	// says so.
 	Enabled bool
 	Reason  string
+	// DownSince is when the receiver began to fail, and DownError how; zero while
+	// it takes events. Settle sets them.
+	DownSince time.Time
+	DownError string
 	// Cursor is the number up to which events are delivered, or stored as
 	// waiting or dead. The store sets it.
 	Cursor    int64
@@ -316,6 +320,14 @@ type Settlement struct {
 	Cursor int64      // the sink's new one; 0 leaves it
 	Put    []Delivery // rows to insert or to replace
 	Done   []int64    // numbers of delivered events, whose rows are removed
+	// Receiver is the receiver's new state; nil: as it was.
+	Receiver *ReceiverState
+}
+
+// ReceiverState says whether a sink's receiver takes events.
+type ReceiverState struct {
+	Down  bool
+	Error string // of its last failure
 }
 
 // MaxCounted is the number at which EventBacklogs stops counting rows: counting

@@ -281,6 +281,8 @@ type sink struct {
 	Filter     eventFilter `json:"filter"`
 	Disabled   bool        `json:"disabled"`
 	Reason     string      `json:"reason"`
+	DownSince  *time.Time  `json:"down_since"`
+	DownError  string      `json:"down_error"`
 	Configured bool        `json:"configured"`
 	Backlog    *struct {
 		Behind, Waiting, Again, Dead, Dropped int
@@ -302,6 +304,8 @@ func (s *sink) state() string {
 		return "off: " + s.Reason
 	case s.Disabled:
 		return "off"
+	case s.DownSince != nil:
+		return "down for " + shortDuration(time.Since(*s.DownSince)) + ": " + s.DownError
 	case s.Configured:
 		return "on, configured"
 	}

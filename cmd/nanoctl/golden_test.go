@@ -61,7 +61,7 @@ func goldenServer() http.Handler {
 {"at":"` + at(-2*time.Hour) + `","who":"nanomdm","action":"enrollment.bootstrap_token.read","target":"00008101-001A2B3C4D5E6F71","outcome":"the device has not escrowed one"}]}`,
 		"/v1/tags":  `{"tags":[{"tag":"berlin-3rd-floor","devices":160},{"tag":"lab","devices":12}]}`,
 		"/v1/keys":  `{"keys":[{"name":"helpdesk","role":"push","topics":["` + goldenTopic + `"],"created_at":"` + at(-time.Hour) + `","created_by":"nanomdm"}]}`,
-		"/v1/sinks": `{"sinks":[{"name":"siem","url":"https://siem.example.org/hooks/mdm/production/events","filter":{"topics":["mdm.Connect","mdm.CheckOut"]},"backlog":{"behind":3,"waiting":2,"again":1,"dead":4,"oldest_at":"` + at(-2*time.Minute) + `"}},{"name":"log","filter":{}}]}`,
+		"/v1/sinks": `{"sinks":[{"name":"siem","url":"https://siem.example.org/hooks/mdm/production/events","filter":{"topics":["mdm.Connect","mdm.CheckOut"]},"backlog":{"behind":3,"waiting":2,"again":1,"dead":4,"oldest_at":"` + at(-2*time.Minute) + `"}},{"name":"siem2","url":"https://siem2.example.org/","down_since":"` + at(-3*time.Hour) + `","down_error":"dial tcp 10.0.0.9:443: connect: connection refused","backlog":{"behind":0,"waiting":120,"again":0,"dead":0}},{"name":"log","filter":{}}]}`,
 		"/v1/pushcerts": `{"pushcerts":[{"topic":"` + goldenTopic + `","not_after":"` + at(20*24*time.Hour) + `","updated_at":"` + at(-340*24*time.Hour) + `","version":1,"enrollments":160,"last_class":"accepted","last_at":"` + at(-3*time.Second) + `"}],
 "stranded":[{"topic":"com.apple.mgmt.External.other","enrollments":2}]}`,
 		"/v1/stats": `{"version":"1.2.3","enrollments":{"by_type":{"Device":160,"User":12},"enabled":170,"disabled":1,"not_enrolled":1},

@@ -272,6 +272,8 @@ type sinkInfo struct {
 	Filter     storage.EventFilter `json:"filter"`
 	Disabled   bool                `json:"disabled"`
 	Reason     string              `json:"reason,omitempty"`
+	DownSince  time.Time           `json:"down_since,omitzero"`
+	DownError  string              `json:"down_error,omitempty"`
 	Configured bool                `json:"configured"`
 	Cursor     string              `json:"cursor"`
 	CreatedAt  time.Time           `json:"created_at"`
@@ -302,7 +304,7 @@ func infoOfSink(k *storage.EventSink, backlogs []storage.SinkBacklog) sinkInfo {
 	info := sinkInfo{
 		Name: k.Name, URL: redactedURL(k.URL), KeyCount: len(k.Keys), Tokens: k.Tokens, Form: k.Form, OnError: cmp.Or(k.OnError, storage.OnErrorHold),
 		Filter: k.Filter, Disabled: !k.Enabled,
-		Reason: k.Reason, Configured: k.Configured, Cursor: strconv.FormatInt(k.Cursor, 10), CreatedAt: k.CreatedAt, UpdatedAt: k.UpdatedAt,
+		Reason: k.Reason, DownSince: k.DownSince, DownError: k.DownError, Configured: k.Configured, Cursor: strconv.FormatInt(k.Cursor, 10), CreatedAt: k.CreatedAt, UpdatedAt: k.UpdatedAt,
 	}
 	if webhook.SendsTokensInClear(k) {
 		info.Warning = "tokens are sent over http, which anybody on the way can read: use https"

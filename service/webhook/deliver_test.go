@@ -169,18 +169,49 @@ func TestReceiverComesBack(t *testing.T) {
 				}
 				require.Equal(t, 1, w.log.count("is down"))
 				require.True(t, d.Stats()[0].Down)
+				stored := w.storedSink()
+				require.WithinDuration(t, time.Now().Add(-15*time.Minute), stored.DownSince, 5*time.Minute, "each replica can tell")
+				require.Contains(t, stored.DownError, "502")
 				tries := len(w.receiver.requests())
 				require.Less(t, tries, 800, "it is only tried now and then")
 				w.receiver.answers(nil)
 				w.drained(2 * time.Minute)
 				require.Equal(t, 1, w.log.count("is back"))
 				require.False(t, d.Stats()[0].Down)
+				require.Zero(t, w.storedSink().DownSince)
 				for _, id := range ids {
 					require.Equal(t, append([]string{"Authenticate", "TokenUpdate"}, commands(30)...), w.receiver.taken(id))
 				}
 			})
 		})
 	}
+}
+
+// The replica that stored that a receiver is down may be gone when it is back.
+func TestReceiverComesBackToAnotherReplica(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		w := newWorld(t)
+		w.receiver.answers(status(502))
+		w.enroll("A")
+		d := w.deliver("first", Config{})
+		for _, c := range commands(20) {
+			w.report("A", c)
+			time.Sleep(30 * time.Second)
+		}
+		since := w.storedSink().DownSince
+		require.NotZero(t, since)
+		d.stop()
+		w.deliver("second", Config{})
+		for _, c := range commands(40)[20:] {
+			w.report("A", c)
+			time.Sleep(30 * time.Second)
+		}
+		require.Equal(t, since, w.storedSink().DownSince, "it has been down all the time")
+		w.receiver.answers(nil)
+		w.drained(10 * time.Minute)
+		require.Zero(t, w.storedSink().DownSince)
+		require.Empty(t, w.storedSink().DownError)
+	})
 }
 
 func TestHangingReceiver(t *testing.T) {

@@ -20,6 +20,8 @@ type outcomes struct {
 	// rows are by the event's number; nil: delivered, its row is to be
 	// removed.
 	rows map[int64]*storage.Delivery
+	// receiver is the receiver's new state; nil: as it is stored.
+	receiver *storage.ReceiverState
 }
 
 func newOutcomes(cursor int64) *outcomes {
@@ -35,7 +37,9 @@ func (o *outcomes) wait(e *storage.Event) { o.put(rowOf(e, storage.DeliveryWaiti
 func (o *outcomes) delivered(seq int64) { o.rows[seq] = nil }
 
 // pending reports whether there is anything to store.
-func (o *outcomes) pending() bool { return o.cursor > o.storedCursor || len(o.rows) > 0 }
+func (o *outcomes) pending() bool {
+	return o.cursor > o.storedCursor || len(o.rows) > 0 || o.receiver != nil
+}
 
 // due reports whether it is time to store what is pending.
 func (o *outcomes) due(now time.Time) bool {
@@ -43,6 +47,7 @@ func (o *outcomes) due(now time.Time) bool {
 }
 
 func (o *outcomes) settlement() (s storage.Settlement) {
+	s.Receiver = o.receiver
 	if o.cursor > o.storedCursor {
 		s.Cursor = o.cursor
 	}
@@ -58,7 +63,7 @@ func (o *outcomes) settlement() (s storage.Settlement) {
 
 // stored notes that everything pending is in the database.
 func (o *outcomes) stored(now time.Time) {
-	o.storedCursor, o.storedAt = o.cursor, now
+	o.storedCursor, o.storedAt, o.receiver = o.cursor, now, nil
 	clear(o.rows)
 }
 

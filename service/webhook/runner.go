@@ -111,6 +111,7 @@ type runner struct {
 	out      *outcomes
 	backlog  *backlog
 	health   health
+	reached  bool      // the receiver, by this runner
 	dropping bool      // events over the limit, since the last success
 	warnedAt time.Time // of an event that was skipped
 	// round is the number of bound up to which waiting events became dead letters.
@@ -786,7 +787,11 @@ func (r *runner) persistSlow(now time.Time) {
 // is due.
 func (r *runner) succeeded(ctx context.Context, now time.Time) {
 	r.dropping = false
-	if !r.health.succeeded() {
+	recovered := r.health.succeeded()
+	if recovered || !r.reached { // the stored state may be a former runner's
+		r.reached, r.out.receiver = true, &storage.ReceiverState{}
+	}
+	if !recovered {
 		return
 	}
 	r.count.down.Store(false)
@@ -801,6 +806,7 @@ func (r *runner) failed(ctx context.Context, f *failure, now time.Time) {
 		return
 	}
 	r.count.down.Store(true)
+	r.out.receiver = &storage.ReceiverState{Down: true, Error: f.text}
 	r.log.ErrorContext(ctx, "the webhook receiver is down; events wait in the database", "error", f.text)
 	r.persistUnstarted(now)
 }

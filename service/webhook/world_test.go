@@ -372,3 +372,12 @@ func inBubble(t *testing.T, test func(t *testing.T)) {
 	t.Helper()
 	synctest.Test(t, test)
 }
+
+// storedSink is the world's only sink.
+func (w *world) storedSink() storage.EventSink {
+	w.t.Helper()
+	sinks, err := w.store.EventSinks(w.t.Context())
+	require.NoError(w.t, err)
+	require.Len(w.t, sinks, 1)
+	return sinks[0]
+}

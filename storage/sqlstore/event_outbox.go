@@ -167,6 +167,9 @@ func (s *Store) Settle(ctx context.Context, l storage.Lease, k *storage.EventSin
 				return err
 			}
 		}
+		if err := setReceiver(ctx, t, sink, st.Receiver); err != nil {
+			return err
+		}
 		for chunk := range slices.Chunk(st.Done, deliveryRows) {
 			place, args := sqldb.InList(chunk)
 			if _, err := t.Exec(ctx, `DELETE FROM nano_event_deliveries WHERE sink = ? AND seq IN `+place, append([]any{sink}, args...)...); err != nil {
@@ -183,6 +186,20 @@ func (s *Store) Settle(ctx context.Context, l storage.Lease, k *storage.EventSin
 		return fmt.Errorf("settling events of sink %s: %w", sink, err)
 	}
 	return nil
+}
+
+// setReceiver stores the state of a sink's receiver. One that stays down, as another
+// replica found it, keeps the time at which it began to fail.
+func setReceiver(ctx context.Context, t *tx, sink string, state *storage.ReceiverState) error {
+	set, args := "down_since = NULL, down_error = NULL", []any(nil)
+	switch {
+	case state == nil:
+		return nil
+	case state.Down:
+		set, args = "down_since = CASE WHEN down_since IS NULL THEN ? ELSE down_since END, down_error = ?", []any{t.Now, clip(state.Error)}
+	}
+	_, err := t.Exec(ctx, "UPDATE nano_event_sinks SET "+set+" WHERE name = ?", append(args, sink)...)
+	return err
 }
 
 // batchesOf finds the batches of deliveries, by the numbers of their events.

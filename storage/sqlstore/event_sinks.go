@@ -39,12 +39,13 @@ func (s *Store) EventSinks(ctx context.Context) ([]storage.EventSink, error) {
 }
 
 func readSinks(ctx context.Context, t *tx) ([]storage.EventSink, error) {
-	return sqldb.Collect(t.Query(ctx, `SELECT name, configured, seen_at, config, enabled, reason, cursor_seq, created_at, updated_at
+	return sqldb.Collect(t.Query(ctx, `SELECT name, configured, seen_at, config, enabled, reason, down_since, down_error, cursor_seq, created_at, updated_at
 FROM nano_event_sinks ORDER BY name`), func(row sqldb.Row, k *storage.EventSink) error {
 		var config []byte
-		var reason sql.Null[string]
+		var reason, downError sql.Null[string]
+		var down sql.Null[int64]
 		var seen, created, updated int64
-		if err := row.Scan(&k.Name, &k.Configured, &seen, &config, &k.Enabled, &reason, &k.Cursor, &created, &updated); err != nil {
+		if err := row.Scan(&k.Name, &k.Configured, &seen, &config, &k.Enabled, &reason, &down, &downError, &k.Cursor, &created, &updated); err != nil {
 			return err
 		}
 		config, err := t.opened(sinkColumn, k.Name, config)
@@ -56,7 +57,7 @@ FROM nano_event_sinks ORDER BY name`), func(row sqldb.Row, k *storage.EventSink)
 			return fmt.Errorf("the configuration of sink %s: %w", k.Name, err)
 		}
 		k.URL, k.Keys, k.Tokens, k.Filter, k.OnError, k.Form = c.URL, c.Keys, c.Tokens, c.Filter, c.OnError, c.Form
-		k.Reason = reason.V
+		k.Reason, k.DownSince, k.DownError = reason.V, fromMicros(down.V), downError.V
 		k.SeenAt, k.CreatedAt, k.UpdatedAt = fromMicros(seen), fromMicros(created), fromMicros(updated)
 		return nil
 	})

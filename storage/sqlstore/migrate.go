@@ -28,6 +28,7 @@ var migrationChecksums = []string{
 	"cef0a11c34a2e32b20d37e42ad1615ff0f588db63f63423e2fd3fe51117af264", // 0005_tags.sql
 	"dd1f95ef880127e7a9d916e36bfb49e35492558c291c2654d3ebd1ff3ac6370a", // 0006_inventory.sql
 	"c1afb522c2b58a5bcb6e1617332f1d95c700f96b5d171ea6dd62203209be69b6", // 0007_event_bytes.sql
+	"a6d0dd31e0aa812dd9c73734abda893f4dbef1e6550f1ee6e835653d573b2bf6", // 0008_sink_health.sql
 }
 
 // migrationTTL is how long the next replica waits after one has died while

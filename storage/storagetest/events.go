@@ -55,6 +55,7 @@ func deliveryTests() []subtest {
 		{"a settlement moves the cursor and keeps what failed", deliverySettled},
 		{"what waits is read in order for each enrollment", deliveryLanes},
 		{"nothing is settled without the lease, or for a sink that was deleted", deliveryRefused},
+		{"a receiver is down since it began to fail", receiverDown},
 		{"what waits too long is given up", deliveryGivenUp},
 		{"events are sent again by range", deliveryAgain},
 		{"dead letters are sent again", deliveryDead},
@@ -578,6 +579,27 @@ func deliveryRefused(t *testing.T, h *Harness) {
 	require.ErrorIs(t, h.Store.Settle(t.Context(), l, fresh, s), storage.ErrLeaseLost)
 	require.Zero(t, h.Int(t, "SELECT COUNT(*) FROM nano_event_deliveries"))
 	require.Zero(t, h.sink(t, "hook").Cursor)
+}
+
+func receiverDown(t *testing.T, h *Harness) {
+	l := eventLease(t, h)
+	k := h.putSink(t, hook())
+	settle := func(state *storage.ReceiverState) *storage.EventSink {
+		require.NoError(t, h.Store.Settle(t.Context(), l, k, storage.Settlement{Receiver: state}))
+		return h.sink(t, "hook")
+	}
+	require.Zero(t, settle(&storage.ReceiverState{}).DownSince)
+	began := h.Clock.Now()
+	require.Equal(t, began, settle(&storage.ReceiverState{Down: true, Error: "refused"}).DownSince)
+	h.Clock.Advance(time.Second)
+	down := settle(&storage.ReceiverState{Down: true, Error: "502"}) // by another replica
+	require.Equal(t, began, down.DownSince)
+	require.Equal(t, "502", down.DownError)
+	require.Equal(t, began, settle(nil).DownSince)
+	require.Equal(t, began, h.putSink(t, hook()).DownSince, "its configuration says nothing of it")
+	up := settle(&storage.ReceiverState{})
+	require.Zero(t, up.DownSince)
+	require.Empty(t, up.DownError)
 }
 
 func deliveryGivenUp(t *testing.T, h *Harness) {
