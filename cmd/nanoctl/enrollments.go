@@ -589,8 +589,7 @@ func tokenCommand(name, endpoint, short, long string) command {
 						return fmt.Errorf("the server's answer has no token: %w", err)
 					}
 					if *raw {
-						_, err := e.out.Write(token)
-						return err
+						return e.bytes(token)
 					}
 					_, err := fmt.Fprintln(e.out, base64.StdEncoding.EncodeToString(token))
 					return err

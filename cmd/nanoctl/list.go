@@ -10,6 +10,7 @@ import (
 	"strconv"
 	"strings"
 	"unicode"
+	"unicode/utf16"
 	"unicode/utf8"
 )
 
@@ -229,9 +230,35 @@ func showList[T any](ctx context.Context, e *env, path, field string, query url.
 func compact(raw json.RawMessage) []byte {
 	var b bytes.Buffer
 	if json.Compact(&b, raw) != nil {
-		return raw
+		return escaped(raw)
 	}
-	return b.Bytes()
+	return escaped(b.Bytes())
+}
+
+// escaped is JSON with the characters escaped that could steer a terminal, which
+// JSON itself allows in texts.
+func escaped(text []byte) []byte {
+	b := make([]byte, 0, len(text))
+	for _, r := range string(text) {
+		if r != '\n' && printableRune(r) != r {
+			for _, unit := range utf16.Encode([]rune{r}) {
+				b = fmt.Appendf(b, `\u%04x`, unit)
+			}
+			continue
+		}
+		b = utf8.AppendRune(b, r)
+	}
+	return b
+}
+
+// bytes writes what a device or another server said as it is, but on a terminal
+// without what could steer that.
+func (e *env) bytes(said []byte) error {
+	if e.width > 0 {
+		said = bytes.Map(printableInLines, said)
+	}
+	_, err := e.out.Write(said)
+	return err
 }
 
 // json prints v, or what the server said if it is its answer, for programs.
@@ -248,7 +275,7 @@ func (e *env) json(v any) error {
 		return fmt.Errorf("the server's answer is no JSON: %w", err)
 	}
 	b.WriteByte('\n')
-	_, err := e.out.Write(b.Bytes())
+	_, err := e.out.Write(escaped(b.Bytes()))
 	return err
 }
 
@@ -313,6 +340,14 @@ func printable(s string) string {
 		return "-"
 	}
 	return strings.Map(printableRune, s)
+}
+
+// printableInLines is printableRune for a text of several lines.
+func printableInLines(r rune) rune {
+	if r == '\n' || r == '\t' {
+		return r
+	}
+	return printableRune(r)
 }
 
 func printableRune(r rune) rune {

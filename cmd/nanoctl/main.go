@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 	"time"
 
@@ -98,7 +99,7 @@ func run(ctx context.Context, e *env, args []string) int {
 	if errors.Is(err, context.Canceled) && ctx.Err() != nil {
 		err = &exitError{exitInterrupted, errInterrupted}
 	}
-	fmt.Fprintln(e.err, "nanoctl:", err)
+	fmt.Fprintln(e.err, "nanoctl:", strings.Map(printableInLines, err.Error()))
 	var exit *exitError
 	if errors.As(err, &exit) {
 		return exit.code

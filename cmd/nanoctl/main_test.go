@@ -38,9 +38,10 @@ type ran struct {
 
 // operator runs nanoctl in the test's process.
 type operator struct {
-	t    *testing.T
-	vars map[string]string
-	dir  string
+	width int // of the terminal
+	t     *testing.T
+	vars  map[string]string
+	dir   string
 	// pauses are those that were to be made.
 	pauses []time.Duration
 }
@@ -59,6 +60,7 @@ func (o *operator) runContext(ctx context.Context, stdin string, args ...string)
 	e := &env{
 		in: strings.NewReader(stdin), out: &out, err: &err,
 		getenv: func(name string) string { return o.vars[name] }, home: func() (string, error) { return o.dir, nil },
+		width: o.width,
 		pause: func(_ context.Context, d time.Duration) error {
 			o.pauses = append(o.pauses, d)
 			return nil
@@ -456,23 +458,49 @@ func TestFollowing(t *testing.T) {
 }
 
 // Texts of devices do not control the terminal.
+// Texts of devices, of the server and of its errors do not steer the terminal,
+// in any form of output: control characters, C1 ones included, and those that
+// change the direction of writing.
 func TestTerminalIsNotSteered(t *testing.T) {
 	o := newOperator(t)
-	const evil = `\u001b[2J\u202egnp.exe\u0007`
-	o.server(func(w http.ResponseWriter, r *http.Request) {
-		if r.URL.Path == "/v1/enrollments" {
-			_, _ = io.WriteString(w, `{"enrollments":[{"id":"a","device_name":"`+evil+`"}]}`)
-			return
-		}
-		_, _ = io.WriteString(w, `{"id":"a","device_name":"`+evil+`","diagnosis":["`+evil+`"]}`)
-	})
-	for _, args := range [][]string{{"enrollments", "ls"}, {"show", "a"}} {
-		r := o.run("", args...)
-		require.Zero(t, r.code, r.err)
-		require.NotContains(t, r.out, "\x1b")
-		require.NotContains(t, r.out, "\u202e")
-		require.Contains(t, r.out, "gnp.exe")
+	o.width = 80
+	const evil = `\u001b[2J\u202egnp.exe\u0007` + "\u009b2J\u2066\U000e0041"
+	item := `{"id":"E","enrollment_id":"E","device_name":"E","serial_number":"E","name":"E","tag":"E","who":"E","action":"E","target":"E","detail":"E","role":"E",
+"command_uuid":"E","request_type":"E","state":"E","status":"E","topic":"E","url":"E","version":"E","listen":"E","error":"E","identifier":"E","short_version":"E",
+"diagnosis":["E"],"tags":["E"],"channels":["E"],"result":{"E":"E"},"checkin_event":{"ids":{"id":"E"},"udid":"E"},"last_error":"E","type":"E","model":"E","os_version":"E"}`
+	lists := ""
+	for _, name := range []string{"enrollments", "commands", "keys", "records", "sinks", "pushcerts", "replicas", "applications", "events", "queue"} {
+		lists += `,"` + name + `":[` + item + `]`
 	}
+	answer := strings.ReplaceAll(item[:len(item)-1]+lists+`,"items":[`+item+`]}`, `E"`, evil+`"`)
+	failing := false
+	o.server(func(w http.ResponseWriter, r *http.Request) {
+		switch {
+		case failing:
+			w.WriteHeader(http.StatusBadRequest)
+			_, _ = io.WriteString(w, `{"error":"`+evil+`"}`)
+		case r.URL.Query().Get("raw") != "":
+			_, _ = io.WriteString(w, "<string>gnp.exe\x1b[2J\u202e\u009b</string>\n")
+		default:
+			_, _ = io.WriteString(w, answer)
+		}
+	})
+	steering := regexp.MustCompile(`[\x00-\x08\x0b-\x1f\x7f\x{80}-\x{9f}\x{202a}-\x{202e}\x{2066}-\x{2069}\x{e0000}-\x{e007f}]`)
+	shown := 0
+	for _, command := range []string{"enrollments ls", "show a", "queue a", "apps a", "tags ls", "commands ls", "status u", "result u a", "result u a -raw", "keys ls", "audit",
+		"sinks ls", "pushcert ls", "events", "replicas", "stats", "version", "push a", "clear a -yes", "escrow-unlock -serial S -product-type P -org O -guid G -escrow-key K -topic t"} {
+		for _, format := range []string{"table", "wide", "json"} {
+			for _, failing = range []bool{false, true} {
+				r := o.run("", append(strings.Fields(command), "-o", format)...)
+				require.NotRegexp(t, steering, r.out, "%s -o %s", command, format)
+				require.NotRegexp(t, steering, r.err, "%s -o %s", command, format)
+				if strings.Contains(r.out+r.err, "gnp.exe") {
+					shown++
+				}
+			}
+		}
+	}
+	require.Greater(t, shown, 60, "the texts are shown at all")
 }
 
 func TestFlagsMayStandAnywhere(t *testing.T) {

@@ -241,7 +241,7 @@ the machine see command lines.`,
 				if a == nil || err != nil && isServerError(a) {
 					return err
 				}
-				if _, writeErr := e.out.Write(a.body); writeErr != nil {
+				if writeErr := e.bytes(a.body); writeErr != nil {
 					return writeErr
 				}
 				if err != nil {

@@ -175,8 +175,7 @@ func resultCommand() command {
 				}
 				switch {
 				case *raw:
-					_, err = e.out.Write(a.body)
-					return err
+					return e.bytes(a.body)
 				case e.format == "json":
 					return e.json(a.body)
 				}
