@@ -32,6 +32,8 @@ release: ## static programs for Linux and macOS, checksums and SBOMs, into dist/
 		for program in $(PROGRAMS); do \
 			CGO_ENABLED=0 GOOS=$${platform%/*} GOARCH=$${platform#*/} $(GO) build -trimpath -buildvcs=true \
 				-ldflags '-s -w' -o dist/$$name/ ./cmd/$$program || exit 1; \
+			$(GO) version -m dist/$$name/$$program | grep -q vcs.revision || \
+				{ echo "$$program has no commit: release from a clone, not from a linked worktree"; exit 1; }; \
 		done; \
 		cp -r LICENSE README.md docs contrib dist/$$name/ && \
 		tar -C dist --sort=name --mtime="$$date" --owner=0 --group=0 --numeric-owner --use-compress-program='gzip -n' \
