@@ -90,8 +90,8 @@ func goldenServer() http.Handler {
 		if r.URL.Query().Get("state") == "scheduled" || r.URL.Query().Get("serial") == "none" {
 			answer = `{}`
 		}
-		if r.Method == http.MethodPost && r.URL.Path == "/v1/tags" {
-			answer = `{"changed":1}`
+		if change, ok := goldenChanges()[r.Method+" "+r.URL.Path]; ok {
+			answer, known = change, true
 		}
 		if !known {
 			w.WriteHeader(http.StatusNotFound)
@@ -101,8 +101,32 @@ func goldenServer() http.Handler {
 	})
 }
 
-// The output at 80 columns is in the golden file, and no line of it is
-// longer than that but messages, which the terminal wraps.
+// goldenChanges are the answers to requests that change something.
+func goldenChanges() map[string]string {
+	const id = "00008101-001A2B3C4D5E6F71"
+	queued := `{"command_uuid":"` + goldenUUID + `","request_type":"DeviceInformation","count":1,"status":{"` + id + `":{"push_result":"8e3c7c52-2b1b-4f0e-a9a4-2f3f5b7b5c11"}}}`
+	enrollment := `{"id":"` + id + `","ids":["` + id + `"],"cancelled":3,"until":"` + at(24*time.Hour) + `"}`
+	device := "/v1/enrollments/" + id
+	return map[string]string{
+		"POST /v1/tags": `{"changed":1}`, "POST /v1/push": queued, "POST /v1/enqueue": queued,
+		"DELETE " + device: enrollment, "DELETE " + device + "/queue": enrollment,
+		"POST " + device + "/disable": enrollment, "POST " + device + "/enable": enrollment,
+		"PUT /v1/renewals": `{"opened":1}`, "DELETE " + device + "/renewal": enrollment,
+		"POST " + device + "/bootstrap_token":                                 `{"bootstrap_token":"c2VjcmV0"}`,
+		"POST " + device + "/unlock_token":                                    `{"unlock_token":"c2VjcmV0"}`,
+		"DELETE /v1/commands/" + goldenUUID:                                   `{"cancelled":1,"finished":1}`,
+		"GET /v1/commands/" + goldenUUID + "/results/" + id:                   `{"state":"acknowledged","result":"PHBsaXN0Lz4="}`,
+		"POST /v1/commands/" + goldenUUID + "/enrollments/" + id + "/requeue": `{"state":"queued"}`,
+		"PUT /v1/pushcert":                                                    `{"topic":"` + goldenTopic + `","not_after":"` + at(365*24*time.Hour) + `"}`, "DELETE /v1/pushcerts/" + goldenTopic: `{"topic":"` + goldenTopic + `"}`,
+		"POST /v1/reseal": `{}`, "POST /v1/escrowkeyunlock": `{"code":"200"}`,
+		"PUT /v1/sinks/siem": `{"name":"siem","url":"https://siem.example.org/"}`, "DELETE /v1/sinks/siem": `{"name":"siem"}`,
+		"POST /v1/events/redeliver": `{"redelivering":4}`,
+		"POST /v1/keys":             `{"name":"helpdesk","role":"push","key":"nmk_0000000000000000000000000000000000000000000"}`, "DELETE /v1/keys/helpdesk": `{"name":"helpdesk"}`,
+	}
+}
+
+// The output of each command at 80 columns is in the golden file, and no line
+// of a table is longer than that; the terminal wraps sentences.
 func TestEightyColumns(t *testing.T) {
 	local := time.Local
 	time.Local = time.UTC
@@ -110,10 +134,33 @@ func TestEightyColumns(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var screen bytes.Buffer
 		dir := t.TempDir()
+		pem := filepath.Join(dir, "push.pem")
+		require.NoError(t, os.WriteFile(pem, []byte("a certificate and its key"), 0o600))
+		key := filepath.Join(dir, "lab.key")
+		require.NoError(t, os.WriteFile(key, []byte("secret\n"), 0o600))
+		profile := filepath.Join(dir, "wifi.mobileconfig")
+		require.NoError(t, os.WriteFile(profile, []byte(`<plist version="1.0"><dict><key>PayloadContent</key><array/><key>PayloadIdentifier</key><string>org.example</string><key>PayloadType</key><string>Configuration</string><key>PayloadUUID</key><string>8F1E5C7A-0C1B-4E0E-8C8B-0A6A3D1F9A11</string><key>PayloadVersion</key><integer>1</integer></dict></plist>`), 0o600))
+		uncovered := make(map[string]bool)
+		for _, c := range commands() {
+			uncovered[c.name] = true
+		}
+		sentences := false // from here on: the terminal wraps them
 		for _, line := range []string{
 			"help", "enrollments ls", "enrollments ls -serial none", "enrollments ls -o wide", "show C02XK0AAJG51", "apps C02XK0AAJG51", "apps C02XK0AAJG52", "queue C02XK0AAJG51", "tags ls", "tag C02XK0AAJG51 lab", "tag C02XK0AAJG51", "commands ls",
-			"status " + goldenUUID, "audit", "keys ls", "sinks ls", "pushcert ls", "stats", "replicas", "top -count 1", "context ls", "events", "shwo",
+			"status " + goldenUUID, "audit", "keys ls", "sinks ls", "pushcert ls", "stats", "replicas", "top -count 1", "context ls", "events", "shwo", "",
+			"push C02XK0AAJG51", "untag C02XK0AAJG51 lab", "clear C02XK0AAJG51 -yes", "disable C02XK0AAJG51", "enable C02XK0AAJG51", "delete C02XK0AAJG51", "delete C02XK0AAJG51 -confirm C02XK0AAJG51",
+			"send DeviceInformation C02XK0AAJG51 -uuid " + goldenUUID, "send DeviceInfo C02XK0AAJG51", "send EraseDevice C02XK0AAJG51",
+			"install-profile " + profile + " C02XK0AAJG51 -uuid " + goldenUUID, "remove-profile org.example C02XK0AAJG51", "command ProfileList -uuid " + goldenUUID,
+			"result " + goldenUUID + " C02XK0AAJG51", "cancel " + goldenUUID + " -yes", "requeue " + goldenUUID + " C02XK0AAJG51",
+			"pushcert put " + pem, "pushcert rm " + goldenTopic, "pushcert rm " + goldenTopic + " -yes", "renewal open C02XK0AAJG51", "renewal close C02XK0AAJG51",
+			"bootstrap-token C02XK0AAJG51", "unlock-token C02XK0AAJG51", "escrow-unlock -escrow-key-file " + pem, "reseal",
+			"sinks put siem -to https://siem.example.org/", "sinks rm siem -yes", "redeliver siem -dead", "backup", "restore", "keys create helpdesk -role push", "keys rm helpdesk",
+			"context use lab", "context add lab -url https://mdm.example.org -key-file " + key, "context use lab", "context ls", "context use other", "context rm lab", "version", "completion",
 		} {
+			if line == "" {
+				sentences = true
+				continue
+			}
 			var out, errs bytes.Buffer
 			e := &env{
 				in: strings.NewReader(""), out: &out, err: &errs, width: 80, transport: inProcess{goldenServer()},
@@ -123,14 +170,18 @@ func TestEightyColumns(t *testing.T) {
 				home: func() (string, error) { return dir, nil },
 			}
 			run(t.Context(), e, strings.Fields(line))
-			fmt.Fprintf(&screen, "$ nanoctl %s\n%s%s\n", line, out.String(), errs.String())
-			if strings.Contains(line, "wide") {
+			if c, _ := find(commands(), strings.Fields(line)); c != nil {
+				delete(uncovered, c.name)
+			}
+			fmt.Fprintf(&screen, "$ nanoctl %s\n%s%s\n", strings.ReplaceAll(line, dir+"/", ""), out.String(), strings.ReplaceAll(errs.String(), dir+"/", ""))
+			if strings.Contains(line, "wide") || sentences {
 				continue
 			}
 			for printed := range strings.SplitSeq(out.String(), "\n") {
 				require.LessOrEqual(t, utf8.RuneCountInString(printed), 80, printed)
 			}
 		}
+		require.Empty(t, uncovered, "each command has its output here")
 		file := filepath.Join("testdata", "columns80.golden")
 		if *update {
 			require.NoError(t, os.WriteFile(file, screen.Bytes(), 0o644))

@@ -115,7 +115,10 @@ func suggestion(given string, known []string) string {
 	if meant := schema.Closest(given, known); meant != "" {
 		return "; did you mean " + meant + "?"
 	}
-	if len(known) > 0 && len(known) <= 10 {
+	switch {
+	case len(known) == 0:
+		return "; there is none"
+	case len(known) <= 10:
 		return "; there is " + strings.Join(known, ", ")
 	}
 	return "; nanoctl help lists them"
