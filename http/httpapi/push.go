@@ -20,7 +20,7 @@ import (
 type Pusher interface {
 	Push(ctx context.Context, r push.Request) (map[string]push.Result, error)
 	// CertificateChanged is called after the push certificate of a topic has
-	// been stored.
+	// been stored or deleted.
 	CertificateChanged(topic string)
 }
 
@@ -342,6 +342,7 @@ func (a *API) deletePushCert(ctx context.Context, r *http.Request) (int, any, er
 	} else if err != nil {
 		return 0, nil, err
 	}
+	a.pusher.CertificateChanged(topic)
 	a.audit(ctx, actDeleteCert, topic, fmt.Sprintf("%d enrollments used it", used), nil)
 	return http.StatusOK, struct {
 		Topic       string `json:"topic"`

@@ -342,3 +342,18 @@ func TestStrandedEnrollments(t *testing.T) {
 	second := o.issue("com.apple.mgmt.External.old", now, now.Add(time.Hour))
 	require.Empty(t, put(o.admin(), second))
 }
+
+// TestDeletedCertificateIsUnused: the replica that deletes a push certificate
+// does not push with it any more.
+func TestDeletedCertificateIsUnused(t *testing.T) {
+	o := newOperators(t)
+	const topic = "com.apple.mgmt.a"
+	o.enroll("A", topic)
+	status, _ := o.ask(o.admin(), "POST", "/v1/push", `{"ids":["A"]}`)
+	require.Equal(t, 200, status)
+	status, text, _ := o.do(o.admin(), "DELETE", "/v1/pushcerts/"+topic+"?force=true", "")
+	require.Equal(t, 200, status, text)
+	status, a := o.ask(o.admin(), "POST", "/v1/push", `{"ids":["A"]}`)
+	require.Equal(t, 500, status)
+	require.NotEmpty(t, a.Status["A"].PushError)
+}
