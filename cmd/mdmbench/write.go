@@ -100,7 +100,6 @@ all share (1 December 2026; requests a second):
 | poll, 8 connections | 783 | 5,021 |
 | poll, 128 connections | 444, 6 %% of them failed | 10,036, none failed |
 | fetch and acknowledge, 64 connections | 379 | 5,314 |
-| enqueue, 8 callers of 500 ids each, rows | 68,900 | 36,900 |
 | memory, MB | 17 to 25 | 39 to 47 |
 
 The rest of this page is written by cmd/mdmbench; "make bench" writes it anew. Made
