@@ -24,8 +24,8 @@ type apnsOptions struct {
 	latency                time.Duration
 	devices, connections   int
 	commands               int
-	timeout                time.Duration
-	certHeader             string
+	rotate                 time.Duration
+	access                 access
 }
 
 func runAPNs(ctx context.Context, s streams, args []string) error {
@@ -50,8 +50,9 @@ func runAPNs(ctx context.Context, s streams, args []string) error {
 		return err
 	}
 	defer apns.Close()
-	client := newClient(o.connections+o.devices, o.timeout)
+	client := o.access.client(o.connections + o.devices)
 	defer client.CloseIdleConnections()
+	defer o.access.close()
 	r := &pushRun{
 		o: o, out: &lockedWriter{w: s.out}, apns: apns, measure: newMeasure(),
 		api:   &api{client: client, base: strings.TrimSuffix(o.url, "/"), key: o.key},
@@ -81,13 +82,13 @@ makes it ahead of time.`)
 	flags.StringVar(&o.apnsCAKey, "apns-ca-key", "", "its key's `file`; apns-ca.key in -ca-dir unless given")
 	flags.StringVar(&o.key, "api", "", "API `key` (better given in NANOMDM_API)")
 	flags.StringVar(&o.topic, "topic", mdmtest.DefaultTopic, "APNs topic of the devices")
-	flags.StringVar(&o.certHeader, "cert-header", "", "send the certificate in this `header` (RFC 9440) instead of signing")
+	o.access.flags(flags)
+	flags.DurationVar(&o.rotate, "rotate", 0, "upload a new push certificate this often, as for a renewal; 0 is never")
 	flags.StringVar(&o.listen, "listen", "127.0.0.1:2197", "`address` of the fake APNs")
 	flags.DurationVar(&o.latency, "latency", 20*time.Millisecond, "how long the fake APNs takes to answer")
 	flags.IntVar(&o.devices, "devices", 3, "how many devices")
 	flags.IntVar(&o.commands, "time", 0, "how many commands to queue and time; 0 is to wait for pushes")
 	flags.IntVar(&o.connections, "connections", 1, "how many commands are under way at once, with -time")
-	flags.DurationVar(&o.timeout, "timeout", 30*time.Second, "how long a request, or a timed command, may take")
 	if err := parse(s, flags, args); err != nil {
 		return nil, err
 	}
@@ -101,8 +102,13 @@ makes it ahead of time.`)
 		return nil, badUsage(s, "-devices and -connections are at least 1")
 	case o.commands < 0:
 		return nil, badUsage(s, "-time is not negative")
+	case o.rotate < 0:
+		return nil, badUsage(s, "-rotate is not negative")
 	case o.key == "":
 		return nil, badUsage(s, "%v", errNoKey)
+	}
+	if err := o.access.check(o.url); err != nil {
+		return nil, badUsage(s, "%v", err)
 	}
 	return o, nil
 }
@@ -143,9 +149,7 @@ func (r *pushRun) add(id *mdmtest.Identity) error {
 			}
 		},
 	}
-	if r.o.certHeader != "" {
-		cfg.Auth, cfg.CertHeader = mdmtest.AuthHeader, r.o.certHeader
-	}
+	r.o.access.configure(&cfg, id)
 	device, err := mdmtest.NewDevice(r.api.base+"/mdm", id, cfg)
 	if err != nil {
 		return err
@@ -226,6 +230,9 @@ func (r *pushRun) serve(ctx context.Context) error {
 	for _, s := range r.woken {
 		sleepers.Go(func() { r.sleep(awake, s) })
 	}
+	if r.o.rotate > 0 {
+		sleepers.Go(func() { r.rotate(awake) })
+	}
 	if r.o.commands == 0 {
 		<-ctx.Done()
 	} else {
@@ -245,6 +252,28 @@ func (r *pushRun) serve(ctx context.Context) error {
 		return ctx.Err() // interrupted before the end
 	}
 	return nil
+}
+
+// rotate replaces the push certificate again and again. A push that is accepted
+// with the one before, as long as a server may remember it, is no error.
+func (r *pushRun) rotate(ctx context.Context) {
+	ticker := time.NewTicker(r.o.rotate)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ticker.C:
+		case <-ctx.Done():
+			return
+		}
+		start := time.Now()
+		cert, key, err := r.apns.PushCertificate(r.o.topic)
+		if err == nil {
+			_, err = r.api.do(ctx, http.MethodPut, "/v1/pushcert", slices.Concat(cert, key))
+		}
+		if !isCanceled(err) {
+			r.measure.observe("push certificate", time.Since(start), err)
+		}
+	}
 }
 
 // wake is called by the fake APNs for each accepted push.
@@ -337,12 +366,12 @@ func (r *pushRun) timeOne(ctx context.Context, device *mdmtest.Device) {
 	if err != nil {
 		return
 	}
-	timer := time.NewTimer(r.o.timeout)
+	timer := time.NewTimer(r.o.access.timeout)
 	defer timer.Stop()
 	select {
 	case <-q.taken:
 	case <-timer.C:
-		r.measure.fail(fmt.Sprintf("a command was not acknowledged in %v", r.o.timeout))
+		r.measure.fail(fmt.Sprintf("a command was not acknowledged in %v", r.o.access.timeout))
 	case <-ctx.Done():
 	}
 }

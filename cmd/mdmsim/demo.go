@@ -51,7 +51,7 @@ func demonstrate(ctx context.Context, out io.Writer, program, dir string) (err e
 	if err != nil {
 		return err
 	}
-	client := newClient(4, 10*time.Second)
+	client := newClient(4, 10*time.Second, nil)
 	defer client.CloseIdleConnections()
 	server := &api{client: client, base: "http://" + address, key: mdmtest.NewUUID()}
 

@@ -1,6 +1,8 @@
 package main
 
 import (
+	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -52,12 +54,15 @@ func openIdentities(ca *mdmtest.CA, dir string, count int) ([]*mdmtest.Identity,
 }
 
 // newClient makes a client for one server that keeps as many connections as
-// are in use.
-func newClient(connections int, timeout time.Duration) *http.Client {
+// are in use. roots are those of the server's certificate; nil is the system's.
+func newClient(connections int, timeout time.Duration, roots *x509.CertPool) *http.Client {
 	transport := http.DefaultTransport.(*http.Transport).Clone()
 	transport.MaxIdleConns = connections
 	transport.MaxIdleConnsPerHost = connections
 	transport.MaxConnsPerHost = connections
+	if roots != nil {
+		transport.TLSClientConfig = &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: roots}
+	}
 	// The server's own replies are small; asking for gzip measures gzip.
 	transport.DisableCompression = true
 	return &http.Client{Transport: transport, Timeout: timeout}

@@ -26,11 +26,10 @@ type loadOptions struct {
 	requestTypes       string
 	notNow, failing    float64
 	seed               uint64
-	timeout            time.Duration
 	signedAttributes   bool
-	certHeader         string
 	checkinPath, topic string
 	applications       int
+	access             access
 }
 
 func runLoad(ctx context.Context, s streams, args []string) error {
@@ -43,6 +42,7 @@ func runLoad(ctx context.Context, s streams, args []string) error {
 		return err
 	}
 	defer l.client.CloseIdleConnections()
+	defer o.access.close()
 	return l.run(ctx)
 }
 
@@ -72,9 +72,8 @@ run with -enroll=false polls with the same ones.`)
 	flags.Float64Var(&o.notNow, "notnow", 0, "how many answers are NotNow, from 0 to 1")
 	flags.Float64Var(&o.failing, "error", 0, "how many answers are Error, from 0 to 1")
 	flags.Uint64Var(&o.seed, "seed", 1, "seed of those chances")
-	flags.DurationVar(&o.timeout, "timeout", 30*time.Second, "how long a request may take")
 	flags.BoolVar(&o.signedAttributes, "signed-attributes", false, "sign with signed attributes")
-	flags.StringVar(&o.certHeader, "cert-header", "", "send the certificate in this `header` (RFC 9440) instead of signing")
+	o.access.flags(flags)
 	flags.StringVar(&o.topic, "topic", mdmtest.DefaultTopic, "APNs topic of the devices")
 	if err := parse(s, flags, args); err != nil {
 		return nil, err
@@ -91,6 +90,9 @@ run with -enroll=false polls with the same ones.`)
 		return nil, badUsage(s, "-notnow and -error are between 0 and 1 together")
 	case o.commands > 0 && o.key == "":
 		return nil, badUsage(s, "-commands-per-device: %v", errNoKey)
+	}
+	if err := o.access.check(o.url); err != nil {
+		return nil, badUsage(s, "%v", err)
 	}
 	return o, nil
 }
@@ -127,7 +129,7 @@ func newLoad(s streams, o *loadOptions) (*load, error) {
 		return nil, err
 	}
 	base := strings.TrimSuffix(o.url, "/")
-	client := newClient(o.connections, o.timeout)
+	client := o.access.client(o.connections)
 	l := &load{
 		o: o, s: s, client: client, measure: newMeasure(),
 		api: &api{client: client, base: base, key: o.key},
@@ -138,10 +140,9 @@ func newLoad(s streams, o *loadOptions) (*load, error) {
 		Behaviour: mdmtest.Random(o.seed, mdmtest.Rates{NotNow: o.notNow, Error: o.failing}),
 		Observe:   l.observe,
 	}
-	if o.certHeader != "" {
-		cfg.Auth, cfg.CertHeader = mdmtest.AuthHeader, o.certHeader
-	}
 	for _, id := range identities {
+		cfg := cfg
+		o.access.configure(&cfg, id)
 		device, err := mdmtest.NewDevice(base+"/mdm", id, cfg)
 		if err != nil {
 			return nil, err

@@ -215,7 +215,7 @@ func (f *fakeServer) report(id, status, uuid string) []byte {
 }
 
 func (f *fakeServer) verify(r *http.Request, body []byte) error {
-	if r.Header.Get("X-Cert") != "" {
+	if r.Header.Get("X-Cert") != "" || r.TLS != nil && len(r.TLS.VerifiedChains) > 0 {
 		return nil
 	}
 	raw, err := base64.StdEncoding.DecodeString(r.Header.Get("Mdm-Signature"))
@@ -255,6 +255,10 @@ func TestUsage(t *testing.T) {
 		{[]string{"load", "-nonsense"}, 2, "not defined"},
 		{[]string{"load", "extra"}, 2, `unexpected argument "extra"`},
 		{[]string{"load", "-devices", "0"}, 2, "at least 1"},
+		{[]string{"load", "-tls-client-auth"}, 2, "-tls-client-auth needs a -url that begins with https://"},
+		{[]string{"load", "-tls-client-auth", "-cert-header", "X"}, 2, "exclude each other"},
+		{[]string{"apns", "-api", "key", "-server-ca", "/nowhere"}, 2, "-server-ca: open /nowhere"},
+		{[]string{"apns", "-api", "key", "-rotate", "-1s"}, 2, "-rotate is not negative"},
 		{[]string{"load", "-polls", "-1"}, 2, "not negative"},
 		{[]string{"load", "-notnow", "0.6", "-error", "0.6"}, 2, "between 0 and 1"},
 		{[]string{"load", "-commands-per-device", "1"}, 2, "NANOMDM_API"},
