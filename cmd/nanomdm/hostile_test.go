@@ -605,6 +605,9 @@ func TestForgedCertificateHeaders(t *testing.T) {
 		}
 	}
 	require.NotContains(t, outside.log.String(), "client=192.0.2.1")
+	refused := linesOf(outside.log.String(), `msg="device request refused"`)
+	require.NotEmpty(t, refused)
+	require.Contains(t, refused[0], "certificate header from a peer that is not in -trusted-proxies: 127.0.0.1:", "the address to add")
 
 	// Of a trusted one.
 	d := start(t, "http", "-cert-header", "Client-Cert", "-trusted-proxies", "127.0.0.0/8")
