@@ -356,9 +356,10 @@ func inventoryPushCert(t *testing.T, h *Harness) {
 	_, err := h.Store.PushCertState(t.Context(), topicA)
 	require.ErrorIs(t, err, storage.ErrNotFound)
 	now := h.Clock.Now()
-	require.NoError(t, h.Store.StorePushCert(t.Context(), &storage.PushCert{Topic: topicA, CertPEM: []byte("c"), KeyPEM: []byte("k"), NotAfter: now.Add(time.Hour)}))
+	stored := &storage.PushCert{Topic: topicA, CertPEM: []byte("c"), KeyPEM: []byte("k"), NotAfter: now.Add(time.Hour)}
+	require.NoError(t, h.Store.StorePushCert(t.Context(), stored))
 	require.NoError(t, h.Store.RecordPushCertOutcome(t.Context(), topicA, "certificate_fault", now))
 	state, err := h.Store.PushCertState(t.Context(), topicA)
 	require.NoError(t, err)
-	require.Equal(t, storage.PushCertInfo{Topic: topicA, NotAfter: now.Add(time.Hour), Version: 1, UpdatedAt: now, LastClass: "certificate_fault", LastAt: now}, *state)
+	require.Equal(t, storage.PushCertInfo{Topic: topicA, NotAfter: now.Add(time.Hour), Version: stored.Version, UpdatedAt: now, LastClass: "certificate_fault", LastAt: now}, *state)
 }
